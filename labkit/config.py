@@ -1,0 +1,73 @@
+"""Every switch of the engine in one place, checked when it is set. No tensors here."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from labkit.request import check_number
+
+if TYPE_CHECKING:
+    from labkit.weights import LoadedModel
+
+SCHEDULERS = ("continuous", "static", "naive")
+KV_POLICIES = ("paged", "reserved")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How to build an engine.
+
+    Args:
+        model: a short name ("smollm2-135m", "tiny-random"), a Hub id, a folder that `save_pretrained`
+            wrote, or a model already loaded (many engines can share one copy of the weights).
+        dtype: of weights, activations and KV cache; "auto" is fp32 on a CPU.
+        device: "auto" is cuda if there is one, else the CPU.
+        block_size: tokens to a page of the KV cache.
+        num_blocks: pages in the pool; None sizes it from the memory that is free.
+        max_model_len: longest prompt + answer, in tokens; None takes the model's own limit, but no more
+            than the pool holds.
+        max_num_seqs: seats: how many requests run at once.
+        max_num_batched_tokens: the token budget of a step.
+        scheduler: "continuous" (requests join and leave at every step), "static" (a batch waits until its
+            last member is done) or "naive" (one request at a time).
+        kv_policy: "paged" takes pages as tokens come, "reserved" takes a request's whole maximum up front.
+        enable_prefix_caching: keep pages whose tokens are known, for later requests with the same start.
+        max_trace_steps: keep the records of so many steps; None keeps all.
+        seed: for the requests that bring none.
+
+    Raises:
+        ValueError: for a value that cannot work; the message names the field and the limit.
+    """
+
+    model: str | os.PathLike[str] | LoadedModel = "smollm2-135m"
+    dtype: str = "auto"
+    device: str = "auto"
+    block_size: int = 16
+    num_blocks: int | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    scheduler: Literal["continuous", "static", "naive"] = "continuous"
+    kv_policy: Literal["paged", "reserved"] = "paged"
+    enable_prefix_caching: bool = True
+    max_trace_steps: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+            check_number(name, getattr(self, name), 1, math.inf, whole=True)
+        for name, low in (("num_blocks", 1), ("max_model_len", 2), ("max_trace_steps", 1)):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), low, math.inf, whole=True)
+        check_number("seed", self.seed, -(2**63), 2**63 - 1, whole=True)
+        for name, choices in (("scheduler", SCHEDULERS), ("kv_policy", KV_POLICIES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise ValueError(
+                f"max_num_seqs ({self.max_num_seqs}) must not exceed max_num_batched_tokens "
+                f"({self.max_num_batched_tokens}): every running request needs one token in each step"
+            )

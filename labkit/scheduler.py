@@ -1,0 +1,489 @@
+"""What runs in this step, and why. No tensors here.
+
+There are no phases: each running request computes `min(tokens it knows - tokens it has computed, budget)`
+tokens. Prefill, a chunk of it, decode, the rest after a prefix hit and the return after a preemption are
+all that one rule (vLLM v1's), and one forward pass mixes whatever the plan holds. Continuous batching is
+from Orca (Yu et al. 2022), chunked prefill beside decode from Sarathi-Serve (Agrawal et al. 2024).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from labkit.memory import BlockPool, InvariantError
+from labkit.request import FinishReason, Request, TokenLogprobs
+from labkit.trace import Admission, Arrival, Copy, Finish, Pages, StepRecord
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step: row i computes `num_tokens[i]` tokens of `requests[i]`, from `starts[i]` on.
+
+    A row that reaches the end of what its request knows samples the next token. `kinds` says in one letter
+    what that amounts to (see `StepRecord`); it is written for the trace, nothing is decided by it.
+    `padding` (empty, or one number per row) counts wasted rows that a static batch computes as well.
+    `forks` maps a row to the row whose logits it samples from: children of n > 1 start with their parent's
+    last prompt token. `copied` pages are copied before the forward pass.
+    """
+
+    requests: list[Request] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
+    padding: list[int] = field(default_factory=list)
+    forks: dict[int, int] = field(default_factory=dict)
+    admitted: list[Admission] = field(default_factory=list)
+    preempted: list[Pages] = field(default_factory=list)
+    taken: list[Pages] = field(default_factory=list)
+    copied: list[Copy] = field(default_factory=list)
+    blocked: tuple[str, str] | None = None
+
+    def add(self, request: Request, num_tokens: int) -> None:
+        start, known = request.num_computed_tokens, len(request.token_ids)
+        if start >= request.num_prompt_tokens and known - start == 1 == num_tokens:
+            kind = "d"
+        elif start == request.num_cached_tokens and num_tokens == known - start:
+            kind = "p"
+        else:
+            kind = "c" if num_tokens else "i"
+        self.requests.append(request)
+        self.kinds.append(kind)
+        self.starts.append(start)
+        self.num_tokens.append(num_tokens)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What the runner made of a plan, row by row: the tokens sampled (none for a chunk that is not the last).
+
+    `logprobs` is empty or has one entry per row; `errors` maps rows that failed to what went wrong.
+    """
+
+    sampled: list[tuple[int, ...]]
+    logprobs: list[tuple[TokenLogprobs, ...]] = field(default_factory=list)
+    errors: dict[int, str] = field(default_factory=dict)
+
+
+class WaitingQueue:
+    """Requests by priority (lower first), then by arrival. Lazy removal keeps every call at log n or less."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, Request]] = []
+        self._members: dict[str, Request] = {}
+
+    def push(self, request: Request) -> None:
+        self._members[request.request_id] = request
+        heapq.heappush(self._heap, (request.priority, request.arrival, request))
+
+    def peek(self) -> Request | None:
+        while self._heap:
+            priority, _, request = self._heap[0]
+            if self._members.get(request.request_id) is request and request.priority == priority:
+                return request
+            heapq.heappop(self._heap)
+        return None
+
+    def remove(self, request: Request) -> None:
+        del self._members[request.request_id]
+        if len(self._heap) > 2 * len(self._members) + 64:  # mostly leftovers: sweep
+            self._heap = [(r.priority, r.arrival, r) for r in self._members.values()]
+            heapq.heapify(self._heap)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __contains__(self, request: Request) -> bool:
+        return self._members.get(request.request_id) is request
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(sorted(self._members.values(), key=_order))
+
+
+def _order(request: Request) -> tuple[int, int]:
+    return request.priority, request.arrival
+
+
+class Scheduler:
+    """Continuous batching: requests join and leave at every step.
+
+    Args:
+        pool: where pages come from.
+        max_num_seqs: seats.
+        max_num_batched_tokens: token budget of a step; at least `max_num_seqs`, so that decode always fits.
+        kv_policy: "paged", or "reserved" to take a request's whole maximum when it is admitted.
+    """
+
+    forks = True  # whether the answers of n > 1 start from one computed prompt
+
+    def __init__(
+        self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int, kv_policy: str = "paged"
+    ) -> None:
+        if max_num_seqs > max_num_batched_tokens:
+            raise ValueError(
+                f"max_num_seqs ({max_num_seqs}) must not exceed max_num_batched_tokens "
+                f"({max_num_batched_tokens})"
+            )
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.kv_policy = kv_policy
+        # Pages kept free at admission while others run, so that they can grow before anyone is preempted.
+        self.watermark = max(1, pool.num_blocks // 100)
+        self.waiting = WaitingQueue()
+        self.running: list[Request] = []
+        self.requests: dict[str, Request] = {}  # all that are not finished
+        self._arrivals = 0
+        self._aborting: dict[str, None] = {}
+        self._arrived: list[Arrival] = []
+        self._finished: list[Finish] = []
+        self._stuck: tuple[Request, int, str] | None = (
+            None  # head of the queue, free pages, and why it failed
+        )
+
+    # -- requests come and go ---------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Put a request (and its children) into the queue. Takes effect at the next step.
+
+        Raises:
+            ValueError: for an id in use, or a request that the pool could never hold.
+        """
+        family = [request, *request.children]
+        for member in family:
+            if member.request_id in self.requests:
+                raise ValueError(f"request_id {member.request_id!r} is already in use")
+        need = self.pool.blocks_for(request.max_len - 1)  # the last token is never written
+        if need > self.pool.num_blocks:
+            raise ValueError(
+                f"prompt of {request.num_prompt_tokens} tokens with max_tokens {request.params.max_tokens} "
+                f"may need {need} pages of {self.pool.block_size} tokens, but the pool has "
+                f"{self.pool.num_blocks}: lower max_tokens, or raise num_blocks"
+            )
+        for member in family:
+            member.arrival = self._arrivals
+            self._arrivals += 1
+            self.requests[member.request_id] = member
+            self._arrived.append(
+                Arrival(
+                    member.request_id, member.num_prompt_tokens, member.params.max_tokens, member.priority
+                )
+            )
+        self.waiting.push(request)
+        if not self.forks:
+            self._queue_children(request)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request at the next step boundary. False if there is none of that name."""
+        if request_id not in self.requests:
+            return False
+        self._aborting[request_id] = None
+        return True
+
+    def set_priority(self, request_id: str, priority: int) -> bool:
+        """Change a request's priority (lower runs first); counts from the next step on."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return False
+        request.priority = priority
+        if request in self.waiting:
+            self.waiting.push(request)
+        return True
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether there is anything left to do or to record."""
+        return bool(self.requests or self._finished or self._arrived)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.requests) - len(self.running)
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """Take a request out and give its pages back."""
+        if request.status == "running":
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        blocks = self._release(request)
+        request.status = "finished"
+        request.finish_reason = reason
+        del self.requests[request.request_id]
+        self._aborting.pop(request.request_id, None)
+        self._finished.append(Finish(request.request_id, reason, blocks))
+        self._queue_children(request)
+
+    def _release(self, request: Request) -> tuple[int, ...]:
+        request.num_slots = 0
+        request.shares_tail = False
+        return tuple(self.pool.release(request.request_id)) if request.status == "running" else ()
+
+    def _queue_children(self, request: Request) -> None:
+        for child in request.children:
+            if child.request_id in self.requests:
+                self.waiting.push(child)
+        request.children = []
+
+    # -- planning ---------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan:
+        """Plan one step: running requests first, then waiting ones, under one budget and one seat limit."""
+        self._end_aborted()
+        plan = StepPlan()
+        budget = self._plan_running(plan)
+        self._plan_waiting(plan, budget)
+        return plan
+
+    def _end_aborted(self) -> None:
+        for request_id in list(self._aborting):
+            if request_id in self.requests:
+                self.finish(self.requests[request_id], "abort")
+        self._aborting.clear()
+
+    def _plan_running(self, plan: StepPlan) -> int:
+        """Plan one token for each request that decodes, then chunks of prompts; returns the budget left.
+
+        Decode goes first, so that no prompt, however long, keeps a running answer waiting.
+        """
+        decoding, growing, prefilling = [], [], []
+        for request in self.running:
+            start = request.num_computed_tokens
+            if len(request.token_ids) - start > 1:
+                prefilling.append(request)
+                continue
+            decoding.append(request)
+            if start >= request.num_slots or request.shares_tail:
+                growing.append(request)
+        if growing:
+            self._grow(plan, growing)
+        for request in decoding:
+            if request.status == "running":  # not preempted just now
+                plan.add(request, 1)
+        budget = self.max_num_batched_tokens - len(plan.requests)
+        for request in prefilling:
+            if budget and request.status == "running":
+                budget -= self._plan_prefill(plan, request, budget)
+        return budget
+
+    def _plan_prefill(self, plan: StepPlan, request: Request, budget: int) -> int:
+        missing = len(request.token_ids) - request.num_computed_tokens
+        num_tokens = min(missing, budget)
+        plan.add(request, num_tokens)
+        if request.children and request.num_computed_tokens + num_tokens >= request.num_prompt_tokens:
+            self._plan_forks(plan, request)
+        return num_tokens
+
+    def _grow(self, plan: StepPlan, growing: list[Request]) -> None:
+        """Give each of these requests the page its next token needs, preempting the newest until it fits."""
+        while sum(map(self._needs_page, growing)) > self.pool.num_free:
+            victim = max(self.running, key=_order)
+            if len(self.running) == 1:
+                raise InvariantError(f"request {victim.request_id!r} runs alone and finds no page")
+            self._preempt(plan, victim)
+            growing = [request for request in growing if request is not victim]
+        for request in growing:
+            start = request.num_computed_tokens
+            if start >= request.num_slots:
+                self._allocate(plan, request, 1)
+            elif pair := self.pool.make_writable(request.request_id, start // self.pool.block_size):
+                plan.copied.append(Copy(request.request_id, *pair))
+            request.shares_tail = False
+
+    def _needs_page(self, request: Request) -> bool:
+        start = request.num_computed_tokens
+        if start >= request.num_slots:
+            return True
+        table = self.pool.table(request.request_id)
+        return self.pool.ref_counts[table[start // self.pool.block_size]] > 1
+
+    def _allocate(self, plan: StepPlan, request: Request, count: int) -> None:
+        blocks = self.pool.allocate(request.request_id, count)
+        request.num_slots += count * self.pool.block_size
+        plan.taken.append(Pages(request.request_id, tuple(blocks)))
+
+    def _preempt(self, plan: StepPlan, victim: Request) -> None:
+        """Take a request's pages and seat away; it keeps its tokens and will compute them again."""
+        self.running.remove(victim)
+        plan.preempted.append(Pages(victim.request_id, self._release(victim)))
+        victim.status = "waiting"
+        victim.num_computed_tokens = 0
+        victim.num_preemptions += 1
+        self.waiting.push(victim)
+
+    def _plan_waiting(self, plan: StepPlan, budget: int) -> None:
+        """Admit from the head of the queue while seats, budget and pages last; say why it stopped."""
+        while (request := self.waiting.peek()) is not None:
+            reason = self._why_not(plan, request, budget)
+            if reason:
+                plan.blocked = (request.request_id, reason)
+                return
+            budget -= self._plan_prefill(plan, request, budget)
+
+    def _why_not(self, plan: StepPlan, request: Request, budget: int) -> str | None:
+        """Admit the request, or say why it must wait."""
+        if plan.preempted:
+            return "nobody is admitted in a step that preempted"
+        if len(self.running) >= self.max_num_seqs:
+            return f"all {self.max_num_seqs} seats are taken"
+        if budget == 0:
+            return f"the token budget of {self.max_num_batched_tokens} is used up"
+        return self._admit(plan, request)
+
+    def _admit(self, plan: StepPlan, request: Request) -> str | None:
+        """Give a request a seat and pages for all its tokens, or say what is missing."""
+        pool = self.pool
+        free = pool.num_free
+        if self.running and self._stuck and self._stuck[0] is request and free <= self._stuck[1]:
+            return self._stuck[2]  # nothing came back since: spare the look-up
+        shared = pool.match(request.token_ids)
+        tokens = request.max_len - 1 if self.kv_policy == "reserved" else len(request.token_ids)
+        count = pool.blocks_for(tokens) - len(shared)
+        left = pool.num_free_without(shared)
+        if count + (self.watermark if self.running else 0) > left:
+            self._stuck = (request, free, f"it needs {count} pages, and {left} are free")
+            return self._stuck[2]
+        self._stuck = None
+        self.waiting.remove(request)
+        pool.share(request.request_id, shared)
+        cached = len(shared) * pool.block_size
+        plan.admitted.append(Admission(request.request_id, cached, tuple(shared)))
+        self._seat(request, cached)
+        self._allocate(plan, request, count)
+        return None
+
+    def _seat(self, request: Request, num_computed_tokens: int) -> None:
+        request.status = "running"
+        request.num_computed_tokens = request.num_cached_tokens = num_computed_tokens
+        request.num_slots = len(self.pool.table(request.request_id)) * self.pool.block_size
+        self.running.append(request)
+
+    def _plan_forks(self, plan: StepPlan, parent: Request) -> None:
+        """The prompt is computed in this step: let as many children start from it as there are seats."""
+        row = len(plan.requests) - 1
+        seats = self.max_num_seqs - len(self.running) if self.kv_policy == "paged" else 0
+        partial = parent.num_prompt_tokens % self.pool.block_size > 0
+        for child in parent.children[:seats]:
+            if child.request_id not in self.requests:  # aborted meanwhile
+                continue
+            shared = self.pool.fork(parent.request_id, child.request_id)
+            self._seat(child, parent.num_prompt_tokens)
+            child.shares_tail = parent.shares_tail = partial
+            plan.admitted.append(Admission(child.request_id, parent.num_prompt_tokens, tuple(shared)))
+            plan.forks[len(plan.requests)] = row
+            plan.add(child, 0)
+        parent.children = parent.children[seats:]
+        self._queue_children(parent)  # the others come as ordinary requests, and share full pages
+
+    # -- after the step ---------------------------------------------------------------------------
+
+    def commit(self, plan: StepPlan, result: StepResult) -> None:
+        """Take over what the runner computed: tokens advance, full pages become known, requests end."""
+        size = self.pool.block_size
+        for row, (request, start, num_tokens, tokens) in enumerate(
+            zip(plan.requests, plan.starts, plan.num_tokens, result.sampled, strict=True)
+        ):
+            if result.errors and row in result.errors:
+                request.error = result.errors[row]
+                self.finish(request, "error")
+                continue
+            end = request.num_computed_tokens = start + num_tokens
+            if end // size > start // size:
+                self.pool.publish(request.request_id, request.token_ids, end)
+            for token in tokens:
+                request.token_ids.append(token)
+                if token in request.stop_ids:
+                    self.finish(request, "stop")
+                    break
+                if len(request.token_ids) >= request.max_len:
+                    self.finish(request, "length")
+                    break
+
+    def record(
+        self, step: int, plan: StepPlan, result: StepResult, *, time: float = 0.0, seconds: float = 0.0
+    ) -> StepRecord:
+        """The step as the trace keeps it: the plan, what came of it, and who came and went."""
+        published, evicted = self.pool.drain_changes()
+        record = StepRecord(
+            step,
+            tuple([request.request_id for request in plan.requests]),
+            "".join(plan.kinds),
+            tuple(plan.starts),
+            tuple(plan.num_tokens),
+            tuple(result.sampled),
+            tuple(plan.padding) if any(plan.padding) else (),
+            tuple(self._arrived),
+            tuple(plan.admitted),
+            tuple(plan.preempted),
+            tuple(plan.taken),
+            tuple(plan.copied),
+            tuple(self._finished),
+            published,
+            evicted,
+            self.num_waiting,
+            plan.blocked,
+            self.pool.num_free,
+            time,
+            seconds,
+        )
+        self._arrived.clear()
+        self._finished.clear()
+        return record
+
+
+class StaticScheduler(Scheduler):
+    """Static batching: a batch is formed, padded to its longest member, and runs until its last one is done.
+
+    Prompts are padded on the left, so that all members reach their first token in the same step; each step
+    computes as many columns of the padded batch as the budget allows. A finished member's seat stays in the
+    batch and computes padding.
+    """
+
+    forks = False
+
+    def schedule(self) -> StepPlan:
+        self._end_aborted()
+        plan = StepPlan()
+        if not self.running:
+            while (request := self.waiting.peek()) is not None:
+                reason = self._why_not(plan, request, budget=1)
+                if reason:
+                    plan.blocked = (request.request_id, reason)
+                    break
+            self._batch = list(self.running)
+        elif (request := self.waiting.peek()) is not None:
+            plan.blocked = (request.request_id, "the batch runs until its last member is done")
+        if self.running:
+            self._plan_columns(plan)
+        return plan
+
+    def _plan_columns(self, plan: StepPlan) -> None:
+        missing = [len(r.token_ids) - r.num_computed_tokens for r in self.running]
+        width = max(missing)
+        if width == 1:
+            self._grow(plan, [r for r in self.running if r.num_computed_tokens >= r.num_slots])
+        columns = min(width, self.max_num_batched_tokens // len(self._batch))
+        for member in self._batch:
+            num_tokens = 0
+            if member.status == "running":
+                after = width - columns  # columns still to come after this step
+                num_tokens = max(0, len(member.token_ids) - member.num_computed_tokens - after)
+            plan.add(member, num_tokens)
+            plan.padding.append(columns - num_tokens)
+
+
+class NaiveScheduler(Scheduler):
+    """One request at a time: what a loop over `generate` does."""
+
+    forks = False
+
+    def __init__(self, pool: BlockPool, **limits: Any) -> None:
+        super().__init__(pool, **{**limits, "max_num_seqs": 1})
+
+
+SCHEDULERS: dict[str, type[Scheduler]] = {
+    "continuous": Scheduler,
+    "static": StaticScheduler,
+    "naive": NaiveScheduler,
+}

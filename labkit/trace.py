@@ -1,0 +1,495 @@
+"""One immutable record per step: what ran, who waited and why, whose pages changed. No tensors here.
+
+Every picture, check and export reads this and nothing else. A trace written to a file and read back is
+equal to the one in memory, and the state of the block pool at any step can be rebuilt from it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+FORMAT = "labkit-trace"
+VERSION = 1
+KINDS = {"p": "prefill", "c": "chunk", "d": "decode", "i": "idle"}
+_KEYFRAME_EVERY = 256
+
+
+class TraceError(ValueError):
+    """A trace file that cannot be read: says which line and what is wrong with it."""
+
+
+class Arrival(NamedTuple):
+    """A request joins the queue."""
+
+    request_id: str
+    num_prompt_tokens: int
+    max_tokens: int
+    priority: int = 0
+
+
+class Admission(NamedTuple):
+    """A request gets a seat. `num_cached_tokens` of it were found in the prefix cache, in `shared` pages."""
+
+    request_id: str
+    num_cached_tokens: int = 0
+    shared: tuple[int, ...] = ()
+
+
+class Pages(NamedTuple):
+    """Pages that a request took (appended to its block table) or gave back, in table order."""
+
+    request_id: str
+    blocks: tuple[int, ...]
+
+
+class Copy(NamedTuple):
+    """Copy on write: in the request's block table `new` takes the place of the shared page `old`."""
+
+    request_id: str
+    old: int
+    new: int
+
+
+class Finish(NamedTuple):
+    """A request ends: `reason` is stop, length, abort or error. Its pages go back to the pool."""
+
+    request_id: str
+    reason: str
+    blocks: tuple[int, ...]
+
+
+class Row(NamedTuple):
+    """What one request did in one step. `kind` is prefill, chunk, decode or idle (a padded seat)."""
+
+    request_id: str
+    kind: str
+    start: int
+    num_tokens: int
+    sampled: tuple[int, ...]
+    padding: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step of the engine. The first five fields are columns with one entry per request that ran.
+
+    `kinds` has one letter each: p, the whole prompt (or all that was missing of it); c, a chunk of it;
+    d, decode; i, an idle seat of a static batch. `starts` counts tokens computed before the step.
+    `waiting` counts the queue after the step was planned and `blocked` names its head and why it waits.
+    `published` pages can be found by later requests from now on; `evicted` ones no longer.
+    `time` is when the step ended, in seconds since the trace began, and `seconds` how long it took: the
+    only fields that differ from run to run, which is why they do not count when records are compared.
+    """
+
+    step: int
+    requests: tuple[str, ...] = ()
+    kinds: str = ""
+    starts: tuple[int, ...] = ()
+    num_tokens: tuple[int, ...] = ()
+    sampled: tuple[tuple[int, ...], ...] = ()
+    padding: tuple[int, ...] = ()
+    arrived: tuple[Arrival, ...] = ()
+    admitted: tuple[Admission, ...] = ()
+    preempted: tuple[Pages, ...] = ()
+    taken: tuple[Pages, ...] = ()
+    copied: tuple[Copy, ...] = ()
+    finished: tuple[Finish, ...] = ()
+    published: tuple[int, ...] = ()
+    evicted: tuple[int, ...] = ()
+    waiting: int = 0
+    blocked: tuple[str, str] | None = None
+    free_blocks: int = 0
+    time: float = field(default=0.0, compare=False)
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def rows(self) -> list[Row]:
+        """One `Row` per request that ran, in batch order."""
+        padding = self.padding or (0,) * len(self.requests)
+        columns = (self.requests, self.kinds, self.starts, self.num_tokens, self.sampled, padding)
+        return [Row(r, KINDS[k], *rest) for r, k, *rest in zip(*columns, strict=True)]
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens computed, padding not counted."""
+        return sum(self.num_tokens)
+
+    @property
+    def total_sampled(self) -> int:
+        """Tokens generated."""
+        return sum(map(len, self.sampled))
+
+
+@dataclass(frozen=True)
+class TraceMeta:
+    """What the steps were run with. `started` is wall-clock time, in seconds since 1970."""
+
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    scheduler: str = "continuous"
+    kv_policy: str = "paged"
+    model: str = ""
+    device: str = ""
+    dtype: str = ""
+    started: float = field(default=0.0, compare=False)
+
+
+class PoolState:
+    """Who owns which page at one moment, rebuilt from records.
+
+    `tables` maps a running request to its pages in order, `computed` to its tokens in the cache, `waiting`
+    holds the queue's members, `cached` the pages that hold a prefix which later requests can find.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.tables: dict[str, list[int]] = {}
+        self.computed: dict[str, int] = {}
+        self.waiting: dict[str, Arrival] = {}
+        self.arrivals: dict[str, Arrival] = {}
+        self.cached: set[int] = set()
+
+    def copy(self) -> PoolState:
+        twin = PoolState(self.block_size)
+        twin.tables = {name: list(table) for name, table in self.tables.items()}
+        twin.computed, twin.waiting = dict(self.computed), dict(self.waiting)
+        twin.arrivals, twin.cached = dict(self.arrivals), set(self.cached)
+        return twin
+
+    def begin(self, record: StepRecord) -> None:
+        """Apply what happens before the forward pass, and the pass itself."""
+        for arrival in record.arrived:
+            self.arrivals[arrival.request_id] = self.waiting[arrival.request_id] = arrival
+        for request_id, _ in record.preempted:
+            self._release(request_id)
+            if request_id in self.arrivals:
+                self.waiting[request_id] = self.arrivals[request_id]
+        self.cached.difference_update(record.evicted)
+        for admission in record.admitted:
+            self.waiting.pop(admission.request_id, None)
+            self.tables[admission.request_id] = list(admission.shared)
+            self.computed[admission.request_id] = admission.num_cached_tokens
+        for request_id, blocks in record.taken:
+            self.tables.setdefault(request_id, []).extend(blocks)
+        for request_id, old, new in record.copied:
+            table = self.tables[request_id]
+            table[table.index(old)] = new
+        for request_id, start, num_tokens in zip(
+            record.requests, record.starts, record.num_tokens, strict=True
+        ):
+            if num_tokens:
+                self.computed[request_id] = start + num_tokens
+        self.cached.update(record.published)
+
+    def end(self, record: StepRecord) -> None:
+        """Apply what happens after the pass: finished requests give their pages back."""
+        for request_id, _, _ in record.finished:
+            self._release(request_id)
+            self.waiting.pop(request_id, None)
+            self.arrivals.pop(request_id, None)
+
+    def _release(self, request_id: str) -> None:
+        self.tables.pop(request_id, None)
+        self.computed.pop(request_id, None)
+
+    @property
+    def owners(self) -> dict[int, tuple[str, ...]]:
+        """Page to its owners: one, or several where a prefix is shared."""
+        owners: dict[int, tuple[str, ...]] = {}
+        for request_id, table in self.tables.items():
+            for block in table:
+                owners[block] = (*owners.get(block, ()), request_id)
+        return owners
+
+    @property
+    def filled(self) -> dict[int, int]:
+        """Page to the number of its slots that hold a token's keys and values."""
+        filled = dict.fromkeys(self.cached, self.block_size)
+        for request_id, table in self.tables.items():
+            left = self.computed.get(request_id, 0)
+            for block in table:
+                tokens = max(0, min(self.block_size, left))
+                filled[block] = max(filled.get(block, 0), tokens)
+                left -= self.block_size
+        return filled
+
+
+class Trace:
+    """The records of a run, in order, with what they were run with.
+
+    Args:
+        meta: sizes and settings of the engine.
+        records: to start from, for instance of a loaded file.
+        max_steps: keep at least so many of the latest steps, and forget older ones (None: keep all).
+    """
+
+    def __init__(
+        self, meta: TraceMeta, records: Iterable[StepRecord] = (), *, max_steps: int | None = None
+    ) -> None:
+        self.meta = meta
+        self.max_steps = max_steps
+        self._records: list[StepRecord] = []
+        self._base = PoolState(meta.block_size)  # state before the first record kept
+        self._keyframes: dict[int, PoolState] = {}  # state after the step that is the key
+        for record in records:
+            self.append(record)
+
+    def append(self, record: StepRecord) -> StepRecord:
+        self._records.append(record)
+        if self.max_steps is not None and len(self._records) >= 2 * self.max_steps:
+            self._forget(len(self._records) - self.max_steps)
+        return record
+
+    def _forget(self, count: int) -> None:
+        for record in self._records[:count]:
+            self._base.begin(record)
+            self._base.end(record)
+        self._records = self._records[count:]  # a new list: a reader keeps the one it holds
+        self._keyframes.clear()
+
+    @property
+    def records(self) -> list[StepRecord]:
+        """The records kept, oldest first. Read, don't write."""
+        return self._records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        return iter(self._records)
+
+    def __getitem__(self, index: int) -> StepRecord:
+        """The record at a place in the trace: `trace[-1]` is the latest. See `at` for a step's number."""
+        return self._records[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Trace) and self.meta == other.meta and self._records == other._records
+
+    def __repr__(self) -> str:
+        return f"Trace({len(self)} steps, {self.meta})"
+
+    def at(self, step: int) -> StepRecord:
+        """The record of one step.
+
+        Raises:
+            ValueError: if the trace does not hold that step.
+        """
+        return self._records[self._index(step)]
+
+    def _index(self, step: int) -> int:
+        index = bisect.bisect_left(self._records, step, key=lambda record: record.step)
+        if index == len(self._records) or self._records[index].step != step:
+            held = f"{self._records[0].step} to {self._records[-1].step}" if self._records else "none"
+            raise ValueError(f"step {step} is not in this trace (steps held: {held})")
+        return index
+
+    def state(self, step: int, *, after: bool = False) -> PoolState:
+        """The block pool during a step (finished requests still hold their pages) or `after` it.
+
+        Raises:
+            ValueError: if the trace does not hold that step.
+        """
+        index = self._index(step)
+        frames = [key for key in self._keyframes if key < index]
+        start = max(frames, default=-1)
+        state = (self._keyframes[start] if frames else self._base).copy()
+        for i in range(start + 1, index):
+            state.begin(self._records[i])
+            state.end(self._records[i])
+            if i % _KEYFRAME_EVERY == 0:
+                self._keyframes[i] = state.copy()
+        state.begin(self._records[index])
+        if after:
+            state.end(self._records[index])
+        return state
+
+    # -- files ------------------------------------------------------------------------------------
+
+    def lines(self) -> Iterator[str]:
+        """The trace as JSON Lines: a header, then one step a line. Fields at their default are left out."""
+        head = {"format": FORMAT, "version": VERSION, **_to_json(self.meta)}
+        yield json.dumps(head, separators=(",", ":"))
+        for record in self._records:
+            yield json.dumps(_to_json(record), separators=(",", ":"))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the trace to a file (JSON Lines, UTF-8)."""
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in self.lines())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trace:
+        """Read a trace from a file.
+
+        Raises:
+            TraceError: for a file that is no trace, with the line and what is wrong with it.
+        """
+        try:
+            with open(path, encoding="utf-8") as file:
+                return cls.from_lines(file)
+        except UnicodeDecodeError as error:
+            raise TraceError(f"not a trace: the file is not UTF-8 text ({error.reason})") from None
+
+    @classmethod
+    def from_lines(cls, lines: Iterable[str]) -> Trace:
+        """Read a trace from JSON Lines. Raises `TraceError` as `load` does."""
+        numbered = ((n, line) for n, line in enumerate(lines, 1) if line.strip())
+        number, line = next(numbered, (1, ""))
+        head = _parse_line(number, line)
+        if head.pop("format", None) != FORMAT:
+            raise TraceError(f'line {number}: not a trace: the first line must say "format": "{FORMAT}"')
+        version = head.pop("version", None)
+        if version != VERSION:
+            raise TraceError(f"line {number}: version {version!r} is not one this labkit reads ({VERSION})")
+        trace = cls(_build(TraceMeta, head, number))
+        _check_meta(trace.meta, number)
+        state = PoolState(trace.meta.block_size)
+        last = -1
+        for number, line in numbered:
+            record = _build(StepRecord, _parse_line(number, line), number)
+            _check_record(record, trace.meta, last, number)
+            _check_replay(state, record, number)
+            last = record.step
+            trace.append(record)
+        return trace
+
+
+_NESTED: dict[str, type] = {
+    "arrived": Arrival,
+    "admitted": Admission,
+    "preempted": Pages,
+    "taken": Pages,
+    "copied": Copy,
+    "finished": Finish,
+}
+_SECONDS_DIGITS = 6
+
+
+def _to_json(record: StepRecord | TraceMeta) -> dict[str, Any]:
+    values = ((f, getattr(record, f.name)) for f in fields(record))
+    return {
+        f.name: round(value, _SECONDS_DIGITS) if isinstance(value, float) else value
+        for f, value in values
+        if value != f.default
+    }
+
+
+def _parse_line(number: int, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise TraceError(f"line {number}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise TraceError(f"line {number}: expected an object, found {type(value).__name__}")
+    return value
+
+
+def _build(cls: type, values: dict[str, Any], number: int) -> Any:
+    known = {f.name: f for f in fields(cls)}
+    unknown = values.keys() - known.keys()
+    if unknown:
+        raise TraceError(f"line {number}: unknown field {sorted(unknown)[0]!r}")
+    try:
+        built = {name: _convert(name, value, str(known[name].type)) for name, value in values.items()}
+        return cls(**built)
+    except (TypeError, ValueError) as error:
+        raise TraceError(f"line {number}: {error}") from None
+
+
+def _convert(name: str, value: Any, kind: str) -> Any:
+    """Lists to tuples and named tuples, with the types checked."""
+    if name in _NESTED:
+        return tuple(_entry(name, _NESTED[name], item) for item in _list(name, value))
+    if name == "sampled":
+        return tuple(_ints(name, item) for item in _list(name, value))
+    if name == "blocked":
+        head, why = _list(name, value)
+        return _typed(name, head, str), _typed(name, why, str)
+    if kind.startswith("tuple[str"):
+        return tuple(_typed(name, item, str) for item in _list(name, value))
+    if kind.startswith("tuple[int"):
+        return _ints(name, value)
+    if kind == "float":
+        return float(_typed(name, value, (int, float)))
+    return _typed(name, value, int if kind == "int" else str)
+
+
+def _entry(name: str, cls: Any, item: Any) -> Any:
+    parts = _list(name, item)
+    kinds = [str(kind) for kind in cls.__annotations__.values()]
+    if len(parts) > len(kinds):
+        raise ValueError(f"{name}: too many values in {item!r}")
+    checked = [
+        _ints(name, part) if "tuple" in kind else _typed(name, part, str if "str" in kind else int)
+        for part, kind in zip(parts, kinds, strict=False)
+    ]
+    return cls(*checked)
+
+
+def _typed(name: str, value: Any, kinds: type | tuple[type, ...]) -> Any:
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ValueError(f"{name}: unexpected value {value!r}")
+    return value
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{name}: expected a list, found {value!r}")
+    return value
+
+
+def _ints(name: str, value: Any) -> tuple[int, ...]:
+    return tuple(_typed(name, item, int) for item in _list(name, value))
+
+
+def _check_meta(meta: TraceMeta, number: int) -> None:
+    for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
+        if getattr(meta, name) < 1:
+            raise TraceError(f"line {number}: {name} must be at least 1, not {getattr(meta, name)}")
+
+
+def _check_record(record: StepRecord, meta: TraceMeta, last: int, number: int) -> None:
+    def fail(what: str) -> None:
+        raise TraceError(f"line {number}: {what}")
+
+    if record.step <= last:
+        fail(f"step {record.step} does not come after step {last}")
+    columns = (record.kinds, record.starts, record.num_tokens, record.sampled)
+    if any(len(column) != len(record.requests) for column in columns):
+        fail("the columns requests, kinds, starts, num_tokens and sampled differ in length")
+    if record.padding and len(record.padding) != len(record.requests):
+        fail("padding must have one entry per request")
+    if set(record.kinds) - KINDS.keys():
+        fail(f"kinds must be made of the letters {', '.join(KINDS)}, not {record.kinds!r}")
+    blocks = [block for pages in (*record.preempted, *record.taken) for block in pages.blocks]
+    blocks += [block for finish in record.finished for block in finish.blocks]
+    blocks += [block for copy in record.copied for block in copy[1:]]
+    blocks += [block for admission in record.admitted for block in admission.shared]
+    for block in (*blocks, *record.published, *record.evicted):
+        if not 0 <= block < meta.num_blocks:
+            fail(f"block {block} is outside the pool of {meta.num_blocks}")
+    if min((*record.starts, *record.num_tokens, *record.padding, record.waiting, 0)) < 0:
+        fail("a count is negative")
+
+
+def _check_replay(state: PoolState, record: StepRecord, number: int) -> None:
+    """Replay the step as it is read, so that a picture never meets a page that nobody took."""
+    try:
+        state.begin(record)
+    except (KeyError, ValueError):
+        raise TraceError(f"line {number}: copies a page that its request does not hold") from None
+    for request_id, num_tokens, start in zip(record.requests, record.num_tokens, record.starts, strict=True):
+        held = len(state.tables.get(request_id, ())) * state.block_size
+        if num_tokens and start + num_tokens > held:
+            raise TraceError(
+                f"line {number}: request {request_id!r} computes token {start + num_tokens - 1} "
+                f"but holds pages for {held} only"
+            )
+    state.end(record)
