@@ -184,7 +184,7 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities at one position, after penalties and bias, before temperature and filters.
+    """Log-probabilities at one position, as the model gives them: before bias, penalties and filters.
 
     `token` is the chosen one; `top` holds the likeliest (token id, log-probability), best first.
     """

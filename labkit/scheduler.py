@@ -8,102 +8,13 @@ from Orca (Yu et al. 2022), chunked prefill beside decode from Sarathi-Serve (Ag
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from labkit.memory import BlockPool, InvariantError
-from labkit.request import FinishReason, Request, TokenLogprobs
+from labkit.plan import StepPlan, StepResult
+from labkit.queue import WaitingQueue, order
+from labkit.request import FinishReason, Request
 from labkit.trace import Admission, Arrival, Copy, Finish, Pages, StepRecord
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """One step: row i computes `num_tokens[i]` tokens of `requests[i]`, from `starts[i]` on.
-
-    A row that reaches the end of what its request knows samples the next token. `kinds` says in one letter
-    what that amounts to (see `StepRecord`); it is written for the trace, nothing is decided by it.
-    `padding` (empty, or one number per row) counts wasted rows that a static batch computes as well.
-    `forks` maps a row to the row whose logits it samples from: children of n > 1 start with their parent's
-    last prompt token. `copied` pages are copied before the forward pass.
-    """
-
-    requests: list[Request] = field(default_factory=list)
-    kinds: list[str] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    num_tokens: list[int] = field(default_factory=list)
-    padding: list[int] = field(default_factory=list)
-    forks: dict[int, int] = field(default_factory=dict)
-    admitted: list[Admission] = field(default_factory=list)
-    preempted: list[Pages] = field(default_factory=list)
-    taken: list[Pages] = field(default_factory=list)
-    copied: list[Copy] = field(default_factory=list)
-    blocked: tuple[str, str] | None = None
-
-    def add(self, request: Request, num_tokens: int) -> None:
-        start, known = request.num_computed_tokens, len(request.token_ids)
-        if start >= request.num_prompt_tokens and known - start == 1 == num_tokens:
-            kind = "d"
-        elif start == request.num_cached_tokens and num_tokens == known - start:
-            kind = "p"
-        else:
-            kind = "c" if num_tokens else "i"
-        self.requests.append(request)
-        self.kinds.append(kind)
-        self.starts.append(start)
-        self.num_tokens.append(num_tokens)
-
-
-@dataclass(slots=True)
-class StepResult:
-    """What the runner made of a plan, row by row: the tokens sampled (none for a chunk that is not the last).
-
-    `logprobs` is empty or has one entry per row; `errors` maps rows that failed to what went wrong.
-    """
-
-    sampled: list[tuple[int, ...]]
-    logprobs: list[tuple[TokenLogprobs, ...]] = field(default_factory=list)
-    errors: dict[int, str] = field(default_factory=dict)
-
-
-class WaitingQueue:
-    """Requests by priority (lower first), then by arrival. Lazy removal keeps every call at log n or less."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[int, int, Request]] = []
-        self._members: dict[str, Request] = {}
-
-    def push(self, request: Request) -> None:
-        self._members[request.request_id] = request
-        heapq.heappush(self._heap, (request.priority, request.arrival, request))
-
-    def peek(self) -> Request | None:
-        while self._heap:
-            priority, _, request = self._heap[0]
-            if self._members.get(request.request_id) is request and request.priority == priority:
-                return request
-            heapq.heappop(self._heap)
-        return None
-
-    def remove(self, request: Request) -> None:
-        del self._members[request.request_id]
-        if len(self._heap) > 2 * len(self._members) + 64:  # mostly leftovers: sweep
-            self._heap = [(r.priority, r.arrival, r) for r in self._members.values()]
-            heapq.heapify(self._heap)
-
-    def __len__(self) -> int:
-        return len(self._members)
-
-    def __contains__(self, request: Request) -> bool:
-        return self._members.get(request.request_id) is request
-
-    def __iter__(self) -> Iterator[Request]:
-        return iter(sorted(self._members.values(), key=_order))
-
-
-def _order(request: Request) -> tuple[int, int]:
-    return request.priority, request.arrival
 
 
 class Scheduler:
@@ -151,17 +62,8 @@ class Scheduler:
         Raises:
             ValueError: for an id in use, or a request that the pool could never hold.
         """
+        self.check(request)
         family = [request, *request.children]
-        for member in family:
-            if member.request_id in self.requests:
-                raise ValueError(f"request_id {member.request_id!r} is already in use")
-        need = self.pool.blocks_for(request.max_len - 1)  # the last token is never written
-        if need > self.pool.num_blocks:
-            raise ValueError(
-                f"prompt of {request.num_prompt_tokens} tokens with max_tokens {request.params.max_tokens} "
-                f"may need {need} pages of {self.pool.block_size} tokens, but the pool has "
-                f"{self.pool.num_blocks}: lower max_tokens, or raise num_blocks"
-            )
         for member in family:
             member.arrival = self._arrivals
             self._arrivals += 1
@@ -174,6 +76,19 @@ class Scheduler:
         self.waiting.push(request)
         if not self.forks:
             self._queue_children(request)
+
+    def check(self, request: Request) -> None:
+        """Raise as `add` does, and change nothing."""
+        for member in (request, *request.children):
+            if member.request_id in self.requests:
+                raise ValueError(f"request_id {member.request_id!r} is already in use")
+        need = self.pool.blocks_for(request.max_len - 1)  # the last token is never written
+        if need > self.pool.num_blocks:
+            raise ValueError(
+                f"prompt of {request.num_prompt_tokens} tokens with max_tokens {request.params.max_tokens} "
+                f"may need {need} pages of {self.pool.block_size} tokens, but the pool has "
+                f"{self.pool.num_blocks}: lower max_tokens, or raise num_blocks"
+            )
 
     def abort(self, request_id: str) -> bool:
         """End a request at the next step boundary. False if there is none of that name."""
@@ -278,7 +193,7 @@ class Scheduler:
     def _grow(self, plan: StepPlan, growing: list[Request]) -> None:
         """Give each of these requests the page its next token needs, preempting the newest until it fits."""
         while sum(map(self._needs_page, growing)) > self.pool.num_free:
-            victim = max(self.running, key=_order)
+            victim = max(self.running, key=order)
             if len(self.running) == 1:
                 raise InvariantError(f"request {victim.request_id!r} runs alone and finds no page")
             self._preempt(plan, victim)
@@ -391,14 +306,17 @@ class Scheduler:
             end = request.num_computed_tokens = start + num_tokens
             if end // size > start // size:
                 self.pool.publish(request.request_id, request.token_ids, end)
+            reason: FinishReason | None = "stop" if row in result.stopped else None
             for token in tokens:
                 request.token_ids.append(token)
                 if token in request.stop_ids:
-                    self.finish(request, "stop")
+                    reason = "stop"
                     break
                 if len(request.token_ids) >= request.max_len:
-                    self.finish(request, "length")
+                    reason = reason or "length"
                     break
+            if reason:
+                self.finish(request, reason)
 
     def record(
         self, step: int, plan: StepPlan, result: StepResult, *, time: float = 0.0, seconds: float = 0.0

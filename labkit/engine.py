@@ -1,0 +1,388 @@
+"""The engine: requests in, one step at a time, tokens out, and a record of every step.
+
+`Engine` is the loop's body; whoever holds it decides when to step. `LLM` is the blocking front for a list
+of prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import psutil
+import torch
+from tqdm.auto import tqdm
+
+from labkit.config import EngineConfig
+from labkit.memory import BlockPool
+from labkit.plan import StepPlan, StepResult
+from labkit.request import Request, RequestMetrics, RequestOutput, SamplingParams, check_number
+from labkit.runner import Runner
+from labkit.sampling import mix
+from labkit.scheduler import SCHEDULERS, Scheduler
+from labkit.text import TextStream
+from labkit.trace import StepRecord, Trace, TraceMeta
+from labkit.weights import LoadedModel, load_model
+
+Prompt = str | Sequence[int]
+
+_CPU_POOL_BYTES = 384 * 2**20  # of the default pool; a laptop keeps the rest
+_GPU_POOL_SHARE = 0.7  # of the memory that is free once the weights are loaded
+_MAX_ID = 128
+
+
+class Engine:
+    """Requests in, tokens out, one step at a time.
+
+    Args:
+        config: sizes and switches.
+        scheduler: a `Scheduler` class of your own, called as those in `labkit.scheduler` are.
+        pool: a `BlockPool` class of your own, called with `(num_blocks, block_size)`.
+
+    Attributes:
+        trace: one record per step.
+        outputs: what each request has produced so far, by id; entries are updated in place, and stay until
+            you take them out.
+
+    Raises:
+        ValueError: for a model that cannot be found or run, or sizes that do not fit into memory.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig | None = None,
+        scheduler: Callable[..., Scheduler] | None = None,
+        pool: Callable[..., BlockPool] | None = None,
+    ) -> None:
+        self.config = config = config or EngineConfig()
+        self.model = (
+            config.model
+            if isinstance(config.model, LoadedModel)
+            else load_model(config.model, dtype=config.dtype, device=config.device)
+        )
+        module = self.model.module
+        num_blocks = config.num_blocks or self._fitting_blocks()
+        self.max_model_len = config.max_model_len or min(module.max_model_len, num_blocks * config.block_size)
+        if self.max_model_len > module.max_model_len:
+            raise ValueError(
+                f"max_model_len must be at most {module.max_model_len}, the limit of {self.model.name}, "
+                f"not {self.max_model_len}"
+            )
+        self.pool = (pool or BlockPool)(num_blocks, config.block_size)
+        self.pool.enable_prefix_caching = config.enable_prefix_caching and config.scheduler != "static"
+        self.scheduler = (scheduler or SCHEDULERS[config.scheduler])(
+            self.pool,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            kv_policy=config.kv_policy,
+        )
+        self.runner = Runner(module, self.pool)
+        self.trace = Trace(self._meta(), max_steps=config.max_trace_steps)
+        self.outputs: dict[str, RequestOutput] = {}
+        self._streams: dict[str, TextStream] = {}
+        self._step = 0
+        self._next_id = 0
+        self._began = time.perf_counter()
+
+    def _fitting_blocks(self) -> int:
+        """Pages for all seats at full length, or as many as a fair share of the free memory holds."""
+        config, module = self.config, self.model.module
+        page = module.kv_bytes_per_token() * config.block_size
+        if module.device.type == "cuda":
+            budget = _GPU_POOL_SHARE * torch.cuda.mem_get_info(module.device)[0]
+        else:
+            budget = min(_CPU_POOL_BYTES, psutil.virtual_memory().available / 2)
+        longest = min(config.max_model_len or module.max_model_len, module.max_model_len)
+        wanted = config.max_num_seqs * -(-longest // config.block_size)
+        blocks = min(wanted, int(budget // page))
+        if blocks < 1:
+            raise ValueError(f"too little memory: one page of the KV cache takes {page / 2**20:.1f} MiB")
+        return blocks
+
+    def _meta(self) -> TraceMeta:
+        config, model = self.config, self.model
+        return TraceMeta(
+            num_blocks=self.pool.num_blocks,
+            block_size=self.pool.block_size,
+            max_num_seqs=self.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            scheduler=config.scheduler,
+            kv_policy=config.kv_policy,
+            model=model.name,
+            device=str(model.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            started=time.time(),
+        )
+
+    # -- requests ---------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> str:
+        """Queue a prompt (text or token ids); returns the request's id. It can run from the next step on.
+
+        With `params.n` > 1 the answers after the first are requests of their own: "7", "7.1", "7.2", ...
+
+        Raises:
+            ValueError: for a request that cannot be served; names the field and the limit.
+        """
+        return self.enqueue(self.make_request(prompt, params, request_id=request_id, priority=priority))
+
+    def make_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> Request:
+        """Check and tokenise a prompt without queueing it. Safe to call from any thread; raises as above."""
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params must be SamplingParams, not {type(params).__name__}")
+        check_number("priority", priority, -(2**31), 2**31, whole=True)
+        token_ids = self._tokenise(prompt)
+        self._check_tokens("stop_token_ids", params.stop_token_ids)
+        self._check_tokens("logit_bias", list(params.logit_bias or ()))
+        if request_id is None:
+            request_id, self._next_id = str(self._next_id), self._next_id + 1
+        elif not isinstance(request_id, str) or not 0 < len(request_id) <= _MAX_ID:
+            raise ValueError(f"request_id must be a string of 1 to {_MAX_ID} characters")
+        stop_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids |= self.model.eos_token_ids
+        seed = mix(self.config.seed, self._next_id) if params.seed is None else params.seed
+        names = [request_id, *(f"{request_id}.{i}" for i in range(1, params.n))]
+        for name in names:
+            if name in self.outputs:
+                raise ValueError(f"request_id {name!r} is already in use")
+        first, *others = (
+            Request(
+                name,
+                token_ids,
+                params,
+                priority=priority,
+                seed=mix(seed, i),
+                max_len=min(len(token_ids) + params.max_tokens, self.max_model_len),
+                stop_ids=stop_ids,
+            )
+            for i, name in enumerate(names)
+        )
+        first.children = others
+        self.scheduler.check(first)
+        return first
+
+    def _tokenise(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            token_ids = list(self.model.tokenizer.encode(prompt)) if prompt.strip() else []
+        elif isinstance(prompt, Sequence):
+            token_ids = list(prompt)
+            self._check_tokens("prompt", token_ids)
+        else:
+            raise ValueError(f"prompt must be text or a list of token ids, not {type(prompt).__name__}")
+        if not token_ids:
+            raise ValueError("prompt is empty: it must have at least one token")
+        if len(token_ids) >= self.max_model_len:
+            raise ValueError(
+                f"prompt has {len(token_ids)} tokens, but max_model_len is {self.max_model_len} and at least "
+                "one token must be left for the answer"
+            )
+        return token_ids
+
+    def _check_tokens(self, name: str, token_ids: Sequence[int]) -> None:
+        for token in token_ids:
+            check_number(f"{name}: a token id", token, 0, self.model.config.vocab_size - 1, whole=True)
+
+    def enqueue(self, request: Request) -> str:
+        """Queue a request that `make_request` made."""
+        self.scheduler.add(request)
+        now = time.perf_counter()
+        for index, member in enumerate([request, *request.children]):
+            self.outputs[member.request_id] = RequestOutput(
+                member.request_id,
+                list(member.token_ids),
+                [],
+                "",
+                None,
+                RequestMetrics(now),
+                logprobs=None if member.params.logprobs is None else [],
+                index=index,
+            )
+            self._streams[member.request_id] = TextStream(self.model.tokenizer, member.params.stop)
+        return request.request_id
+
+    def abort(self, request_id: str) -> bool:
+        """End a request, with all its answers, at the next step. False if it is not there or is done."""
+        output = self.outputs.get(request_id)
+        aborted = self.scheduler.abort(request_id)
+        i = 1
+        while output and output.index == 0 and (child := f"{request_id}.{i}") in self.outputs:
+            aborted |= self.scheduler.abort(child)
+            i += 1
+        return aborted
+
+    def set_priority(self, request_id: str, priority: int) -> bool:
+        """Change a request's priority (lower runs first). False if it is not there or is done."""
+        check_number("priority", priority, -(2**31), 2**31, whole=True)
+        return self.scheduler.set_priority(request_id, priority)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a step has anything to do: a request to run, or an abort to carry out and record."""
+        return self.scheduler.has_unfinished
+
+    # -- the step ---------------------------------------------------------------------------------
+
+    def step(self) -> StepRecord:
+        """Plan, run and record one step. A fault ends the requests it touched, and the others go on."""
+        begin = time.perf_counter()
+        plan = self.scheduler.schedule()
+        interrupt: BaseException | None = None
+        try:
+            result = self.runner.run(plan)
+        except BaseException as error:
+            result = _failed(plan, error)
+            interrupt = None if isinstance(error, Exception) else error
+        self._read(plan, result)
+        self.scheduler.commit(plan, result)
+        end = time.perf_counter()
+        record = self.scheduler.record(self._step, plan, result, time=end - self._began, seconds=end - begin)
+        self._deliver(plan, result, record, begin, end)
+        self._step += 1
+        self.trace.append(record)
+        if interrupt is not None:
+            raise interrupt
+        return record
+
+    def _read(self, plan: StepPlan, result: StepResult) -> None:
+        """New tokens to text; where a stop string is complete, what was sampled after it is dropped."""
+        for row, tokens in enumerate(result.sampled):
+            for i, token in enumerate(tokens):
+                request_id = plan.requests[row].request_id
+                if self._streams[request_id].push(token):
+                    result.sampled[row] = tokens[: i + 1]
+                    result.stopped.add(row)
+                    break
+
+    def _deliver(
+        self, plan: StepPlan, result: StepResult, record: StepRecord, begin: float, end: float
+    ) -> None:
+        """Update the outputs. `finish_reason` comes last, so that other threads can trust it."""
+        for request in plan.requests:
+            output = self.outputs.get(request.request_id)
+            if output and output.metrics.first_scheduled_time is None:
+                output.metrics.first_scheduled_time = begin
+        for row, tokens in enumerate(result.sampled):
+            if tokens:
+                request_id = plan.requests[row].request_id
+                output = self.outputs[request_id]
+                output.token_ids.extend(tokens)
+                output.metrics.token_times.extend([end] * len(tokens))
+                if output.logprobs is not None:
+                    output.logprobs.extend(result.logprobs[row])
+                output.text = self._streams[request_id].text
+        by_id = {request.request_id: row for row, request in enumerate(plan.requests)}
+        for finish in record.finished:
+            output, stream = self.outputs[finish.request_id], self._streams.pop(finish.request_id)
+            row = by_id.get(finish.request_id)
+            if row not in result.stopped:
+                stream.finish()
+                output.text = stream.text
+            if row is not None:
+                request = plan.requests[row]
+                output.error = request.error
+                output.metrics.num_preemptions = request.num_preemptions
+                output.metrics.num_cached_tokens = request.num_cached_tokens
+            output.metrics.finish_time = end
+            output.finish_reason = finish.reason
+            if finish.reason == "error":
+                self.runner.cache.clear_pages([b for b in finish.blocks if not self.pool.ref_counts[b]])
+
+
+def _failed(plan: StepPlan, error: BaseException) -> StepResult:
+    """The result of a step whose forward pass broke: every request in it ends, with the reason."""
+    text = str(error).split("\n")[0][:300]
+    what = f"the step failed: {type(error).__name__}: {text}"
+    if isinstance(error, torch.OutOfMemoryError):
+        what = "the step ran out of memory: lower max_num_batched_tokens or num_blocks"
+    rows = range(len(plan.requests))
+    return StepResult([()] * len(rows), errors=dict.fromkeys(rows, what))
+
+
+class LLM:
+    """A model and an engine, for a list of prompts.
+
+    Args:
+        model: as in `EngineConfig`.
+        config: the other fields of `EngineConfig`.
+    """
+
+    def __init__(self, model: Any = "smollm2-135m", **config: Any) -> None:
+        known = {field.name for field in dataclasses.fields(EngineConfig)}
+        for name in config:
+            if name not in known:
+                raise ValueError(f"{name} is not a setting; known are {', '.join(sorted(known))}")
+        self.engine = Engine(EngineConfig(model=model, **config))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer all prompts; returns when the last is done.
+
+        Args:
+            prompts: one or many, each text or token ids.
+            params: one for all, or one per prompt.
+            progress: show a bar with tokens per second.
+
+        Returns:
+            One output per prompt, in order; with n > 1, n in a row.
+
+        Raises:
+            ValueError: if a prompt cannot be served; none is run then.
+        """
+        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+            prompts = [prompts]  # type: ignore[list-item]
+        if not isinstance(params, Sequence):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(
+                f"params must be one or one per prompt: {len(params)} for {len(prompts)} prompts"
+            )
+        engine = self.engine
+        requests = [engine.make_request(prompt, own) for prompt, own in zip(prompts, params, strict=True)]
+        ids = [member.request_id for request in requests for member in (request, *request.children)]
+        for request in requests:
+            engine.enqueue(request)
+        try:
+            with tqdm(total=len(ids), desc="generate", unit="answer", disable=not progress) as bar:
+                self._run(set(ids), bar)
+        except BaseException:
+            for request_id in ids:
+                engine.abort(request_id)
+            while engine.has_unfinished:
+                engine.step()
+            for request_id in ids:
+                engine.outputs.pop(request_id)
+            raise
+        return [engine.outputs.pop(request_id) for request_id in ids]
+
+    def _run(self, open_ids: set[str], bar: tqdm) -> None:
+        begin, tokens = time.perf_counter(), 0
+        while open_ids:
+            record = self.engine.step()
+            tokens += record.total_sampled
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - begin):.1f} tokens/s", refresh=False)
+            for finish in record.finished:
+                open_ids.discard(finish.request_id)
+                bar.update()

@@ -1,0 +1,103 @@
+"""A plan to tensors, through the model, to tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from labkit.attention import Span, build_layout, row_order
+from labkit.memory import BlockPool
+from labkit.model import Transformer
+from labkit.plan import StepPlan, StepResult
+from labkit.request import TokenLogprobs
+from labkit.sampling import sample
+
+
+class Runner:
+    """Runs plans on a model, over a paged cache of its own.
+
+    Args:
+        model: may be shared by many runners.
+        pool: whose block tables say where tokens lie.
+
+    Raises:
+        ValueError: if the cache does not fit into memory.
+    """
+
+    def __init__(self, model: Transformer, pool: BlockPool) -> None:
+        self.model = model
+        self.pool = pool
+        self.cache = model.new_cache(pool.num_blocks, pool.block_size)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute every row of a plan in one forward pass, and sample where a row reaches its end."""
+        result = StepResult([()] * len(plan.requests))
+        if plan.copied:
+            self.cache.copy_pages([(copy.old, copy.new) for copy in plan.copied])
+        rows = [i for i, num_tokens in enumerate(plan.num_tokens) if num_tokens]
+        if not rows:
+            return result
+        spans = [
+            Span(plan.starts[i], plan.num_tokens[i], self.pool.table(plan.requests[i].request_id))
+            for i in rows
+        ]
+        order = row_order(spans)
+        rows, spans = [rows[i] for i in order], [spans[i] for i in order]
+        hidden, last = self._forward(plan, rows, spans)
+        self._sample(plan, result, hidden, dict(zip(rows, last, strict=True)))
+        return result
+
+    def _forward(self, plan: StepPlan, rows: list[int], spans: list[Span]) -> tuple[Tensor, list[int]]:
+        """Hidden states of the flattened batch, and where in it each row's last token is."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        last: list[int] = []
+        for i, span in zip(rows, spans, strict=True):
+            token_ids += plan.requests[i].token_ids[span.start : span.length]
+            positions += range(span.start, span.length)
+            last.append(len(token_ids) - 1)
+        padding = sum(plan.padding)
+        layout = build_layout(spans, self.cache, num_padding=padding, windows=self.model.windows)
+        device = self.model.device
+        hidden = self.model(
+            torch.tensor(token_ids + [0] * padding, device=device),
+            torch.tensor(positions + [0] * padding, device=device),
+            self.cache,
+            layout,
+        )
+        return hidden, last
+
+    def _sample(self, plan: StepPlan, result: StepResult, hidden: Tensor, last: dict[int, int]) -> None:
+        """Sample the rows that have reached the end of what they know; find the rows that went wrong."""
+        rows = list(last) + list(plan.forks)
+        places = [last[plan.forks.get(i, i)] for i in rows]
+        ends = hidden[torch.tensor(places, device=hidden.device)]
+        # A NaN anywhere in a row reaches its last token: later tokens attend to all before them.
+        sound = ends.isfinite().all(dim=-1).tolist()
+        for i, fine in zip(rows, sound, strict=True):
+            if not fine:
+                result.errors[i] = "the model gave NaN or infinity for this request"
+        picked = [
+            j
+            for j, i in enumerate(rows)
+            if sound[j] and plan.starts[i] + plan.num_tokens[i] == len(plan.requests[i].token_ids)
+        ]
+        if not picked:
+            return
+        wanted = ends[torch.tensor(picked, device=hidden.device)]
+        # The idle seats of a static batch go through the output layer too: that is part of what it costs.
+        idle = sum(p == 1 and not n for p, n in zip(plan.padding, plan.num_tokens, strict=False))
+        if idle:
+            wanted = torch.cat((wanted, hidden[-idle:]))
+        logits = self.model.logits(wanted)[: len(picked)]
+        tokens, logprobs, fine = sample(logits, [plan.requests[rows[j]] for j in picked])
+        reported: dict[int, tuple[TokenLogprobs, ...]] = {}
+        for j, token, logprob, good in zip(picked, tokens, logprobs, fine, strict=True):
+            if not good:
+                result.errors[rows[j]] = "the logits of this request are not finite"
+                continue
+            result.sampled[rows[j]] = (token,)
+            if logprob is not None:
+                reported[rows[j]] = (logprob,)
+        if reported:
+            result.logprobs = [reported.get(i, ()) for i in range(len(plan.requests))]

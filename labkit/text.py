@@ -1,0 +1,76 @@
+"""Tokens to text, as they come: no half character, no head of a stop string, and no tail lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+
+class TextStream:
+    """The text of one answer, growing by a token at a time.
+
+    Args:
+        tokenizer: whose `decode` (special tokens skipped) the finished text equals.
+        stop: strings that end the answer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stop = tuple(stop)
+        self._token_ids: list[int] = []
+        self._decoded = ""  # whole characters so far
+        self._searched = 0  # no stop string begins before this place
+        self.text = ""  # what may be shown: no stop string can begin in it
+
+    def push(self, token: int) -> bool:
+        """Take the next token; True if a stop string is complete, which ends the text before it."""
+        self._token_ids.append(token)
+        self._decoded += self._piece(token)
+        return self._show(final=False)
+
+    def finish(self) -> bool:
+        """No more tokens: let out what was held back. True if that completes a stop string."""
+        self._decoded = self._decode_all()
+        return self._show(final=True)
+
+    def _piece(self, token: int) -> str:
+        if self._backend is None:  # not a fast tokenizer: decode it all, and wait while a character is open
+            whole = self._decode_all()
+            return "" if whole.endswith("\ufffd") else whole[len(self._decoded) :]
+        try:
+            return self._stream.step(self._backend, token) or ""
+        except Exception as error:
+            # The stream gives up where bytes that are no text meet; a new one goes on from what is there.
+            if "prefix" not in str(error):
+                raise
+            self._stream = DecodeStream(skip_special_tokens=True)
+            whole = self._decode_all()
+            return "" if whole.endswith("\ufffd") else whole[len(self._decoded) :]
+
+    def _decode_all(self) -> str:
+        return self._tokenizer.decode(
+            self._token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def _show(self, *, final: bool) -> bool:
+        places = [self._decoded.find(stop, self._searched) for stop in self._stop]
+        found = min((place for place in places if place >= 0), default=-1)
+        if found >= 0:
+            self._decoded = self.text = self._decoded[:found]
+            return True
+        held = 0 if final else self._head_of_stop()
+        self._searched = len(self._decoded) - held
+        self.text = self._decoded[: self._searched]
+        return False
+
+    def _head_of_stop(self) -> int:
+        """How many of the last characters may turn out to begin a stop string."""
+        longest = max(map(len, self._stop), default=1) - 1
+        for length in range(min(longest, len(self._decoded)), 0, -1):
+            if any(stop.startswith(self._decoded[-length:]) for stop in self._stop):
+                return length
+        return 0

@@ -1,0 +1,192 @@
+"""A trace as JSON Lines, out and in. What is read is checked line by line, and replayed as it is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from typing import Any
+
+from labkit.trace import (
+    KINDS,
+    Admission,
+    Arrival,
+    Copy,
+    Finish,
+    Pages,
+    PoolState,
+    StepRecord,
+    Trace,
+    TraceError,
+    TraceMeta,
+)
+
+FORMAT = "labkit-trace"
+VERSION = 1
+_NESTED: dict[str, type] = {
+    "arrived": Arrival,
+    "admitted": Admission,
+    "preempted": Pages,
+    "taken": Pages,
+    "copied": Copy,
+    "finished": Finish,
+}
+_SECONDS_DIGITS = 6
+
+
+def write_lines(trace: Trace) -> Iterator[str]:
+    """The header and the steps of a trace, a line each."""
+    head = {"format": FORMAT, "version": VERSION, **_to_json(trace.meta)}
+    yield json.dumps(head, separators=(",", ":"))
+    for record in trace.records:
+        yield json.dumps(_to_json(record), separators=(",", ":"))
+
+
+def read_lines(lines: Iterable[str]) -> Trace:
+    """The trace that `write_lines` wrote.
+
+    Raises:
+        TraceError: with the number of the line and what is wrong with it.
+    """
+    numbered = ((n, line) for n, line in enumerate(lines, 1) if line.strip())
+    number, line = next(numbered, (1, ""))
+    head = _parse_line(number, line)
+    if head.pop("format", None) != FORMAT:
+        raise TraceError(f'line {number}: not a trace: the first line must say "format": "{FORMAT}"')
+    version = head.pop("version", None)
+    if version != VERSION:
+        raise TraceError(f"line {number}: version {version!r} is not one this labkit reads ({VERSION})")
+    trace = Trace(_build(TraceMeta, head, number))
+    _check_meta(trace.meta, number)
+    state = PoolState(trace.meta.block_size)
+    last = -1
+    for number, line in numbered:
+        record = _build(StepRecord, _parse_line(number, line), number)
+        _check_record(record, trace.meta, last, number)
+        _check_replay(state, record, number)
+        last = record.step
+        trace.append(record)
+    return trace
+
+
+def _to_json(record: StepRecord | TraceMeta) -> dict[str, Any]:
+    values = ((f, getattr(record, f.name)) for f in fields(record))
+    return {
+        f.name: round(value, _SECONDS_DIGITS) if isinstance(value, float) else value
+        for f, value in values
+        if value != f.default
+    }
+
+
+def _parse_line(number: int, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise TraceError(f"line {number}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise TraceError(f"line {number}: expected an object, found {type(value).__name__}")
+    return value
+
+
+def _build(cls: type, values: dict[str, Any], number: int) -> Any:
+    known = {f.name: f for f in fields(cls)}
+    unknown = values.keys() - known.keys()
+    if unknown:
+        raise TraceError(f"line {number}: unknown field {sorted(unknown)[0]!r}")
+    try:
+        built = {name: _convert(name, value, str(known[name].type)) for name, value in values.items()}
+        return cls(**built)
+    except (TypeError, ValueError) as error:
+        raise TraceError(f"line {number}: {error}") from None
+
+
+def _convert(name: str, value: Any, kind: str) -> Any:
+    """Lists to tuples and named tuples, with the types checked."""
+    if name in _NESTED:
+        return tuple(_entry(name, _NESTED[name], item) for item in _list(name, value))
+    if name == "sampled":
+        return tuple(_ints(name, item) for item in _list(name, value))
+    if name == "blocked":
+        head, why = _list(name, value)
+        return _typed(name, head, str), _typed(name, why, str)
+    if kind.startswith("tuple[str"):
+        return tuple(_typed(name, item, str) for item in _list(name, value))
+    if kind.startswith("tuple[int"):
+        return _ints(name, value)
+    if kind == "float":
+        return float(_typed(name, value, (int, float)))
+    return _typed(name, value, int if kind == "int" else str)
+
+
+def _entry(name: str, cls: Any, item: Any) -> Any:
+    parts = _list(name, item)
+    kinds = [str(kind) for kind in cls.__annotations__.values()]
+    if len(parts) > len(kinds):
+        raise ValueError(f"{name}: too many values in {item!r}")
+    checked = [
+        _ints(name, part) if "tuple" in kind else _typed(name, part, str if "str" in kind else int)
+        for part, kind in zip(parts, kinds, strict=False)
+    ]
+    return cls(*checked)
+
+
+def _typed(name: str, value: Any, kinds: type | tuple[type, ...]) -> Any:
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ValueError(f"{name}: unexpected value {value!r}")
+    return value
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{name}: expected a list, found {value!r}")
+    return value
+
+
+def _ints(name: str, value: Any) -> tuple[int, ...]:
+    return tuple(_typed(name, item, int) for item in _list(name, value))
+
+
+def _check_meta(meta: TraceMeta, number: int) -> None:
+    for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
+        if getattr(meta, name) < 1:
+            raise TraceError(f"line {number}: {name} must be at least 1, not {getattr(meta, name)}")
+
+
+def _check_record(record: StepRecord, meta: TraceMeta, last: int, number: int) -> None:
+    def fail(what: str) -> None:
+        raise TraceError(f"line {number}: {what}")
+
+    if record.step <= last:
+        fail(f"step {record.step} does not come after step {last}")
+    columns = (record.kinds, record.starts, record.num_tokens, record.sampled)
+    if any(len(column) != len(record.requests) for column in columns):
+        fail("the columns requests, kinds, starts, num_tokens and sampled differ in length")
+    if record.padding and len(record.padding) != len(record.requests):
+        fail("padding must have one entry per request")
+    if set(record.kinds) - KINDS.keys():
+        fail(f"kinds must be made of the letters {', '.join(KINDS)}, not {record.kinds!r}")
+    blocks = [block for pages in (*record.preempted, *record.taken) for block in pages.blocks]
+    blocks += [block for finish in record.finished for block in finish.blocks]
+    blocks += [block for copy in record.copied for block in copy[1:]]
+    blocks += [block for admission in record.admitted for block in admission.shared]
+    for block in (*blocks, *record.published, *record.evicted):
+        if not 0 <= block < meta.num_blocks:
+            fail(f"block {block} is outside the pool of {meta.num_blocks}")
+    if min((*record.starts, *record.num_tokens, *record.padding, record.waiting, 0)) < 0:
+        fail("a count is negative")
+
+
+def _check_replay(state: PoolState, record: StepRecord, number: int) -> None:
+    """Replay the step as it is read, so that a picture never meets a page that nobody took."""
+    try:
+        state.begin(record)
+    except (KeyError, ValueError):
+        raise TraceError(f"line {number}: copies a page that its request does not hold") from None
+    for request_id, num_tokens, start in zip(record.requests, record.num_tokens, record.starts, strict=True):
+        held = len(state.tables.get(request_id, ())) * state.block_size
+        if num_tokens and start + num_tokens > held:
+            raise TraceError(
+                f"line {number}: request {request_id!r} computes token {start + num_tokens - 1} "
+                f"but holds pages for {held} only"
+            )
+    state.end(record)

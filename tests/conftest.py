@@ -1,0 +1,90 @@
+"""Small random models, and what `transformers` makes of the same prompts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from labkit.model import Transformer
+from labkit.tiny import tiny_tokenizer
+from labkit.weights import LoadedModel
+
+torch.set_num_threads(1)
+
+VOCAB = 211
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=512,
+    initializer_range=0.4,  # far from uniform, so that the top two are rarely close
+)
+FAMILIES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=24)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+}
+
+
+@functools.cache
+def reference(family: str) -> PreTrainedModel:
+    """A seeded random model of a family, as `transformers` runs it."""
+    torch.manual_seed(7)
+    model = FAMILIES[family]().eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zero at birth, which would hide a forgotten bias
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+@functools.cache
+def loaded(family: str) -> LoadedModel:
+    """The same weights in our own code."""
+    model = reference(family)
+    module = Transformer.from_tensors(
+        model.config, model.state_dict().items(), dtype=torch.float32, device=torch.device("cpu")
+    )
+    return LoadedModel(family, module, tiny_tokenizer(), model.config, frozenset())
+
+
+@functools.cache
+def _greedy(family: str, prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
+    with torch.inference_mode():
+        out = reference(family).generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return tuple(out[0, len(prompt) :].tolist())
+
+
+def greedy(family: str, prompt: Sequence[int], max_tokens: int, *, at_most: int = 48) -> list[int]:
+    """The tokens of `generate`, one prompt at a time; the longest answer is computed once and cut."""
+    return list(_greedy(family, tuple(prompt), max(max_tokens, at_most))[:max_tokens])
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
