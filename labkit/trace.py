@@ -192,6 +192,20 @@ class PoolState:
             self.waiting.pop(request_id, None)
             self.arrivals.pop(request_id, None)
 
+    def as_record(self, last: StepRecord) -> StepRecord:
+        """One record that leads from an empty pool to this state, in place of all up to `last`."""
+        return StepRecord(
+            last.step,
+            arrived=tuple(self.arrivals.values()),
+            admitted=tuple(
+                Admission(name, self.computed[name], tuple(table)) for name, table in self.tables.items()
+            ),
+            published=tuple(sorted(self.cached)),
+            waiting=len(self.waiting),
+            free_blocks=last.free_blocks,
+            time=last.time,
+        )
+
     def _release(self, request_id: str) -> None:
         self.tables.pop(request_id, None)
         self.computed.pop(request_id, None)
@@ -224,7 +238,8 @@ class Trace:
     Args:
         meta: sizes and settings of the engine.
         records: to start from, for instance of a loaded file.
-        max_steps: keep at least so many of the latest steps, and forget older ones (None: keep all).
+        max_steps: keep at least so many of the latest steps (None: all). Older ones become one record, the
+            first, that only says who held which page then.
     """
 
     def __init__(
@@ -233,7 +248,6 @@ class Trace:
         self.meta = meta
         self.max_steps = max_steps
         self._records: list[StepRecord] = []
-        self._base = PoolState(meta.block_size)  # state before the first record kept
         self._keyframes: dict[int, PoolState] = {}  # state after the step that is the key
         for record in records:
             self.append(record)
@@ -245,10 +259,9 @@ class Trace:
         return record
 
     def _forget(self, count: int) -> None:
-        for record in self._records[:count]:
-            self._base.begin(record)
-            self._base.end(record)
-        self._records = self._records[count:]  # a new list: a reader keeps the one it holds
+        last = self._records[count - 1]
+        # A new list, not a shorter one: a reader on another thread keeps the one it holds.
+        self._records = [self.state(last.step, after=True).as_record(last), *self._records[count:]]
         self._keyframes.clear()
 
     @property
@@ -296,7 +309,7 @@ class Trace:
         index = self._index(step)
         frames = [key for key in self._keyframes if key < index]
         start = max(frames, default=-1)
-        state = (self._keyframes[start] if frames else self._base).copy()
+        state = self._keyframes[start].copy() if frames else PoolState(self.meta.block_size)
         for i in range(start + 1, index):
             state.begin(self._records[i])
             state.end(self._records[i])
