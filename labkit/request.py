@@ -6,6 +6,7 @@ values in the cache. Everything the scheduler does follows from the distance bet
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -213,7 +214,7 @@ class RequestMetrics:
     @property
     def itl(self) -> list[float]:
         """Inter-token latencies: the gaps between one token and the next."""
-        return [b - a for a, b in zip(self.token_times, self.token_times[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(self.token_times)]
 
     @property
     def tpot(self) -> float | None:

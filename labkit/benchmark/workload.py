@@ -1,0 +1,45 @@
+"""One seeded workload: real text, prompts and answers of uneven length."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from importlib.resources import files
+
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prompt as token ids, and how many tokens to answer with."""
+
+    prompt: list[int]
+    max_tokens: int
+
+
+def prose() -> str:
+    """The text in the package that prompts are cut from (public domain)."""
+    return files("labkit").joinpath("data/alice.txt").read_text(encoding="utf-8").split("\n", 1)[1].strip()
+
+
+def make_workload(
+    tokenizer: PreTrainedTokenizerBase,
+    count: int = 32,
+    *,
+    seed: int = 0,
+    prompt_tokens: tuple[int, int] = (16, 256),
+    output_tokens: tuple[int, int] = (16, 128),
+) -> list[Job]:
+    """Jobs with prompts cut out of the text and lengths drawn log-uniformly: many short, a few long."""
+    rng = random.Random(seed)
+    token_ids = tokenizer.encode(prose(), add_special_tokens=False)
+
+    def draw(low: int, high: int) -> int:
+        return round(low * (high / low) ** rng.random())
+
+    jobs = []
+    for _ in range(count):
+        length = draw(*prompt_tokens)
+        start = rng.randrange(len(token_ids) - length)
+        jobs.append(Job(token_ids[start : start + length], draw(*output_tokens)))
+    return jobs
