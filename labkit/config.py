@@ -36,6 +36,7 @@ class EngineConfig:
         kv_policy: "paged" takes pages as tokens come, "reserved" takes a request's whole maximum up front.
         enable_prefix_caching: keep pages whose tokens are known, for later requests with the same start.
         max_trace_steps: keep the records of so many steps; None keeps all.
+        audit: check every rule at every step (slow); always done for a scheduler or pool of your own.
         seed: for the requests that bring none.
 
     Raises:
@@ -54,6 +55,7 @@ class EngineConfig:
     kv_policy: Literal["paged", "reserved"] = "paged"
     enable_prefix_caching: bool = True
     max_trace_steps: int | None = None
+    audit: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

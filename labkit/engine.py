@@ -6,6 +6,7 @@ of prompts.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import psutil
 import torch
 from tqdm.auto import tqdm
 
+from labkit.audit import Auditor
 from labkit.config import EngineConfig
 from labkit.memory import BlockPool
 from labkit.plan import StepPlan, StepResult
@@ -39,7 +41,8 @@ class Engine:
     Args:
         config: sizes and switches.
         scheduler: a `Scheduler` class of your own, called as those in `labkit.scheduler` are.
-        pool: a `BlockPool` class of your own, called with `(num_blocks, block_size)`.
+        pool: a `BlockPool` class of your own, called with `(num_blocks, block_size)`. Steps of either are
+            audited: a broken rule raises `InvariantError` at the step that broke it.
 
     Attributes:
         trace: one record per step.
@@ -78,6 +81,8 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             kv_policy=config.kv_policy,
         )
+        watched = scheduler or pool or config.audit
+        self._auditor = Auditor(self.scheduler, self.pool) if watched else None
         self.runner = Runner(module, self.pool)
         self.trace = Trace(self._meta(), max_steps=config.max_trace_steps)
         self.outputs: dict[str, RequestOutput] = {}
@@ -244,6 +249,10 @@ class Engine:
         """Plan, run and record one step. A fault ends the requests it touched, and the others go on."""
         begin = time.perf_counter()
         plan = self.scheduler.schedule()
+        if self._auditor:
+            self._auditor.check_plan(
+                plan, self.config.max_num_batched_tokens, self.config.max_num_seqs, self._streams.keys()
+            )
         interrupt: BaseException | None = None
         try:
             result = self.runner.run(plan)
@@ -257,6 +266,8 @@ class Engine:
         self._deliver(plan, result, record, begin, end)
         self._step += 1
         self.trace.append(record)
+        if self._auditor:
+            self._auditor.check_record(record)
         if interrupt is not None:
             raise interrupt
         return record
@@ -370,8 +381,8 @@ class LLM:
         except BaseException:
             for request_id in ids:
                 engine.abort(request_id)
-            while engine.has_unfinished:
-                engine.step()
+            with contextlib.suppress(Exception):  # what went wrong first is what matters
+                engine.step()  # carries the aborts out
             for request_id in ids:
                 engine.outputs.pop(request_id)
             raise

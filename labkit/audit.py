@@ -1,0 +1,137 @@
+"""Checks on every step of an engine whose scheduler or block pool somebody else wrote. No tensors here.
+
+The auditor keeps books of its own, from what each step says it did, and holds the pool against them. A
+broken rule is an `InvariantError` at the step that broke it, naming the rule, the request and the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from labkit.memory import BlockPool, InvariantError
+from labkit.plan import StepPlan
+from labkit.scheduler import Scheduler
+from labkit.trace import PoolState, StepRecord
+
+_IDLE_STEPS = 1000  # empty plans in a row, while somebody waits, that count as never
+
+
+class Auditor:
+    """Books of who holds what, independent of the pool's own.
+
+    Args:
+        scheduler, pool: to be watched.
+    """
+
+    def __init__(self, scheduler: Scheduler, pool: BlockPool) -> None:
+        self.scheduler = scheduler
+        self.pool = pool
+        self._books = PoolState(pool.block_size)
+        self._idle = 0
+
+    def check_plan(self, plan: StepPlan, budget: int, seats: int, unfinished: Collection[str]) -> None:
+        """Before the step runs: is the plan allowed?
+
+        Args:
+            plan: what the scheduler wants to run.
+            budget, seats: the limits of the engine.
+            unfinished: ids of all requests that were added and are not done.
+
+        Raises:
+            InvariantError: naming the rule, and the request or block.
+        """
+        total = sum(plan.num_tokens) + sum(plan.padding)
+        if total > budget:
+            raise InvariantError(f"over budget: the plan computes {total} tokens, the budget is {budget}")
+        names = [request.request_id for request in plan.requests]
+        if len(names) > seats:
+            raise InvariantError(f"over seats: the plan runs {len(names)} requests on {seats} seats")
+        for name in names:
+            if names.count(name) > 1:
+                raise InvariantError(f"request {name!r} is in the plan twice")
+        known = {request.request_id for request in (*self.scheduler.running, *self.scheduler.waiting)}
+        for request in (*self.scheduler.running, *self.scheduler.waiting):
+            known.update(child.request_id for child in request.children)
+        # The scheduler may have ended some in this very step: what it still calls unfinished must be held.
+        for name in unfinished:
+            if name in self.scheduler.requests and name not in known:
+                raise InvariantError(f"forgotten request: {name!r} neither runs nor waits")
+        self._idle = 0 if names or not unfinished else self._idle + 1
+        if self._idle >= _IDLE_STEPS:
+            raise InvariantError(f"forgotten request: nothing ran for {_IDLE_STEPS} steps, though some wait")
+        self._check_rows(plan)
+
+    def _check_rows(self, plan: StepPlan) -> None:
+        size = self.pool.block_size
+        owners: dict[int, list[str]] = {}
+        for name, table in self.pool.tables.items():
+            for block in table:
+                owners.setdefault(block, []).append(name)
+        for request, start, num_tokens in zip(plan.requests, plan.starts, plan.num_tokens, strict=True):
+            name = request.request_id
+            if num_tokens == 0:
+                continue
+            if start != request.num_computed_tokens or not 0 < num_tokens <= len(request.token_ids) - start:
+                raise InvariantError(
+                    f"request {name!r} has computed {request.num_computed_tokens} of "
+                    f"{len(request.token_ids)} tokens: it cannot compute {num_tokens} from {start} on"
+                )
+            table = self.pool.tables.get(name, [])
+            if len(table) * size < start + num_tokens:
+                raise InvariantError(
+                    f"no page: request {name!r} computes token {start + num_tokens - 1} "
+                    f"but its {len(table)} pages end at {len(table) * size}"
+                )
+            for block in table[start // size : (start + num_tokens - 1) // size + 1]:
+                if not 0 <= block < self.pool.num_blocks:
+                    raise InvariantError(f"block {block} of request {name!r} is not in the pool")
+                others = [owner for owner in owners[block] if owner != name]
+                if others or owners[block].count(name) > 1:
+                    raise InvariantError(
+                        f"two owners: request {name!r} writes to block {block}, which request "
+                        f"{(others or [name])[0]!r} holds as well"
+                    )
+
+    def check_record(self, record: StepRecord) -> None:
+        """After the step: do the pool and the books agree on who holds what, and on what is free?
+
+        Raises:
+            InvariantError: naming the rule, the request and the block.
+        """
+        step = f"step {record.step}"
+        given_back = (*record.preempted, *((f.request_id, f.blocks) for f in record.finished))
+        freed = [(block, name) for name, blocks in given_back for block in blocks]
+        before = self._books.owners
+        for name, blocks in record.taken:
+            for block in blocks:
+                holders = [holder for holder in before.get(block, ()) if (block, holder) not in freed]
+                if holders:
+                    raise InvariantError(
+                        f"{step}: block {block} was handed to request {name!r} while "
+                        f"request {holders[0]!r} holds it"
+                    )
+        self._books.begin(record)
+        for finish in record.finished:
+            held = self._books.tables.get(finish.request_id, [])
+            if sorted(held) != sorted(finish.blocks):
+                raise InvariantError(
+                    f"{step}: request {finish.request_id!r} held blocks {held} and gave back "
+                    f"{list(finish.blocks)}"
+                )
+        self._books.end(record)
+        for name in self._books.tables.keys() | self.pool.tables.keys():
+            ours, theirs = self._books.tables.get(name, []), self.pool.tables.get(name, [])
+            if list(theirs) != ours:
+                raise InvariantError(
+                    f"{step}: request {name!r} should hold blocks {ours}, not {list(theirs)}"
+                )
+        owned = {block for table in self._books.tables.values() for block in table}
+        free = self.pool.num_free
+        if free != self.pool.num_blocks - len(owned):
+            gone = ", ".join(f"block {block} of request {name!r}" for block, name in freed[:3])
+            rule = "double free" if free > self.pool.num_blocks - len(owned) else "leak"
+            raise InvariantError(
+                f"{step}: {rule}: {len(owned)} of {self.pool.num_blocks} blocks are owned, but {free} count "
+                f"as free" + (f"; given back in this step: {gone}" if gone else "")
+            )
+        self.pool.check_invariants()
