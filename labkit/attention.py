@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +33,7 @@ class PagedKVCache:
         dtype, device: of the tensors.
 
     Raises:
-        MemoryError: if the device cannot hold it, with the size asked for.
+        ValueError: if the device cannot hold it, with the size asked for.
     """
 
     def __init__(
@@ -49,15 +50,19 @@ class PagedKVCache:
         self.num_blocks = self.null_block = num_blocks
         self.block_size = block_size
         shape = (num_layers, num_blocks + 1, block_size, num_kv_heads, head_dim)
-        try:
-            # Zeros, not garbage: a masked score still multiplies its value, and 0 * NaN is NaN.
-            self.k = torch.zeros(shape, dtype=dtype, device=device)
-            self.v = torch.zeros(shape, dtype=dtype, device=device)
-        except (RuntimeError, MemoryError):
-            size = 2 * math.prod(shape) * dtype.itemsize / 2**30
-            raise MemoryError(
-                f"num_blocks={num_blocks} needs {size:.1f} GiB for the KV cache, which {device} does not have"
-            ) from None
+        needed = 2 * math.prod(shape) * dtype.itemsize
+        if device.type == "cpu":  # which promises memory that it does not have
+            available = psutil.virtual_memory().available
+        else:
+            available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+        if needed > available:
+            raise ValueError(
+                f"num_blocks={num_blocks} needs {needed / 2**30:.1f} GiB for the KV cache, but {device} has "
+                f"{available / 2**30:.1f} GiB free"
+            )
+        # Zeros, not garbage: a masked score still multiplies its value, and 0 * NaN is NaN.
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     @property
     def nbytes(self) -> int:

@@ -67,8 +67,14 @@ class Auditor:
         for name, table in self.pool.tables.items():
             for block in table:
                 owners.setdefault(block, []).append(name)
-        for request, start, num_tokens in zip(plan.requests, plan.starts, plan.num_tokens, strict=True):
+        for row, (request, start, num_tokens) in enumerate(
+            zip(plan.requests, plan.starts, plan.num_tokens, strict=True)
+        ):
             name = request.request_id
+            # Children that start in this step share what their parent is about to write.
+            family = {name} | {
+                plan.requests[child].request_id for child, parent in plan.forks.items() if parent == row
+            }
             if num_tokens == 0:
                 continue
             if start != request.num_computed_tokens or not 0 < num_tokens <= len(request.token_ids) - start:
@@ -85,7 +91,7 @@ class Auditor:
             for block in table[start // size : (start + num_tokens - 1) // size + 1]:
                 if not 0 <= block < self.pool.num_blocks:
                     raise InvariantError(f"block {block} of request {name!r} is not in the pool")
-                others = [owner for owner in owners[block] if owner != name]
+                others = [owner for owner in owners[block] if owner not in family]
                 if others or owners[block].count(name) > 1:
                     raise InvariantError(
                         f"two owners: request {name!r} writes to block {block}, which request "
@@ -125,13 +131,20 @@ class Auditor:
                 raise InvariantError(
                     f"{step}: request {name!r} should hold blocks {ours}, not {list(theirs)}"
                 )
+        self._check_free(step, freed)
+
+    def _check_free(self, step: str, freed: list[tuple[int, str]]) -> None:
         owned = {block for table in self._books.tables.values() for block in table}
-        free = self.pool.num_free
-        if free != self.pool.num_blocks - len(owned):
+        free, expected = self.pool.num_free, self.pool.num_blocks - len(owned)
+        what = []
+        if free != expected:
+            rule = "double free" if free > expected else "leak"
+            what.append(f"{rule}: {expected} blocks have no owner, but {free} count as free")
+        try:
+            self.pool.check_invariants()
+        except InvariantError as error:
+            what.append(str(error))
+        if what:
             gone = ", ".join(f"block {block} of request {name!r}" for block, name in freed[:3])
-            rule = "double free" if free > self.pool.num_blocks - len(owned) else "leak"
-            raise InvariantError(
-                f"{step}: {rule}: {len(owned)} of {self.pool.num_blocks} blocks are owned, but {free} count "
-                f"as free" + (f"; given back in this step: {gone}" if gone else "")
-            )
-        self.pool.check_invariants()
+            what += [f"given back in this step: {gone}"] if gone else []
+            raise InvariantError(f"{step}: " + "; ".join(what))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -73,6 +74,7 @@ class Engine:
                 f"max_model_len must be at most {module.max_model_len}, the limit of {self.model.name}, "
                 f"not {self.max_model_len}"
             )
+        cache = module.new_cache(num_blocks, config.block_size)  # first: it says if there is no room
         self.pool = (pool or BlockPool)(num_blocks, config.block_size)
         self.pool.enable_prefix_caching = config.enable_prefix_caching and config.scheduler != "static"
         self.scheduler = (scheduler or SCHEDULERS[config.scheduler])(
@@ -83,12 +85,12 @@ class Engine:
         )
         watched = scheduler or pool or config.audit
         self._auditor = Auditor(self.scheduler, self.pool) if watched else None
-        self.runner = Runner(module, self.pool)
+        self.runner = Runner(module, cache, self.pool)
         self.trace = Trace(self._meta(), max_steps=config.max_trace_steps)
         self.outputs: dict[str, RequestOutput] = {}
         self._streams: dict[str, TextStream] = {}
         self._step = 0
-        self._next_id = 0
+        self._numbers = itertools.count()
         self._began = time.perf_counter()
 
     def _fitting_blocks(self) -> int:
@@ -156,14 +158,17 @@ class Engine:
         token_ids = self._tokenise(prompt)
         self._check_tokens("stop_token_ids", params.stop_token_ids)
         self._check_tokens("logit_bias", list(params.logit_bias or ()))
+        number = next(self._numbers)
         if request_id is None:
-            request_id, self._next_id = str(self._next_id), self._next_id + 1
+            while str(number) in self.outputs:
+                number = next(self._numbers)
+            request_id = str(number)
         elif not isinstance(request_id, str) or not 0 < len(request_id) <= _MAX_ID:
             raise ValueError(f"request_id must be a string of 1 to {_MAX_ID} characters")
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= self.model.eos_token_ids
-        seed = mix(self.config.seed, self._next_id) if params.seed is None else params.seed
+        seed = mix(self.config.seed, number) if params.seed is None else params.seed
         names = [request_id, *(f"{request_id}.{i}" for i in range(1, params.n))]
         for name in names:
             if name in self.outputs:

@@ -247,7 +247,8 @@ class BlockPool:
                 counted[block] += 1
         free, cached = set(self._free), set(self._cached)
         if len(free) != len(self._free):
-            raise InvariantError("a block is in the free list twice")
+            twice = next(block for block in self._free if self._free.count(block) > 1)
+            raise InvariantError(f"block {twice} is in the free list twice")
         for block, count in enumerate(counted):
             if count != self.ref_counts[block]:
                 raise InvariantError(

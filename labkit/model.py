@@ -197,7 +197,7 @@ class Transformer(nn.Module):
         return self.config.max_position_embeddings
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
-        """An empty KV cache of this model's shape. Raises `MemoryError` if it does not fit."""
+        """An empty KV cache of this model's shape. Raises `ValueError` if it does not fit."""
         attention = self.layers[0].self_attn
         return PagedKVCache(
             len(self.layers),

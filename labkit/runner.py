@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from labkit.attention import Span, build_layout, row_order
+from labkit.attention import PagedKVCache, Span, build_layout, row_order
 from labkit.memory import BlockPool
 from labkit.model import Transformer
 from labkit.plan import StepPlan, StepResult
@@ -14,20 +14,18 @@ from labkit.sampling import sample
 
 
 class Runner:
-    """Runs plans on a model, over a paged cache of its own.
+    """Runs plans on a model, over a paged cache.
 
     Args:
         model: may be shared by many runners.
+        cache: of the model's shape, with a page for each of the pool's.
         pool: whose block tables say where tokens lie.
-
-    Raises:
-        ValueError: if the cache does not fit into memory.
     """
 
-    def __init__(self, model: Transformer, pool: BlockPool) -> None:
+    def __init__(self, model: Transformer, cache: PagedKVCache, pool: BlockPool) -> None:
         self.model = model
+        self.cache = cache
         self.pool = pool
-        self.cache = model.new_cache(pool.num_blocks, pool.block_size)
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute every row of a plan in one forward pass, and sample where a row reaches its end."""

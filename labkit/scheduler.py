@@ -173,20 +173,17 @@ class Scheduler:
                 growing.append(request)
         if growing:
             self._grow(plan, growing)
-        for request in decoding:
-            if request.status == "running":  # not preempted just now
-                plan.add(request, 1)
-        budget = self.max_num_batched_tokens - len(plan.requests)
-        for request in prefilling:
-            if budget and request.status == "running":
-                budget -= self._plan_prefill(plan, request, budget)
+        budget = self.max_num_batched_tokens
+        for request in (*decoding, *prefilling):
+            if budget and request.status == "running":  # not preempted just now
+                budget -= self._plan_row(plan, request, budget)
         return budget
 
-    def _plan_prefill(self, plan: StepPlan, request: Request, budget: int) -> int:
+    def _plan_row(self, plan: StepPlan, request: Request, budget: int) -> int:
         missing = len(request.token_ids) - request.num_computed_tokens
         num_tokens = min(missing, budget)
         plan.add(request, num_tokens)
-        if request.children and request.num_computed_tokens + num_tokens >= request.num_prompt_tokens:
+        if request.children and num_tokens == missing:
             self._plan_forks(plan, request)
         return num_tokens
 
@@ -234,7 +231,7 @@ class Scheduler:
             if reason:
                 plan.blocked = (request.request_id, reason)
                 return
-            budget -= self._plan_prefill(plan, request, budget)
+            budget -= self._plan_row(plan, request, budget)
 
     def _why_not(self, plan: StepPlan, request: Request, budget: int) -> str | None:
         """Admit the request, or say why it must wait."""
@@ -277,7 +274,8 @@ class Scheduler:
     def _plan_forks(self, plan: StepPlan, parent: Request) -> None:
         """The prompt is computed in this step: let as many children start from it as there are seats."""
         row = len(plan.requests) - 1
-        seats = self.max_num_seqs - len(self.running) if self.kv_policy == "paged" else 0
+        alone = plan.preempted or self.kv_policy == "reserved"  # a fork is an admission, and has no reserve
+        seats = 0 if alone else self.max_num_seqs - len(self.running)
         partial = parent.num_prompt_tokens % self.pool.block_size > 0
         for child in parent.children[:seats]:
             if child.request_id not in self.requests:  # aborted meanwhile
@@ -299,6 +297,8 @@ class Scheduler:
         for row, (request, start, num_tokens, tokens) in enumerate(
             zip(plan.requests, plan.starts, plan.num_tokens, result.sampled, strict=True)
         ):
+            if request.status != "running":  # an idle seat
+                continue
             if result.errors and row in result.errors:
                 request.error = result.errors[row]
                 self.finish(request, "error")

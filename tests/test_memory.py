@@ -1,0 +1,186 @@
+"""The block pool under any sequence of calls: its rules hold, and a shared page holds what it should."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+
+from labkit.memory import BlockPool, InvariantError, OutOfBlocks
+
+BLOCKS, SIZE = 12, 3
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Plays requests that share, grow, fork and end, and keeps what was written to each page beside it."""
+
+    requests = Bundle("requests")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = BlockPool(BLOCKS, SIZE)
+        self.tokens: dict[str, list[int]] = {}
+        self.written: dict[int, list[int | None]] = {block: [None] * SIZE for block in range(BLOCKS)}
+        self.count = 0
+
+    def write(self, name: str, start: int, end: int) -> None:
+        table = self.pool.table(name)
+        for t in range(start, end):
+            block = table[t // SIZE]
+            assert self.pool.ref_counts[block] == 1, "a write reached a shared page"
+            self.written[block][t % SIZE] = self.tokens[name][t]
+
+    @rule(target=requests, tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14))
+    def admit(self, tokens: list[int]) -> str:
+        name = str(self.count)
+        self.count += 1
+        shared = self.pool.match(tokens)
+        assert len(shared) * SIZE < len(tokens), "a hit must leave a token to compute"
+        held = [token for block in shared for token in self.written[block]]
+        assert held == tokens[: len(held)], "a hit led to a page with other tokens"
+        need = self.pool.blocks_for(len(tokens)) - len(shared)
+        if need > self.pool.num_free_without(shared):
+            return name
+        self.pool.share(name, shared)
+        self.pool.allocate(name, need)
+        self.tokens[name] = list(tokens)
+        self.write(name, len(shared) * SIZE, len(tokens))
+        self.pool.publish(name, tokens, len(tokens))
+        return name
+
+    @rule(name=requests, token=st.integers(0, 1))
+    def grow(self, name: str, token: int) -> None:
+        if name not in self.tokens:
+            return
+        tokens, table = self.tokens[name], self.pool.table(name)
+        at = len(tokens)
+        if at == len(table) * SIZE:
+            if self.pool.num_free == 0:
+                with pytest.raises(OutOfBlocks):
+                    self.pool.allocate(name, 1)
+                return
+            self.pool.allocate(name, 1)
+        elif self.pool.ref_counts[table[at // SIZE]] > 1:
+            if self.pool.num_free == 0:
+                with pytest.raises(OutOfBlocks):
+                    self.pool.make_writable(name, at // SIZE)
+                return
+            old, new = self.pool.make_writable(name, at // SIZE)
+            self.written[new] = list(self.written[old])
+        tokens.append(token)
+        self.write(name, at, at + 1)
+        self.pool.publish(name, tokens, len(tokens))
+
+    @rule(target=requests, parent=requests)
+    def fork(self, parent: str) -> str:
+        name = str(self.count)
+        self.count += 1
+        if parent in self.tokens:
+            self.pool.fork(parent, name)
+            self.tokens[name] = list(self.tokens[parent])
+        return name
+
+    @rule(name=consumes(requests))
+    def release(self, name: str) -> None:
+        if name in self.tokens:
+            table = list(self.pool.table(name))
+            assert self.pool.release(name) == table
+            del self.tokens[name]
+        with pytest.raises(InvariantError, match="double free"):
+            self.pool.release(name)
+
+    @rule()
+    @precondition(lambda self: self.pool.num_free < BLOCKS)
+    def forget(self) -> None:
+        self.pool.reset_prefix_cache()
+
+    @invariant()
+    def rules_hold(self) -> None:
+        self.pool.check_invariants()
+
+    @invariant()
+    def pages_hold_their_tokens(self) -> None:
+        for name, tokens in self.tokens.items():
+            held = [token for block in self.pool.table(name) for token in self.written[block]]
+            assert held[: len(tokens)] == tokens, f"{name} was overwritten"
+
+    def teardown(self) -> None:
+        for name in list(self.tokens):
+            self.pool.release(name)
+        self.pool.check_invariants()
+        assert self.pool.num_free == BLOCKS
+        assert self.pool.usage == 0
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(
+    max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def test_nothing_is_taken_when_too_much_is_asked_for() -> None:
+    pool = BlockPool(4, 2)
+    pool.allocate("a", 3)
+    with pytest.raises(OutOfBlocks, match="'b' asks for 2 pages, 1 are free"):
+        pool.allocate("b", 2)
+    assert pool.num_free == 1
+    assert "b" not in pool.tables
+
+
+def test_pages_are_handed_out_in_order_and_free_ones_before_cached_ones() -> None:
+    pool = BlockPool(4, 2)
+    pool.share("a", [])
+    assert pool.allocate("a", 2) == [0, 1]
+    pool.publish("a", [5, 6, 7, 8], 4)
+    pool.release("a")
+    assert pool.num_free == 4
+    assert pool.allocate("b", 2) == [2, 3]  # 0 and 1 hold a prefix and are kept
+    assert pool.match([5, 6, 7, 8, 9]) == [0, 1]
+    assert pool.allocate("c", 1) == [1]  # the tail goes first
+    assert pool.match([5, 6, 7, 8, 9]) == [0]
+    assert pool.drain_changes() == ((0, 1), (1,))
+
+
+def test_least_recently_used_prefix_is_evicted_first() -> None:
+    pool = BlockPool(2, 1)
+    for name, token in (("a", 1), ("b", 2)):
+        pool.share(name, [])
+        pool.allocate(name, 1)
+        pool.publish(name, [token], 1)
+    pool.release("a")
+    pool.release("b")
+    pool.share("c", pool.match([1, 0]))  # a's page is used again
+    pool.release("c")
+    pool.allocate("d", 1)
+    assert pool.match([1, 0])
+    assert not pool.match([2, 0])
+
+
+@pytest.mark.parametrize("blocks, size", [(0, 4), (4, 0), (-1, 1)])
+def test_sizes_are_checked(blocks: int, size: int) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        BlockPool(blocks, size)
+
+
+@pytest.mark.parametrize(
+    "breakage, message",
+    [
+        (lambda pool: pool.ref_counts.__setitem__(0, 2), "reference count 2, but it is in 1 tables"),
+        (lambda pool: pool._free.append(0), "block 0 is in 2 of"),
+        (lambda pool: pool._free.pop(), "is in 0 of"),
+        (lambda pool: pool._free.append(pool._free[-1]), "in the free list twice"),
+        (lambda pool: pool.tables["a"].append(0), "holds a block twice"),
+        (
+            lambda pool: (pool.tables.update(b=[1]), pool.ref_counts.__setitem__(1, 2)),
+            "2 owners, but nobody shared it",
+        ),
+    ],
+)
+def test_a_broken_pool_is_found_out(breakage, message: str) -> None:
+    pool = BlockPool(6, 2)
+    pool.allocate("a", 2)
+    pool.check_invariants()
+    breakage(pool)
+    with pytest.raises(InvariantError, match=message):
+        pool.check_invariants()

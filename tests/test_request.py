@@ -1,0 +1,85 @@
+"""Bad values are refused by name and limit; metrics add up."""
+
+from __future__ import annotations
+
+import pytest
+
+from labkit.config import EngineConfig
+from labkit.request import RequestMetrics, SamplingParams
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (dict(max_tokens=0), "max_tokens must be at least 1, not 0"),
+        (dict(max_tokens=1.5), "max_tokens must be a whole number"),
+        (dict(max_tokens=True), "max_tokens must be a whole number"),
+        (dict(temperature=NAN), "temperature must be a number, not nan"),
+        (dict(temperature=-1), "temperature must be between 0 and 100"),
+        (dict(temperature="hot"), "temperature must be a number, not 'hot'"),
+        (dict(top_k=-1), "top_k must be at least 0"),
+        (dict(top_p=0), "top_p must be between"),
+        (dict(top_p=1.1), "top_p must be between"),
+        (dict(min_p=2), "min_p must be between 0 and 1"),
+        (dict(repetition_penalty=0), "repetition_penalty must be between"),
+        (dict(presence_penalty=3), "presence_penalty must be between -2 and 2"),
+        (dict(frequency_penalty=NAN), "frequency_penalty must be a number"),
+        (dict(stop=""), "stop must be one or more strings that are not empty"),
+        (dict(stop=["a", 3]), "stop must be"),
+        (dict(stop_token_ids=[-1]), "stop_token_ids must be at least 0"),
+        (dict(seed=1.0), "seed must be a whole number"),
+        (dict(n=0), "n must be between 1 and 64"),
+        (dict(n=2), "n > 1 needs temperature > 0"),
+        (dict(logprobs=21), "logprobs must be between 0 and 20"),
+        (dict(logit_bias={3: 101}), r"logit_bias\[3\] must be between -100 and 100"),
+        (dict(logit_bias={"a": 1}), "logit_bias must be a whole number"),
+    ],
+)
+def test_sampling_params_say_which_field_and_which_limit(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**values)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (dict(block_size=0), "block_size must be at least 1, not 0"),
+        (dict(num_blocks=0), "num_blocks must be at least 1"),
+        (dict(max_model_len=1), "max_model_len must be at least 2"),
+        (dict(max_num_seqs=2.0), "max_num_seqs must be a whole number"),
+        (dict(max_num_seqs=9, max_num_batched_tokens=8), r"max_num_seqs \(9\) must not exceed"),
+        (dict(scheduler="fastest"), "scheduler must be one of continuous, static, naive, not 'fastest'"),
+        (dict(kv_policy="all"), "kv_policy must be one of paged, reserved"),
+        (dict(max_trace_steps=0), "max_trace_steps must be at least 1"),
+        (dict(seed=None), "seed must be a whole number"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**values)
+
+
+def test_stop_may_be_one_string_or_several() -> None:
+    assert SamplingParams(stop="x").stop == ("x",)
+    assert SamplingParams(stop=["x", "yz"]).stop == ("x", "yz")
+
+
+def test_metrics_count_from_arrival() -> None:
+    metrics = RequestMetrics(
+        10.0, first_scheduled_time=11.0, finish_time=16.0, token_times=[13.0, 14.0, 16.0]
+    )
+    assert metrics.ttft == 3.0
+    assert metrics.itl == [1.0, 2.0]
+    assert metrics.tpot == 1.5
+    assert metrics.queue_time == 1.0
+    assert metrics.e2e_latency == 6.0
+    empty = RequestMetrics(1.0)
+    assert (empty.ttft, empty.itl, empty.tpot, empty.queue_time, empty.e2e_latency) == (
+        None,
+        [],
+        None,
+        None,
+        None,
+    )

@@ -1,0 +1,344 @@
+"""The schedulers, without a model: whatever comes and goes, the rules hold and nobody is left behind."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+
+from labkit.audit import Auditor
+from labkit.memory import BlockPool
+from labkit.plan import StepPlan, StepResult
+from labkit.request import Request, SamplingParams
+from labkit.scheduler import SCHEDULERS, Scheduler
+from labkit.trace import StepRecord, Trace, TraceMeta
+
+
+class Bench:
+    """A scheduler with made-up tokens in place of a model."""
+
+    def __init__(
+        self,
+        kind: str = "continuous",
+        *,
+        blocks: int = 20,
+        size: int = 4,
+        seats: int = 4,
+        budget: int = 12,
+        policy: str = "paged",
+        caching: bool = True,
+    ) -> None:
+        self.seats, self.budget = seats, budget
+        self.pool = BlockPool(blocks, size, enable_prefix_caching=caching)
+        self.scheduler: Scheduler = SCHEDULERS[kind](
+            self.pool, max_num_seqs=seats, max_num_batched_tokens=budget, kv_policy=policy
+        )
+        self.trace = Trace(TraceMeta(blocks, size, seats, budget, kind, policy))
+        self.auditor = Auditor(self.scheduler, self.pool)
+        self.steps = 0
+        self.count = 0
+        self.admissions: list[str] = []
+
+    def add(self, prompt: int | list[int], max_tokens: int = 4, *, n: int = 1, priority: int = 0) -> str:
+        name = str(self.count)
+        self.count += 1
+        tokens = [1] * prompt if isinstance(prompt, int) else prompt
+        params = SamplingParams(max_tokens=max_tokens, temperature=1.0, n=n)
+        request, *children = (
+            Request(name if i == 0 else f"{name}.{i}", tokens, params, priority=priority) for i in range(n)
+        )
+        request.children = children
+        self.scheduler.add(request)
+        return name
+
+    def step(self, *, faulty: bool = False, token: int = 1) -> StepRecord:
+        before = [r for r in self.scheduler.running if len(r.token_ids) - r.num_computed_tokens == 1]
+        plan = self.scheduler.schedule()
+        self.auditor.check_plan(plan, self.budget, self.seats, list(self.scheduler.requests))
+        self.pool.check_invariants()
+        if isinstance(self.scheduler, SCHEDULERS["continuous"]) and not plan.padding:
+            running = {id(request) for request in plan.requests}
+            for request in before:  # no answer waits a step while it holds a seat
+                assert id(request) in running or request.status != "running"
+        assert not (plan.preempted and plan.admitted)
+        result = StepResult([self._sample(plan, row, token) for row in range(len(plan.requests))])
+        if faulty and plan.requests:
+            result.errors[self.steps % len(plan.requests)] = "made up"
+            result.sampled[self.steps % len(plan.requests)] = ()
+        self.scheduler.commit(plan, result)
+        record = self.trace.append(self.scheduler.record(self.steps, plan, result))
+        self.auditor.check_record(record)
+        self.admissions += [admission.request_id for admission in record.admitted]
+        self.steps += 1
+        return record
+
+    @staticmethod
+    def _sample(plan: StepPlan, row: int, token: int) -> tuple[int, ...]:
+        request = plan.requests[row]
+        at_end = plan.starts[row] + plan.num_tokens[row] == len(request.token_ids)
+        return (token,) if at_end and request.status == "running" else ()
+
+    def drain(self, limit: int = 5000) -> None:
+        for _ in range(limit):
+            if not self.scheduler.has_unfinished:
+                break
+            self.step()
+        assert not self.scheduler.has_unfinished, "somebody was left behind"
+        assert self.pool.num_free == self.pool.num_blocks
+        assert not self.pool.tables
+        assert not self.scheduler.running
+        assert len(self.scheduler.waiting) == 0
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Add, step, fail, abort, fork and change priorities in any order."""
+
+    @initialize(
+        kind=st.sampled_from(sorted(SCHEDULERS)),
+        policy=st.sampled_from(["paged", "reserved"]),
+        blocks=st.integers(10, 30),
+        size=st.integers(1, 5),
+        seats=st.integers(1, 6),
+        slack=st.integers(0, 20),
+        caching=st.booleans(),
+    )
+    def build(self, kind, policy, blocks, size, seats, slack, caching) -> None:
+        self.bench = Bench(
+            kind,
+            blocks=blocks,
+            size=size,
+            seats=seats,
+            budget=seats + slack,
+            policy=policy,
+            caching=caching,
+        )
+
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=30),
+        max_tokens=st.integers(1, 15),
+        n=st.sampled_from([1, 1, 1, 3]),
+        priority=st.integers(-1, 1),
+    )
+    def add(self, prompt, max_tokens, n, priority) -> None:
+        capacity = self.bench.pool.num_blocks * self.bench.pool.block_size
+        if len(prompt) + max_tokens - 1 > capacity:
+            with pytest.raises(ValueError, match="lower max_tokens"):
+                self.bench.add(prompt, max_tokens, n=n)
+        else:
+            self.bench.add(prompt, max_tokens, n=n, priority=priority)
+
+    @rule(token=st.integers(0, 1))
+    def step(self, token) -> None:
+        self.bench.step(token=token)
+
+    @rule()
+    def fail(self) -> None:
+        self.bench.step(faulty=True)
+
+    @rule(data=st.data())
+    def abort(self, data) -> None:
+        if names := sorted(self.bench.scheduler.requests):
+            assert self.bench.scheduler.abort(data.draw(st.sampled_from(names)))
+
+    @rule(data=st.data(), priority=st.integers(-2, 2))
+    def reprioritise(self, data, priority) -> None:
+        if names := sorted(self.bench.scheduler.requests):
+            assert self.bench.scheduler.set_priority(data.draw(st.sampled_from(names)), priority)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "bench"):
+            return
+        self.bench.drain()
+        trace = self.bench.trace
+        assert Trace.from_lines(trace.lines()) == trace
+        if len(trace):
+            state = trace.state(trace[-1].step, after=True)
+            assert not state.tables
+            assert not state.waiting
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(
+    max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.mark.parametrize("kind", sorted(SCHEDULERS))
+def test_thousands_of_requests_leave_nothing_behind(kind: str) -> None:
+    rng = random.Random(kind)
+    bench = Bench(kind, blocks=60, size=4, seats=8, budget=24)
+    todo = 10_000 if kind == "continuous" else 1_000
+    while todo or bench.scheduler.has_unfinished:
+        while todo and len(bench.scheduler.requests) < 30:
+            bench.add([rng.randrange(3) for _ in range(rng.randint(1, 12))], rng.randint(1, 3))
+            todo -= 1
+            if rng.random() < 0.1:
+                bench.scheduler.abort(rng.choice(list(bench.scheduler.requests)))
+        quick_step(bench)
+    bench.drain()
+    for leftover in (bench.pool._chain, bench.pool._forked, bench.scheduler._aborting):
+        assert not leftover
+    assert len(bench.scheduler.waiting._heap) <= 64
+
+
+def quick_step(bench: Bench) -> None:
+    plan = bench.scheduler.schedule()
+    result = StepResult([Bench._sample(plan, row, 1) for row in range(len(plan.requests))])
+    bench.scheduler.commit(plan, result)
+    bench.scheduler.record(bench.steps, plan, result)
+    bench.steps += 1
+
+
+def test_a_request_added_while_others_run_joins_at_the_next_step() -> None:
+    bench = Bench()
+    first = bench.add(3, 10)
+    bench.step()
+    bench.step()
+    late = bench.add([0] * 5, 10)  # no prefix to share
+    record = bench.step()
+    assert record.requests == (first, late)
+    assert record.kinds == "dp"
+    assert record.num_tokens == (1, 5)
+
+
+def test_prompts_are_chunked_and_never_stop_decode() -> None:
+    bench = Bench(blocks=60, budget=6)
+    first = bench.add(2, 20)
+    bench.step()
+    bench.add(30, 2)
+    records = [bench.step() for _ in range(8)]
+    assert all(record.requests[0] == first and record.kinds[0] == "d" for record in records)
+    assert [record.num_tokens[1] for record in records[:6]] == [5] * 6
+    assert records[0].kinds == "dc"
+    assert records[5].sampled[1] == (1,)  # the last chunk samples
+
+
+def test_first_come_first_served_and_priorities_before_that() -> None:
+    bench = Bench(seats=1, blocks=40)
+    names = [bench.add(3, 2, priority=priority) for priority in (0, 0, -1, 1)]
+    bench.drain()
+    assert bench.admissions == [names[2], names[0], names[1], names[3]]
+
+
+def test_a_changed_priority_moves_a_request_in_the_queue() -> None:
+    bench = Bench(seats=1, blocks=40)
+    names = [bench.add(3, 2) for _ in range(4)]
+    bench.step()
+    bench.scheduler.set_priority(names[3], -5)
+    assert [r.request_id for r in bench.scheduler.waiting] == [names[3], names[1], names[2]]
+    assert not bench.scheduler.set_priority("nobody", 1)
+    bench.drain()
+    assert bench.admissions == [names[0], names[3], names[1], names[2]]
+
+
+def test_the_newest_is_preempted_and_comes_back_first() -> None:
+    bench = Bench(blocks=6, size=2, seats=3, caching=False)
+    old, new = bench.add(4, 8), bench.add(3, 6)
+    bench.step()
+    later = bench.add(8, 2)
+    preempted = [name for _ in range(9) for name, _ in bench.step().preempted]
+    assert preempted == [new]
+    bench.drain()
+    assert bench.admissions == [old, new, new, later]
+
+
+@pytest.mark.parametrize("kind", sorted(SCHEDULERS))
+def test_waiting_has_a_reason(kind: str) -> None:
+    bench = Bench(kind, seats=2, blocks=40)
+    for _ in range(4):
+        bench.add(3, 3)
+    reasons = {bench.step().blocked[1] for _ in range(3)}
+    expected = {"continuous": "all 2 seats are taken", "naive": "all 1 seats are taken"}
+    assert expected.get(kind, "the batch runs until its last member is done") in reasons
+    bench = Bench(kind, seats=4, blocks=5, size=4)
+    bench.add(15, 2)
+    bench.add(15, 2)
+    blocked = bench.step().blocked
+    assert blocked[0] == "1"
+    if kind == "continuous":
+        bench = Bench(seats=4, blocks=40, budget=5)
+        bench.add(9, 2)
+        bench.add(9, 2)
+        assert bench.step().blocked == ("1", "the token budget of 5 is used up")
+
+
+def test_static_pads_to_the_longest_and_keeps_idle_seats() -> None:
+    bench = Bench("static", blocks=60, seats=3, budget=12)
+    bench.add(8, 1)
+    bench.add(3, 4)
+    bench.add(5, 2)
+    bench.add(1, 1)  # must wait for the whole batch
+    records = []
+    while bench.scheduler.has_unfinished:
+        records.append(bench.step())
+    prefill = records[:2]  # 8 columns, 12 // 3 at a time
+    assert [sum(r.num_tokens[i] for r in prefill) for i in range(3)] == [8, 3, 5]
+    assert [sum(r.padding[i] for r in prefill) for i in range(3)] == [0, 5, 3]
+    assert records[1].sampled == ((1,), (1,), (1,))  # left padding: all reach the first token together
+    decode = records[2:5]
+    assert [record.kinds for record in decode] == ["idd", "idi", "idi"]
+    assert all(record.padding[0] == 1 for record in decode)
+    assert records[5].requests == ("3",)
+
+
+def test_reserved_takes_the_whole_maximum_and_never_preempts() -> None:
+    bench = Bench(blocks=12, size=4, policy="reserved")
+    for _ in range(6):
+        bench.add(5, 12)
+    record = bench.step()
+    assert [len(pages.blocks) for pages in record.taken] == [4, 4]  # 5 + 12 - 1 tokens each
+    bench.drain()
+    assert not any(record.preempted for record in bench.trace)
+
+
+def test_a_request_that_could_never_fit_is_refused_at_once() -> None:
+    bench = Bench(blocks=4, size=4)
+    bench.add(10, 7)  # 16 tokens to store: the last is never written
+    with pytest.raises(
+        ValueError, match=r"may need 5 pages .* the pool has 4: lower max_tokens, or raise num"
+    ):
+        bench.add(10, 8)
+    bench.drain()
+
+
+def test_n_shares_the_prompt_and_copies_the_tail_on_the_first_write() -> None:
+    bench = Bench(blocks=20, size=4, seats=4, budget=12)
+    bench.add(10, 4, n=3)
+    record = bench.step()
+    assert record.requests == ("0", "0.1", "0.2")
+    assert record.sampled == ((1,), (1,), (1,))
+    assert bench.pool.num_blocks - bench.pool.num_free == 3
+    record = bench.step()
+    assert [(copy.request_id, copy.old) for copy in record.copied] == [("0", 2), ("0.1", 2)]
+    assert bench.pool.num_blocks - bench.pool.num_free == 5
+    bench.drain()
+
+
+def test_children_start_when_a_single_token_of_the_prompt_was_left() -> None:
+    bench = Bench(blocks=20, size=4, seats=2, budget=3)
+    bench.add(4, 4, n=2)
+    assert [bench.step().requests for _ in range(2)] == [("0",), ("0", "0.1")]
+    bench.drain()
+
+
+def test_more_answers_than_seats_still_all_come() -> None:
+    bench = Bench(blocks=20, size=4, seats=2, budget=12)
+    bench.add(9, 4, n=5)
+    bench.drain()
+    assert sorted(bench.admissions) == ["0", "0.1", "0.2", "0.3", "0.4"]
+    cached = {a.request_id: a.num_cached_tokens for record in bench.trace for a in record.admitted}
+    assert cached["0.1"] == 9  # a fork
+    assert cached["0.4"] == 8  # full pages through the prefix cache
+
+
+def test_limits_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"max_num_seqs \(5\) must not exceed max_num_batched_tokens \(4\)"):
+        Bench(seats=5, budget=4)
+    bench = Bench()
+    bench.add(3)
+    bench.count = 0
+    with pytest.raises(ValueError, match="request_id '0' is already in use"):
+        bench.add(3)
