@@ -1,8 +1,31 @@
-"""labkit: a teaching lab round a real LLM inference engine."""
+"""labkit: a teaching lab round a real LLM inference engine.
 
-from labkit.config import EngineConfig
-from labkit.engine import LLM, Engine
-from labkit.request import SamplingParams
-from labkit.trace import Trace
+Names are imported when they are first used: a trace can be read and drawn without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from labkit.config import EngineConfig
+    from labkit.engine import LLM, Engine
+    from labkit.request import SamplingParams
+    from labkit.trace import Trace
 
 __all__ = ["LLM", "Engine", "EngineConfig", "SamplingParams", "Trace"]
+
+_HOMES = {
+    "LLM": "labkit.engine",
+    "Engine": "labkit.engine",
+    "EngineConfig": "labkit.config",
+    "SamplingParams": "labkit.request",
+    "Trace": "labkit.trace",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'labkit' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

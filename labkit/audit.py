@@ -11,7 +11,7 @@ from collections.abc import Collection
 from labkit.memory import BlockPool, InvariantError
 from labkit.plan import StepPlan
 from labkit.scheduler import Scheduler
-from labkit.trace import PoolState, StepRecord
+from labkit.trace import Finish, PoolState, StepRecord
 
 _IDLE_STEPS = 1000  # empty plans in a row, while somebody waits, that count as never
 
@@ -116,14 +116,10 @@ class Auditor:
                         f"{step}: block {block} was handed to request {name!r} while "
                         f"request {holders[0]!r} holds it"
                     )
+        aborted = [finish for finish in record.finished if finish.reason == "abort"]
+        self._check_returned(step, aborted)
         self._books.begin(record)
-        for finish in record.finished:
-            held = self._books.tables.get(finish.request_id, [])
-            if sorted(held) != sorted(finish.blocks):
-                raise InvariantError(
-                    f"{step}: request {finish.request_id!r} held blocks {held} and gave back "
-                    f"{list(finish.blocks)}"
-                )
+        self._check_returned(step, [finish for finish in record.finished if finish not in aborted])
         self._books.end(record)
         for name in self._books.tables.keys() | self.pool.tables.keys():
             ours, theirs = self._books.tables.get(name, []), self.pool.tables.get(name, [])
@@ -132,6 +128,14 @@ class Auditor:
                     f"{step}: request {name!r} should hold blocks {ours}, not {list(theirs)}"
                 )
         self._check_free(step, freed)
+
+    def _check_returned(self, step: str, ends: Collection[Finish]) -> None:
+        for request_id, _, blocks in ends:
+            held = self._books.tables.get(request_id, [])
+            if sorted(held) != sorted(blocks):
+                raise InvariantError(
+                    f"{step}: request {request_id!r} held blocks {held} and gave back {list(blocks)}"
+                )
 
     def _check_free(self, step: str, freed: list[tuple[int, str]]) -> None:
         owned = {block for table in self._books.tables.values() for block in table}

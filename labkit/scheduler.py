@@ -14,7 +14,7 @@ from labkit.memory import BlockPool, InvariantError
 from labkit.plan import StepPlan, StepResult
 from labkit.queue import WaitingQueue, order
 from labkit.request import FinishReason, Request
-from labkit.trace import Admission, Arrival, Copy, Finish, Pages, StepRecord
+from labkit.trace import Admission, Arrival, Copy, Finish, Pages, Priority, StepRecord
 
 
 class Scheduler:
@@ -49,6 +49,7 @@ class Scheduler:
         self._arrivals = 0
         self._aborting: dict[str, None] = {}
         self._arrived: list[Arrival] = []
+        self._reprioritised: list[Priority] = []
         self._finished: list[Finish] = []
         self._stuck: tuple[Request, int, str] | None = (
             None  # head of the queue, free pages, and why it failed
@@ -103,6 +104,7 @@ class Scheduler:
         if request is None:
             return False
         request.priority = priority
+        self._reprioritised.append(Priority(request_id, priority))
         if request in self.waiting:
             self.waiting.push(request)
         return True
@@ -254,7 +256,7 @@ class Scheduler:
         count = pool.blocks_for(tokens) - len(shared)
         left = pool.num_free_without(shared)
         if count + (self.watermark if self.running else 0) > left:
-            self._stuck = (request, free, f"it needs {count} pages, and {left} are free")
+            self._stuck = (request, free, f"it needs {count} page{'s' * (count > 1)}, and {left} are free")
             return self._stuck[2]
         self._stuck = None
         self.waiting.remove(request)
@@ -332,6 +334,7 @@ class Scheduler:
             tuple(result.sampled),
             tuple(plan.padding) if any(plan.padding) else (),
             tuple(self._arrived),
+            tuple(self._reprioritised),
             tuple(plan.admitted),
             tuple(plan.preempted),
             tuple(plan.taken),
@@ -346,6 +349,7 @@ class Scheduler:
             seconds,
         )
         self._arrived.clear()
+        self._reprioritised.clear()
         self._finished.clear()
         return record
 
@@ -370,10 +374,10 @@ class StaticScheduler(Scheduler):
                     plan.blocked = (request.request_id, reason)
                     break
             self._batch = list(self.running)
-        elif (request := self.waiting.peek()) is not None:
-            plan.blocked = (request.request_id, "the batch runs until its last member is done")
         if self.running:
             self._plan_columns(plan)
+        if not plan.blocked and (request := self.waiting.peek()) is not None:
+            plan.blocked = (request.request_id, "the batch runs until its last member is done")
         return plan
 
     def _plan_columns(self, plan: StepPlan) -> None:

@@ -29,6 +29,13 @@ class Arrival(NamedTuple):
     priority: int = 0
 
 
+class Priority(NamedTuple):
+    """A request's priority changes (lower runs first)."""
+
+    request_id: str
+    priority: int
+
+
 class Admission(NamedTuple):
     """A request gets a seat. `num_cached_tokens` of it were found in the prefix cache, in `shared` pages."""
 
@@ -91,6 +98,7 @@ class StepRecord:
     sampled: tuple[tuple[int, ...], ...] = ()
     padding: tuple[int, ...] = ()
     arrived: tuple[Arrival, ...] = ()
+    reprioritised: tuple[Priority, ...] = ()
     admitted: tuple[Admission, ...] = ()
     preempted: tuple[Pages, ...] = ()
     taken: tuple[Pages, ...] = ()
@@ -164,6 +172,13 @@ class PoolState:
         """Apply what happens before the forward pass, and the pass itself."""
         for arrival in record.arrived:
             self.arrivals[arrival.request_id] = self.waiting[arrival.request_id] = arrival
+        for request_id, priority in record.reprioritised:
+            for known in (self.arrivals, self.waiting):
+                if request_id in known:
+                    known[request_id] = known[request_id]._replace(priority=priority)
+        for finish in record.finished:
+            if finish.reason == "abort":  # takes effect before the step
+                self._release(finish.request_id)
         for request_id, _ in record.preempted:
             self._release(request_id)
             if request_id in self.arrivals:
@@ -209,6 +224,12 @@ class PoolState:
     def _release(self, request_id: str) -> None:
         self.tables.pop(request_id, None)
         self.computed.pop(request_id, None)
+
+    @property
+    def queue(self) -> list[str]:
+        """The waiting requests in the order in which they will be admitted."""
+        order = {request_id: place for place, request_id in enumerate(self.arrivals)}
+        return sorted(self.waiting, key=lambda name: (self.waiting[name].priority, order[name]))
 
     @property
     def owners(self) -> dict[int, tuple[str, ...]]:
@@ -319,6 +340,24 @@ class Trace:
         if after:
             state.end(self._records[index])
         return state
+
+    def why(self, request_id: str, step: int) -> str:
+        """One sentence on what a request does after a step: it runs, it is gone, or why it waits and where.
+
+        Raises:
+            ValueError: if the trace does not hold that step.
+        """
+        record, state = self.at(step), self.state(step, after=True)
+        if request_id in state.tables:
+            return f"request {request_id} is running"
+        if request_id not in state.waiting:
+            return f"request {request_id} is not in the engine"
+        queue = state.queue
+        head, reason = record.blocked or (queue[0], "it has just arrived")
+        if request_id == head:
+            return f"request {request_id} is next, but {reason}"
+        place = f"number {queue.index(request_id) + 1} of {len(queue)}"
+        return f"request {request_id} is {place}; request {head} is next, but {reason}"
 
     # -- files ------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from labkit.trace import (
     Finish,
     Pages,
     PoolState,
+    Priority,
     StepRecord,
     Trace,
     TraceError,
@@ -25,6 +26,7 @@ FORMAT = "labkit-trace"
 VERSION = 1
 _NESTED: dict[str, type] = {
     "arrived": Arrival,
+    "reprioritised": Priority,
     "admitted": Admission,
     "preempted": Pages,
     "taken": Pages,

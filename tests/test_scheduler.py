@@ -70,10 +70,20 @@ class Bench:
             result.sampled[self.steps % len(plan.requests)] = ()
         self.scheduler.commit(plan, result)
         record = self.trace.append(self.scheduler.record(self.steps, plan, result))
+        self._check_queue(record)
         self.auditor.check_record(record)
         self.admissions += [admission.request_id for admission in record.admitted]
         self.steps += 1
         return record
+
+    def _check_queue(self, record: StepRecord) -> None:
+        """The trace knows the queue, its order and why its head waits."""
+        queue = self.trace.state(record.step, after=True).queue
+        known = [request.request_id for request in self.scheduler.waiting]
+        assert [name for name in queue if name in known] == known
+        assert len(queue) == record.waiting
+        if known and self.scheduler.running:
+            assert record.blocked is not None
 
     @staticmethod
     def _sample(plan: StepPlan, row: int, token: int) -> tuple[int, ...]:
@@ -229,6 +239,8 @@ def test_a_changed_priority_moves_a_request_in_the_queue() -> None:
     bench.step()
     bench.scheduler.set_priority(names[3], -5)
     assert [r.request_id for r in bench.scheduler.waiting] == [names[3], names[1], names[2]]
+    record = bench.step()
+    assert bench.trace.why(names[0], record.step) == "request 0 is not in the engine"
     assert not bench.scheduler.set_priority("nobody", 1)
     bench.drain()
     assert bench.admissions == [names[0], names[3], names[1], names[2]]

@@ -94,6 +94,36 @@ def test_shared_pages_have_several_owners() -> None:
     assert bench.trace.state(record.step).owners[0] == ("0", "1")
 
 
+def test_pages_of_an_aborted_request_can_be_taken_in_the_same_step() -> None:
+    bench = Bench(blocks=6, size=2, caching=False)
+    bench.add(4, 4)
+    bench.step()
+    bench.scheduler.abort("0")
+    bench.add(12, 1)
+    record = bench.step()
+    assert record.finished[0].reason == "abort"
+    assert set(bench.trace.state(record.step).owners.values()) == {("1",)}
+
+
+def test_why_a_request_waits() -> None:
+    bench = Bench(seats=1, blocks=40)
+    for _ in range(3):
+        bench.add(3, 3)
+    bench.add(3, 3, priority=-1)
+    step = bench.step().step
+    why = [bench.trace.why(name, step) for name in ("3", "0", "2", "x")]
+    assert why == [
+        "request 3 is running",
+        "request 0 is next, but all 1 seats are taken",
+        "request 2 is number 3 of 3; request 0 is next, but all 1 seats are taken",
+        "request x is not in the engine",
+    ]
+    bench.scheduler.set_priority("2", -3)
+    step = bench.step().step
+    assert bench.trace.why("2", step) == "request 2 is next, but all 1 seats are taken"
+    assert Trace.from_lines(bench.trace.lines()).why("2", step) == bench.trace.why("2", step)
+
+
 def test_records_do_not_depend_on_the_clock() -> None:
     assert StepRecord(3, time=1.0, seconds=2.0) == StepRecord(3, time=5.0, seconds=6.0)
     assert StepRecord(3) != StepRecord(4)

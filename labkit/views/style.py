@@ -6,13 +6,19 @@ ever says *whose*; *what* (prefill, chunk, decode, idle, waiting, preempted) is 
 
 from __future__ import annotations
 
+import html
+import unicodedata
 import zlib
+from typing import Any
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8F7A00", "#7B6FD0")
 FREE = "#E7E9EE"
 CACHED = "#B8BECB"
 SHARED = "#22262F"
 WAITING = "#9AA1AF"
+INK = "#22262F"
+FAINT_INK = "#5B6270"
+PAPER = "#FFFFFF"
 
 # For text twins and legends: one mark per kind of work.
 MARKS = {
@@ -24,13 +30,89 @@ MARKS = {
     "preempted": "x",
 }
 
+# A plotly template as plain data, so that nothing here needs plotly. White paper: dark ink stays readable
+# on a dark page.
+TEMPLATE: dict[str, Any] = {
+    "layout": {
+        "font": {
+            "family": "system-ui, -apple-system, Segoe UI, Roboto, sans-serif",
+            "size": 12,
+            "color": INK,
+        },
+        "paper_bgcolor": PAPER,
+        "plot_bgcolor": PAPER,
+        "title": {
+            "x": 0,
+            "xanchor": "left",
+            "y": 1,
+            "yanchor": "top",
+            "pad": {"l": 14, "t": 14},
+            "font": {"size": 15},
+        },
+        "margin": {"l": 20, "r": 20, "t": 70, "b": 20},
+        "hoverlabel": {"align": "left", "bgcolor": PAPER, "bordercolor": INK, "font": {"color": INK}},
+        "legend": {
+            "orientation": "h",
+            "x": 0.01,
+            "y": 0,
+            "xref": "container",
+            "yref": "container",
+            "yanchor": "bottom",
+            "itemclick": False,
+            "itemdoubleclick": False,
+            "font": {"color": FAINT_INK},
+        },
+        "xaxis": {"zeroline": False, "showgrid": False, "ticks": "", "automargin": True},
+        "yaxis": {"zeroline": False, "showgrid": False, "ticks": "", "automargin": True},
+    }
+}
+
 
 def color_index(request_id: str) -> int:
     """A request's place in the palette: stable, and different for neighbours when ids count upwards."""
-    number = int(request_id) if request_id.isdecimal() else zlib.crc32(request_id.encode())
-    return number % len(PALETTE)
+    if request_id.isdecimal():
+        return int(request_id[-9:]) % len(PALETTE)  # its last digits: Python refuses very long numbers
+    return zlib.crc32(request_id.encode(errors="replace")) % len(PALETTE)
 
 
 def color_of(request_id: str) -> str:
     """The hex colour of a request."""
     return PALETTE[color_index(request_id)]
+
+
+def tint(color: str, share: float) -> str:
+    """A hex colour mixed with white: `share` of it is left."""
+    channels = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(255 - share * (255 - value)):02X}" for value in channels)
+
+
+def width_of(text: str) -> int:
+    """The columns that a text takes in a terminal: wide characters take two, combining marks none."""
+    return sum(
+        0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF")
+        for char in text
+    )
+
+
+def label(request_id: str, width: int = 16) -> str:
+    """A request's name for display: one line, printable, at most so many columns (cut in the middle)."""
+    text = "".join(char if char.isprintable() else "�" for char in request_id) or '""'
+    if width_of(text) <= width:
+        return text
+    head, tail = "", ""
+    for i in range(len(text)):  # take from both ends in turn: ids often differ at the end only
+        grown = (head + text[i // 2], tail) if i % 2 else (head, text[-1 - i // 2] + tail)
+        if width_of("".join(grown)) > width - 1:
+            break
+        head, tail = grown
+    return head + "…" + tail
+
+
+def escape(text: str) -> str:
+    """A text that plotly shows as it is: no markup, and no formula where a page has MathJax."""
+    return html.escape(text, quote=False).replace("$", "&#36;")
+
+
+def plural(count: float, noun: str) -> str:
+    """A count and its noun."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
