@@ -1,0 +1,169 @@
+"""The desk of the lab: who handed in which request, what their cards say, and who stopped the clock.
+
+No page here: names of visitors, plain numbers and words.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from labkit.live import LiveEngine
+from labkit.request import RequestOutput, SamplingParams
+from labkit.views import style
+
+KEEP = 200  # cards that the lab remembers
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A request that somebody handed in on the page."""
+
+    serial: int
+    visitor: str
+    request_id: str
+    prompt: str
+    max_tokens: int
+
+
+class Desk:
+    """Who handed in which request, and what their cards say.
+
+    Args:
+        live: the engine that all visitors share.
+    """
+
+    def __init__(self, live: LiveEngine) -> None:
+        self.live = live
+        self._lock = threading.Lock()  # of the next two: gradio calls `inject` from many threads
+        self._entries: dict[str, _Entry] = {}
+        self._serial = 0
+        self._paused_by = ""
+
+    def inject(self, visitor: str, prompt: str, params: SamplingParams, *, raw: bool = False) -> str:
+        """Hand in a request for a visitor; unless `raw`, as a chat message if the model knows chat.
+
+        Raises:
+            ValueError: for a prompt or parameters that cannot be served.
+            EngineStoppedError: if the engine has stopped.
+        """
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError("The prompt is empty: type something, or pick an example.")
+        tokens = prompt if raw else as_chat(self.live.engine.model.tokenizer, prompt)
+        request_id = self.live.submit(tokens, params)
+        with self._lock:
+            self._serial += 1
+            self._entries[request_id] = _Entry(self._serial, visitor, request_id, prompt, params.max_tokens)
+            for old in list(self._entries)[:-KEEP]:
+                del self._entries[old]
+        return request_id
+
+    def cancel(self, visitor: str, request_id: str | None = None) -> None:
+        """End one request of a visitor, or all of them. Other people's are left alone."""
+        for entry in self._all()[1]:
+            if entry.visitor == visitor and request_id in (None, entry.request_id):
+                self.live.abort(entry.request_id)
+
+    def leave(self, visitor: str) -> None:
+        """A visitor is gone: end their requests, and take back their pause."""
+        self.cancel(visitor)
+        if self.live.paused and self._paused_by == visitor:
+            self.live.resume()
+
+    def control(self, visitor: str, action: str, value: float | None = None) -> None:
+        """Pause, resume, step, or set the speed. Raises ValueError for a speed that cannot be."""
+        if action == "resume":
+            self.live.resume()
+        elif action == "speed":
+            self.live.speed = value
+        elif action in ("pause", "step"):
+            self._paused_by = visitor
+            if action == "pause":
+                self.live.pause()
+            else:
+                self.live.single_step()
+
+    def clock(self) -> dict[str, Any]:
+        """The state of the clock, for the page's controls."""
+        failure = self.live.failure
+        return {
+            "paused": self.live.paused,
+            "speed": self.live.speed,
+            "failure": f"{type(failure).__name__}: {failure}" if failure else "",
+        }
+
+    def cards(self, visitor: str, since: int, known: Mapping[str, int]) -> dict[str, Any]:
+        """What is new on the cards: those handed in after number `since`, and more text on others.
+
+        `known` says how many characters of which unfinished card the visitor has.
+        """
+        items = []
+        serial, entries = self._all()
+        for entry in entries:
+            if entry.serial <= since and entry.request_id not in known:
+                continue
+            try:
+                output = self.live.output(entry.request_id)
+            except KeyError:  # finished long ago
+                continue
+            had = known.get(entry.request_id, 0)
+            if entry.serial > since or output.finished or len(output.text) != had:
+                items.append(_card(entry, visitor, output, had))
+        return {"since": serial, "items": items}
+
+    def _all(self) -> tuple[int, list[_Entry]]:
+        with self._lock:
+            return self._serial, list(self._entries.values())
+
+
+def _card(entry: _Entry, visitor: str, output: RequestOutput, had: int) -> dict[str, Any]:
+    at = had if not output.finished and 0 < had <= len(output.text) else 0
+    return {
+        "id": entry.request_id,
+        "label": style.label(entry.request_id),
+        "color": style.color_index(entry.request_id),
+        "mine": bool(visitor) and entry.visitor == visitor,
+        "prompt": entry.prompt,
+        "max_tokens": entry.max_tokens,
+        "tokens": len(output.token_ids),
+        "at": at,  # the text begins with this character: what came before is known
+        "text": output.text[at:],
+        "length": len(output.text),
+        "reason": output.finish_reason,
+        "error": output.error,
+    }
+
+
+def as_chat(tokenizer: Any, prompt: str) -> str | list[int]:
+    """The prompt as a user's message in the model's chat format; as it is if the model has none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return prompt
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer.encode(text, add_special_tokens=False))  # the template has written them
+
+
+def params_of(
+    max_tokens: float | None, temperature: float | None, top_p: float | None, seed: str | float | None = None
+) -> SamplingParams:
+    """The form's fields as `SamplingParams`; a blank seed is none.
+
+    Raises:
+        ValueError: for a value that cannot be; the message names the field.
+    """
+    if isinstance(seed, str):
+        digits = seed.strip()
+        seed = int(digits) if digits.removeprefix("-").isdecimal() and len(digits) < 20 else digits or None
+    return SamplingParams(
+        max_tokens=_whole(max_tokens),
+        temperature=temperature,  # type: ignore[arg-type]
+        top_p=top_p,  # type: ignore[arg-type]
+        seed=_whole(seed),
+    )
+
+
+def _whole(number: Any) -> Any:
+    """A form sends 64.0 for 64; anything else goes on as it is, for `SamplingParams` to judge."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number

@@ -1,0 +1,402 @@
+// The live pictures: a state, what to do with a snapshot, and how to draw. Plain functions over a canvas
+// context, so that a web page and a notebook can share them; nothing here knows where snapshots come from.
+const labkit = (() => {
+  const GUTTER = 46; // left of all pictures: names and scales
+  const RIGHT = 6;
+  const AXIS = 18; // below the timeline: step numbers
+
+  // -- state --------------------------------------------------------------------------------------
+
+  function createState() {
+    return { feed: "", step: -1, meta: null, palette: [], window: 200, tables: [], owners: new Map(),
+             cached: new Uint8Array(0), lanes: new Map(), steps: [], mine: new Set(), hover: {}, drawn: -1, frames: 0 };
+  }
+
+  // Take in a snapshot: all there is (`full`), or what is new since the last one.
+  function apply(state, snapshot) {
+    if (snapshot.full) {
+      const { meta, palette, window, feed } = snapshot;
+      Object.assign(state, { feed, meta, palette, window, lanes: new Map(), steps: [], step: -1 });
+    }
+    state.step = snapshot.step;
+    if (!snapshot.steps) return false;
+    state.cached = Uint8Array.from(atob(snapshot.cached), (char) => char.charCodeAt(0));
+    state.tables = snapshot.tables;
+    state.owners = ownersOf(snapshot.tables, state.meta.block_size);
+    for (const row of snapshot.steps) {
+      const [step, seconds, sampled, computed, used, running, waiting, blocked] = row;
+      state.steps.push({ step, seconds, sampled, computed, used, running, waiting, blocked });
+    }
+    state.steps.splice(0, state.steps.length - state.window);
+    for (const lane of snapshot.lanes) mergeLane(state, lane);
+    const horizon = state.steps.length ? state.steps[0].step : 0;
+    for (const [id, lane] of state.lanes) if (lane.ended >= 0 && lane.ended < horizon) state.lanes.delete(id);
+    return true;
+  }
+
+  // Which request has which page, where in its block table, and how many tokens the page holds.
+  function ownersOf(tables, blockSize) {
+    const owners = new Map();
+    for (const [request, computed, blocks] of tables) {
+      blocks.forEach((block, position) => {
+        const filled = Math.max(0, Math.min(blockSize, computed - position * blockSize));
+        if (!owners.has(block)) owners.set(block, []);
+        owners.get(block).push({ request, position, filled });
+      });
+    }
+    return owners;
+  }
+
+  function mergeLane(state, [id, label, color, arrived, prompt, ended, reason, spans]) {
+    let lane = state.lanes.get(id);
+    if (!lane || lane.arrived !== arrived) {
+      lane = { id, label, color, arrived, prompt, spans: [] };
+      state.lanes.delete(id);
+      state.lanes.set(id, lane);
+    }
+    Object.assign(lane, { ended, reason });
+    for (const [kind, from, to, tokens] of spans) {
+      const known = lane.spans.find((span) => span.from === from && span.kind === kind);
+      if (known) Object.assign(known, { to, tokens });
+      else lane.spans.push({ kind, from, to, tokens });
+    }
+    const horizon = state.step - state.window;
+    while (lane.spans.length && lane.spans[0].to < horizon) lane.spans.shift();
+  }
+
+  const isCached = (state, block) => ((state.cached[block >> 3] >> (block & 7)) & 1) === 1;
+  const colorOf = (state, theme, id) => theme.palette[state.lanes.get(id)?.color ?? 0];
+  const latest = (state) => state.steps[state.steps.length - 1];
+
+  function pageKind(state, block) {
+    const owners = state.owners.get(block);
+    if (owners) return owners.length > 1 ? "shared" : "owned";
+    return isCached(state, block) ? "cached" : "free";
+  }
+
+  // -- looks --------------------------------------------------------------------------------------
+
+  // Colours come from CSS variables, so that the page's light and dark themes reach the canvas.
+  function themeOf(element, state) {
+    const css = getComputedStyle(element);
+    const read = (name) => css.getPropertyValue(`--lk-${name}`).trim();
+    const theme = { hatches: new Map(), font: `11px ${css.fontFamily}`, bold: `600 11px ${css.fontFamily}` };
+    for (const name of ["ink", "muted", "line", "paper", "free", "cached", "waiting", "usage"]) {
+      theme[name] = read(name);
+    }
+    const lift = Number(read("lift")) || 0; // towards white, where the page is dark
+    theme.palette = state.palette.map((hex) => mix(hex, lift));
+    return theme;
+  }
+
+  function channels(hex) {
+    return [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+  }
+
+  function mix(hex, share) {
+    return "#" + channels(hex).map((v) => Math.round(v + (255 - v) * share).toString(16).padStart(2, "0")).join("");
+  }
+
+  function inkOn(hex) {
+    const [r, g, b] = channels(hex);
+    return 0.299 * r + 0.587 * g + 0.114 * b > 140 ? "#14161b" : "#ffffff";
+  }
+
+  function hatch(ctx, theme, color) {
+    if (!theme.hatches.has(color)) {
+      const ratio = window.devicePixelRatio || 1;
+      const tile = document.createElement("canvas");
+      tile.width = tile.height = Math.round(5 * ratio);
+      const pen = tile.getContext("2d");
+      pen.scale(tile.width / 5, tile.width / 5);
+      pen.strokeStyle = color;
+      pen.lineWidth = 1.5;
+      for (const shift of [-5, 0, 5]) {
+        pen.beginPath();
+        pen.moveTo(shift - 1, 6);
+        pen.lineTo(shift + 6, -1);
+        pen.stroke();
+      }
+      const pattern = ctx.createPattern(tile, "repeat");
+      pattern.setTransform(new DOMMatrix().scale(5 / tile.width));
+      theme.hatches.set(color, pattern);
+    }
+    return theme.hatches.get(color);
+  }
+
+  // Size the canvas for the screen's own pixels and return a clean context in CSS pixels.
+  function context(canvas) {
+    const ratio = window.devicePixelRatio || 1;
+    const width = canvas.clientWidth, height = canvas.clientHeight;
+    if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
+      canvas.width = Math.round(width * ratio);
+      canvas.height = Math.round(height * ratio);
+    }
+    const ctx = canvas.getContext("2d");
+    ctx.setTransform(ratio, 0, 0, ratio, 0, 0);
+    ctx.clearRect(0, 0, width, height);
+    return { ctx, width, height };
+  }
+
+  function text(ctx, words, x, y, color, align = "left") {
+    ctx.fillStyle = color;
+    ctx.textAlign = align;
+    ctx.textBaseline = "middle";
+    ctx.fillText(words, x, y);
+  }
+
+  // -- pages --------------------------------------------------------------------------------------
+
+  // The largest square cells with which the whole pool fits.
+  function pageGrid(state, width, height) {
+    const total = state.meta.num_blocks, room = width - GUTTER - RIGHT;
+    const fits = [];
+    for (let columns = 8; columns <= 1024; columns += columns < 64 ? 8 : 16) {
+      const rows = Math.ceil(total / columns);
+      fits.push({ columns, rows, size: Math.min(room / columns, (height - 2) / rows, 32) });
+    }
+    const most = Math.max(...fits.map((fit) => fit.size));
+    const best = fits.findLast((fit) => fit.size > 0.85 * most); // a little smaller, to use the whole width
+    if (best.size > 4) best.size = Math.floor(best.size);
+    return { ...best, gap: best.size >= 12 ? 2 : best.size >= 5 ? 1 : 0, left: GUTTER, top: 1 };
+  }
+
+  // How high the picture is when it may be `most` high.
+  function pagesHeight(state, width, most) {
+    const grid = pageGrid(state, width, most);
+    return Math.ceil(grid.rows * grid.size) + 2;
+  }
+
+  function drawPages(ctx, state, theme, width, height) {
+    const grid = pageGrid(state, width, height), box = grid.size - grid.gap;
+    ctx.font = theme.font;
+    const every = Math.max(1, Math.ceil(14 / grid.size));
+    for (let row = 0; row < grid.rows; row += every) {
+      text(ctx, row * grid.columns, GUTTER - 8, grid.top + row * grid.size + box / 2, theme.muted, "right");
+    }
+    const focus = state.tables.find(([request]) => request === state.hover.request)?.[0];
+    for (let block = 0; block < state.meta.num_blocks; block++) {
+      const x = grid.left + (block % grid.columns) * grid.size;
+      const y = grid.top + Math.floor(block / grid.columns) * grid.size;
+      const owners = state.owners.get(block) || [];
+      ctx.globalAlpha = focus === undefined || owners.some((owner) => owner.request === focus) ? 1 : 0.22;
+      drawPage(ctx, state, theme, x, y, box, pageKind(state, block), owners);
+      if (block === state.hover.block) {
+        ctx.globalAlpha = 1;
+        outline(ctx, x - 1, y - 1, box + 2, box + 2, theme.ink, 2);
+      }
+    }
+    ctx.globalAlpha = 1;
+  }
+
+  function drawPage(ctx, state, theme, x, y, size, kind, owners) {
+    if (kind === "free") {
+      if (size >= 8) outline(ctx, x, y, size, size, theme.free, 1);
+      else box(ctx, x, y, size, size, theme.free);
+    } else if (kind === "cached") {
+      box(ctx, x, y, size, size, hatch(ctx, theme, theme.cached));
+      if (size >= 8) outline(ctx, x, y, size, size, theme.cached, 1);
+    } else {
+      const stripe = size / owners.length;
+      owners.forEach(({ request, filled, position }, i) => {
+        const color = colorOf(state, theme, request);
+        const alpha = ctx.globalAlpha;
+        ctx.globalAlpha = alpha * 0.25;
+        box(ctx, x, y + i * stripe, size, stripe, color);
+        ctx.globalAlpha = alpha;
+        box(ctx, x, y + i * stripe, (size * filled) / state.meta.block_size, stripe, color);
+        const label = state.lanes.get(request)?.label ?? "";
+        if (position === 0 && owners.length === 1 && size >= 16 && label.length <= 3) {
+          const ink = filled * 2 > state.meta.block_size ? inkOn(color) : theme.ink;
+          text(ctx, label, x + size / 2, y + size / 2 + 0.5, ink, "center");
+        }
+      });
+      if (kind === "shared") outline(ctx, x, y, size, size, theme.ink, size >= 8 ? 2 : 1);
+    }
+  }
+
+  function box(ctx, x, y, width, height, style) {
+    ctx.fillStyle = style;
+    ctx.fillRect(x, y, width, height);
+  }
+
+  function outline(ctx, x, y, width, height, color, weight) {
+    ctx.strokeStyle = color;
+    ctx.lineWidth = weight;
+    ctx.strokeRect(x + weight / 2, y + weight / 2, width - weight, height - weight);
+  }
+
+  function blockAt(state, width, height, x, y) {
+    const grid = pageGrid(state, width, height);
+    const column = Math.floor((x - grid.left) / grid.size), row = Math.floor((y - grid.top) / grid.size);
+    const block = row * grid.columns + column;
+    return column >= 0 && column < grid.columns && row >= 0 && block < state.meta.num_blocks ? block : undefined;
+  }
+
+  // -- the clock: steps from left to right, the same in timeline and meters -------------------------
+
+  function clock(state, width) {
+    const room = width - GUTTER - RIGHT, last = state.step, oldest = state.steps.length ? state.steps[0].step : 0;
+    const most = Math.min(state.window, Math.max(60, Math.floor(room / 3.5)));
+    const count = Math.max(60, Math.min(most, last - oldest + 1));
+    const first = Math.max(oldest, last - count + 1), pitch = room / count;
+    return { first, last, pitch, x: (step) => GUTTER + (step - first) * pitch };
+  }
+
+  function stepAt(state, width, x) {
+    const time = clock(state, width), step = time.first + Math.floor((x - GUTTER) / time.pitch);
+    return x >= GUTTER && step >= time.first && step <= time.last ? step : undefined;
+  }
+
+  function crosshair(ctx, state, theme, time, height) {
+    if (state.hover.step === undefined || state.hover.step < time.first) return;
+    box(ctx, time.x(state.hover.step), 0, Math.max(1.5, time.pitch), height, theme.line);
+  }
+
+  // -- timeline -----------------------------------------------------------------------------------
+
+  // The lanes to show, by arrival. When they are too many, those that only wait give way first.
+  function laneRows(state, width, height) {
+    const { first } = clock(state, width), room = height - AXIS;
+    const lanes = [...state.lanes.values()].filter((lane) => lane.ended < 0 || lane.ended >= first);
+    const most = Math.max(1, Math.floor(room / 6));
+    let shown = lanes;
+    if (lanes.length > most) {
+      const busy = lanes.filter((lane) => lane.spans.some((span) => span.kind !== "w")).slice(-most);
+      const idle = lanes.filter((lane) => !busy.includes(lane)).slice(0, most - busy.length);
+      shown = lanes.filter((lane) => busy.includes(lane) || idle.includes(lane));
+    }
+    const pitch = Math.min(18, room / Math.max(1, shown.length));
+    return { shown, hidden: lanes.length - shown.length, pitch };
+  }
+
+  function drawTimeline(ctx, state, theme, width, height) {
+    const time = clock(state, width), rows = laneRows(state, width, height), floor = height - AXIS;
+    ctx.font = theme.font;
+    const every = [10, 20, 50, 100].find((gap) => gap * time.pitch >= 44) || 200;
+    for (let step = Math.ceil(time.first / every) * every; time.x(step) < width - RIGHT; step += every) {
+      const x = time.x(step);
+      box(ctx, Math.round(x), 0, 1, floor, theme.line);
+      if (x < width - 12) text(ctx, step, x, height - AXIS / 2 + 1, theme.muted, step ? "center" : "left");
+    }
+    text(ctx, "step", GUTTER - 8, height - AXIS / 2 + 1, theme.muted, "right");
+    crosshair(ctx, state, theme, time, floor);
+    const labelEvery = Math.ceil(11 / rows.pitch);
+    rows.shown.forEach((lane, row) => {
+      const focus = state.hover.request;
+      ctx.globalAlpha = focus === undefined || focus === lane.id ? 1 : 0.22;
+      const y = row * rows.pitch, middle = y + rows.pitch / 2;
+      if (row % labelEvery === 0 || focus === lane.id) {
+        const mine = state.mine.has(lane.id);
+        ctx.font = mine ? theme.bold : theme.font;
+        text(ctx, lane.label, GUTTER - 8, middle, mine ? theme.ink : theme.muted, "right");
+      }
+      drawLane(ctx, theme, lane, time, y + 0.5, rows.pitch - (rows.pitch > 8 ? 3 : 1));
+    });
+    ctx.globalAlpha = 1;
+    ctx.font = theme.font;
+    if (rows.hidden) text(ctx, `and ${rows.hidden} more`, width - RIGHT, floor - 8, theme.muted, "right");
+  }
+
+  function drawLane(ctx, theme, lane, time, y, height) {
+    const color = theme.palette[lane.color];
+    for (const span of lane.spans) {
+      if (span.to < time.first) continue;
+      const from = Math.max(span.from, time.first), x = time.x(from);
+      drawSpan(ctx, theme, span.kind, color, x, y, (span.to - from + 1) * time.pitch, height);
+    }
+    if (lane.ended >= time.first) box(ctx, time.x(lane.ended + 1) - 1, y, 2, height, theme.ink);
+  }
+
+  // The shape says what: a block for prefill, hatched for a chunk, a bar for decode, hollow for idle, dots
+  // for waiting, a cross for a preemption. The colour says whose.
+  function drawSpan(ctx, theme, kind, color, x, y, width, height) {
+    const middle = y + height / 2;
+    if (kind === "p") box(ctx, x, y, Math.max(2, width - 0.5), height, color);
+    else if (kind === "c") {
+      box(ctx, x, y, Math.max(2, width - 0.5), height, hatch(ctx, theme, color));
+      outline(ctx, x, y, Math.max(2, width - 0.5), height, color, 1);
+    } else if (kind === "d") box(ctx, x, y + height * 0.3, width, Math.max(1.5, height * 0.4), color);
+    else if (kind === "i") {
+      box(ctx, x, y + height * 0.3, width, 1, color);
+      box(ctx, x, y + height * 0.7, width, 1, color);
+    } else if (kind === "w") {
+      for (let dot = x + 1; dot < x + width - 1; dot += 4) box(ctx, dot, middle - 0.75, 1.5, 1.5, theme.waiting);
+    } else if (kind === "x") {
+      const arm = Math.min(4, height / 2), center = x + width / 2;
+      ctx.strokeStyle = theme.ink;
+      ctx.lineWidth = 1.5;
+      ctx.beginPath();
+      ctx.moveTo(center - arm, middle - arm);
+      ctx.lineTo(center + arm, middle + arm);
+      ctx.moveTo(center - arm, middle + arm);
+      ctx.lineTo(center + arm, middle - arm);
+      ctx.stroke();
+    }
+  }
+
+  function laneAt(state, width, height, y) {
+    const rows = laneRows(state, width, height);
+    return y < height - AXIS ? rows.shown[Math.floor(y / rows.pitch)] : undefined;
+  }
+
+  // -- meters -------------------------------------------------------------------------------------
+
+  // Generated tokens per second of work, over the last eight steps.
+  function rates(steps) {
+    return steps.map((_, i) => {
+      const past = steps.slice(Math.max(0, i - 7), i + 1);
+      const seconds = past.reduce((sum, step) => sum + step.seconds, 0);
+      return seconds > 0 ? past.reduce((sum, step) => sum + step.sampled, 0) / seconds : 0;
+    });
+  }
+
+  function drawMeters(ctx, state, theme, width, height) {
+    const time = clock(state, width), steps = state.steps, now = latest(state), rate = rates(steps);
+    const blocks = state.meta.num_blocks, top = Math.max(1, ...rate), waiting = now ? now.waiting : 0;
+    const idle = !state.tables.length && !waiting;
+    const crowd = Math.max(1, ...steps.map((step) => step.running + step.waiting));
+    const strips = [
+      { name: "tokens/s", hint: "tokens generated per second of work", color: theme.ink,
+        values: rate, most: top, scale: short(top), now: idle ? "idle" : short(rate[rate.length - 1]) },
+      { name: "KV usage", hint: "the share of the pages that somebody holds", color: theme.usage,
+        values: steps.map((s) => s.used), most: blocks, scale: "100%", now: percent(now ? now.used / blocks : 0) },
+      { name: "running, waiting", hint: "requests that have a seat, and requests in the queue", color: theme.ink,
+        values: steps.map((s) => s.running), over: steps.map((s) => s.waiting), most: crowd, scale: crowd,
+        now: `${state.tables.length}, ${waiting}` },
+    ];
+    const pitch = height / strips.length;
+    ctx.font = theme.font;
+    crosshair(ctx, state, theme, time, height);
+    strips.forEach((strip, i) => drawStrip(ctx, theme, time, steps, strip, i * pitch + 17, pitch - 22, width));
+  }
+
+  function drawStrip(ctx, theme, time, steps, strip, y, height, width) {
+    const floor = y + height;
+    box(ctx, GUTTER, floor, width - GUTTER - RIGHT, 1, theme.line);
+    text(ctx, strip.name, GUTTER, y - 8, theme.muted);
+    ctx.font = theme.bold;
+    text(ctx, strip.now, width - RIGHT, y - 8, theme.ink, "right");
+    ctx.font = theme.font;
+    if (steps.length) text(ctx, strip.scale, GUTTER - 8, y + 3, theme.muted, "right");
+    else text(ctx, strip.hint, (GUTTER + width) / 2, y + height / 2, theme.muted, "center");
+    steps.forEach(({ step }, i) => {
+      if (step < time.first) return;
+      const x = time.x(step), tall = (height * strip.values[i]) / strip.most;
+      ctx.globalAlpha = 0.3;
+      box(ctx, x, floor - tall, time.pitch, tall, strip.color);
+      ctx.globalAlpha = 1;
+      box(ctx, x, floor - tall, time.pitch, 1.5, strip.color);
+      if (strip.over) {
+        const extra = (height * strip.over[i]) / strip.most;
+        if (extra) box(ctx, x, floor - tall - extra, time.pitch, extra, hatch(ctx, theme, theme.waiting));
+      }
+    });
+  }
+
+  const percent = (share) => `${Math.round(share * 100)}%`;
+  const short = (number) => (number >= 100 ? Math.round(number) : Number(number.toPrecision(2))).toLocaleString("en");
+
+  return { createState, apply, themeOf, context, pagesHeight, drawPages, drawPage, drawTimeline, drawSpan, drawMeters,
+           blockAt, stepAt, laneAt, pageKind, isCached, colorOf, latest, rates, percent, short };
+})();

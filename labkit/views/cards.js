@@ -1,0 +1,117 @@
+// One card per request, newest first. Everything typed or generated is set as textContent, never as markup.
+Object.assign(labkit, (() => {
+  const KEEP = 100; // cards on the page
+  const ENDINGS = { stop: "done", length: "done: reached max tokens", abort: "cancelled", error: "failed" };
+
+  // Draws into `root`; gives `labkit.mount` what it needs to ask for cards and to show them.
+  function cards(root, ask) {
+    const list = root.querySelector(".lk-list"), none = root.querySelector(".lk-none");
+    const cancelAll = root.querySelector(".lk-cancel-all"), filter = root.querySelector(".lk-filter");
+    const byId = new Map();
+    let since = -1, colors = () => "", focus = () => {};
+
+    cancelAll.addEventListener("click", () => ask("cancel", { request: null }));
+    filter.addEventListener("change", () => root.classList.toggle("lk-only-mine", filter.checked));
+
+    function question() {
+      const open = {};
+      for (const [id, card] of byId) if (!card.reason) open[id] = card.length;
+      return { cards: { since, open } };
+    }
+
+    function answer(news, state, show) {
+      const { reset, since: latest, items } = news.cards;
+      if (reset) {
+        byId.clear();
+        list.replaceChildren();
+        state.mine.clear();
+      }
+      since = latest;
+      if (news.pictures.full) {
+        colors = (index) => state.palette[index % state.palette.length];
+        focus = show.focus;
+        if (!root.dataset.linked) show.onHover((request) => mark(request));
+        root.dataset.linked = "yes";
+      }
+      for (const item of items) update(byId.get(item.id) || create(item, state), item);
+      none.hidden = byId.size > 0;
+      cancelAll.hidden = ![...byId.values()].some((card) => card.mine && !card.reason);
+      while (byId.size > KEEP) {
+        const [oldest, card] = byId.entries().next().value;
+        card.element.remove();
+        byId.delete(oldest);
+      }
+    }
+
+    function create(item, state) {
+      const element = document.createElement("article");
+      element.className = "lk-card";
+      element.dataset.request = item.id;
+      element.tabIndex = 0;
+      const part = (tag, name, words = "") => {
+        const made = document.createElement(tag);
+        made.className = name;
+        made.textContent = words;
+        return made;
+      };
+      const head = part("header", "lk-card-head");
+      const name = part("span", "lk-name", item.label);
+      name.style.setProperty("--lk-whose", colors(item.color));
+      const status = part("span", "lk-status"), tokens = part("span", "lk-tokens");
+      head.append(name, ...(item.mine ? [part("span", "lk-you", "yours")] : []), status, tokens);
+      const body = part("p", "lk-text");
+      const card = { element, status, tokens, body, mine: item.mine, max: item.max_tokens };
+      Object.assign(card, { text: "", length: 0, reason: "" });
+      if (item.mine) {
+        element.classList.add("lk-mine");
+        state.mine.add(item.id);
+        card.cancel = part("button", "lk-cancel", "Cancel");
+        card.cancel.type = "button";
+        card.cancel.setAttribute("aria-label", `Cancel request ${item.label}`);
+        card.cancel.addEventListener("click", () => {
+          card.cancel.disabled = true;
+          ask("cancel", { request: item.id });
+        });
+        head.append(card.cancel);
+      }
+      const prompt = part("p", "lk-prompt", item.prompt);
+      prompt.title = item.prompt; // it is cut off after a line
+      element.append(head, prompt, body);
+      element.addEventListener("pointerenter", () => focus(item.id));
+      element.addEventListener("pointerleave", () => focus(undefined));
+      element.addEventListener("focusin", () => focus(item.id));
+      element.addEventListener("focusout", () => focus(undefined));
+      list.prepend(element);
+      byId.set(item.id, card);
+      return card;
+    }
+
+    // `at` and `length` count characters as the engine does; only the new end of the text was sent.
+    function update(card, item) {
+      const follows = card.body.scrollTop + card.body.clientHeight >= card.body.scrollHeight - 4;
+      card.text = item.at === 0 ? item.text : card.text + item.text;
+      Object.assign(card, { length: item.length, reason: item.reason || "" });
+      if (card.body.textContent !== card.text) card.body.textContent = card.text;
+      if (item.error) card.body.textContent = card.text ? `${card.text}\n${item.error}` : item.error;
+      card.tokens.textContent = `${item.tokens} / ${card.max}`;
+      card.tokens.title = `${item.tokens} tokens generated, ${card.max} at most`;
+      card.status.textContent = item.reason ? ENDINGS[item.reason] : item.tokens ? "running" : "waiting";
+      card.element.dataset.status = item.reason || (item.tokens ? "running" : "waiting");
+      if (card.cancel && item.reason) card.cancel.remove();
+      if (follows && !item.reason) card.body.scrollTop = card.body.scrollHeight;
+    }
+
+    // Ask for all cards anew.
+    function forget() {
+      since = -1;
+    }
+
+    function mark(request) {
+      for (const [id, card] of byId) card.element.classList.toggle("lk-hot", id === request);
+    }
+
+    return { question, answer, forget, byId };
+  }
+
+  return { cards };
+})());

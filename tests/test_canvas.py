@@ -1,0 +1,324 @@
+"""What the browser is sent: the trace, step by step, and nothing that it already has."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from typing import Any
+
+import pytest
+
+from labkit.memory import BlockPool
+from labkit.plan import StepResult
+from labkit.request import Request, SamplingParams
+from labkit.scheduler import SCHEDULERS
+from labkit.trace import Admission, Arrival, Finish, Pages, StepRecord, Trace, TraceMeta
+from labkit.views import style
+from labkit.views.canvas import WINDOW, Feed, asset
+
+META = TraceMeta(num_blocks=12, block_size=4, max_num_seqs=3, max_num_batched_tokens=8)
+
+# Two seats are in use, a third request waits; then the second is preempted, and at last the first ends.
+STORY = [
+    StepRecord(
+        0,
+        ("a", "b"),
+        "pc",
+        (0, 0),
+        (3, 5),
+        ((1,), ()),
+        arrived=(Arrival("a", 3, 9), Arrival("b", 9, 9), Arrival("c", 30, 9)),
+        admitted=(Admission("a"), Admission("b")),
+        taken=(Pages("a", (0,)), Pages("b", (1, 2, 3))),
+        waiting=1,
+        blocked=("c", "it needs 8 pages, and 8 are free"),
+        free_blocks=8,
+        seconds=0.5,
+    ),
+    StepRecord(1, ("a", "b"), "dc", (3, 5), (1, 4), ((2,), (3,)), waiting=1, free_blocks=8, published=(0, 1)),
+    StepRecord(
+        2,
+        ("a",),
+        "d",
+        (4,),
+        (1,),
+        ((4,),),
+        preempted=(Pages("b", (1, 2, 3)),),
+        taken=(Pages("a", (4,)),),
+        waiting=2,
+        free_blocks=10,
+    ),
+    StepRecord(
+        3,
+        ("a",),
+        "d",
+        (5,),
+        (1,),
+        ((5,),),
+        finished=(Finish("a", "stop", (0, 4)),),
+        waiting=2,
+        free_blocks=12,
+    ),
+]
+
+
+def feed_of(records: list[StepRecord], meta: TraceMeta = META) -> Feed:
+    feed = Feed(meta, min_interval=0)
+    for record in records:
+        feed.append(record)
+    return feed
+
+
+def lanes_of(snapshot: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    return {lane[0]: lane[1:] for lane in snapshot["lanes"]}
+
+
+def bits(text: str) -> set[int]:
+    return {
+        i
+        for i, byte in enumerate(base64.b64decode(text))
+        for i in range(8 * i, 8 * i + 8)
+        if byte >> i % 8 & 1
+    }
+
+
+def busy_trace(scheduler: str = "continuous", *, steps: int = 10_000, requests: int = 12) -> Trace:
+    """A run of the real scheduler with too few pages, without a model."""
+    pool = BlockPool(14, 4)
+    planner = SCHEDULERS[scheduler](pool, max_num_seqs=5, max_num_batched_tokens=16)
+    trace = Trace(TraceMeta(14, 4, 5, 16))
+    for i in range(requests):
+        prompt = [7] * 4 + [100 + i] * (i % 9)
+        planner.add(Request(str(i), prompt, SamplingParams(max_tokens=8 + i % 5)))
+    step = 0
+    while planner.has_unfinished and step < steps:
+        plan = planner.schedule()
+        ends = [
+            n and s + n == len(r.token_ids)
+            for r, s, n in zip(plan.requests, plan.starts, plan.num_tokens, strict=True)
+        ]
+        result = StepResult([(step % 50,) if end else () for end in ends])
+        planner.commit(plan, result)
+        trace.append(planner.record(step, plan, result, seconds=0.01))
+        step += 1
+    return trace
+
+
+class Browser:
+    """Does what `canvas.js` does with snapshots."""
+
+    def __init__(self) -> None:
+        self.feed, self.step = "", -1
+        self.lanes: dict[str, dict[str, Any]] = {}
+        self.steps: list[Any] = []
+        self.tables: Any = ()
+
+    def ask(self, feed: Feed) -> dict[str, Any]:
+        news = json.loads(json.dumps(feed.snapshot(self.feed, self.step)))
+        if news.get("full"):
+            self.feed, self.lanes, self.steps = news["feed"], {}, []
+        self.step = news["step"]
+        if "steps" not in news:
+            return news
+        self.tables = news["tables"]
+        self.steps = (self.steps + news["steps"])[-WINDOW:]
+        for request_id, *facts, spans in news["lanes"]:
+            lane = self.lanes.setdefault(request_id, {"spans": {}})
+            lane["facts"] = facts
+            for kind, first, last, tokens in spans:
+                lane["spans"][kind, first] = (last, tokens)
+        return news
+
+
+# -- what it says ---------------------------------------------------------------------------------
+
+
+def test_nothing_has_run_yet() -> None:
+    snapshot = Feed(META).snapshot()
+    assert snapshot["full"] and snapshot["step"] == -1
+    assert snapshot["meta"]["num_blocks"] == 12 and snapshot["palette"] == style.PALETTE
+    assert snapshot["lanes"] == [] and snapshot["steps"] == [] and not snapshot["tables"]
+
+
+def test_lanes_say_what_each_request_did() -> None:
+    lanes = lanes_of(feed_of(STORY).snapshot())
+    assert lanes["a"][-1] == (("p", 0, 0, 3), ("d", 1, 3, 3))
+    assert lanes["b"][-1] == (("c", 0, 1, 9), ("x", 2, 2, 3), ("w", 2, 3, 0))
+    assert lanes["c"][-1] == (("w", 0, 3, 0),)
+    assert lanes["a"][:-1] == ("a", style.color_index("a"), 0, 3, 3, "stop")
+    assert lanes["b"][-3:-1] == (-1, "")
+
+
+def test_pages_after_the_step() -> None:
+    snapshot = feed_of(STORY[:3]).snapshot()
+    assert snapshot["tables"] == (("a", 5, (0, 4)),)
+    assert bits(snapshot["cached"]) == {0, 1}
+    assert feed_of(STORY).snapshot()["tables"] == ()
+
+
+def test_counts_of_each_step() -> None:
+    steps = feed_of(STORY).snapshot()["steps"]
+    assert steps[0] == (0, 0.5, 1, 8, 4, 2, 1, ("c", "it needs 8 pages, and 8 are free"))
+    assert [step[5:7] for step in steps] == [(2, 1), (2, 1), (1, 2), (1, 2)]
+    assert [step[4] for step in steps] == [4, 4, 2, 0]
+
+
+def test_a_seat_that_gets_nothing_of_the_budget_is_idle() -> None:
+    records = [
+        StepRecord(
+            0, ("a", "b"), "pp", (0, 0), (3, 3), ((1,), (1,)),
+            arrived=(Arrival("a", 3, 9), Arrival("b", 3, 9)), admitted=(Admission("a"), Admission("b")),
+            taken=(Pages("a", (0,)), Pages("b", (1,))), free_blocks=10,
+        ),
+        StepRecord(1, ("a",), "d", (3,), (1,), ((1,),), free_blocks=10),
+    ]  # fmt: skip
+    assert lanes_of(feed_of(records).snapshot())["b"][-1] == (("p", 0, 0, 3), ("i", 1, 1, 0))
+
+
+def test_a_request_cancelled_while_it_waits() -> None:
+    records = [
+        StepRecord(0, arrived=(Arrival("a", 3, 9),), waiting=1, free_blocks=12),
+        StepRecord(1, finished=(Finish("a", "abort", ()),), free_blocks=12),
+    ]
+    lane = lanes_of(feed_of(records).snapshot())["a"]
+    assert lane[-3:] == (1, "abort", (("w", 0, 0, 0),))
+
+
+def test_a_name_used_again_begins_a_new_lane() -> None:
+    again = StepRecord(
+        5, ("a",), "p", (0,), (2,), ((1,),), arrived=(Arrival("a", 2, 4),), admitted=(Admission("a"),),
+        taken=(Pages("a", (7,)),), free_blocks=11,
+    )  # fmt: skip
+    feed = feed_of([*STORY, again])
+    assert lanes_of(feed.snapshot())["a"][2:] == (5, 2, -1, "", (("p", 5, 5, 2),))
+    for step in range(6, 6 + WINDOW):
+        feed.append(StepRecord(step, ("a",), "d", (step,), (1,), ((1,),), free_blocks=11))
+    assert "a" in lanes_of(feed.snapshot())
+
+
+@pytest.mark.parametrize("scheduler", ["continuous", "static", "naive"])
+def test_a_whole_run_agrees_with_its_trace(scheduler: str) -> None:
+    trace = busy_trace(scheduler)
+    feed, browser = Feed(trace.meta, min_interval=0), Browser()
+    for record in trace:
+        feed.append(record)
+        browser.ask(feed)
+        after = trace.state(record.step, after=True)
+        assert {name: table for name, _, table in browser.tables} == after.tables
+        assert {name: computed for name, computed, _ in browser.tables} == after.computed
+        assert bits(feed.snapshot()["cached"]) == after.cached
+    if scheduler == "continuous":
+        assert any(record.preempted for record in trace), "this run should have been short of pages"
+    for record in trace:
+        for row in record.rows:
+            letter = {"prefill": "p", "chunk": "c", "decode": "d", "idle": "i"}[row.kind]
+            spans = browser.lanes[row.request_id]["spans"].items()
+            assert any(k == letter and first <= record.step <= last for (k, first), (last, _) in spans)
+        for request_id, reason, _ in record.finished:
+            assert browser.lanes[request_id]["facts"][-2:] == [record.step, reason]
+    computed = sum(
+        tokens
+        for lane in browser.lanes.values()
+        for (k, _), (_, tokens) in lane["spans"].items()
+        if k in "pcd"
+    )
+    assert computed == sum(record.total_tokens for record in trace)
+
+
+# -- only what is new -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [1, 3, 7])
+def test_increments_add_up_to_the_whole(every: int) -> None:
+    trace = busy_trace()
+    feed, often, once = Feed(trace.meta, min_interval=0), Browser(), Browser()
+    for i, record in enumerate(trace):
+        feed.append(record)
+        if i % every == 0:
+            often.ask(feed)
+    often.ask(feed)
+    once.ask(feed)
+    assert (often.lanes, often.steps, often.tables) == (once.lanes, once.steps, once.tables)
+
+
+def test_nothing_new_is_a_short_answer() -> None:
+    feed, browser = feed_of(STORY), Browser()
+    assert browser.ask(feed)["full"]
+    assert browser.ask(feed) == {"feed": feed.name, "step": 3}
+
+
+def test_an_answer_holds_the_new_part_of_a_lane_only() -> None:
+    feed, browser = feed_of(STORY[:2]), Browser()
+    browser.ask(feed)
+    feed.append(STORY[2])
+    news = browser.ask(feed)
+    assert "full" not in news and [step[0] for step in news["steps"]] == [2]
+    assert lanes_of(news)["b"][-1] == [["x", 2, 2, 3], ["w", 2, 2, 0]]
+
+
+@pytest.mark.parametrize("lost", ["the engine was started anew", "it slept too long", "it is ahead of us"])
+def test_whoever_has_lost_the_thread_gets_everything(lost: str) -> None:
+    feed = feed_of(STORY)
+    for step in range(4, 4 + WINDOW):
+        feed.append(StepRecord(step, free_blocks=12))
+    name = "another" if lost == "the engine was started anew" else feed.name
+    after = {"it slept too long": 0, "it is ahead of us": 999}.get(lost, 150)
+    snapshot = feed.snapshot(name, after)
+    assert snapshot["full"] and len(snapshot["steps"]) == WINDOW
+
+
+def test_it_does_not_grow() -> None:
+    feed = Feed(TraceMeta(50, 4, 8, 64), min_interval=0)
+    for step in range(5 * WINDOW):
+        name, page = str(step), (step % 50,)
+        feed.append(
+            StepRecord(
+                step, (name,), "p", (0,), (3,), ((1,),), arrived=(Arrival(name, 3, 1),),
+                admitted=(Admission(name),), taken=(Pages(name, page),),
+                finished=(Finish(name, "length", page),), free_blocks=50,
+            )
+        )  # fmt: skip
+    snapshot = feed.snapshot()
+    assert len(snapshot["steps"]) == len(snapshot["lanes"]) == WINDOW
+    assert len(feed._lanes) == len(feed._ended) == WINDOW
+
+
+def test_all_browsers_share_a_frame_for_a_moment() -> None:
+    feed = Feed(META, min_interval=3600)
+    for record in STORY[:2]:
+        feed.append(record)
+    first = feed.snapshot()["step"]
+    feed.append(STORY[2])
+    assert feed.snapshot()["step"] == first  # the next frame is an hour away
+
+
+def test_reading_while_the_engine_writes() -> None:
+    trace = busy_trace(requests=60)
+    feed, browser, faults = Feed(trace.meta, min_interval=0), Browser(), []
+
+    def read() -> None:
+        try:
+            while browser.step < trace[-1].step:
+                browser.ask(feed)
+        except Exception as error:
+            faults.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for record in trace:
+        feed.append(record)
+    reader.join(60)
+    whole = Browser()
+    whole.ask(feed)
+    assert not faults and browser.tables == whole.tables and browser.steps == whole.steps
+
+
+def test_the_files_of_the_page_are_there_and_safe_to_put_into_a_template() -> None:
+    for name in ("canvas.js", "panel.js", "cards.js", "canvas.css", "page.css", "canvas.html", "cards.html"):
+        text = asset(name)
+        assert text
+        if not name.endswith(".js"):  # gradio reads these as templates
+            assert not any(mark in text for mark in ("{{", "${", "`", "\\"))
+        else:
+            assert not any(mark in text for mark in ("innerHTML", "outerHTML", "insertAdjacentHTML", "eval("))

@@ -1,0 +1,146 @@
+"""Cards, owners and the clock, without a browser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from labkit.config import EngineConfig
+from labkit.desk import KEEP, Desk, as_chat, params_of
+from labkit.engine import Engine
+from labkit.live import LiveEngine
+from labkit.request import SamplingParams
+from labkit.weights import LoadedModel, load_model
+
+FOUR = SamplingParams(max_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return load_model("tiny-random", say=None)
+
+
+@pytest.fixture
+def desk(model: LoadedModel) -> Iterator[Desk]:
+    with LiveEngine(Engine(EngineConfig(model=model, num_blocks=64))) as live:
+        yield Desk(live)
+
+
+def finish(desk: Desk, *ids: str) -> None:
+    for request_id in ids:
+        for _ in desk.live.stream(request_id):
+            pass
+
+
+def test_cards_say_what_was_asked_and_answered(desk: Desk) -> None:
+    mine = desk.inject("me", "hello", FOUR)
+    theirs = desk.inject("you", "world", FOUR)
+    finish(desk, mine, theirs)
+    news = desk.cards("me", -1, {})
+    assert news["since"] == 2
+    assert [(card["id"], card["mine"], card["prompt"]) for card in news["items"]] == [
+        (mine, True, "hello"),
+        (theirs, False, "world"),
+    ]
+    card, output = news["items"][0], desk.live.output(mine)
+    assert (card["text"], card["tokens"], card["max_tokens"]) == (output.text, 4, 4)
+    assert (card["reason"], card["at"], card["length"]) == ("length", 0, len(output.text))
+    assert not any(card["mine"] for card in desk.cards("", -1, {})["items"])
+
+
+def test_only_the_new_end_of_a_text_is_sent_and_all_of_it_at_the_end(desk: Desk) -> None:
+    desk.live.pause()
+    request_id = desk.inject("me", "hello", SamplingParams(max_tokens=12))
+    text, since = "", -1
+    while not desk.live.output(request_id).finished:
+        before = len(desk.live.output(request_id).token_ids)
+        desk.live.single_step()
+        while len(desk.live.output(request_id).token_ids) == before:
+            pass
+        news = desk.cards("me", since, {request_id: len(text)} if text else {})
+        since = news["since"]
+        for card in news["items"]:
+            assert card["at"] == (0 if card["reason"] else len(text))
+            text = text[: card["at"]] + card["text"]
+        assert text == desk.live.output(request_id).text
+    assert desk.cards("me", since, {})["items"] == []  # it has the end: nothing more to say
+    assert desk.cards("me", since, {request_id: 3})["items"][0]["text"] == text  # it missed the end
+
+
+def test_everyone_cancels_their_own_only(desk: Desk) -> None:
+    desk.live.pause()
+    one, two, theirs = (desk.inject(who, "hello", FOUR) for who in ("me", "me", "you"))
+    desk.cancel("you", one)
+    desk.cancel("me", two)
+    desk.cancel("you", "no such request")
+    desk.live.resume()
+    finish(desk, one, two, theirs)
+    reasons = [desk.live.output(name).finish_reason for name in (one, two, theirs)]
+    assert reasons == ["length", "abort", "length"]
+
+
+def test_whoever_leaves_takes_requests_and_pause_along(desk: Desk) -> None:
+    desk.control("me", "pause")
+    mine, theirs = desk.inject("me", "hello", FOUR), desk.inject("you", "hello", FOUR)
+    desk.leave("somebody else")
+    assert desk.live.paused
+    desk.leave("me")
+    finish(desk, mine, theirs)
+    assert desk.live.output(mine).finish_reason == "abort"
+    assert desk.live.output(theirs).finish_reason == "length" and not desk.live.paused
+
+
+def test_the_clock(desk: Desk) -> None:
+    desk.control("me", "speed", 5)
+    desk.control("me", "step")
+    desk.control("me", "dance")  # not a word that it knows
+    assert desk.clock() == {"paused": True, "speed": 5, "failure": ""}
+    desk.control("me", "speed")
+    desk.control("you", "resume")
+    assert desk.clock() == {"paused": False, "speed": None, "failure": ""}
+    with pytest.raises(ValueError, match="speed must be"):
+        desk.control("me", "speed", float("nan"))
+
+
+def test_old_cards_are_forgotten(desk: Desk) -> None:
+    ids = [desk.inject("me", "hello", SamplingParams(max_tokens=1)) for _ in range(KEEP + 10)]
+    finish(desk, *ids[-KEEP:])
+    kept = [card["id"] for card in desk.cards("me", -1, {})["items"]]
+    assert kept == ids[10:]
+
+
+def test_the_chat_template_is_used_unless_raw(desk: Desk, model: LoadedModel) -> None:
+    decode = model.tokenizer.decode
+    chat, raw = desk.inject("me", "hello", FOUR), desk.inject("me", "hello", FOUR, raw=True)
+    assert decode(desk.live.output(raw).prompt_token_ids) == "hello"
+    text = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    assert decode(desk.live.output(chat).prompt_token_ids) == text
+    assert as_chat(object(), "hello") == "hello"
+
+
+@pytest.mark.parametrize("prompt", ["", " \n ", None])
+def test_an_empty_prompt(desk: Desk, prompt: str) -> None:
+    with pytest.raises(ValueError, match="The prompt is empty"):
+        desk.inject("me", prompt, FOUR)
+    assert desk.cards("me", -1, {}) == {"since": 0, "items": []}
+
+
+def test_numbers_of_a_form() -> None:
+    assert params_of(64.0, 0.5, 0.9, 3.0) == SamplingParams(64, temperature=0.5, top_p=0.9, seed=3)
+    for seed, number in ((None, None), ("", None), (" ", None), (" 7 ", 7), ("-7", -7), (7, 7)):
+        assert params_of(1, 0, 1, seed).seed == number
+    for numbers, message in (
+        ((0, 0, 1, None), "max_tokens must be at least 1"),
+        ((None, 0, 1, None), "max_tokens must be a whole number, not None"),
+        ((1.5, 0, 1, None), "max_tokens must be a whole number, not 1.5"),
+        ((8, float("nan"), 1, None), "temperature must be a number, not nan"),
+        ((8, None, 1, None), "temperature must be a number"),
+        ((8, 0, 2, None), "top_p must be between"),
+        ((8, 0, 1, 0.5), "seed must be a whole number"),
+        ((8, 0, 1, "lucky"), "seed must be a whole number, not 'lucky'"),
+        ((8, 0, 1, "9" * 5000), "seed must be a whole number"),
+        ((8, 0, 1, "9" * 19), "seed must be between"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            params_of(*numbers)
