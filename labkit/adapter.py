@@ -1,0 +1,352 @@
+"""Any other decoder: a `transformers` model, run as it is, on the paged cache.
+
+The model keeps its own embeddings, norms, projections and positions. Two things are put under it: a `Cache`
+whose `update` writes pages, and an attention function that reads them. It then sees one sequence of T tokens,
+which is the flattened batch, and only attention knows where one request ends and another begins.
+
+Many models do more than pages can carry (ALiBi, states, latent keys), and some pass by one of the two in
+silence. So nothing goes by a list of names: `adapt` watches what a model does, holds its logits against those
+of the model left alone, and refuses, with the reason, what it cannot run exactly.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from labkit.attention import BatchLayout, PagedKVCache, Span, attend, build_layout
+from labkit.weights import ModelError
+
+_PAGED = "labkit_paged"  # transformers knows no mask function of this name, and so makes no masks
+_PROBE = "labkit_probe"  # the same attention function, and masks to look at
+_OWN = {"softcap", "s_aux"}  # arguments of attention that are left to the model's own formula
+_HARMLESS = {  # arguments without effect on the result; with any other, a model is refused
+    *("dropout", "is_causal", "sliding_window", "position_ids", "cache_position", "use_cache"),
+    *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
+}
+# How far logits may be off, in deviations of a row's logits; wrong attention is off by about 1.
+_TOLERANCE = {torch.float32: 2e-4, torch.float16: 0.05, torch.bfloat16: 0.15}
+_STATE = "it keeps a state besides keys and values, which has no place in pages"
+
+_step: ContextVar[_Pages] = ContextVar("step")
+
+
+class AdaptedModel(nn.Module):
+    """A model of `transformers` with the surface of `labkit.model.Transformer`. Made by `adapt`.
+
+    Attributes:
+        config: of the model.
+        max_model_len: positions that it was made for.
+        windows: the sliding windows that occur (None: a layer without one).
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.config = model.config
+        self.dtype, self.device = model.dtype, model.device
+        self.max_model_len = _max_model_len(model.config)
+        decoder = model.get_decoder()
+        if decoder is model:
+            raise ModelError("transformers does not tell which part of it is the decoder")
+        arguments = inspect.signature(decoder.forward).parameters
+        if "position_ids" not in arguments:
+            raise ModelError("it takes no position_ids, and would count through the whole batch")
+        self._takes_cache_position = "cache_position" in arguments
+        self.decoder = _copy(decoder, _PROBE)
+        # The whole model, with hidden states handed through where its decoder was: what is left is the output
+        # layer, with all scaling and capping of logits.
+        self.head = _copy(model, _PAGED, {id(decoder): _HandThrough()})
+        recorder = _Recorder(self)
+        self._run(recorder, *_prompt(0, 8, self))
+        self._windows, self._kv_shape = recorder.result()
+        self.windows = tuple(set(self._windows))
+        _set_attention(self.decoder, _PAGED)
+
+    def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
+        """An empty KV cache of this model's shape. Raises `ValueError` if it does not fit."""
+        shape = len(self._windows), num_blocks, block_size, *self._kv_shape
+        return PagedKVCache(*shape, dtype=self.dtype, device=self.device)
+
+    def kv_bytes_per_token(self) -> int:
+        """What one token takes in the KV cache."""
+        kv_heads, head_dim = self._kv_shape
+        return 2 * len(self._windows) * kv_heads * head_dim * self.dtype.itemsize
+
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, cache: PagedKVCache, layout: BatchLayout
+    ) -> Tensor:
+        """Hidden states (T, hidden_size) of tokens (T,) at positions (T,); writes the cache on the way."""
+        return self._run(_Pages(cache, layout, self._windows), token_ids, positions)
+
+    @torch.inference_mode()
+    def _run(self, pages: _Pages, token_ids: Tensor, positions: Tensor) -> Tensor:
+        inputs: dict[str, Any] = dict(input_ids=token_ids[None], position_ids=positions[None])
+        if self._takes_cache_position:  # by which some models scale their queries
+            inputs["cache_position"] = positions
+        token = _step.set(pages)
+        try:
+            return self.decoder(**inputs, past_key_values=pages, use_cache=True)[0][0]
+        finally:
+            _step.reset(token)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (S, vocab_size) of hidden states (S, hidden_size)."""
+        return self.head(inputs_embeds=hidden[None], use_cache=False).logits[0]
+
+
+def adapt(model: PreTrainedModel) -> AdaptedModel:
+    """Make a causal language model of `transformers` run on the paged cache.
+
+    Weights are shared, not copied, and the model itself is left as it is, with the attention that it has.
+
+    Raises:
+        ModelError: names the architecture, and says why it cannot be run exactly.
+    """
+    if model.training:
+        raise ModelError(f"{type(model).__name__} is in training mode: call eval() on it first")
+    try:
+        if model.config.is_encoder_decoder:
+            raise ModelError("it is an encoder-decoder")
+        if model.config.get_text_config() is not model.config:
+            raise ModelError("it takes more than text; the text model in it may do alone")
+        adapted = AdaptedModel(model)
+        _check_logits(model, adapted)
+    except Exception as error:  # a model that was not made for this can fail in any way
+        why = str(error)
+        if model._is_stateful or isinstance(getattr(error, "obj", None), Cache):  # it asked a cache for more
+            why = _STATE
+        elif not isinstance(error, ModelError):
+            why = f"it fails with {type(error).__name__}: {why}".split("\n")[0]
+        raise ModelError(f"{type(model).__name__} cannot run on the paged KV cache: {why}") from error
+    return adapted
+
+
+def load(folder: Path, *, dtype: torch.dtype, device: torch.device) -> AdaptedModel:
+    """Load the safetensors of a folder that `save_pretrained` wrote, and adapt the model.
+
+    Raises:
+        ModelError: when `transformers` cannot load it, tensors do not fit, or `adapt` refuses the model.
+        MemoryError, RuntimeError: when memory does not suffice.
+    """
+    safely = dict(use_safetensors=True, local_files_only=True, trust_remote_code=False)
+    # What is missing or misshapen would be random; it is reported instead of raised in many lines.
+    report = dict(output_loading_info=True, ignore_mismatched_sizes=True)
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **safely, **report)
+        wrong = sorted(str(name) for key in ("missing_keys", "mismatched_keys") for name in found[key])
+    except Exception as error:
+        if "memory" in str(error):
+            raise
+        why = str(error).split("\n")[0]
+        raise ModelError(f"transformers cannot load {folder} as a causal language model: {why}") from error
+    if wrong:
+        raise ModelError(f"{len(wrong)} tensors in {folder} are missing or misshapen, such as {wrong[0]}")
+    return adapt(model.to(device).eval())
+
+
+class _Layers(list):
+    """The layers of a `Cache`: none, and a model that reaches for one wants more than keys and values."""
+
+    def __getitem__(self, index: Any) -> Any:
+        raise ModelError(_STATE)
+
+
+class _Pages(Cache):
+    """The paged cache and the layout of a step, as one forward pass of a model sees them."""
+
+    def __init__(self, pages: PagedKVCache, layout: BatchLayout, windows: Sequence[int | None]) -> None:
+        super().__init__(layers=_Layers())
+        self.pages, self.layout, self.windows = pages, layout, windows
+        self.layer = -1  # the last one written
+
+    def has_previous_state(self, *args: Any) -> bool:
+        return False
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Write keys and values (1, kv_heads, T, head_dim). They are given back, but not read any more."""
+        keys, values = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
+        self.pages.write(layer_idx, keys, values, self.layout.slots)
+        self.layer = layer_idx
+        return key_states, value_states
+
+    def attend(self, module: nn.Module, q: Tensor, mask: Any, scale: float, extra: dict[str, Any]) -> Tensor:
+        """Attention (T, heads, head_dim) of queries (T, heads, head_dim) in the layer last written."""
+        window = self.windows[self.layer]
+        if not extra:
+            return attend(q, self.pages, self.layer, self.layout, scale=scale, window=window)
+        # Soft caps and sinks: the formula that stands written out in the model's code, over gathered pages.
+        formula = sys.modules[type(module).__module__].eager_attention_forward
+        out = torch.zeros_like(q)
+        for group in self.layout.groups:
+            queries, seen = q[group.first : group.last], group.masks[window]
+            rows = group.num_rows or 1
+            n = len(queries) // rows
+            if seen is None:
+                seen = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
+            bias = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, torch.finfo(q.dtype).min)
+            pages = (self.pages.k[self.layer, group.blocks], self.pages.v[self.layer, group.blocks])
+            k, v = (x.view(rows, -1, *x.shape[2:])[:, : seen.shape[-1]].transpose(1, 2) for x in pages)
+            batch = queries.view(rows, n, *q.shape[1:]).transpose(1, 2)
+            result, _ = formula(module, batch, k, v, bias.view(rows, 1, n, -1), scaling=scale, **extra)
+            out[group.first : group.last] = result.reshape(queries.shape)
+        return out
+
+
+class _Recorder(_Pages):
+    """Stands in for `_Pages` once, to see what a model does, and raises where pages could not carry it."""
+
+    def __init__(self, model: AdaptedModel) -> None:
+        Cache.__init__(self, layers=_Layers())
+        self.model, self.layer = model, -1
+        self.masks: list[tuple[Tensor, Callable[..., Tensor]]] = []
+        self.shapes: dict[int, tuple[int, int, int]] = {}  # of each layer written
+        self.windows: dict[int, int | None] = {}  # of each layer read
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self.shapes[layer_idx] = (key_states.shape[1], key_states.shape[3], value_states.shape[3])
+        self.layer = layer_idx
+        return key_states, value_states
+
+    def make_mask(self, mask_function: Callable[..., Tensor], kv_length: int, **kwargs: Any) -> Tensor:
+        """What `transformers` calls for a mask: one to be known again by, while its meaning is kept."""
+        mask = torch.ones(1, 1, kv_length, kv_length, dtype=torch.bool, device=self.model.device).tril()
+        self.masks.append((mask, mask_function))
+        return mask
+
+    def attend(self, module: nn.Module, q: Tensor, mask: Any, scale: float, extra: dict[str, Any]) -> Tensor:
+        if self.layer in self.windows or getattr(module, "layer_idx", self.layer) != self.layer:
+            raise ModelError("it has attention to other keys and values than those of its own layer")
+        if unknown := sorted(set(extra) - _OWN):
+            raise ModelError(f"its attention takes more than pages hold: {', '.join(unknown)}")
+        self.windows[self.layer] = self._window(mask, len(q))
+        return q.new_zeros(*q.shape[:2], self.shapes[self.layer][2])
+
+    def _window(self, mask: Tensor | None, n: int) -> int | None:
+        """The sliding window that a mask means, at the model's full length."""
+        config, length = self.model.config, self.model.max_model_len
+        meaning = next((function for made, function in self.masks if made is mask), None)
+        if meaning is None:  # no mask, or one that an older model makes by itself
+            plain = torch.ones(n, n, dtype=torch.bool, device=self.model.device).tril()
+            seen = plain if mask is None else mask[0, :, :, :n]
+            seen = seen if seen.dtype == torch.bool else seen == 0
+            kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+            if kinds or getattr(config, "sliding_window", None) or not (seen == plain).all():
+                raise ModelError("it makes attention masks of its own")
+            return None
+        at = torch.arange(length, device=self.model.device)
+        window = int(meaning(at[0], at[0], at[-1], at).sum())
+        for query in at[[0, 1, length // 3, length // 2, min(window, length - 1), -2, -1]]:
+            if not (meaning(at[0], at[0], query, at) == (at <= query) & (at > query - window)).all():
+                raise ModelError("its attention is neither causal nor causal within a sliding window")
+        return None if window == length else window
+
+    def result(self) -> tuple[list[int | None], tuple[int, int]]:
+        """The window of each layer, and KV heads and head_dim of all."""
+        if self.shapes.keys() != self.windows.keys():
+            raise ModelError("its attention does not go through the AttentionInterface of transformers")
+        if not self.shapes or sorted(self.shapes) != list(range(len(self.shapes))):
+            raise ModelError("it does not keep the keys and values of all its layers in a cache")
+        kv_heads, head_dim, value_dim = self.shapes[0]
+        if len(set(self.shapes.values())) > 1 or head_dim != value_dim:
+            raise ModelError("its keys and values are not all of one size")
+        return [self.windows[layer] for layer in sorted(self.windows)], (kv_heads, head_dim)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """What `transformers` calls for attention: (1, heads, T, head_dim) to (1, T, heads, head_dim)."""
+    q, scale = query[0].transpose(0, 1), kwargs.pop("scaling", None) or query.shape[-1] ** -0.5
+    extra = {name: x for name, x in kwargs.items() if x is not None and name not in _HARMLESS}
+    return _step.get().attend(module, q, attention_mask, scale, extra)[None], None
+
+
+for _name in (_PAGED, _PROBE):
+    AttentionInterface.register(_name, _attention)
+AttentionMaskInterface.register(_PROBE, lambda **kwargs: _step.get().make_mask(**kwargs))
+
+
+class _HandThrough(nn.Module):
+    """Takes a decoder's place and returns the hidden states that come in as embeddings."""
+
+    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _Output:
+        return _Output((inputs_embeds,))
+
+
+class _Output(tuple):
+    """The output of a decoder: hidden states, and None for whatever else is asked for."""
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        return self[0] if name == "last_hidden_state" else None
+
+
+def _copy(model: PreTrainedModel, attention: str, instead: dict[int, nn.Module] | None = None) -> Any:
+    """A copy with another attention. All tensors that a checkpoint holds are shared.
+
+    Modules, configurations and tables of positions are not, so that the model itself stays as it is.
+    """
+    shared = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    twin = copy.deepcopy(model, {**shared, **(instead or {})})
+    _set_attention(twin, attention)
+    return twin
+
+
+def _set_attention(model: nn.Module, name: str) -> None:
+    for module in model.modules():
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            module.config._attn_implementation = name
+
+
+def _max_model_len(config: PreTrainedConfig) -> int:
+    """Positions a model was made for, up to where its rotary frequencies would change with the length."""
+    limits = [getattr(config, "max_position_embeddings", None)]
+    if limits[0] is None:
+        raise ModelError("its configuration has no max_position_embeddings")
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in (rope, *rope.values()):  # one for all layers, or one for each type of layer
+        if isinstance(kind, dict) and kind.get("rope_type") == "longrope":
+            limits.append(kind["original_max_position_embeddings"])
+    return min(limits)
+
+
+def _prompt(seed: int, n: int, model: AdaptedModel) -> tuple[Tensor, Tensor]:
+    """Arbitrary token ids (n,), and their positions."""
+    positions = torch.arange(n, device=model.device)
+    return (seed + 7919 * (positions + 1)) % model.config.vocab_size, positions
+
+
+def _check_logits(model: PreTrainedModel, adapted: AdaptedModel) -> None:
+    """Compare two prompts, run through pages in chunks and in one batch, with the model left alone.
+
+    Raises:
+        ModelError: when logits differ by more than rounding.
+    """
+    alone = _copy(model, "eager")  # the formula as written out; others have been seen to drop soft caps
+    long, short = (_prompt(seed, n, adapted) for seed, n in ((3, 21), (5, 8)))
+    tables, cache, found = ([7, 1, 5, 2, 9, 4], [0, 8]), adapted.new_cache(10, 4), ([], [])
+    for step in ([(0, 0, 9)], [(0, 9, 11), (1, 0, 7)], [(0, 20, 1), (1, 7, 1)]):  # prompt, start, tokens
+        spans = [Span(start, n, tables[i]) for i, start, n in step]
+        layout = build_layout(spans, cache, windows=adapted.windows)
+        parts = [torch.stack((long, short)[i])[:, start : start + n] for i, start, n in step]
+        logits = adapted.logits(adapted(*torch.cat(parts, dim=1), cache, layout))
+        for (i, _, _), rows in zip(step, logits.split([span.num_queries for span in spans]), strict=True):
+            found[i].append(rows.float())
+    for (prompt, _), rows in zip((long, short), found, strict=True):
+        with torch.inference_mode():
+            wanted = alone(input_ids=prompt[None], use_cache=False).logits[0].float()
+        off = (torch.cat(rows) - wanted).std(dim=-1) / wanted.std(dim=-1)
+        # In fp32 every row counts; in half precision, an expert or two may be chosen otherwise.
+        worst = float(off.max() if adapted.dtype == torch.float32 else off.median())
+        if not worst <= _TOLERANCE[adapted.dtype]:
+            raise ModelError(f"its logits come out otherwise than without pages (by {worst:.2g} deviations)")
