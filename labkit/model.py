@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from labkit.attention import BatchLayout, PagedKVCache, attend
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_PACKED_ROWS = 32  # a hint for the layout; any number of rows is right
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not change with length
 
 
@@ -33,6 +34,21 @@ class Norm(nn.Module):
         if x.dtype == torch.float32:
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer in fp32 on a CPU, its weight laid out once in the order in which oneDNN reads it.
+
+    The plain layer lays it out anew in every product, which for a few rows takes longer than the product.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _PACKED_ROWS)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 class Attention(nn.Module):
@@ -164,6 +180,15 @@ class Transformer(nn.Module):
         if homes:
             raise ValueError(f"{len(homes)} tensors are missing, among them {sorted(homes)[0]!r}")
         return model
+
+    def pack(self) -> Transformer:
+        """Lay the weights out for this CPU, where that is possible; the model computes the same as before."""
+        if self.device.type == "cpu" and self.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            for module in list(self.modules()):
+                for name, child in module.named_children():
+                    if isinstance(child, nn.Linear):
+                        setattr(module, name, PackedLinear(child))
+        return self
 
     def _homes(self) -> dict[str, Tensor]:
         """Where each tensor of a checkpoint goes: fused projections are filled part by part."""

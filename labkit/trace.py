@@ -341,6 +341,20 @@ class Trace:
             state.end(self._records[index])
         return state
 
+    @property
+    def prefix_hit_rate(self) -> float | None:
+        """Share of the tokens looked up in the prefix cache, at admission, that were found there."""
+        sizes: dict[str, int] = {}
+        queries = hits = 0
+        for record in self._records:
+            sizes.update((arrival.request_id, arrival.num_prompt_tokens) for arrival in record.arrived)
+            for admission in record.admitted:
+                size = sizes.get(admission.request_id, 0)
+                if admission.num_cached_tokens < size:  # all of it: shared by a fork, not looked up
+                    queries += size
+                    hits += admission.num_cached_tokens
+        return hits / queries if queries else None
+
     def why(self, request_id: str, step: int) -> str:
         """One sentence on what a request does after a step: it runs, it is gone, or why it waits and where.
 

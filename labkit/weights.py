@@ -105,7 +105,7 @@ def load_model(
     if model == TINY:
         config, tensors, tokenizer = tiny_random()
         as_type = torch.float32 if dtype == "auto" else resolve_dtype(dtype, to)
-        module = Transformer.from_tensors(config, tensors.items(), dtype=as_type, device=to)
+        module = Transformer.from_tensors(config, tensors.items(), dtype=as_type, device=to).pack()
         return LoadedModel(TINY, module, tokenizer, config, _eos_token_ids(config, tokenizer, {}))
 
     as_type = resolve_dtype(dtype, to)
@@ -120,7 +120,7 @@ def load_model(
     _tell(say, f"Loading {name} from {folder}.")
     try:
         if Transformer.supports(config):
-            module = Transformer.from_tensors(config, read_tensors(folder), dtype=as_type, device=to)
+            module = Transformer.from_tensors(config, read_tensors(folder), dtype=as_type, device=to).pack()
         else:
             from labkit import adapter  # here, for it imports ModelError
 

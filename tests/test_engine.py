@@ -9,6 +9,9 @@ import re
 import pytest
 import torch
 from conftest import VOCAB, greedy, loaded
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from labkit import LLM, Engine, EngineConfig, SamplingParams
 from labkit.memory import BlockPool, InvariantError
@@ -514,6 +517,80 @@ def test_a_policy_of_ones_own_runs_and_is_right() -> None:
 def test_a_broken_rule_is_caught_at_its_step_by_name(parts: dict, message: str) -> None:
     with pytest.raises(InvariantError, match=message):
         run_with(**parts)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """The whole engine, model included: add, step, abort, fail, fork and change priorities in any order."""
+
+    @initialize(
+        scheduler=st.sampled_from(["continuous", "static", "naive"]),
+        policy=st.sampled_from(["paged", "reserved"]),
+        blocks=st.integers(12, 30),
+        budget=st.integers(4, 30),
+        caching=st.booleans(),
+    )
+    def build(self, scheduler, policy, blocks, budget, caching) -> None:
+        self.jobs: dict[str, tuple[list[int], int]] = {}
+        self.engine = engine_of(
+            scheduler=scheduler,
+            kv_policy=policy,
+            num_blocks=blocks,
+            max_num_seqs=4,
+            max_num_batched_tokens=budget,
+            enable_prefix_caching=caching,
+        )
+        self.forward = self.engine.runner._forward
+
+    @rule(prompt=st.lists(st.integers(0, 2), min_size=1, max_size=20), max_tokens=st.integers(1, 12))
+    def add(self, prompt, max_tokens) -> None:
+        request_id = self.engine.add_request(prompt, SamplingParams(max_tokens=max_tokens))
+        self.jobs[request_id] = prompt, max_tokens
+
+    @rule(prompt=st.lists(st.integers(0, 2), min_size=1, max_size=12), n=st.integers(2, 4))
+    def fork(self, prompt, n) -> None:
+        self.engine.add_request(prompt, SamplingParams(max_tokens=6, temperature=1.0, n=n))
+
+    @rule()
+    def step(self) -> None:
+        self.engine.step()
+        self.engine.pool.check_invariants()
+
+    @rule()
+    def fail(self) -> None:
+        def broken(*args):
+            raise RuntimeError("made up")
+
+        self.engine.runner._forward = broken
+        self.engine.step()
+        self.engine.runner._forward = self.forward
+        self.engine.pool.check_invariants()
+
+    @rule(data=st.data())
+    def abort(self, data) -> None:
+        if self.engine.outputs:
+            self.engine.abort(data.draw(st.sampled_from(sorted(self.engine.outputs))))
+
+    @rule(data=st.data(), priority=st.integers(-2, 2))
+    def reprioritise(self, data, priority) -> None:
+        if self.engine.outputs:
+            self.engine.set_priority(data.draw(st.sampled_from(sorted(self.engine.outputs))), priority)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        drain(self.engine)
+        for request_id, (prompt, max_tokens) in self.jobs.items():
+            output = self.engine.outputs[request_id]
+            expected = greedy("llama", prompt, max_tokens)
+            assert output.token_ids == expected[: len(output.token_ids)]
+            assert output.finish_reason in ("length", "abort", "error")
+            assert output.finish_reason != "length" or output.token_ids == expected
+
+
+TestWholeEngine = EngineMachine.TestCase
+TestWholeEngine.settings = settings(
+    max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+)
 
 
 # -- LLM ------------------------------------------------------------------------------------------

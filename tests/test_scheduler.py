@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -181,14 +182,21 @@ def test_thousands_of_requests_leave_nothing_behind(kind: str) -> None:
     rng = random.Random(kind)
     bench = Bench(kind, blocks=60, size=4, seats=8, budget=24)
     todo = 10_000 if kind == "continuous" else 1_000
+    tracemalloc.start()
+    early = 0
     while todo or bench.scheduler.has_unfinished:
         while todo and len(bench.scheduler.requests) < 30:
             bench.add([rng.randrange(3) for _ in range(rng.randint(1, 12))], rng.randint(1, 3))
             todo -= 1
+            if bench.count == 900:
+                early = tracemalloc.get_traced_memory()[0]
             if rng.random() < 0.1:
                 bench.scheduler.abort(rng.choice(list(bench.scheduler.requests)))
         quick_step(bench)
     bench.drain()
+    late = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert late < early + 100_000, "memory grows with the number of requests"
     for leftover in (bench.pool._chain, bench.pool._forked, bench.scheduler._aborting):
         assert not leftover
     assert len(bench.scheduler.waiting._heap) <= 64

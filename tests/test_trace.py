@@ -92,6 +92,8 @@ def test_shared_pages_have_several_owners() -> None:
     record = bench.step()
     assert record.admitted[0].num_cached_tokens == 8
     assert bench.trace.state(record.step).owners[0] == ("0", "1")
+    assert bench.trace.prefix_hit_rate == 8 / 18
+    assert Bench().trace.prefix_hit_rate is None
 
 
 def test_pages_of_an_aborted_request_can_be_taken_in_the_same_step() -> None:
