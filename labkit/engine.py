@@ -212,9 +212,10 @@ class Engine:
 
     def enqueue(self, request: Request) -> str:
         """Queue a request that `make_request` made."""
+        family = [request, *request.children]
         self.scheduler.add(request)
         now = time.perf_counter()
-        for index, member in enumerate([request, *request.children]):
+        for index, member in enumerate(family):
             self.outputs[member.request_id] = RequestOutput(
                 member.request_id,
                 list(member.token_ids),

@@ -9,7 +9,7 @@ hash there is no collision to fear (compare RadixAttention, Zheng et al. 2023).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 _ROOT = 0  # parent of every first page in the prefix tree
 
@@ -224,12 +224,17 @@ class BlockPool:
         self._evicted.clear()
         return changes
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Take those of these pages that nobody owns out of the prefix cache."""
+        for block in blocks:
+            if block in self._cached:
+                del self._cached[block]
+                self._forget(block)
+                self._free.append(block)
+
     def reset_prefix_cache(self) -> None:
         """Forget every page that no request owns. Pages in use stay known until they are given back."""
-        while self._cached:
-            block, _ = self._cached.popitem()
-            self._forget(block)
-            self._free.append(block)
+        self.forget(list(self._cached))
 
     # -- rules ------------------------------------------------------------------------------------
 

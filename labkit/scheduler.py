@@ -125,6 +125,8 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
         blocks = self._release(request)
+        if reason == "error":
+            self.pool.forget(blocks)  # nobody shall find what a fault may have written
         request.status = "finished"
         request.finish_reason = reason
         del self.requests[request.request_id]

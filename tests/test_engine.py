@@ -310,6 +310,22 @@ def test_a_step_that_breaks_ends_who_was_in_it_and_the_queue_goes_on(error: Exce
             assert output.token_ids == greedy("llama", *job)
 
 
+def test_what_a_failed_request_left_in_the_prefix_cache_is_not_found_again() -> None:
+    engine = engine_of()
+    prompt = list(range(20))
+    engine.add_request(prompt, SamplingParams(max_tokens=20))
+    engine.step()
+    forward, engine.runner._forward = engine.runner._forward, None
+    engine.step()
+    assert engine.outputs["0"].finish_reason == "error"
+    engine.runner._forward = forward
+    engine.add_request(prompt, SamplingParams(max_tokens=20))
+    record = engine.step()
+    assert record.admitted[0].num_cached_tokens == 0
+    drain(engine)
+    assert engine.outputs["1"].token_ids == greedy("llama", prompt, 20)
+
+
 def test_a_broken_step_of_a_static_batch_with_idle_seats() -> None:
     engine = engine_of(scheduler="static")
     for i, max_tokens in enumerate((1, 9, 9)):

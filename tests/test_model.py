@@ -91,8 +91,8 @@ def test_packed_weights_compute_the_same(family: str) -> None:
         torch.testing.assert_close(
             our_logits(packed, tokens, chunks),
             our_logits(loaded(family).module, tokens, chunks),
-            rtol=1e-5,
-            atol=1e-5,
+            rtol=1e-4,
+            atol=1e-4,
         )
     if torch.backends.mkldnn.is_available():
         assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
