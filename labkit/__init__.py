@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from labkit.config import EngineConfig
-    from labkit.engine import LLM, Engine
+    from labkit.engine import Engine
+    from labkit.llm import LLM
     from labkit.request import SamplingParams
     from labkit.trace import Trace
 
 __all__ = ["LLM", "Engine", "EngineConfig", "SamplingParams", "Trace"]
 
 _HOMES = {
-    "LLM": "labkit.engine",
+    "LLM": "labkit.llm",
     "Engine": "labkit.engine",
     "EngineConfig": "labkit.config",
     "SamplingParams": "labkit.request",

@@ -127,6 +127,9 @@ class Auditor:
                 raise InvariantError(
                     f"{step}: request {name!r} should hold blocks {ours}, not {list(theirs)}"
                 )
+        for name in self._books.arrivals:
+            if name not in self.scheduler.requests:
+                raise InvariantError(f"{step}: forgotten request: {name!r} was not finished, but is gone")
         self._check_free(step, freed)
 
     def _check_returned(self, step: str, ends: Collection[Finish]) -> None:

@@ -7,12 +7,12 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from labkit.request import check_number
+from labkit.request import check_flag, check_number
+from labkit.scheduler import SCHEDULERS
 
 if TYPE_CHECKING:
     from labkit.weights import LoadedModel
 
-SCHEDULERS = ("continuous", "static", "naive")
 KV_POLICIES = ("paged", "reserved")
 
 
@@ -64,6 +64,8 @@ class EngineConfig:
         for name, low in (("num_blocks", 1), ("max_model_len", 2), ("max_trace_steps", 1)):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low, math.inf, whole=True)
+        for name in ("enable_prefix_caching", "audit"):
+            check_flag(name, getattr(self, name))
         check_number("seed", self.seed, -(2**63), 2**63 - 1, whole=True)
         for name, choices in (("scheduler", SCHEDULERS), ("kv_policy", KV_POLICIES)):
             if getattr(self, name) not in choices:

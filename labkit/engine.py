@@ -1,33 +1,36 @@
 """The engine: requests in, one step at a time, tokens out, and a record of every step.
 
-`Engine` is the loop's body; whoever holds it decides when to step. `LLM` is the blocking front for a list
-of prompts.
+`Engine` is the loop's body; whoever holds it decides when to step.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import psutil
 import torch
-from tqdm.auto import tqdm
 
 from labkit.audit import Auditor
 from labkit.config import EngineConfig
 from labkit.memory import BlockPool
 from labkit.plan import StepPlan, StepResult
-from labkit.request import Request, RequestMetrics, RequestOutput, SamplingParams, check_number
+from labkit.request import (
+    MAX_N,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+    answer_ids,
+    check_number,
+)
 from labkit.runner import Runner
 from labkit.sampling import mix
 from labkit.scheduler import SCHEDULERS, Scheduler
 from labkit.text import TextStream
 from labkit.trace import StepRecord, Trace, TraceMeta
-from labkit.weights import LoadedModel, load_model
+from labkit.weights import LoadedModel, load_model, resolve_device, resolve_dtype
 
 Prompt = str | Sequence[int]
 
@@ -61,11 +64,7 @@ class Engine:
         pool: Callable[..., BlockPool] | None = None,
     ) -> None:
         self.config = config = config or EngineConfig()
-        self.model = (
-            config.model
-            if isinstance(config.model, LoadedModel)
-            else load_model(config.model, dtype=config.dtype, device=config.device)
-        )
+        self.model = _model_of(config)
         module = self.model.module
         num_blocks = config.num_blocks or self._fitting_blocks()
         self.max_model_len = config.max_model_len or min(module.max_model_len, num_blocks * config.block_size)
@@ -169,7 +168,7 @@ class Engine:
         if not params.ignore_eos:
             stop_ids |= self.model.eos_token_ids
         seed = mix(self.config.seed, number) if params.seed is None else params.seed
-        names = [request_id, *(f"{request_id}.{i}" for i in range(1, params.n))]
+        names = answer_ids(request_id, params.n)
         for name in names:
             if name in self.outputs:
                 raise ValueError(f"request_id {name!r} is already in use")
@@ -191,8 +190,11 @@ class Engine:
 
     def _tokenise(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            token_ids = list(self.model.tokenizer.encode(prompt)) if prompt.strip() else []
-        elif isinstance(prompt, Sequence):
+            try:
+                token_ids = list(self.model.tokenizer.encode(prompt))
+            except TypeError:
+                raise ValueError("prompt is not text: it holds half a surrogate pair") from None
+        elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray | memoryview):
             token_ids = list(prompt)
             self._check_tokens("prompt", token_ids)
         else:
@@ -213,6 +215,9 @@ class Engine:
     def enqueue(self, request: Request) -> str:
         """Queue a request that `make_request` made."""
         family = [request, *request.children]
+        for member in family:
+            if member.request_id in self.outputs:
+                raise ValueError(f"request_id {member.request_id!r} is already in use")
         self.scheduler.add(request)
         now = time.perf_counter()
         for index, member in enumerate(family):
@@ -231,13 +236,12 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """End a request, with all its answers, at the next step. False if it is not there or is done."""
-        output = self.outputs.get(request_id)
-        aborted = self.scheduler.abort(request_id)
-        i = 1
-        while output and output.index == 0 and (child := f"{request_id}.{i}") in self.outputs:
-            aborted |= self.scheduler.abort(child)
-            i += 1
-        return aborted
+        names = answer_ids(request_id, MAX_N)
+        outputs = [self.outputs.get(name) for name in names]
+        own = [
+            name for i, (name, out) in enumerate(zip(names, outputs, strict=True)) if out and out.index == i
+        ]
+        return any([self.scheduler.abort(name) for name in {request_id, *own}])
 
     def set_priority(self, request_id: str, priority: int) -> bool:
         """Change a request's priority (lower runs first). False if it is not there or is done."""
@@ -269,9 +273,9 @@ class Engine:
         self.scheduler.commit(plan, result)
         end = time.perf_counter()
         record = self.scheduler.record(self._step, plan, result, time=end - self._began, seconds=end - begin)
-        self._deliver(plan, result, record, begin, end)
         self._step += 1
         self.trace.append(record)
+        self._deliver(plan, result, record, begin, end)
         if self._auditor:
             self._auditor.check_record(record)
         if interrupt is not None:
@@ -292,35 +296,54 @@ class Engine:
         self, plan: StepPlan, result: StepResult, record: StepRecord, begin: float, end: float
     ) -> None:
         """Update the outputs. `finish_reason` comes last, so that other threads can trust it."""
-        for request in plan.requests:
+        for admission in record.admitted:
+            metrics = self._metrics(admission.request_id)
+            if metrics and metrics.first_scheduled_time is None:
+                metrics.first_scheduled_time = begin
+                metrics.num_cached_tokens = admission.num_cached_tokens
+        for request_id, _ in record.preempted:
+            if metrics := self._metrics(request_id):
+                metrics.num_preemptions += 1
+        for row, (request, tokens) in enumerate(zip(plan.requests, result.sampled, strict=True)):
             output = self.outputs.get(request.request_id)
-            if output and output.metrics.first_scheduled_time is None:
-                output.metrics.first_scheduled_time = begin
-        for row, tokens in enumerate(result.sampled):
+            if output is None:  # taken out by its owner, who does not wait for the end
+                continue
+            output.error = request.error
             if tokens:
-                request_id = plan.requests[row].request_id
-                output = self.outputs[request_id]
                 output.token_ids.extend(tokens)
                 output.metrics.token_times.extend([end] * len(tokens))
                 if output.logprobs is not None:
                     output.logprobs.extend(result.logprobs[row])
-                output.text = self._streams[request_id].text
-        by_id = {request.request_id: row for row, request in enumerate(plan.requests)}
+                output.text = self._streams[request.request_id].text
+        stopped = {plan.requests[row].request_id for row in result.stopped}
         for finish in record.finished:
-            output, stream = self.outputs[finish.request_id], self._streams.pop(finish.request_id)
-            row = by_id.get(finish.request_id)
-            if row not in result.stopped:
-                stream.finish()
-                output.text = stream.text
-            if row is not None:
-                request = plan.requests[row]
-                output.error = request.error
-                output.metrics.num_preemptions = request.num_preemptions
-                output.metrics.num_cached_tokens = request.num_cached_tokens
-            output.metrics.finish_time = end
-            output.finish_reason = finish.reason
+            output, stream = self.outputs.get(finish.request_id), self._streams.pop(finish.request_id)
+            if output is not None:
+                if finish.request_id not in stopped:
+                    stream.finish()
+                    output.text = stream.text
+                output.metrics.finish_time = end
+                output.finish_reason = finish.reason
             if finish.reason == "error":
                 self.runner.cache.clear_pages([b for b in finish.blocks if not self.pool.ref_counts[b]])
+
+    def _metrics(self, request_id: str) -> RequestMetrics | None:
+        output = self.outputs.get(request_id)
+        return output.metrics if output else None
+
+
+def _model_of(config: EngineConfig) -> LoadedModel:
+    """The model that a configuration names, or the loaded one that it holds."""
+    model = config.model
+    if not isinstance(model, LoadedModel):
+        return load_model(model, dtype=config.dtype, device=config.device)
+    if config.dtype != "auto" and resolve_dtype(config.dtype, model.device) != model.dtype:
+        raise ValueError(f"dtype must be auto for a loaded model: it is {model.dtype}, not {config.dtype}")
+    if config.device != "auto" and resolve_device(config.device).type != model.device.type:
+        raise ValueError(
+            f"device must be auto for a loaded model: it is on {model.device}, not {config.device}"
+        )
+    return model
 
 
 def _failed(plan: StepPlan, error: BaseException) -> StepResult:
@@ -331,75 +354,3 @@ def _failed(plan: StepPlan, error: BaseException) -> StepResult:
         what = "the step ran out of memory: lower max_num_batched_tokens or num_blocks"
     rows = range(len(plan.requests))
     return StepResult([()] * len(rows), errors=dict.fromkeys(rows, what))
-
-
-class LLM:
-    """A model and an engine, for a list of prompts.
-
-    Args:
-        model: as in `EngineConfig`.
-        config: the other fields of `EngineConfig`.
-    """
-
-    def __init__(self, model: Any = "smollm2-135m", **config: Any) -> None:
-        known = {field.name for field in dataclasses.fields(EngineConfig)}
-        for name in config:
-            if name not in known:
-                raise ValueError(f"{name} is not a setting; known are {', '.join(sorted(known))}")
-        self.engine = Engine(EngineConfig(model=model, **config))
-
-    def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        progress: bool = True,
-    ) -> list[RequestOutput]:
-        """Answer all prompts; returns when the last is done.
-
-        Args:
-            prompts: one or many, each text or token ids.
-            params: one for all, or one per prompt.
-            progress: show a bar with tokens per second.
-
-        Returns:
-            One output per prompt, in order; with n > 1, n in a row.
-
-        Raises:
-            ValueError: if a prompt cannot be served; none is run then.
-        """
-        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
-        if not isinstance(params, Sequence):
-            params = [params or SamplingParams()] * len(prompts)
-        if len(params) != len(prompts):
-            raise ValueError(
-                f"params must be one or one per prompt: {len(params)} for {len(prompts)} prompts"
-            )
-        engine = self.engine
-        requests = [engine.make_request(prompt, own) for prompt, own in zip(prompts, params, strict=True)]
-        ids = [member.request_id for request in requests for member in (request, *request.children)]
-        for request in requests:
-            engine.enqueue(request)
-        try:
-            with tqdm(total=len(ids), desc="generate", unit="answer", disable=not progress) as bar:
-                self._run(set(ids), bar)
-        except BaseException:
-            for request_id in ids:
-                engine.abort(request_id)
-            with contextlib.suppress(Exception):  # what went wrong first is what matters
-                engine.step()  # carries the aborts out
-            for request_id in ids:
-                engine.outputs.pop(request_id)
-            raise
-        return [engine.outputs.pop(request_id) for request_id in ids]
-
-    def _run(self, open_ids: set[str], bar: tqdm) -> None:
-        begin, tokens = time.perf_counter(), 0
-        while open_ids:
-            record = self.engine.step()
-            tokens += record.total_sampled
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - begin):.1f} tokens/s", refresh=False)
-            for finish in record.finished:
-                open_ids.discard(finish.request_id)
-                bar.update()

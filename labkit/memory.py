@@ -57,14 +57,14 @@ class BlockPool:
     # -- taking and giving back -------------------------------------------------------------------
 
     @property
+    def num_published(self) -> int:
+        """Pages ever made known to later requests; only grows."""
+        return self._next_node - 1
+
+    @property
     def num_free(self) -> int:
         """Pages that can be taken now, those that cache an ownerless prefix included."""
         return len(self._free) + len(self._cached)
-
-    @property
-    def usage(self) -> float:
-        """Share of the pool that belongs to requests, 0 to 1."""
-        return 1 - self.num_free / self.num_blocks
 
     def blocks_for(self, num_tokens: int) -> int:
         """Pages that so many tokens fill."""
@@ -231,10 +231,6 @@ class BlockPool:
                 del self._cached[block]
                 self._forget(block)
                 self._free.append(block)
-
-    def reset_prefix_cache(self) -> None:
-        """Forget every page that no request owns. Pages in use stay known until they are given back."""
-        self.forget(list(self._cached))
 
     # -- rules ------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,17 +17,24 @@ Status = Literal["waiting", "running", "finished"]
 
 MAX_LOGPROBS = 20
 MAX_N = 64
+MIN_TEMPERATURE = 1e-3  # below, the quotients leave the range of fp32
 
 
 def check_number(field_name: str, value: object, low: float, high: float, *, whole: bool = False) -> None:
     """Raise `ValueError` naming the field and the limit unless `low <= value <= high`."""
     kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, kinds) or value != value:  # NaN
         wanted = "a whole number" if whole else "a number"
         raise ValueError(f"{field_name} must be {wanted}, not {value!r}")
     if not low <= value <= high:
         limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
         raise ValueError(f"{field_name} must be {limits}, not {value!r}")
+
+
+def check_flag(field_name: str, value: object) -> None:
+    """Raise `ValueError` naming the field unless it is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{field_name} must be True or False, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         check_number("max_tokens", self.max_tokens, 1, math.inf, whole=True)
         check_number("temperature", self.temperature, 0, 100)
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise ValueError(
+                f"temperature must be 0 (greedy) or between {MIN_TEMPERATURE} and 100, not {self.temperature}"
+            )
         check_number("top_k", self.top_k, 0, math.inf, whole=True)
         check_number("top_p", self.top_p, 1e-6, 1)
         check_number("min_p", self.min_p, 0, 1)
@@ -89,7 +100,10 @@ class SamplingParams:
             raise ValueError("n > 1 needs temperature > 0: greedy answers would all be the same")
         object.__setattr__(self, "stop", _strings("stop", self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        check_flag("ignore_eos", self.ignore_eos)
         if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise ValueError(f"logit_bias must map token ids to numbers, not {self.logit_bias!r}")
             bias = dict(self.logit_bias)
             _token_ids("logit_bias", list(bias))
             for token, value in bias.items():
@@ -97,18 +111,29 @@ class SamplingParams:
             object.__setattr__(self, "logit_bias", bias)
 
 
+def _tuple(field_name: str, value: object) -> tuple:
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes):
+        raise ValueError(f"{field_name} must be a list, not {value!r}")
+    return tuple(value)
+
+
 def _strings(field_name: str, value: object) -> tuple[str, ...]:
-    strings = (value,) if isinstance(value, str) else tuple(value)  # type: ignore[arg-type]
+    strings = (value,) if isinstance(value, str) else _tuple(field_name, value)
     if any(not isinstance(text, str) or not text for text in strings):
         raise ValueError(f"{field_name} must be one or more strings that are not empty, not {value!r}")
     return strings
 
 
-def _token_ids(field_name: str, value: Sequence[int]) -> tuple[int, ...]:
-    ids = tuple(value)
+def _token_ids(field_name: str, value: object) -> tuple[int, ...]:
+    ids = _tuple(field_name, value)
     for token in ids:
         check_number(field_name, token, 0, math.inf, whole=True)
     return ids
+
+
+def answer_ids(request_id: str, n: int) -> list[str]:
+    """The ids of the `n` answers to one request: "7", "7.1", "7.2"."""
+    return [request_id, *(f"{request_id}.{index}" for index in range(1, n))]
 
 
 class Request:
@@ -124,7 +149,6 @@ class Request:
         "children",
         "error",
         "finish_reason",
-        "logprobs",
         "max_len",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -169,7 +193,6 @@ class Request:
         self.num_preemptions = 0
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
-        self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
         self.children: list[Request] = []  # the other answers of n > 1, until the prompt is computed
 
     @property

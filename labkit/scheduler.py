@@ -42,7 +42,8 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.kv_policy = kv_policy
         # Pages kept free at admission while others run, so that they can grow before anyone is preempted.
-        self.watermark = max(1, pool.num_blocks // 100)
+        # A request that has reserved its maximum does not grow.
+        self.watermark = max(1, pool.num_blocks // 100) if kv_policy == "paged" else 0
         self.waiting = WaitingQueue()
         self.running: list[Request] = []
         self.requests: dict[str, Request] = {}  # all that are not finished
@@ -51,9 +52,8 @@ class Scheduler:
         self._arrived: list[Arrival] = []
         self._reprioritised: list[Priority] = []
         self._finished: list[Finish] = []
-        self._stuck: tuple[Request, int, str] | None = (
-            None  # head of the queue, free pages, and why it failed
-        )
+        # A failed admission: who, with how many pages free and published, and why.
+        self._stuck: tuple[Request, int, int, str] | None = None
 
     # -- requests come and go ---------------------------------------------------------------------
 
@@ -71,7 +71,11 @@ class Scheduler:
             self.requests[member.request_id] = member
             self._arrived.append(
                 Arrival(
-                    member.request_id, member.num_prompt_tokens, member.params.max_tokens, member.priority
+                    member.request_id,
+                    member.num_prompt_tokens,
+                    member.params.max_tokens,
+                    member.priority,
+                    request.request_id if self.forks and member is not request else "",
                 )
             )
         self.waiting.push(request)
@@ -156,10 +160,10 @@ class Scheduler:
         return plan
 
     def _end_aborted(self) -> None:
-        for request_id in list(self._aborting):
+        while self._aborting:  # one by one: another thread may add to it
+            request_id, _ = self._aborting.popitem()
             if request_id in self.requests:
                 self.finish(self.requests[request_id], "abort")
-        self._aborting.clear()
 
     def _plan_running(self, plan: StepPlan) -> int:
         """Plan one token for each request that decodes, then chunks of prompts; returns the budget left.
@@ -250,21 +254,24 @@ class Scheduler:
     def _admit(self, plan: StepPlan, request: Request) -> str | None:
         """Give a request a seat and pages for all its tokens, or say what is missing."""
         pool = self.pool
-        free = pool.num_free
-        if self.running and self._stuck and self._stuck[0] is request and free <= self._stuck[1]:
-            return self._stuck[2]  # nothing came back since: spare the look-up
+        attempt = (request, pool.num_free, pool.num_published)
+        if self.running and self._stuck and self._stuck[:3] == attempt:
+            return self._stuck[3]  # nothing has changed since: spare the look-up
         shared = pool.match(request.token_ids)
         tokens = request.max_len - 1 if self.kv_policy == "reserved" else len(request.token_ids)
         count = pool.blocks_for(tokens) - len(shared)
         left = pool.num_free_without(shared)
-        if count + (self.watermark if self.running else 0) > left:
-            self._stuck = (request, free, f"it needs {count} page{'s' * (count > 1)}, and {left} are free")
-            return self._stuck[2]
+        kept = self.watermark if self.running else 0
+        if count + kept > left:
+            reason = f"it needs {count} page{'s' * (count > 1)}, and {left} are free"
+            reason += f", of which {kept} stay{'s' * (kept == 1)} free for those that run" if kept else ""
+            self._stuck = (*attempt, reason)
+            return reason
         self._stuck = None
         self.waiting.remove(request)
         pool.share(request.request_id, shared)
         cached = len(shared) * pool.block_size
-        plan.admitted.append(Admission(request.request_id, cached, tuple(shared)))
+        plan.admitted.append(Admission(request.request_id, cached, tuple(shared), len(request.token_ids)))
         self._seat(request, cached)
         self._allocate(plan, request, count)
         return None
@@ -365,6 +372,10 @@ class StaticScheduler(Scheduler):
     """
 
     forks = False
+
+    def __init__(self, pool: BlockPool, **limits: Any) -> None:
+        super().__init__(pool, **limits)
+        self._batch: list[Request] = []
 
     def schedule(self) -> StepPlan:
         self._end_aborted()

@@ -44,12 +44,11 @@ class TextStream:
         try:
             return self._stream.step(self._backend, token) or ""
         except Exception as error:
-            # The stream gives up where bytes that are no text meet; a new one goes on from what is there.
+            # The stream gives up where bytes that are no text meet: from here on, decode all of the answer.
             if "prefix" not in str(error):
                 raise
-            self._stream = DecodeStream(skip_special_tokens=True)
-            whole = self._decode_all()
-            return "" if whole.endswith("\ufffd") else whole[len(self._decoded) :]
+            self._backend = None
+            return self._piece(token)
 
     def _decode_all(self) -> str:
         return self._tokenizer.decode(

@@ -27,6 +27,7 @@ class Arrival(NamedTuple):
     num_prompt_tokens: int
     max_tokens: int
     priority: int = 0
+    parent: str = ""  # the request whose prompt must be computed first: one of the answers of n > 1
 
 
 class Priority(NamedTuple):
@@ -37,11 +38,15 @@ class Priority(NamedTuple):
 
 
 class Admission(NamedTuple):
-    """A request gets a seat. `num_cached_tokens` of it were found in the prefix cache, in `shared` pages."""
+    """A request gets a seat. `num_cached_tokens` need not be computed: they lie in the `shared` pages.
+
+    `num_looked_up` tokens were asked of the prefix cache; none where a fork shares its parent's pages.
+    """
 
     request_id: str
     num_cached_tokens: int = 0
     shared: tuple[int, ...] = ()
+    num_looked_up: int = 0
 
 
 class Pages(NamedTuple):
@@ -80,11 +85,12 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step of the engine. The first five fields are columns with one entry per request that ran.
+    """One step of the engine. From `requests` to `padding`, columns with one entry per request that ran.
 
     `kinds` has one letter each: p, the whole prompt (or all that was missing of it); c, a chunk of it;
     d, decode; i, an idle seat of a static batch. `starts` counts tokens computed before the step.
     `waiting` counts the queue after the step was planned and `blocked` names its head and why it waits.
+    `free_blocks` counts after the step, when those that finished in it have given theirs back.
     `published` pages can be found by later requests from now on; `evicted` ones no longer.
     `time` is when the step ended, in seconds since the trace began, and `seconds` how long it took: the
     only fields that differ from run to run, which is why they do not count when records are compared.
@@ -160,18 +166,21 @@ class PoolState:
         self.waiting: dict[str, Arrival] = {}
         self.arrivals: dict[str, Arrival] = {}
         self.cached: set[int] = set()
+        self.held: dict[str, str] = {}  # waits for this other request's prompt, not in the queue
 
     def copy(self) -> PoolState:
         twin = PoolState(self.block_size)
         twin.tables = {name: list(table) for name, table in self.tables.items()}
         twin.computed, twin.waiting = dict(self.computed), dict(self.waiting)
-        twin.arrivals, twin.cached = dict(self.arrivals), set(self.cached)
+        twin.arrivals, twin.cached, twin.held = dict(self.arrivals), set(self.cached), dict(self.held)
         return twin
 
     def begin(self, record: StepRecord) -> None:
         """Apply what happens before the forward pass, and the pass itself."""
         for arrival in record.arrived:
             self.arrivals[arrival.request_id] = self.waiting[arrival.request_id] = arrival
+            if arrival.parent:
+                self.held[arrival.request_id] = arrival.parent
         for request_id, priority in record.reprioritised:
             for known in (self.arrivals, self.waiting):
                 if request_id in known:
@@ -179,6 +188,7 @@ class PoolState:
         for finish in record.finished:
             if finish.reason == "abort":  # takes effect before the step
                 self._release(finish.request_id)
+                self._let_go(finish.request_id)
         for request_id, _ in record.preempted:
             self._release(request_id)
             if request_id in self.arrivals:
@@ -198,6 +208,8 @@ class PoolState:
         ):
             if num_tokens:
                 self.computed[request_id] = start + num_tokens
+                if self.held and start + num_tokens >= self.arrivals[request_id].num_prompt_tokens:
+                    self._let_go(request_id)
         self.cached.update(record.published)
 
     def end(self, record: StepRecord) -> None:
@@ -206,12 +218,18 @@ class PoolState:
             self._release(request_id)
             self.waiting.pop(request_id, None)
             self.arrivals.pop(request_id, None)
+            self.held.pop(request_id, None)
+            self._let_go(request_id)
+
+    def _let_go(self, parent: str) -> None:
+        """The other answers to a request are admitted, or queue like everybody else."""
+        self.held = {child: of for child, of in self.held.items() if of != parent} if self.held else self.held
 
     def as_record(self, last: StepRecord) -> StepRecord:
         """One record that leads from an empty pool to this state, in place of all up to `last`."""
         return StepRecord(
             last.step,
-            arrived=tuple(self.arrivals.values()),
+            arrived=tuple(a._replace(parent=self.held.get(name, "")) for name, a in self.arrivals.items()),
             admitted=tuple(
                 Admission(name, self.computed[name], tuple(table)) for name, table in self.tables.items()
             ),
@@ -229,7 +247,8 @@ class PoolState:
     def queue(self) -> list[str]:
         """The waiting requests in the order in which they will be admitted."""
         order = {request_id: place for place, request_id in enumerate(self.arrivals)}
-        return sorted(self.waiting, key=lambda name: (self.waiting[name].priority, order[name]))
+        queued = [name for name in self.waiting if name not in self.held]
+        return sorted(queued, key=lambda name: (self.waiting[name].priority, order[name]))
 
     @property
     def owners(self) -> dict[int, tuple[str, ...]]:
@@ -268,40 +287,40 @@ class Trace:
     ) -> None:
         self.meta = meta
         self.max_steps = max_steps
-        self._records: list[StepRecord] = []
-        self._keyframes: dict[int, PoolState] = {}  # state after the step that is the key
+        # Records, and states after some of them. Swapped as one: other threads read while the engine writes.
+        self._kept: tuple[list[StepRecord], dict[int, PoolState]] = ([], {})
         for record in records:
             self.append(record)
 
     def append(self, record: StepRecord) -> StepRecord:
-        self._records.append(record)
-        if self.max_steps is not None and len(self._records) >= 2 * self.max_steps:
-            self._forget(len(self._records) - self.max_steps)
+        records = self.records
+        records.append(record)
+        if self.max_steps is not None and len(records) >= 2 * self.max_steps:
+            self._forget(len(records) - self.max_steps)
         return record
 
     def _forget(self, count: int) -> None:
-        last = self._records[count - 1]
-        # A new list, not a shorter one: a reader on another thread keeps the one it holds.
-        self._records = [self.state(last.step, after=True).as_record(last), *self._records[count:]]
-        self._keyframes.clear()
+        last = self.records[count - 1]
+        start = self.state(last.step, after=True).as_record(last)
+        self._kept = ([start, *self.records[count:]], {})
 
     @property
     def records(self) -> list[StepRecord]:
         """The records kept, oldest first. Read, don't write."""
-        return self._records
+        return self._kept[0]
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.records)
 
     def __iter__(self) -> Iterator[StepRecord]:
-        return iter(self._records)
+        return iter(self.records)
 
     def __getitem__(self, index: int) -> StepRecord:
         """The record at a place in the trace: `trace[-1]` is the latest. See `at` for a step's number."""
-        return self._records[index]
+        return self.records[index]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Trace) and self.meta == other.meta and self._records == other._records
+        return isinstance(other, Trace) and self.meta == other.meta and self.records == other.records
 
     def __repr__(self) -> str:
         return f"Trace({len(self)} steps, {self.meta})"
@@ -312,14 +331,8 @@ class Trace:
         Raises:
             ValueError: if the trace does not hold that step.
         """
-        return self._records[self._index(step)]
-
-    def _index(self, step: int) -> int:
-        index = bisect.bisect_left(self._records, step, key=lambda record: record.step)
-        if index == len(self._records) or self._records[index].step != step:
-            held = f"{self._records[0].step} to {self._records[-1].step}" if self._records else "none"
-            raise ValueError(f"step {step} is not in this trace (steps held: {held})")
-        return index
+        records = self.records
+        return records[_index(records, step)]
 
     def state(self, step: int, *, after: bool = False) -> PoolState:
         """The block pool during a step (finished requests still hold their pages) or `after` it.
@@ -327,33 +340,28 @@ class Trace:
         Raises:
             ValueError: if the trace does not hold that step.
         """
-        index = self._index(step)
-        frames = [key for key in self._keyframes if key < index]
-        start = max(frames, default=-1)
-        state = self._keyframes[start].copy() if frames else PoolState(self.meta.block_size)
-        for i in range(start + 1, index):
-            state.begin(self._records[i])
-            state.end(self._records[i])
+        records, keyframes = self._kept  # read once: another thread may forget meanwhile
+        index = _index(records, step)
+        start = index - 1 - (index - 1) % _KEYFRAME_EVERY
+        while start >= 0 and start not in keyframes:
+            start -= _KEYFRAME_EVERY
+        state = keyframes[start].copy() if start >= 0 else PoolState(self.meta.block_size)
+        for i in range(max(start, -1) + 1, index):
+            state.begin(records[i])
+            state.end(records[i])
             if i % _KEYFRAME_EVERY == 0:
-                self._keyframes[i] = state.copy()
-        state.begin(self._records[index])
+                keyframes[i] = state.copy()
+        state.begin(records[index])
         if after:
-            state.end(self._records[index])
+            state.end(records[index])
         return state
 
     @property
     def prefix_hit_rate(self) -> float | None:
         """Share of the tokens looked up in the prefix cache, at admission, that were found there."""
-        sizes: dict[str, int] = {}
-        queries = hits = 0
-        for record in self._records:
-            sizes.update((arrival.request_id, arrival.num_prompt_tokens) for arrival in record.arrived)
-            for admission in record.admitted:
-                size = sizes.get(admission.request_id, 0)
-                if admission.num_cached_tokens < size:  # all of it: shared by a fork, not looked up
-                    queries += size
-                    hits += admission.num_cached_tokens
-        return hits / queries if queries else None
+        looked = [a for record in self.records for a in record.admitted if a.num_looked_up]
+        queries = sum(admission.num_looked_up for admission in looked)
+        return sum(admission.num_cached_tokens for admission in looked) / queries if queries else None
 
     def why(self, request_id: str, step: int) -> str:
         """One sentence on what a request does after a step: it runs, it is gone, or why it waits and where.
@@ -366,6 +374,8 @@ class Trace:
             return f"request {request_id} is running"
         if request_id not in state.waiting:
             return f"request {request_id} is not in the engine"
+        if request_id in state.held:
+            return f"request {request_id} waits for the prompt of request {state.held[request_id]}"
         queue = state.queue
         head, reason = record.blocked or (queue[0], "it has just arrived")
         if request_id == head:
@@ -405,3 +415,11 @@ class Trace:
         from labkit import trace_file
 
         return trace_file.read_lines(lines)
+
+
+def _index(records: list[StepRecord], step: int) -> int:
+    index = bisect.bisect_left(records, step, key=lambda record: record.step)
+    if index == len(records) or records[index].step != step:
+        held = f"{records[0].step} to {records[-1].step}" if records else "none"
+        raise ValueError(f"step {step} is not in this trace (steps held: {held})")
+    return index

@@ -365,7 +365,8 @@ def test_an_interrupt_leaves_the_engine_usable() -> None:
     "prompt, values, message",
     [
         ("", {}, "prompt is empty: it must have at least one token"),
-        ("  \n", {}, "prompt is empty"),
+        ("half \ud800", {}, "prompt is not text: it holds half a surrogate pair"),
+        (b"hello", {}, "prompt must be text or a list of token ids, not bytes"),
         ([], {}, "prompt is empty"),
         (None, {}, "prompt must be text or a list of token ids, not NoneType"),
         ([1, VOCAB], {}, f"prompt: a token id must be between 0 and {VOCAB - 1}, not {VOCAB}"),
@@ -397,6 +398,28 @@ def test_bad_input_names_the_field_and_the_limit_and_costs_nobody_anything(
     drain(engine)
     assert engine.outputs["0"].token_ids == greedy("llama", [1, 2, 3], 6)
     assert list(engine.outputs) == ["0"]
+
+
+def test_an_abort_ends_the_answers_of_its_own_request_and_no_namesake() -> None:
+    engine = engine_of(num_blocks=100)
+    hot = dict(temperature=1.0, max_tokens=8)
+    engine.add_request([1, 2], SamplingParams(n=3, **hot), request_id="a")
+    engine.add_request([1, 2], SamplingParams(**hot), request_id="b")
+    engine.add_request([1, 2], SamplingParams(**hot), request_id="b.1")
+    engine.step()
+    engine.outputs.pop("a")  # its owner has lost interest: that must not break the step either
+    assert engine.abort("a")
+    assert engine.abort("b")
+    drain(engine)
+    reasons = {name: output.finish_reason for name, output in engine.outputs.items()}
+    assert reasons == {"a.1": "abort", "a.2": "abort", "b": "abort", "b.1": "length"}
+    assert Trace.from_lines(engine.trace.lines()) == engine.trace
+
+
+def test_a_loaded_model_keeps_its_dtype_and_device() -> None:
+    with pytest.raises(ValueError, match="dtype must be auto for a loaded model"):
+        engine_of(dtype="float16")
+    assert engine_of(dtype="float32", device="cpu").model.dtype == torch.float32
 
 
 def test_an_id_cannot_be_used_twice() -> None:
@@ -498,6 +521,13 @@ class Forgets(Scheduler):
         return plan
 
 
+class Loses(Scheduler):
+    def schedule(self):
+        if len(self.waiting) and self.waiting.peek().request_id == "4":
+            self.waiting.remove(self.requests.pop("4"))
+        return super().schedule()
+
+
 class Sleeps(Scheduler):
     def _plan_waiting(self, plan, budget) -> None:
         return None
@@ -526,6 +556,7 @@ def test_a_policy_of_ones_own_runs_and_is_right() -> None:
         (dict(scheduler=OverBudget), r"over budget: the plan computes 27 tokens, the budget is 16"),
         (dict(scheduler=OverSeats), r"over seats: the plan runs 4 requests on 3 seats"),
         (dict(scheduler=Forgets), r"forgotten request: '\d' neither runs nor waits"),
+        (dict(scheduler=Loses), r"step \d+: forgotten request: '4' was not finished, but is gone"),
         (dict(scheduler=Sleeps), r"forgotten request: nothing ran for 1000 steps"),
         (dict(scheduler=Skips), r"request '0' has computed \d+ of \d+ tokens: it cannot compute 1 from \d+"),
     ],
@@ -638,6 +669,10 @@ def test_generate_refuses_before_it_runs_anything() -> None:
         llm.generate([[1], [2]], [SamplingParams()])
     with pytest.raises(ValueError, match="blocksize is not a setting; known are "):
         LLM(loaded("llama"), blocksize=3)
+    with pytest.raises(ValueError, match="prompts must be text, token ids, or a list of either, not None"):
+        llm.generate(None)
+    with pytest.raises(ValueError, match="params must be SamplingParams, not dict"):
+        llm.generate([[1]], {})
     assert len(llm.engine.trace) == 0
     assert not llm.engine.outputs
 

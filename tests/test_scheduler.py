@@ -79,10 +79,10 @@ class Bench:
 
     def _check_queue(self, record: StepRecord) -> None:
         """The trace knows the queue, its order and why its head waits."""
-        queue = self.trace.state(record.step, after=True).queue
+        state = self.trace.state(record.step, after=True)
         known = [request.request_id for request in self.scheduler.waiting]
-        assert [name for name in queue if name in known] == known
-        assert len(queue) == record.waiting
+        assert state.queue == known
+        assert len(known) + len(state.held) == record.waiting
         if known and self.scheduler.running:
             assert record.blocked is not None
 
@@ -285,6 +285,18 @@ def test_waiting_has_a_reason(kind: str) -> None:
         assert bench.step().blocked == ("1", "the token budget of 5 is used up")
 
 
+def test_a_request_that_waits_for_pages_is_looked_at_again_once_they_can_be_shared() -> None:
+    bench = Bench(blocks=20, size=4, seats=2, budget=24)
+    prompt = list(range(48))
+    bench.add(prompt, 9)
+    bench.add(prompt, 9)
+    first = bench.step()
+    assert first.blocked == ("1", "the token budget of 24 is used up")
+    second = bench.step()  # the pages of the first are full now, but not yet known
+    assert not second.admitted
+    assert bench.step().admitted[0].num_cached_tokens == 44
+
+
 def test_static_pads_to_the_longest_and_keeps_idle_seats() -> None:
     bench = Bench("static", blocks=60, seats=3, budget=12)
     bench.add(8, 1)
@@ -309,7 +321,7 @@ def test_reserved_takes_the_whole_maximum_and_never_preempts() -> None:
     for _ in range(6):
         bench.add(5, 12)
     record = bench.step()
-    assert [len(pages.blocks) for pages in record.taken] == [4, 4]  # 5 + 12 - 1 tokens each
+    assert [len(pages.blocks) for pages in record.taken] == [4, 4, 4]  # 5 + 12 - 1 tokens each
     bench.drain()
     assert not any(record.preempted for record in bench.trace)
 

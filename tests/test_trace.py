@@ -126,6 +126,28 @@ def test_why_a_request_waits() -> None:
     assert Trace.from_lines(bench.trace.lines()).why("2", step) == bench.trace.why("2", step)
 
 
+def test_children_wait_for_their_parents_prompt_and_not_in_the_queue() -> None:
+    bench = Bench(blocks=30, seats=2, budget=4)
+    bench.add(8, 3, n=4)
+    bench.add(3, 3)
+    step = bench.step().step
+    assert bench.trace.why("0.3", step) == "request 0.3 waits for the prompt of request 0"
+    assert bench.trace.state(step, after=True).queue == ["1"]
+    step = bench.step().step
+    assert bench.trace.state(step, after=True).queue == ["0.2", "0.3", "1"]
+    assert bench.trace.why("0.3", step).startswith("request 0.3 is number 2 of 3; request 0.2 is next, but ")
+
+
+@pytest.mark.parametrize("max_steps", [None, 3])
+def test_hit_rate_counts_tokens_looked_up_and_nothing_else(max_steps: int | None) -> None:
+    bench = Bench(blocks=40, size=4, seats=4, budget=5)
+    bench.trace.max_steps = max_steps
+    bench.add([1] * 30, 20)
+    for _ in range(6 if max_steps else 10):
+        bench.step()
+    assert bench.trace.prefix_hit_rate == (None if max_steps else 0.0)
+
+
 def test_records_do_not_depend_on_the_clock() -> None:
     assert StepRecord(3, time=1.0, seconds=2.0) == StepRecord(3, time=5.0, seconds=6.0)
     assert StepRecord(3) != StepRecord(4)

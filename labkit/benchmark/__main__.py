@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from labkit.benchmark import bookkeeping, equality
-from labkit.benchmark.serving import OURS, DifferentTokens, measure, reference_model
+from labkit.benchmark.serving import OURS, measure, reference_model
 from labkit.benchmark.workload import make_workload
 from labkit.weights import load_model
 
@@ -21,13 +21,15 @@ def main(arguments: list[str] | None = None) -> int:
         for name in ("requests", "max_num_seqs", "max_num_batched_tokens", "repeats", "trace_steps"):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        if args.json and not args.json.parent.is_dir():
+            raise ValueError(f"--json: there is no folder {args.json.parent}")
         text, figures = _measure(args)
+        print(text)
         if args.json:
             args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    except (ValueError, OSError, DifferentTokens) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"labkit.benchmark: {error}", file=sys.stderr)
         return 2
-    print(text)
     return 0
 
 

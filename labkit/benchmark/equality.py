@@ -69,6 +69,9 @@ def answers(model: LoadedModel, jobs: Sequence[Job]) -> list[list[int]]:
     ]
     while engine.has_unfinished:
         engine.step()
+    for output in engine.outputs.values():
+        if output.error:
+            raise RuntimeError(f"request {output.request_id} failed in {model.dtype}: {output.error}")
     return [engine.outputs[i].token_ids for i in ids]
 
 
