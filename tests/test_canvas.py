@@ -268,6 +268,26 @@ def test_whoever_has_lost_the_thread_gets_everything(lost: str) -> None:
     assert snapshot["full"] and len(snapshot["steps"]) == WINDOW
 
 
+def test_the_steps_of_the_window_and_a_record_of_what_was_before_are_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("labkit.views.canvas.WINDOW", 12)
+    trace = busy_trace(requests=40)
+    records = trace.records[:36]
+    before = records[-13]
+    start = trace.state(before.step, after=True).as_record(before)
+    part = feed_of([start, *records[-12:]], trace.meta).snapshot()
+    whole = feed_of(records, trace.meta).snapshot()
+    assert whole["tables"] and whole["steps"][0][6], "nobody runs or nobody waits: that proves little"
+    for key in ("step", "tables", "cached", "steps"):
+        assert part[key] == whole[key]
+    last_spans = [
+        {name: (spans[-1][0], spans[-1][2]) for name, (*_, spans) in lanes_of(feed).items()}
+        for feed in (part, whole)
+    ]
+    assert last_spans[0] == last_spans[1]
+
+
 def test_it_does_not_grow() -> None:
     feed = Feed(TraceMeta(50, 4, 8, 64), min_interval=0)
     for step in range(5 * WINDOW):

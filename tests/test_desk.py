@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from labkit.config import EngineConfig
-from labkit.desk import KEEP, Desk, as_chat, params_of
+from labkit.desk import KEEP, MAX_PROMPT, MAX_UNFINISHED, Desk, as_chat, params_of
 from labkit.engine import Engine
 from labkit.live import LiveEngine
 from labkit.request import SamplingParams
@@ -97,17 +97,120 @@ def test_the_clock(desk: Desk) -> None:
     desk.control("me", "dance")  # not a word that it knows
     assert desk.clock() == {"paused": True, "speed": 5, "failure": ""}
     desk.control("me", "speed")
+    assert desk.clock()["speed"] is None
     desk.control("you", "resume")
     assert desk.clock() == {"paused": False, "speed": None, "failure": ""}
-    with pytest.raises(ValueError, match="speed must be"):
-        desk.control("me", "speed", float("nan"))
+    for speed in (float("nan"), 0.49, 1e9):
+        with pytest.raises(ValueError, match="speed must be"):
+            desk.control("me", "speed", speed)
+    assert desk.clock()["speed"] is None
 
 
-def test_old_cards_are_forgotten(desk: Desk) -> None:
-    ids = [desk.inject("me", "hello", SamplingParams(max_tokens=1)) for _ in range(KEEP + 10)]
-    finish(desk, *ids[-KEEP:])
-    kept = [card["id"] for card in desk.cards("me", -1, {})["items"]]
-    assert kept == ids[10:]
+def test_a_pause_stays_with_whoever_made_it(desk: Desk) -> None:
+    for again in ("pause", "step"):
+        desk.control("me", "pause")
+        desk.control("you", again)
+        desk.leave("you")
+        assert desk.live.paused
+        desk.leave("me")
+        assert not desk.live.paused
+    desk.control("me", "pause")
+    desk.control("you", "resume")
+    desk.live.pause()  # the host does, whom no visitor takes it from
+    desk.leave("me")
+    assert desk.live.paused
+
+
+def test_whoever_leaves_takes_their_speed_along(desk: Desk) -> None:
+    desk.live.speed = 500  # the host's choice
+    desk.control("me", "speed", 5)
+    desk.control("you", "speed", 20)
+    desk.leave("me")
+    assert desk.live.speed == 20
+    desk.leave("you")
+    assert desk.live.speed == 500
+    desk.control("me", "speed", 5)
+    desk.live.speed = 50
+    desk.leave("me")
+    assert desk.live.speed == 50
+
+
+def test_whoever_has_no_name_decides_nothing(desk: Desk) -> None:
+    for action in ("pause", "step", "speed"):
+        desk.control("", action, 1)
+    assert desk.clock() == {"paused": False, "speed": None, "failure": ""}
+    desk.live.pause()
+    request_id = desk.inject("", "hello", FOUR)
+    desk.control("", "resume")
+    desk.leave("")
+    desk.cancel("")
+    assert desk.live.paused
+    desk.live.resume()
+    finish(desk, request_id)
+    assert desk.live.output(request_id).finish_reason == "length"
+
+
+def test_old_cards_are_forgotten_but_not_those_of_unfinished_requests(desk: Desk) -> None:
+    one = SamplingParams(max_tokens=1)
+    first = desk.inject("me", "hello", one)
+    finish(desk, first)
+    desk.live.pause()
+    running = [desk.inject(f"visitor {i // 20}", "hello", one) for i in range(KEEP + 10)]
+    ids = [card["id"] for card in desk.cards("me", -1, {})["items"]]
+    assert ids == running  # the finished one went first, and then none could
+    desk.cancel("visitor 0", running[0])
+    desk.live.resume()
+    finish(desk, *running)
+    assert desk.live.output(running[0]).finish_reason == "abort"
+    last = desk.inject("me", "hello", one)
+    assert [card["id"] for card in desk.cards("me", -1, {})["items"]] == [*running[11:], last]
+
+
+def test_cards_that_nobody_knows_any_more_are_named(model: LoadedModel) -> None:
+    with LiveEngine(Engine(EngineConfig(model=model, num_blocks=64)), keep_finished=1) as live:
+        desk = Desk(live)
+        forgotten, latest = desk.inject("me", "hello", FOUR), desk.inject("me", "hello", FOUR)
+        finish(desk, latest)
+        known = {forgotten: 3, "never heard of": 0, latest: 0}
+        news = desk.cards("me", 2, known)
+        assert [card["id"] for card in news["items"]] == [latest]
+        assert set(news["gone"]) == {forgotten, "never heard of"}
+        assert desk.cards("me", -1, {})["gone"] == []  # the visitor has no such card
+
+
+def test_a_prompt_beyond_measure_is_refused_unread(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("it was tokenised")
+
+    monkeypatch.setattr("labkit.desk.as_chat", read)
+    monkeypatch.setattr(desk.live, "submit", read)
+    with pytest.raises(ValueError, match="it has 20,001 characters, and the limit is 20,000"):
+        desk.inject("me", "x" * (MAX_PROMPT + 1), FOUR)
+    with pytest.raises(AssertionError):
+        desk.inject("me", "x" * MAX_PROMPT, FOUR)
+
+
+def test_a_visitor_has_so_many_requests_under_way_and_no_more(desk: Desk) -> None:
+    desk.live.pause()
+    ids = [desk.inject("me", "hello", FOUR) for _ in range(MAX_UNFINISHED)]
+    with pytest.raises(ValueError, match=f"You have {MAX_UNFINISHED} requests under way"):
+        desk.inject("me", "hello", FOUR)
+    theirs = desk.inject("you", "hello", FOUR)
+    desk.live.resume()
+    finish(desk, *ids, theirs)
+    desk.inject("me", "hello", FOUR)
+
+
+def test_a_card_promises_no_more_than_the_model_can_hold(desk: Desk) -> None:
+    desk.live.pause()
+    request_id = desk.inject("me", "hello", SamplingParams(max_tokens=100_000))
+    room = desk.live.engine.max_model_len - len(desk.live.output(request_id).prompt_token_ids)
+    assert desk.cards("me", -1, {})["items"][0]["max_tokens"] == room
+    desk.live.resume()
+    finish(desk, request_id)
+    card = desk.cards("me", -1, {})["items"][0]
+    if card["reason"] == "length":
+        assert card["tokens"] == card["max_tokens"] == room
 
 
 def test_the_chat_template_is_used_unless_raw(desk: Desk, model: LoadedModel) -> None:
@@ -123,7 +226,7 @@ def test_the_chat_template_is_used_unless_raw(desk: Desk, model: LoadedModel) ->
 def test_an_empty_prompt(desk: Desk, prompt: str) -> None:
     with pytest.raises(ValueError, match="The prompt is empty"):
         desk.inject("me", prompt, FOUR)
-    assert desk.cards("me", -1, {}) == {"since": 0, "items": []}
+    assert desk.cards("me", -1, {}) == {"since": 0, "items": [], "gone": []}
 
 
 def test_numbers_of_a_form() -> None:

