@@ -199,12 +199,14 @@ def serve(live: LiveEngine, options: argparse.Namespace) -> None:
         )
     except (OSError, ValueError) as error:  # gradio raises either
         raise StartError(" ".join(str(error).split())) from None
+    # A shell that starts the lab in the background has it ignore Ctrl-C: take it back.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     shown = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
     print(f"The lab is at http://{shown}:{options.port}", flush=True)
     if options.share:
         print(f"and, for everyone, at {demo.share_url}" if demo.share_url else "No public link could be had.")
     print("Ctrl-C ends it.", flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         threading.Event().wait()
     finally:

@@ -34,7 +34,8 @@ class EngineConfig:
         scheduler: "continuous" (requests join and leave at every step), "static" (a batch waits until its
             last member is done) or "naive" (one request at a time).
         kv_policy: "paged" takes pages as tokens come, "reserved" takes a request's whole maximum up front.
-        enable_prefix_caching: keep pages whose tokens are known, for later requests with the same start.
+        enable_prefix_caching: keep pages whose tokens are known, for later requests with the same start
+            (a static batch, whose rows go in step, does without).
         max_trace_steps: keep the records of so many steps; None keeps all.
         audit: check every rule at every step (slow); always done for a scheduler or pool of your own.
         seed: for the requests that bring none.
