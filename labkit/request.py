@@ -152,7 +152,6 @@ class Request:
         "max_len",
         "num_cached_tokens",
         "num_computed_tokens",
-        "num_preemptions",
         "num_prompt_tokens",
         "num_slots",
         "params",
@@ -190,7 +189,6 @@ class Request:
         self.num_cached_tokens = 0  # found in the prefix cache at the latest admission
         self.num_slots = 0  # pages held, in tokens
         self.shares_tail = False  # its last page may be shared with the other answers of n > 1
-        self.num_preemptions = 0
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
         self.children: list[Request] = []  # the other answers of n > 1, until the prompt is computed

@@ -229,7 +229,6 @@ class Scheduler:
         plan.preempted.append(Pages(victim.request_id, self._release(victim)))
         victim.status = "waiting"
         victim.num_computed_tokens = 0
-        victim.num_preemptions += 1
         self.waiting.push(victim)
 
     def _plan_waiting(self, plan: StepPlan, budget: int) -> None:
@@ -334,6 +333,10 @@ class Scheduler:
     ) -> StepRecord:
         """The step as the trace keeps it: the plan, what came of it, and who came and went."""
         published, evicted = self.pool.drain_changes()
+        head, blocked = self.waiting.peek(), plan.blocked
+        if head and (blocked is None or blocked[0] != head.request_id):
+            # The other answers to a request that has just failed come to the queue after planning.
+            blocked = (head.request_id, "it joined the queue when this step was over")
         record = StepRecord(
             step,
             tuple([request.request_id for request in plan.requests]),
@@ -352,7 +355,7 @@ class Scheduler:
             published,
             evicted,
             self.num_waiting,
-            plan.blocked,
+            blocked,
             self.pool.num_free,
             time,
             seconds,

@@ -208,7 +208,8 @@ class PoolState:
         ):
             if num_tokens:
                 self.computed[request_id] = start + num_tokens
-                if self.held and start + num_tokens >= self.arrivals[request_id].num_prompt_tokens:
+                arrival = self.arrivals.get(request_id) if self.held else None
+                if arrival and start + num_tokens >= arrival.num_prompt_tokens:
                     self._let_go(request_id)
         self.cached.update(record.published)
 
@@ -231,7 +232,8 @@ class PoolState:
             last.step,
             arrived=tuple(a._replace(parent=self.held.get(name, "")) for name, a in self.arrivals.items()),
             admitted=tuple(
-                Admission(name, self.computed[name], tuple(table)) for name, table in self.tables.items()
+                Admission(name, self.computed.get(name, 0), tuple(table))
+                for name, table in self.tables.items()
             ),
             published=tuple(sorted(self.cached)),
             waiting=len(self.waiting),

@@ -66,10 +66,10 @@ def loaded(family: str) -> LoadedModel:
     return LoadedModel(family, module, tiny_tokenizer(), model.config, frozenset())
 
 
-@functools.cache
-def _greedy(family: str, prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
+def generate(model: PreTrainedModel, prompt: Sequence[int], max_tokens: int) -> list[int]:
+    """What `generate` answers to one prompt, greedily and past any end of sequence."""
     with torch.inference_mode():
-        out = reference(family).generate(
+        out = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
             max_new_tokens=max_tokens,
@@ -77,7 +77,12 @@ def _greedy(family: str, prompt: tuple[int, ...], max_tokens: int) -> tuple[int,
             eos_token_id=None,
             pad_token_id=0,
         )
-    return tuple(out[0, len(prompt) :].tolist())
+    return out[0, len(prompt) :].tolist()
+
+
+@functools.cache
+def _greedy(family: str, prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
+    return tuple(generate(reference(family), prompt, max_tokens))
 
 
 def greedy(family: str, prompt: Sequence[int], max_tokens: int, *, at_most: int = 48) -> list[int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIZES, VOCAB
+from conftest import SIZES, VOCAB, generate
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
@@ -102,19 +102,6 @@ def as_loaded(model: PreTrainedModel) -> LoadedModel:
 @functools.cache
 def loaded(kind: str) -> LoadedModel:
     return as_loaded(reference(kind))
-
-
-def generate(model: PreTrainedModel, prompt: Sequence[int], max_tokens: int) -> list[int]:
-    with torch.inference_mode():
-        tokens = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=max_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    return tokens[0, len(prompt) :].tolist()
 
 
 def random_prompts(seed: int, *lengths: int) -> list[list[int]]:

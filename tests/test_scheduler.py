@@ -83,8 +83,7 @@ class Bench:
         known = [request.request_id for request in self.scheduler.waiting]
         assert state.queue == known
         assert len(known) + len(state.held) == record.waiting
-        if known and self.scheduler.running:
-            assert record.blocked is not None
+        assert (record.blocked[0] if record.blocked else None) == (known[0] if known else None)
 
     @staticmethod
     def _sample(plan: StepPlan, row: int, token: int) -> tuple[int, ...]:
