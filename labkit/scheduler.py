@@ -263,7 +263,7 @@ class Scheduler:
         kept = self.watermark if self.running else 0
         if count + kept > left:
             reason = f"it needs {count} page{'s' * (count > 1)}, and {left} are free"
-            reason += f", of which {kept} stay{'s' * (kept == 1)} free for those that run" if kept else ""
+            reason += f", {kept} of them kept for growth" if kept else ""
             self._stuck = (*attempt, reason)
             return reason
         self._stuck = None

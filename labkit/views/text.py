@@ -138,7 +138,7 @@ def batch_timeline(trace: Trace, *, first: int | None = None, last: int | None =
         legend.append(f"each column = {per_column} steps, and shows the first of {order} among them")
     else:
         legend.append("each column = 1 step")
-    why = [f"{style.label(reason, 64)} ({plural(count, 'step')})" for reason, count in timeline.blocked[:3]]
+    why = [f"{style.label(reason, 56)} ({plural(count, 'step')})" for reason, count in timeline.blocked[:3]]
     if len(timeline.blocked) > 3:
         why.append(f"and {plural(len(timeline.blocked) - 3, 'other reason')}")
     if why:
