@@ -24,7 +24,16 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from labkit.attention import BatchLayout, PagedKVCache, Span, attend, build_layout
+from labkit.attention import (
+    BatchLayout,
+    GatheredRows,
+    PagedKVCache,
+    Span,
+    additive,
+    attend,
+    build_layout,
+    gather,
+)
 from labkit.weights import ModelError
 
 _PAGED = "labkit_paged"  # transformers knows no mask function of this name, and so makes no masks
@@ -189,16 +198,17 @@ class _Pages(Cache):
         formula = sys.modules[type(module).__module__].eager_attention_forward
         out = torch.zeros_like(q)
         for group in self.layout.groups:
-            queries, seen = q[group.first : group.last], group.masks[window]
-            rows = group.num_rows or 1
+            queries, mask = q[group.first : group.last], group.masks[window]
+            rows = len(queries) if isinstance(group, GatheredRows) else 1
             n = len(queries) // rows
-            if seen is None:
-                seen = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
-            bias = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, torch.finfo(q.dtype).min)
-            pages = (self.pages.k[self.layer, group.blocks], self.pages.v[self.layer, group.blocks])
-            k, v = (x.view(rows, -1, *x.shape[2:])[:, : seen.shape[-1]].transpose(1, 2) for x in pages)
+            if mask is None:
+                mask = additive(torch.ones(n, n, dtype=torch.bool, device=q.device).tril(), q)
+            bias = mask.clamp(min=torch.finfo(q.dtype).min).view(rows, 1, n, -1)
+            k, v = (
+                x[:, :, : bias.shape[-1]] for x in gather(self.pages.layer(self.layer), group.blocks, rows)
+            )
             batch = queries.view(rows, n, *q.shape[1:]).transpose(1, 2)
-            result, _ = formula(module, batch, k, v, bias.view(rows, 1, n, -1), scaling=scale, **extra)
+            result, _ = formula(module, batch, k, v, bias, scaling=scale, **extra)
             out[group.first : group.last] = result.reshape(queries.shape)
         return out
 

@@ -1,19 +1,22 @@
 """The paged KV cache (the tensors) and attention over it.
 
-The cache of one layer is two tensors of shape (pages, block_size, kv_heads, head_dim). Token t of a request
-lies in slot `table[t // block_size] * block_size + t % block_size`. One page more than the pool has, the
-null page, takes what padding writes and fills block tables up to a common width.
+A page holds the keys and the values of `block_size` tokens, for one layer: (2, block_size, kv_heads,
+head_dim). Token t of a request lies in its page `table[t // block_size]`, at place `t % block_size`. One page
+more than the pool has, the null page, takes what padding writes and fills block tables up to a common width.
 
 `reference_attention` says what is meant, one token at a time. `attend` computes the same for a whole
-flattened batch: rows with a single query are batched over gathered pages (their heads' groups folded into
-the query length, so that grouped-query attention needs no repeated keys), longer rows go one by one.
+flattened batch, cut into groups of rows; how a group is computed is its own affair, and the `Backend` says
+which kinds of group are used. Those here need nothing but PyTorch: rows with a single query are batched over
+gathered pages (their heads' groups folded into the query length, so that grouped-query attention needs no
+repeated keys), longer rows go one by one. Those for a GPU are in `kernels.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import psutil
 import torch
@@ -49,8 +52,8 @@ class PagedKVCache:
     ) -> None:
         self.num_blocks = self.null_block = num_blocks
         self.block_size = block_size
-        shape = (num_layers, num_blocks + 1, block_size, num_kv_heads, head_dim)
-        needed = 2 * math.prod(shape) * dtype.itemsize
+        shape = (num_layers, num_blocks + 1, 2, block_size, num_kv_heads, head_dim)
+        needed = math.prod(shape) * dtype.itemsize
         if device.type == "cpu":  # which promises memory that it does not have
             available = psutil.virtual_memory().available
         else:
@@ -61,30 +64,35 @@ class PagedKVCache:
                 f"{available / 2**30:.1f} GiB free"
             )
         # Zeros, not garbage: a masked score still multiplies its value, and 0 * NaN is NaN.
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.pages = torch.zeros(shape, dtype=dtype, device=device)
+        self.k, self.v = self.pages.unbind(2)  # views (layers, pages, block_size, kv_heads, head_dim)
+        # What each layer needs at every step, looked up once.
+        self._layers = list(self.pages.unbind(0))
+        self._slots = [pages.view(-1, num_kv_heads, head_dim) for pages in self._layers]
 
     @property
     def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+        return self.pages.nbytes
+
+    def layer(self, layer: int) -> Tensor:
+        """The pages of one layer: (num_blocks + 1, 2, block_size, kv_heads, head_dim)."""
+        return self._layers[layer]
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        """Store keys and values (T, kv_heads, head_dim) of one layer at the slots (T,)."""
-        self.k[layer].flatten(0, 1).index_copy_(0, slots, k)
-        self.v[layer].flatten(0, 1).index_copy_(0, slots, v)
+        """Store keys and values (T, kv_heads, head_dim) of one layer at the slots (2, T) of `BatchLayout`."""
+        self._slots[layer].index_copy_(0, slots[0], k)
+        self._slots[layer].index_copy_(0, slots[1], v)
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy pages (source, destination) in all layers: copy on write."""
         source = torch.tensor([pair[0] for pair in pairs], device=self.k.device)
         target = torch.tensor([pair[1] for pair in pairs], device=self.k.device)
-        for cache in (self.k, self.v):
-            cache[:, target] = cache[:, source]
+        self.pages[:, target] = self.pages[:, source]
 
     def clear_pages(self, blocks: Sequence[int]) -> None:
         """Zero pages, so that what a failed request left there (NaN, say) reaches nobody."""
         index = torch.tensor(blocks, dtype=torch.long, device=self.k.device)
-        self.k[:, index] = 0
-        self.v[:, index] = 0
+        self.pages[:, index] = 0
 
 
 @dataclass
@@ -101,31 +109,47 @@ class Span:
         return self.start + self.num_queries
 
 
-@dataclass
-class QueryGroup:
-    """Rows `[first, last)` of the flattened batch that share one call of attention.
-
-    Either several rows of one query each (`num_rows` > 0), or the queries of one row. `blocks` are the pages
-    to gather, (num_rows * width,) or (width,); `masks` maps a sliding window (None: no window) to what each
-    query may see, (num_rows, 1, 1, L) or (queries, L), or to None where plain causal attention is meant.
-    """
+class QueryGroup(Protocol):
+    """Rows `[first, last)` of the flattened batch that share one call of attention."""
 
     first: int
     last: int
-    num_rows: int
-    blocks: Tensor
-    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    def attend(self, q: Tensor, pages: Tensor, *, scale: float, window: int | None) -> Tensor:
+        """Queries (last - first, heads, head_dim) over one layer's pages (see `PagedKVCache.layer`)."""
+        ...
 
 
 @dataclass
 class BatchLayout:
     """Where the tokens of a flattened batch lie: built once per step, used by every layer.
 
-    `slots` (T,) says where each token's keys and values go; padding at the end goes to the null page.
+    `slots` (2, T) says where each token's keys and its values go; padding at the end goes to the null page.
     """
 
     slots: Tensor
-    groups: list[QueryGroup]
+    groups: Sequence[QueryGroup]
+
+
+MakeGroups = Callable[[int, Sequence[Span], PagedKVCache, Sequence["int | None"]], "Sequence[QueryGroup]"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How attention is computed.
+
+    Args:
+        name: "sdpa", or one of those in `kernels.py`.
+        reason: why this one, in a few words.
+        decode: makes the groups of rows with a single query, which come first in the batch, longest first;
+            called with the first row's place, the rows, the cache and the windows that occur.
+        chunks: makes those of the rows with more queries, likewise.
+    """
+
+    name: str
+    reason: str
+    decode: MakeGroups
+    chunks: MakeGroups
 
 
 def build_layout(
@@ -134,78 +158,37 @@ def build_layout(
     *,
     num_padding: int = 0,
     windows: Sequence[int | None] = (None,),
+    backend: Backend | None = None,
 ) -> BatchLayout:
     """Lay out a batch. `rows` must come with single-query rows first, longest first (see `row_order`)."""
-    size, device = cache.block_size, cache.k.device
-    slots: list[int] = []
-    for row in rows:
-        table = row.table
-        slots += [table[t // size] * size + t % size for t in range(row.start, row.length)]
-    slots += [cache.null_block * size + i % size for i in range(num_padding)]
+    backend = backend or SDPA
+    slots = slots_of(rows, cache)
+    slots += [cache.null_block * 2 * cache.block_size + i % cache.block_size for i in range(num_padding)]
     single = 0
     while single < len(rows) and rows[single].num_queries == 1:
         single += 1
-    groups = [
-        _decode_group(first, rows[first:last], cache, windows)
-        for first, last in _cut([-(-row.length // size) for row in rows[:single]])
-    ]
-    first = single
-    for row in rows[single:]:
-        groups.append(_chunk_group(first, row, cache, windows))
-        first += row.num_queries
-    return BatchLayout(torch.tensor(slots, dtype=torch.long, device=device), groups)
+    groups: list[QueryGroup] = []
+    if single:
+        groups += backend.decode(0, rows[:single], cache, windows)
+    if single < len(rows):
+        groups += backend.chunks(single, rows[single:], cache, windows)
+    keys = torch.tensor(slots, dtype=torch.long, device=cache.pages.device)
+    return BatchLayout(torch.stack((keys, keys + cache.block_size)), groups)
+
+
+def slots_of(rows: Sequence[Span], cache: PagedKVCache) -> list[int]:
+    """Where the keys of each token of these rows go; their values lie `block_size` slots further on."""
+    size = cache.block_size
+    slots: list[int] = []
+    for row in rows:
+        table = row.table
+        slots += [table[t // size] * 2 * size + t % size for t in range(row.start, row.length)]
+    return slots
 
 
 def row_order(rows: Sequence[Span]) -> list[int]:
     """The order that `build_layout` wants: single queries by falling length, then the others."""
     return sorted(range(len(rows)), key=lambda i: (rows[i].num_queries > 1, -rows[i].length))
-
-
-def _cut(widths: list[int]) -> list[tuple[int, int]]:
-    """Cut rows, sorted by falling width, into few groups with little padding between them."""
-    cuts, first = [], 0
-    for i, width in enumerate(widths):
-        if len(cuts) == _MAX_GROUPS - 1:
-            break
-        if i - first >= _MIN_GROUP and 4 * width <= 3 * widths[first] and len(widths) - i >= _MIN_GROUP:
-            cuts.append((first, i))
-            first = i
-    return [*cuts, (first, len(widths))] if widths else []
-
-
-def _decode_group(
-    first: int, rows: Sequence[Span], cache: PagedKVCache, windows: Sequence[int | None]
-) -> QueryGroup:
-    size, device = cache.block_size, cache.k.device
-    width = -(-rows[0].length // size)
-    blocks: list[int] = []
-    for row in rows:
-        used = -(-row.length // size)
-        blocks += row.table[:used]
-        blocks += [cache.null_block] * (width - used)
-    group = QueryGroup(first, first + len(rows), len(rows), torch.tensor(blocks, device=device))
-    lengths = torch.tensor([row.length for row in rows], device=device)[:, None, None, None]
-    at = torch.arange(width * size, device=device)
-    for window in windows:
-        mask = at < lengths
-        group.masks[window] = mask if window is None else mask & (at >= lengths - window)
-    return group
-
-
-def _chunk_group(first: int, row: Span, cache: PagedKVCache, windows: Sequence[int | None]) -> QueryGroup:
-    device = cache.k.device
-    width = -(-row.length // cache.block_size)
-    blocks = torch.tensor(list(row.table[:width]), device=device)
-    group = QueryGroup(first, first + row.num_queries, 0, blocks)
-    keys = torch.arange(row.length, device=device)
-    queries = torch.arange(row.start, row.length, device=device)[:, None]
-    for window in windows:
-        if row.start == 0 and (window is None or window >= row.length):
-            group.masks[window] = None
-        else:
-            mask = keys <= queries
-            group.masks[window] = mask if window is None else mask & (keys > queries - window)
-    return group
 
 
 def attend(
@@ -227,36 +210,149 @@ def attend(
     Returns:
         (T, heads, head_dim); zeros for padding.
     """
-    out = torch.zeros_like(q) if not layout.groups or layout.groups[-1].last < len(q) else torch.empty_like(q)
-    k_pages, v_pages = cache.k[layer], cache.v[layer]
-    kv_heads, dim = k_pages.shape[-2:]
-    for group in layout.groups:
-        mask = group.masks[window]
+    groups, pages = layout.groups, cache.layer(layer)
+    if len(groups) == 1 and groups[0].last == len(q):
+        return groups[0].attend(q, pages, scale=scale, window=window)
+    out = torch.zeros_like(q) if not groups or groups[-1].last < len(q) else torch.empty_like(q)
+    for group in groups:
         queries = q[group.first : group.last]
-        rows = group.num_rows or 1
-        # Whole pages are gathered: (rows * width, block_size, kv_heads, dim) -> (rows, kv_heads, L, dim).
-        k = k_pages.index_select(0, group.blocks).view(rows, -1, kv_heads, dim).transpose(1, 2)
-        v = v_pages.index_select(0, group.blocks).view(rows, -1, kv_heads, dim).transpose(1, 2)
-        if group.num_rows:
-            folded = queries.view(rows, kv_heads, -1, dim)
-            result = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
-            out[group.first : group.last] = result.view_as(queries)
-        else:
-            out[group.first : group.last] = _attend_chunk(queries, k, v, mask, scale)
+        out[group.first : group.last] = group.attend(queries, pages, scale=scale, window=window)
     return out
 
 
-def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Queries of one request (n, heads, dim) over its keys and values (1, kv_heads, >= L, dim)."""
-    length = len(q) if mask is None else mask.shape[1]
-    group = q.shape[1] // k.shape[1]
-    k, v = (
-        x[:, :, :length].repeat_interleave(group, dim=1) if group > 1 else x[:, :, :length] for x in (k, v)
-    )
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None, scale=scale
-    )
-    return out[0].transpose(0, 1)
+def block_table(rows: Sequence[Span], cache: PagedKVCache, width: int) -> Tensor:
+    """The block tables of these rows, filled up with the null page: (rows, width), int64."""
+    table: list[int] = []
+    for row in rows:
+        used = -(-row.length // cache.block_size)
+        table += row.table[:used]
+        table += [cache.null_block] * (width - used)
+    return torch.tensor(table, device=cache.pages.device).view(len(rows), width)
+
+
+# -- in plain PyTorch -----------------------------------------------------------------------------
+
+
+@dataclass
+class GatheredRows:
+    """Rows of one query each, in one call over pages gathered side by side.
+
+    `blocks` (see `gather`) are the pages; `masks` maps a sliding window (None: no window) to what is added
+    to the scores, (rows, 1, 1, width * block_size): 0, or minus infinity where a query may not look.
+    """
+
+    first: int
+    last: int
+    blocks: Tensor
+    masks: dict[int | None, Tensor]
+
+    def attend(self, q: Tensor, pages: Tensor, *, scale: float, window: int | None) -> Tensor:
+        k, v = gather(pages, self.blocks, len(q))
+        folded = q.view(len(q), k.shape[1], -1, q.shape[-1])
+        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=self.masks[window], scale=scale)
+        return out.reshape(q.shape)
+
+
+@dataclass
+class Chunk:
+    """The queries of one row. A mask (queries, length) is added to the scores; None is plain causal."""
+
+    first: int
+    last: int
+    length: int
+    blocks: Tensor
+    masks: dict[int | None, Tensor | None]
+
+    def attend(self, q: Tensor, pages: Tensor, *, scale: float, window: int | None) -> Tensor:
+        k, v = gather(pages, self.blocks, 1)
+        group = q.shape[1] // k.shape[1]
+        # Not every kernel of PyTorch's groups queries; to repeat the keys of one row is cheap.
+        k, v = (x[:, :, : self.length].repeat_interleave(group, dim=1) for x in (k, v))
+        mask = self.masks[window]
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None, scale=scale
+        )
+        return out[0].transpose(0, 1)
+
+
+def gather(pages: Tensor, blocks: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of so many rows, each (rows, kv_heads, L, head_dim).
+
+    `blocks` (2, rows * width) are the halves of pages to take, as `halves` makes them.
+    """
+    found = pages.flatten(0, 1).index_select(0, blocks.flatten())
+    k, v = found.view(2, rows, -1, *pages.shape[-2:]).transpose(2, 3).unbind(0)
+    return k, v
+
+
+def halves(table: Tensor) -> Tensor:
+    """Where the keys and the values of these pages lie, counted in halves of a page: (2, pages)."""
+    keys = 2 * table.flatten()
+    return torch.stack((keys, keys + 1))
+
+
+def additive(seen: Tensor, like: Tensor) -> Tensor:
+    """A mask to be added to scores: 0 where something is seen, else minus infinity."""
+    return torch.zeros(seen.shape, dtype=like.dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+
+def gathered_rows(
+    first: int, rows: Sequence[Span], cache: PagedKVCache, windows: Sequence[int | None]
+) -> list[GatheredRows]:
+    """Groups of rows with a single query, cut where the padding of the shorter ones would be much."""
+    size, device = cache.block_size, cache.pages.device
+    groups = []
+    for begin, end in _cut([-(-row.length // size) for row in rows]):
+        some = rows[begin:end]
+        width = -(-some[0].length // size)
+        lengths = torch.tensor([row.length for row in some], device=device)[:, None, None, None]
+        at = torch.arange(width * size, device=device)
+        masks = {}
+        for window in windows:
+            seen = at < lengths
+            masks[window] = additive(seen if window is None else seen & (at >= lengths - window), cache.pages)
+        blocks = halves(block_table(some, cache, width))
+        groups.append(GatheredRows(first + begin, first + end, blocks, masks))
+    return groups
+
+
+def single_chunks(
+    first: int, rows: Sequence[Span], cache: PagedKVCache, windows: Sequence[int | None]
+) -> list[Chunk]:
+    """A group for each row."""
+    device = cache.pages.device
+    chunks = []
+    for row in rows:
+        blocks = halves(block_table([row], cache, -(-row.length // cache.block_size)))
+        keys = torch.arange(row.length, device=device)
+        queries = torch.arange(row.start, row.length, device=device)[:, None]
+        masks: dict[int | None, Tensor | None] = {}
+        for window in windows:
+            if row.start == 0 and (window is None or window >= row.length):
+                masks[window] = None
+            else:
+                seen = keys <= queries
+                masks[window] = additive(
+                    seen if window is None else seen & (keys > queries - window), cache.pages
+                )
+        chunks.append(Chunk(first, first + row.num_queries, row.length, blocks, masks))
+        first += row.num_queries
+    return chunks
+
+
+def _cut(widths: list[int]) -> list[tuple[int, int]]:
+    """Cut rows, sorted by falling width, into few groups with little padding between them."""
+    cuts, first = [], 0
+    for i, width in enumerate(widths):
+        if len(cuts) == _MAX_GROUPS - 1:
+            break
+        if i - first >= _MIN_GROUP and 4 * width <= 3 * widths[first] and len(widths) - i >= _MIN_GROUP:
+            cuts.append((first, i))
+            first = i
+    return [*cuts, (first, len(widths))] if widths else []
+
+
+SDPA = Backend("sdpa", "PyTorch's own attention over gathered pages", gathered_rows, single_chunks)
 
 
 def reference_attention(
