@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -281,6 +282,17 @@ class Engine:
         if interrupt is not None:
             raise interrupt
         return record
+
+    def preview(self) -> StepRecord:
+        """What the next step would do, as a record in which nothing has been sampled yet.
+
+        Planned by the scheduler itself, on a copy of it and of the pool: nothing moves. Its `free_blocks`
+        and `waiting` are as after the plan. Call it where `step` may be called; raises what planning raises.
+        """
+        shared = {id(request.params): request.params for request in self.scheduler.requests.values()}
+        scheduler = copy.deepcopy(self.scheduler, shared)  # and its pool, to which it holds
+        plan = scheduler.schedule()
+        return scheduler.record(self._step, plan, StepResult([()] * len(plan.requests)))
 
     def _read(self, plan: StepPlan, result: StepResult) -> None:
         """New tokens to text; where a stop string is complete, what was sampled after it is dropped."""

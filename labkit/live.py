@@ -89,6 +89,8 @@ class LiveEngine:
         self._listeners: list[Callable[[StepRecord], None]] = []
         self._paused = False
         self._steps_wanted = 0  # single steps asked for while paused
+        self._preview: StepRecord | None = None
+        self._previewed = False  # whether `_preview` is of the state that the engine is in
         self._speed: float | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="labkit-engine", daemon=True)
@@ -222,6 +224,11 @@ class LiveEngine:
             self._changed.notify_all()
 
     @property
+    def preview(self) -> StepRecord | None:
+        """While paused: what the next step would do (see `Engine.preview`). None if there is none to come."""
+        return self._preview if self._paused else None
+
+    @property
     def speed(self) -> float | None:
         """How many steps a second at most; None is flat out."""
         return self._speed
@@ -329,6 +336,7 @@ class LiveEngine:
         try:
             begun = 0.0  # when the latest step began
             while (commands := self._wait(begun)) is not None:
+                self._preview, self._previewed = None, False
                 for command in commands:
                     command()
                 if not commands:
@@ -355,6 +363,8 @@ class LiveEngine:
                 elif self._paused and self._steps_wanted:
                     self._steps_wanted -= 1
                     return []
+                elif self._paused and not self._previewed:
+                    return [self._look_ahead]
                 elif self._paused:
                     self._changed.wait()
                 elif left > 0:
@@ -362,6 +372,13 @@ class LiveEngine:
                 else:
                     return []
             return None
+
+    def _look_ahead(self) -> None:
+        try:
+            self._preview = self.engine.preview()
+        except Exception:  # a scheduler that somebody wrote: the step itself will say what is wrong
+            logger.exception("the next step could not be planned ahead")
+        self._previewed = True
 
     def _enqueue(self, request: Request, names: Sequence[str]) -> None:
         try:

@@ -242,7 +242,6 @@ def test_length_ends_where_rotary_frequencies_would_change() -> None:
 BYPASS = "does not go through the AttentionInterface"
 STATE = "keeps a state besides keys and values"
 REFUSED = {
-    "gptj": (dict(rotary_dim=4), BYPASS),
     "falcon": (dict(head_dim=None), BYPASS),
     "gpt_neo": (dict(attention_types=[[["global", "local"], 1]], num_layers=2), BYPASS),
     "bloom": ({}, "takes no position_ids"),
@@ -337,9 +336,9 @@ def test_folder_is_loaded_and_answers_as_generate_does(folder: Path) -> None:
 
 
 def test_folder_of_a_refused_model(tmp_path: Path) -> None:
-    build("gptj", rotary_dim=4).save_pretrained(tmp_path)
+    build("falcon", head_dim=None).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=f"GPTJForCausalLM cannot run on .*{BYPASS}"):
+    with pytest.raises(ModelError, match=f"FalconForCausalLM cannot run on .*{BYPASS}"):
         load_model(tmp_path, say=None)
 
 
