@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from labkit.baselines import SCHEDULERS
 from labkit.request import check_flag, check_number
-from labkit.scheduler import SCHEDULERS
 
 if TYPE_CHECKING:
     from labkit.weights import LoadedModel
@@ -32,10 +32,17 @@ class EngineConfig:
         max_num_seqs: seats: how many requests run at once.
         max_num_batched_tokens: the token budget of a step.
         scheduler: "continuous" (requests join and leave at every step), "static" (a batch waits until its
-            last member is done) or "naive" (one request at a time).
+            last member is done), "naive" (one request at a time) or "uncached" (and without its KV cache).
         kv_policy: "paged" takes pages as tokens come, "reserved" takes a request's whole maximum up front.
         enable_prefix_caching: keep pages whose tokens are known, for later requests with the same start
             (a static batch, whose rows go in step, does without).
+        enable_chunked_prefill: let a step mix prompts, cut to the token budget, with decode; without it a
+            step computes either whole prompts or one token of each answer.
+        quantization: None, or "int8" for 8-bit weights and activations.
+        fused_projections: queries, keys and values in one product, and likewise gate and up.
+        packed_weights: lay fp32 weights out for this CPU once, when they are loaded.
+        num_threads: of PyTorch on a CPU, for the whole process; None leaves its own choice (the physical
+            cores, or OMP_NUM_THREADS).
         max_trace_steps: keep the records of so many steps; None keeps all.
         audit: check every rule at every step (slow); always done for a scheduler or pool of your own.
         seed: for the requests that bring none.
@@ -52,9 +59,14 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
-    scheduler: Literal["continuous", "static", "naive"] = "continuous"
+    scheduler: Literal["continuous", "static", "naive", "uncached"] = "continuous"
     kv_policy: Literal["paged", "reserved"] = "paged"
     enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    quantization: Literal["int8"] | None = None
+    fused_projections: bool = True
+    packed_weights: bool = True
+    num_threads: int | None = None
     max_trace_steps: int | None = None
     audit: bool = False
     seed: int = 0
@@ -62,15 +74,19 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
             check_number(name, getattr(self, name), 1, math.inf, whole=True)
-        for name, low in (("num_blocks", 1), ("max_model_len", 2), ("max_trace_steps", 1)):
+        lowest = {"num_blocks": 1, "max_model_len": 2, "max_trace_steps": 1, "num_threads": 1}
+        for name, low in lowest.items():
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low, math.inf, whole=True)
-        for name in ("enable_prefix_caching", "audit"):
+        flags = ("enable_prefix_caching", "enable_chunked_prefill", "fused_projections", "packed_weights")
+        for name in (*flags, "audit"):
             check_flag(name, getattr(self, name))
         check_number("seed", self.seed, -(2**63), 2**63 - 1, whole=True)
         for name, choices in (("scheduler", SCHEDULERS), ("kv_policy", KV_POLICIES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        if self.quantization not in (None, "int8"):
+            raise ValueError(f"quantization must be None or 'int8', not {self.quantization!r}")
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise ValueError(
                 f"max_num_seqs ({self.max_num_seqs}) must not exceed max_num_batched_tokens "

@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from labkit.audit import Auditor
+from labkit.baselines import SCHEDULERS
 from labkit.config import EngineConfig
 from labkit.memory import BlockPool
 from labkit.plan import StepPlan, StepResult
@@ -28,7 +29,7 @@ from labkit.request import (
 )
 from labkit.runner import Runner
 from labkit.sampling import mix
-from labkit.scheduler import SCHEDULERS, Scheduler
+from labkit.scheduler import Scheduler
 from labkit.text import TextStream
 from labkit.trace import StepRecord, Trace, TraceMeta
 from labkit.weights import LoadedModel, load_model, resolve_device, resolve_dtype
@@ -65,6 +66,8 @@ class Engine:
         pool: Callable[..., BlockPool] | None = None,
     ) -> None:
         self.config = config = config or EngineConfig()
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
         self.model = _model_of(config)
         module = self.model.module
         num_blocks = config.num_blocks or self._fitting_blocks()
@@ -76,12 +79,13 @@ class Engine:
             )
         cache = module.new_cache(num_blocks, config.block_size)  # first: it says if there is no room
         self.pool = (pool or BlockPool)(num_blocks, config.block_size)
-        self.pool.enable_prefix_caching = config.enable_prefix_caching and config.scheduler != "static"
+        self.pool.enable_prefix_caching = config.enable_prefix_caching
         self.scheduler = (scheduler or SCHEDULERS[config.scheduler])(
             self.pool,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             kv_policy=config.kv_policy,
+            enable_chunked_prefill=config.enable_chunked_prefill,
         )
         watched = scheduler or pool or config.audit
         self._auditor = Auditor(self.scheduler, self.pool) if watched else None
@@ -348,7 +352,19 @@ def _model_of(config: EngineConfig) -> LoadedModel:
     """The model that a configuration names, or the loaded one that it holds."""
     model = config.model
     if not isinstance(model, LoadedModel):
-        return load_model(model, dtype=config.dtype, device=config.device)
+        return load_model(
+            model,
+            dtype=config.dtype,
+            device=config.device,
+            quantization=config.quantization,
+            fused_projections=config.fused_projections,
+            packed_weights=config.packed_weights,
+        )
+    if config.quantization not in (None, model.quantization):
+        raise ValueError(f"quantization must be None for a loaded model: it has {model.quantization}")
+    for name in ("fused_projections", "packed_weights"):
+        if not getattr(config, name):
+            raise ValueError(f"{name} must be left alone for a loaded model: load_model takes it")
     if config.dtype != "auto" and resolve_dtype(config.dtype, model.device) != model.dtype:
         raise ValueError(f"dtype must be auto for a loaded model: it is {model.dtype}, not {config.dtype}")
     if config.device != "auto" and resolve_device(config.device).type != model.device.type:

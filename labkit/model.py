@@ -18,7 +18,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from labkit.attention import BatchLayout, PagedKVCache, attend
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-_PACKED_ROWS = 32  # a hint for the layout; any number of rows is right
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not change with length
 
 
@@ -34,21 +33,6 @@ class Norm(nn.Module):
         if x.dtype == torch.float32:
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
-
-
-class PackedLinear(nn.Module):
-    """A linear layer in fp32 on a CPU, its weight laid out once in the order in which oneDNN reads it.
-
-    The plain layer lays it out anew in every product, which for a few rows takes longer than the product.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _PACKED_ROWS)
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 class Attention(nn.Module):
@@ -141,6 +125,17 @@ class Transformer(nn.Module):
         )
 
     @classmethod
+    def empty(cls, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device) -> Transformer:
+        """A model whose weights are yet to be filled in."""
+        with torch.device("meta"):
+            model = cls(config)
+        model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+        # Rotary frequencies are few and want fp32, whatever the weights are.
+        rope = LlamaRotaryEmbedding(config)
+        model.inv_freq, model.rope_scaling = rope.inv_freq.float().to(device), rope.attention_scaling
+        return model
+
+    @classmethod
     def from_tensors(
         cls,
         config: PreTrainedConfig,
@@ -154,14 +149,9 @@ class Transformer(nn.Module):
         Raises:
             ValueError: for a tensor that is missing, unknown or of the wrong shape.
         """
-        with torch.device("meta"):
-            model = cls(config)
-        model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+        model = cls.empty(config, dtype=dtype, device=device)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
-        # Rotary frequencies are few and want fp32, whatever the weights are.
-        rope = LlamaRotaryEmbedding(config)
-        model.inv_freq, model.rope_scaling = rope.inv_freq.float().to(device), rope.attention_scaling
         homes = model._homes()
         for name, tensor in tensors:
             name = name.removeprefix("model.")
@@ -180,15 +170,6 @@ class Transformer(nn.Module):
         if homes:
             raise ValueError(f"{len(homes)} tensors are missing, among them {sorted(homes)[0]!r}")
         return model
-
-    def pack(self) -> Transformer:
-        """Lay the weights out for this CPU, where that is possible; the model computes the same as before."""
-        if self.device.type == "cpu" and self.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            for module in list(self.modules()):
-                for name, child in module.named_children():
-                    if isinstance(child, nn.Linear):
-                        setattr(module, name, PackedLinear(child))
-        return self
 
     def _homes(self) -> dict[str, Tensor]:
         """Where each tensor of a checkpoint goes: fused projections are filled part by part."""

@@ -8,13 +8,13 @@ from Orca (Yu et al. 2022), chunked prefill beside decode from Sarathi-Serve (Ag
 
 from __future__ import annotations
 
-from typing import Any
-
 from labkit.memory import BlockPool, InvariantError
 from labkit.plan import StepPlan, StepResult
 from labkit.queue import WaitingQueue, order
 from labkit.request import FinishReason, Request
 from labkit.trace import Admission, Arrival, Copy, Finish, Pages, Priority, StepRecord
+
+_PREEMPTED = "nobody is admitted in a step that preempted"
 
 
 class Scheduler:
@@ -25,12 +25,20 @@ class Scheduler:
         max_num_seqs: seats.
         max_num_batched_tokens: token budget of a step; at least `max_num_seqs`, so that decode always fits.
         kv_policy: "paged", or "reserved" to take a request's whole maximum when it is admitted.
+        enable_chunked_prefill: whether a step mixes prompts, and chunks of them, with decode. If not, a step
+            is for whole prompts while any can be admitted, and running answers wait meanwhile.
     """
 
     forks = True  # whether the answers of n > 1 start from one computed prompt
 
     def __init__(
-        self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int, kv_policy: str = "paged"
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        kv_policy: str = "paged",
+        enable_chunked_prefill: bool = True,
     ) -> None:
         if max_num_seqs > max_num_batched_tokens:
             raise ValueError(
@@ -41,6 +49,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.kv_policy = kv_policy
+        self.enable_chunked_prefill = enable_chunked_prefill
         # Pages kept free at admission while others run, so that they can grow before anyone is preempted.
         # A request that has reserved its maximum does not grow.
         self.watermark = max(1, pool.num_blocks // 100) if kv_policy == "paged" else 0
@@ -93,6 +102,12 @@ class Scheduler:
                 f"prompt of {request.num_prompt_tokens} tokens with max_tokens {request.params.max_tokens} "
                 f"may need {need} pages of {self.pool.block_size} tokens, but the pool has "
                 f"{self.pool.num_blocks}: lower max_tokens, or raise num_blocks"
+            )
+        if not self.enable_chunked_prefill and request.max_len - 1 > self.max_num_batched_tokens:
+            raise ValueError(
+                f"prompt of {request.num_prompt_tokens} tokens with max_tokens {request.params.max_tokens} "
+                f"may have to be computed in one step of at most {self.max_num_batched_tokens} tokens: raise "
+                "max_num_batched_tokens, or set enable_chunked_prefill"
             )
 
     def abort(self, request_id: str) -> bool:
@@ -155,8 +170,14 @@ class Scheduler:
         """Plan one step: running requests first, then waiting ones, under one budget and one seat limit."""
         self._end_aborted()
         plan = StepPlan()
-        budget = self._plan_running(plan)
-        self._plan_waiting(plan, budget)
+        if self.enable_chunked_prefill:
+            self._plan_waiting(plan, self._plan_running(plan))
+            return plan
+        self._plan_waiting(plan, self.max_num_batched_tokens)
+        if not plan.requests:
+            self._plan_running(plan)
+            if plan.preempted:
+                plan.blocked = (self.waiting.peek().request_id, _PREEMPTED)
         return plan
 
     def _end_aborted(self) -> None:
@@ -243,11 +264,13 @@ class Scheduler:
     def _why_not(self, plan: StepPlan, request: Request, budget: int) -> str | None:
         """Admit the request, or say why it must wait."""
         if plan.preempted:
-            return "nobody is admitted in a step that preempted"
+            return _PREEMPTED
         if len(self.running) >= self.max_num_seqs:
             return f"all {self.max_num_seqs} seats are taken"
         if budget == 0:
             return f"the token budget of {self.max_num_batched_tokens} is used up"
+        if not self.enable_chunked_prefill and len(request.token_ids) > budget:
+            return f"it has {len(request.token_ids)} tokens, and {budget} are left of the token budget"
         return self._admit(plan, request)
 
     def _admit(self, plan: StepPlan, request: Request) -> str | None:
@@ -364,64 +387,3 @@ class Scheduler:
         self._reprioritised.clear()
         self._finished.clear()
         return record
-
-
-class StaticScheduler(Scheduler):
-    """Static batching: a batch is formed, padded to its longest member, and runs until its last one is done.
-
-    Prompts are padded on the left, so that all members reach their first token in the same step; each step
-    computes as many columns of the padded batch as the budget allows. A finished member's seat stays in the
-    batch and computes padding.
-    """
-
-    forks = False
-
-    def __init__(self, pool: BlockPool, **limits: Any) -> None:
-        super().__init__(pool, **limits)
-        self._batch: list[Request] = []
-
-    def schedule(self) -> StepPlan:
-        self._end_aborted()
-        plan = StepPlan()
-        if not self.running:
-            while (request := self.waiting.peek()) is not None:
-                reason = self._why_not(plan, request, budget=1)
-                if reason:
-                    plan.blocked = (request.request_id, reason)
-                    break
-            self._batch = list(self.running)
-        if self.running:
-            self._plan_columns(plan)
-        if not plan.blocked and (request := self.waiting.peek()) is not None:
-            plan.blocked = (request.request_id, "the batch runs until its last member is done")
-        return plan
-
-    def _plan_columns(self, plan: StepPlan) -> None:
-        missing = [len(r.token_ids) - r.num_computed_tokens for r in self.running]
-        width = max(missing)
-        if width == 1:
-            self._grow(plan, [r for r in self.running if r.num_computed_tokens >= r.num_slots])
-        columns = min(width, self.max_num_batched_tokens // len(self._batch))
-        for member in self._batch:
-            num_tokens = 0
-            if member.status == "running":
-                after = width - columns  # columns still to come after this step
-                num_tokens = max(0, len(member.token_ids) - member.num_computed_tokens - after)
-            plan.add(member, num_tokens)
-            plan.padding.append(columns - num_tokens)
-
-
-class NaiveScheduler(Scheduler):
-    """One request at a time: what a loop over `generate` does."""
-
-    forks = False
-
-    def __init__(self, pool: BlockPool, **limits: Any) -> None:
-        super().__init__(pool, **{**limits, "max_num_seqs": 1})
-
-
-SCHEDULERS: dict[str, type[Scheduler]] = {
-    "continuous": Scheduler,
-    "static": StaticScheduler,
-    "naive": NaiveScheduler,
-}

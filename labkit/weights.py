@@ -21,8 +21,9 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from labkit import gguf_fallback
+from labkit import gguf_fallback, linear
 from labkit.model import Transformer
+from labkit.quantize_cache import int8_model
 from labkit.tiny import tiny_random
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class LoadedModel:
         tokenizer: with its chat template, if the model has one.
         config: the architecture.
         eos_token_ids: every token that ends an answer.
+        quantization: None, or "int8".
     """
 
     name: str
@@ -77,6 +79,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     config: PreTrainedConfig
     eos_token_ids: frozenset[int]
+    quantization: str | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,6 +95,9 @@ def load_model(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
+    quantization: str | None = None,
+    fused_projections: bool = True,
+    packed_weights: bool = True,
     say: Say | None = print,
 ) -> LoadedModel:
     """Load a model, after fetching it if need be.
@@ -102,18 +108,27 @@ def load_model(
         dtype: one of `DTYPES`, or "auto": fp32 on a CPU; on a GPU bf16 where it has that in hardware, else
             fp16; always fp32 for "tiny-random", whose tokens are the same everywhere.
         device: "cpu", "cuda", "cuda:1", "mps", or "auto": the GPU that CUDA sees, else the CPU.
+        quantization, fused_projections, packed_weights: as for `EngineConfig`.
         say: gets a line about each thing that takes time; None is silence, without progress bars of our own.
 
     Raises:
         ModelError: when the model cannot be found, fetched, read, understood or held in memory, or an
             argument is wrong.
     """
+    if quantization not in (None, "int8"):
+        raise ModelError(f"quantization must be None or 'int8', not {quantization!r}")
     to = resolve_device(device)
     if model == TINY:
         config, tensors, tokenizer = tiny_random()
         as_type = torch.float32 if dtype == "auto" else resolve_dtype(dtype, to)
-        module = Transformer.from_tensors(config, tensors.items(), dtype=as_type, device=to).pack()
-        return LoadedModel(TINY, module, tokenizer, config, _eos_token_ids(config, tokenizer, {}))
+        if quantization:
+            module = int8_model(config, tensors.items(), None, dtype=as_type, device=to, say=None)
+        else:
+            module = Transformer.from_tensors(config, tensors.items(), dtype=as_type, device=to)
+            _lay_out(module, fused_projections, packed_weights)
+        return LoadedModel(
+            TINY, module, tokenizer, config, _eos_token_ids(config, tokenizer, {}), quantization
+        )
 
     as_type = resolve_dtype(dtype, to)
     folder = find(model, say=say)
@@ -124,10 +139,19 @@ def load_model(
     generation = {}
     if (folder / "generation_config.json").is_file():
         generation = _read_json(folder / "generation_config.json")
+    own = Transformer.supports(config)
+    if not own and (quantization or not fused_projections):
+        what = "quantization" if quantization else "fused_projections"
+        raise ModelError(
+            f"{what} is not to be had for {name}: a {config.model_type} runs as transformers does"
+        )
     _tell(say, f"Loading {name} from {folder}.")
     try:
-        if Transformer.supports(config):
-            module = Transformer.from_tensors(config, read_tensors(folder), dtype=as_type, device=to).pack()
+        if quantization:
+            module = int8_model(config, read_tensors(folder), folder, dtype=as_type, device=to, say=say)
+        elif own:
+            module = Transformer.from_tensors(config, read_tensors(folder), dtype=as_type, device=to)
+            _lay_out(module, fused_projections, packed_weights)
         else:
             from labkit import adapter  # here, for it imports ModelError
 
@@ -144,8 +168,18 @@ def load_model(
             f"{name} does not fit into the memory of {to}: its files have {size:.1f} GB"
         ) from error
     seconds = time.perf_counter() - started
-    _tell(say, f"Loaded {name} in {seconds:.1f} s: {str(as_type).removeprefix('torch.')} on {to}.")
-    return LoadedModel(name, module, tokenizer, config, _eos_token_ids(config, tokenizer, generation))
+    what = quantization or str(as_type).removeprefix("torch.")
+    why = "" if quantization or dtype != "auto" else f" ({_why(as_type, to)})"
+    _tell(say, f"Loaded {name} in {seconds:.1f} s: {what} on {to}{why}.")
+    ends = _eos_token_ids(config, tokenizer, generation)
+    return LoadedModel(name, module, tokenizer, config, ends, quantization)
+
+
+def _lay_out(module: Transformer, fused_projections: bool, packed_weights: bool) -> None:
+    if not fused_projections:
+        linear.split(module)
+    if packed_weights and linear.can_pack(module):
+        linear.pack(module)
 
 
 def find(model: str | os.PathLike[str], *, say: Say | None = print) -> Path:
@@ -222,6 +256,15 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if found not in DTYPES.values():
         raise ModelError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
     return found
+
+
+def _why(dtype: torch.dtype, device: torch.device) -> str:
+    """Why "auto" took a dtype on a device."""
+    if device.type != "cuda":
+        return "half precision is slower here than fp32: most CPUs compute in that alone"
+    if dtype == torch.bfloat16:
+        return "this GPU has it in hardware, and its range is fp32's"
+    return "this GPU has no bf16 in hardware"
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -52,7 +52,7 @@ def play(
 # -- tokens ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheduler", ["continuous", "static", "naive"])
+@pytest.mark.parametrize("scheduler", ["continuous", "unmixed", "static", "naive", "uncached"])
 @pytest.mark.parametrize("block_size, num_blocks", [(1, 110), (4, 28), (16, 7)])
 @pytest.mark.parametrize("budget", [7, 64, 512])
 @pytest.mark.parametrize("caching", [True, False])
@@ -66,10 +66,13 @@ def test_tokens_equal_transformers(
     jobs = [(random_prompt(rng, length), rng.randint(1, 40)) for length in (1, *lengths)]
     jobs += [(common + random_prompt(rng, length), rng.randint(1, 40)) for length in (1, 4, 9)]
     jobs.append((common, 12))
+    unmixed = scheduler == "unmixed"
+    budget = 80 if unmixed else budget  # a whole prompt must fit
     for arrival in (1.0, 0.4):
         engine = engine_of(
             family,
-            scheduler=scheduler,
+            scheduler="continuous" if unmixed else scheduler,
+            enable_chunked_prefill=not unmixed,
             block_size=block_size,
             num_blocks=num_blocks,
             max_num_batched_tokens=budget,
@@ -81,10 +84,10 @@ def test_tokens_equal_transformers(
             assert output.token_ids == greedy(family, prompt, max_tokens), request_id
             assert output.finish_reason == "length"
         drain(engine)
-        if scheduler == "continuous" and arrival == 1.0:
+        if scheduler in ("continuous", "unmixed") and arrival == 1.0:
             assert any(record.preempted for record in engine.trace)
         hits = sum(a.num_cached_tokens for record in engine.trace for a in record.admitted)
-        assert (hits > 0) == (caching and scheduler != "static")
+        assert (hits > 0) == (caching and scheduler not in ("static", "uncached"))
 
 
 def test_a_corrupted_block_table_changes_the_tokens() -> None:
@@ -570,7 +573,7 @@ class EngineMachine(RuleBasedStateMachine):
     """The whole engine, model included: add, step, abort, fail, fork and change priorities in any order."""
 
     @initialize(
-        scheduler=st.sampled_from(["continuous", "static", "naive"]),
+        scheduler=st.sampled_from(["continuous", "static", "naive", "uncached"]),
         policy=st.sampled_from(["paged", "reserved"]),
         blocks=st.integers(12, 30),
         budget=st.integers(4, 30),

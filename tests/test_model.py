@@ -82,26 +82,6 @@ def test_rope_types_and_biases(rope: dict, bias: bool) -> None:
     torch.testing.assert_close(our_logits(ours, tokens, [64, 36]), want, rtol=1e-4, atol=1e-4)
 
 
-def test_packed_weights_compute_the_same(family: str) -> None:
-    model = reference(family)
-    build = dict(dtype=torch.float32, device=CPU)
-    packed = Transformer.from_tensors(model.config, model.state_dict().items(), **build).pack()
-    tokens = list(range(50))
-    for chunks in ([50], [1] * 50, [33, 17]):
-        torch.testing.assert_close(
-            our_logits(packed, tokens, chunks),
-            our_logits(loaded(family).module, tokens, chunks),
-            rtol=1e-4,
-            atol=1e-4,
-        )
-    if torch.backends.mkldnn.is_available():
-        assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
-    half = Transformer.from_tensors(
-        model.config, model.state_dict().items(), dtype=torch.bfloat16, device=CPU
-    )
-    assert any(isinstance(module, torch.nn.Linear) for module in half.pack().modules())
-
-
 def test_half_precision_stays_close(family: str) -> None:
     """Teacher-forced: half the bits move logits by little next to their spread."""
     tokens = torch.randint(0, VOCAB, (40,), generator=torch.Generator().manual_seed(3)).tolist()

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from labkit.audit import Auditor
+from labkit.baselines import SCHEDULERS
 from labkit.memory import BlockPool
 from labkit.plan import StepPlan, StepResult
 from labkit.request import Request, SamplingParams
-from labkit.scheduler import SCHEDULERS, Scheduler
+from labkit.scheduler import Scheduler
 from labkit.trace import StepRecord, Trace, TraceMeta
 
 
@@ -31,11 +32,16 @@ class Bench:
         budget: int = 12,
         policy: str = "paged",
         caching: bool = True,
+        chunked: bool = True,
     ) -> None:
         self.seats, self.budget = seats, budget
         self.pool = BlockPool(blocks, size, enable_prefix_caching=caching)
         self.scheduler: Scheduler = SCHEDULERS[kind](
-            self.pool, max_num_seqs=seats, max_num_batched_tokens=budget, kv_policy=policy
+            self.pool,
+            max_num_seqs=seats,
+            max_num_batched_tokens=budget,
+            kv_policy=policy,
+            enable_chunked_prefill=chunked,
         )
         self.trace = Trace(TraceMeta(blocks, size, seats, budget, kind, policy))
         self.auditor = Auditor(self.scheduler, self.pool)
@@ -60,7 +66,12 @@ class Bench:
         plan = self.scheduler.schedule()
         self.auditor.check_plan(plan, self.budget, self.seats, list(self.scheduler.requests))
         self.pool.check_invariants()
-        if isinstance(self.scheduler, SCHEDULERS["continuous"]) and not plan.padding:
+        if not self.scheduler.enable_chunked_prefill and not plan.padding:
+            decodes = [n == 1 for n, kind in zip(plan.num_tokens, plan.kinds, strict=True) if kind == "d"]
+            prompts = [kind for kind in plan.kinds if kind != "d"]
+            assert not (decodes and prompts), "prompts and answers in one step"
+            assert "c" not in prompts, "a prompt was cut"
+        elif not plan.padding:
             running = {id(request) for request in plan.requests}
             for request in before:  # no answer waits a step while it holds a seat
                 assert id(request) in running or request.status != "running"
@@ -114,8 +125,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         seats=st.integers(1, 6),
         slack=st.integers(0, 20),
         caching=st.booleans(),
+        chunked=st.booleans(),
     )
-    def build(self, kind, policy, blocks, size, seats, slack, caching) -> None:
+    def build(self, kind, policy, blocks, size, seats, slack, caching, chunked) -> None:
         self.bench = Bench(
             kind,
             blocks=blocks,
@@ -124,6 +136,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             budget=seats + slack,
             policy=policy,
             caching=caching,
+            chunked=chunked,
         )
 
     @rule(
@@ -136,6 +149,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         capacity = self.bench.pool.num_blocks * self.bench.pool.block_size
         if len(prompt) + max_tokens - 1 > capacity:
             with pytest.raises(ValueError, match="lower max_tokens"):
+                self.bench.add(prompt, max_tokens, n=n)
+        elif not self.bench.scheduler.enable_chunked_prefill and (
+            len(prompt) + max_tokens - 1 > self.bench.budget
+        ):
+            with pytest.raises(ValueError, match="enable_chunked_prefill"):
                 self.bench.add(prompt, max_tokens, n=n)
         else:
             self.bench.add(prompt, max_tokens, n=n, priority=priority)
@@ -270,7 +288,8 @@ def test_waiting_has_a_reason(kind: str) -> None:
     for _ in range(4):
         bench.add(3, 3)
     reasons = {bench.step().blocked[1] for _ in range(3)}
-    expected = {"continuous": "all 2 seats are taken", "naive": "all 1 seats are taken"}
+    expected = {"continuous": "all 2 seats are taken"}
+    expected |= dict.fromkeys(("naive", "uncached"), "all 1 seats are taken")
     assert expected.get(kind, "the batch runs until its last member is done") in reasons
     bench = Bench(kind, seats=4, blocks=5, size=4)
     bench.add(15, 2)

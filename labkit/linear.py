@@ -1,0 +1,66 @@
+"""Ways to compute a product with weights, put into a model in place of `nn.Linear`.
+
+Each says the same as the layer it stands for; which of them pays depends on the machine. For 8 bits see
+`quantize.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from labkit.model import Transformer
+
+_PACKED_ROWS = 32  # a hint for the layout; any number of rows is right
+
+
+class PackedLinear(nn.Module):
+    """A linear layer in fp32 on a CPU, its weight laid out once in the order in which oneDNN reads it.
+
+    The plain layer lays it out anew in every product, which for a few rows takes longer than the product.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _PACKED_ROWS)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class SplitLinear(nn.Module):
+    """Several products where one would do: what a model is before its projections are fused."""
+
+    def __init__(self, linear: nn.Linear, sizes: list[int]) -> None:
+        super().__init__()
+        self.weights = linear.weight.split(sizes)
+        self.biases = [None] * len(sizes) if linear.bias is None else linear.bias.split(sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [F.linear(x, w, b) for w, b in zip(self.weights, self.biases, strict=True)]
+        return torch.cat(parts, dim=-1)
+
+
+def split(model: Transformer) -> None:
+    """Take the fused projections of a model apart again, to see what fusing them gains."""
+    for layer in model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        sizes = [n * attention.dim for n in (attention.heads, attention.kv_heads, attention.kv_heads)]
+        attention.qkv_proj = SplitLinear(attention.qkv_proj, sizes)
+        mlp.gate_up_proj = SplitLinear(mlp.gate_up_proj, [mlp.gate_up_proj.out_features // 2] * 2)
+
+
+def can_pack(model: Transformer) -> bool:
+    """Whether oneDNN is there, and the model is in fp32 on a CPU."""
+    on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
+    return on_cpu and torch.backends.mkldnn.is_available()
+
+
+def pack(model: Transformer) -> None:
+    """Lay the weights of all linear layers out for this CPU. Needs `can_pack`."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, PackedLinear(child))

@@ -1,0 +1,52 @@
+"""Other ways to compute the same products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from labkit import linear
+from labkit.benchmark.equality import teacher_forced
+from labkit.model import Transformer
+from tests.conftest import loaded, reference
+
+TOKENS = list(range(50))
+
+
+def build(family: str, dtype: torch.dtype = torch.float32) -> Transformer:
+    model = reference(family)
+    return Transformer.from_tensors(
+        model.config, model.state_dict().items(), dtype=dtype, device=torch.device("cpu")
+    )
+
+
+def assert_same(model: Transformer, family: str) -> None:
+    want = teacher_forced(loaded(family).module, TOKENS)
+    torch.testing.assert_close(teacher_forced(model, TOKENS), want, rtol=1e-4, atol=1e-4)
+    one = teacher_forced(model, TOKENS[:1])  # a single row may take another way
+    torch.testing.assert_close(one, want[:1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("also_packed", [False, True])
+def test_split_projections_compute_the_same(family: str, also_packed: bool) -> None:
+    model = build(family)
+    linear.split(model)
+    if also_packed and linear.can_pack(model):
+        linear.pack(model)
+    assert_same(model, family)
+    assert isinstance(model.layers[1].self_attn.qkv_proj, linear.SplitLinear)
+    assert [len(w) for w in model.layers[0].self_attn.qkv_proj.weights] == [48, 16, 16]
+
+
+def test_packed_weights_compute_the_same(family: str) -> None:
+    model = build(family)
+    if not linear.can_pack(model):
+        pytest.skip("no oneDNN here")
+    linear.pack(model)
+    assert_same(model, family)
+    assert not any(isinstance(module, nn.Linear) for module in model.modules())
+
+
+def test_half_precision_is_not_packed() -> None:
+    assert not linear.can_pack(build("llama", torch.bfloat16))
