@@ -227,7 +227,8 @@ class Transformer(nn.Module):
         """Hidden states (T, hidden_size) of tokens (T,) at positions (T,); writes the cache on the way."""
         x = self.embed_tokens(token_ids)
         angles = positions[:, None].float() * self.inv_freq
-        rope = tuple((f(angles)[:, None] * self.rope_scaling).to(x.dtype) for f in (torch.cos, torch.sin))
+        cos, sin = (f(angles)[:, None] * self.rope_scaling for f in (torch.cos, torch.sin))
+        rope = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)
         for layer in self.layers:
             x = layer(x, rope, cache, layout)
         return self.norm(x)
@@ -239,9 +240,13 @@ class Transformer(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + head_dim / 2) of x (T, heads, head_dim) by its angle (T, 1, head_dim / 2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Turn each pair (a, b) = (i, i + head_dim / 2) of x (T, heads, head_dim) by an angle of its own.
+
+    Args:
+        cos, sin: (T, 1, head_dim), twice the same angles, the first half of the sines negated: a becomes
+            a cos - b sin, and b becomes b cos + a sin.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def _head_dim(config: PreTrainedConfig) -> int:

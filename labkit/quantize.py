@@ -33,6 +33,7 @@ from transformers import PreTrainedConfig
 from labkit.model import Transformer
 
 _LEVELS = 127
+_TINY = torch.finfo(torch.float32).tiny  # the scale of a row of zeros
 _PAIR = 32767 // 255  # what two neighbours may add up to: 255 is the largest activation, unsigned
 _MAX_HADAMARD = 64  # of the rotation at run time
 _MIN_ROWS_CUDA = 17  # fewer rows than that cuBLASLt refuses
@@ -52,7 +53,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     pairs = F.pad(weight, (0, weight.shape[1] % 2)).unflatten(1, (-1, 2))
     together = pairs.sum(-1).abs().amax(1, keepdim=True)  # of opposite signs they take each other down
     scales = torch.maximum(weight.abs().amax(1, keepdim=True) / _LEVELS, together / (_PAIR - 1))
-    scales.clamp_(min=torch.finfo(torch.float32).tiny)
+    scales.clamp_(min=_TINY)
     return torch.round(weight / scales).to(torch.int8), scales
 
 
@@ -188,9 +189,9 @@ class Int8Linear(nn.Module):
         x = x.float()
         if self.turn is not None:
             x = (x.reshape(-1, len(self.turn)) @ self.turn).view(x.shape)
-        scales = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).mul_(1 / _LEVELS)
         # An infinite or NaN row stays one: its scale does.
-        out = self.multiply(x / scales.clamp(min=torch.finfo(torch.float32).tiny)).mul_(scales)
+        scales = x.abs().amax(dim=-1, keepdim=True).mul_(1 / _LEVELS).clamp_(min=_TINY)
+        out = self.multiply(x / scales).mul_(scales)
         return (out if self.bias is None else out.add_(self.bias)).to(dtype)
 
 
