@@ -132,6 +132,7 @@ class BatchLayout:
 
 
 MakeGroups = Callable[[int, Sequence[Span], PagedKVCache, Sequence["int | None"]], "Sequence[QueryGroup]"]
+MakeStatic = Callable[[Tensor, Tensor, PagedKVCache, Sequence["int | None"]], QueryGroup]
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,16 @@ class Backend:
         decode: makes the groups of rows with a single query, which come first in the batch, longest first;
             called with the first row's place, the rows, the cache and the windows that occur.
         chunks: makes those of the rows with more queries, likewise.
+        static: makes one group of rows with a single query from tensors on the device alone, block tables
+            (rows, width) and lengths (rows,), both int64, for a CUDA graph to be captured; called with
+            these, the cache and the windows that occur.
     """
 
     name: str
     reason: str
     decode: MakeGroups
     chunks: MakeGroups
+    static: MakeStatic
 
 
 def build_layout(
@@ -292,28 +297,43 @@ def halves(table: Tensor) -> Tensor:
 
 
 def additive(seen: Tensor, like: Tensor) -> Tensor:
-    """A mask to be added to scores: 0 where something is seen, else minus infinity."""
-    return torch.zeros(seen.shape, dtype=like.dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+    """A mask to be added to scores: 0 where something is seen, else minus infinity.
+
+    It is cut out of rows of a multiple of 16, as PyTorch's memory-efficient kernel wants them; others it
+    would copy in every layer.
+    """
+    *shape, length = seen.shape
+    mask = torch.zeros(*shape, -(-length // 16) * 16, dtype=like.dtype, device=seen.device)
+    return mask[..., :length].masked_fill_(~seen, -torch.inf)
 
 
 def gathered_rows(
     first: int, rows: Sequence[Span], cache: PagedKVCache, windows: Sequence[int | None]
 ) -> list[GatheredRows]:
     """Groups of rows with a single query, cut where the padding of the shorter ones would be much."""
-    size, device = cache.block_size, cache.pages.device
+    size = cache.block_size
     groups = []
     for begin, end in _cut([-(-row.length // size) for row in rows]):
         some = rows[begin:end]
-        width = -(-some[0].length // size)
-        lengths = torch.tensor([row.length for row in some], device=device)[:, None, None, None]
-        at = torch.arange(width * size, device=device)
-        masks = {}
-        for window in windows:
-            seen = at < lengths
-            masks[window] = additive(seen if window is None else seen & (at >= lengths - window), cache.pages)
-        blocks = halves(block_table(some, cache, width))
-        groups.append(GatheredRows(first + begin, first + end, blocks, masks))
+        tables = block_table(some, cache, -(-some[0].length // size))
+        lengths = torch.tensor([row.length for row in some], device=tables.device)
+        group = static_rows(tables, lengths, cache, windows)
+        group.first, group.last = first + begin, first + end
+        groups.append(group)
     return groups
+
+
+def static_rows(
+    tables: Tensor, lengths: Tensor, cache: PagedKVCache, windows: Sequence[int | None]
+) -> GatheredRows:
+    """One group of rows with a single query, from tensors on the device (see `Backend.static`)."""
+    at = torch.arange(tables.shape[1] * cache.block_size, device=tables.device)
+    lengths = lengths[:, None, None, None]
+    masks = {}
+    for window in windows:
+        seen = at < lengths
+        masks[window] = additive(seen if window is None else seen & (at >= lengths - window), cache.pages)
+    return GatheredRows(0, len(tables), halves(tables), masks)
 
 
 def single_chunks(
@@ -352,7 +372,9 @@ def _cut(widths: list[int]) -> list[tuple[int, int]]:
     return [*cuts, (first, len(widths))] if widths else []
 
 
-SDPA = Backend("sdpa", "PyTorch's own attention over gathered pages", gathered_rows, single_chunks)
+SDPA = Backend(
+    "sdpa", "PyTorch's own attention over gathered pages", gathered_rows, single_chunks, static_rows
+)
 
 
 def reference_attention(

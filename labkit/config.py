@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from labkit.weights import LoadedModel
 
 KV_POLICIES = ("paged", "reserved")
+ATTENTION_BACKENDS = ("auto", "sdpa", "triton")
+T4_DTYPES = ("auto", "float16", "fp16", "half")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class EngineConfig:
         packed_weights: lay fp32 weights out for this CPU once, when they are loaded.
         num_threads: of PyTorch on a CPU, for the whole process; None leaves its own choice (the physical
             cores, or OMP_NUM_THREADS).
+        attention_backend: "sdpa" is PyTorch's own attention over gathered pages, "triton" a kernel that reads
+            pages in place (needs a CUDA GPU); "auto" is the fastest that there is.
+        cuda_graphs: capture decode steps as CUDA graphs; no effect without a CUDA GPU, or on a model that
+            `transformers` runs.
+        as_t4: on any newer GPU, use only what a T4 has: fp16, and no kernels for sm_80 or newer.
         max_trace_steps: keep the records of so many steps; None keeps all.
         audit: check every rule at every step (slow); always done for a scheduler or pool of your own.
         seed: for the requests that bring none.
@@ -67,6 +74,9 @@ class EngineConfig:
     fused_projections: bool = True
     packed_weights: bool = True
     num_threads: int | None = None
+    attention_backend: Literal["auto", "sdpa", "triton"] = "auto"
+    cuda_graphs: bool = True
+    as_t4: bool = False
     max_trace_steps: int | None = None
     audit: bool = False
     seed: int = 0
@@ -79,14 +89,20 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low, math.inf, whole=True)
         flags = ("enable_prefix_caching", "enable_chunked_prefill", "fused_projections", "packed_weights")
-        for name in (*flags, "audit"):
+        for name in (*flags, "cuda_graphs", "as_t4", "audit"):
             check_flag(name, getattr(self, name))
         check_number("seed", self.seed, -(2**63), 2**63 - 1, whole=True)
-        for name, choices in (("scheduler", SCHEDULERS), ("kv_policy", KV_POLICIES)):
+        for name, choices in (
+            ("scheduler", SCHEDULERS),
+            ("kv_policy", KV_POLICIES),
+            ("attention_backend", ATTENTION_BACKENDS),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         if self.quantization not in (None, "int8"):
             raise ValueError(f"quantization must be None or 'int8', not {self.quantization!r}")
+        if self.as_t4 and self.dtype not in T4_DTYPES:
+            raise ValueError(f"as_t4 computes in float16: dtype must be auto or float16, not {self.dtype!r}")
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise ValueError(
                 f"max_num_seqs ({self.max_num_seqs}) must not exceed max_num_batched_tokens "

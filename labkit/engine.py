@@ -32,12 +32,13 @@ from labkit.sampling import mix
 from labkit.scheduler import Scheduler
 from labkit.text import TextStream
 from labkit.trace import StepRecord, Trace, TraceMeta
+from labkit.warmup import activation_bytes, backend_for, warm_up
 from labkit.weights import LoadedModel, load_model, resolve_device, resolve_dtype
 
 Prompt = str | Sequence[int]
 
 _CPU_POOL_BYTES = 384 * 2**20  # of the default pool; a laptop keeps the rest
-_GPU_POOL_SHARE = 0.7  # of the memory that is free once the weights are loaded
+_GPU_POOL_SHARE = 0.8  # of the memory that weights and a step leave free; graphs take of the rest
 _MAX_ID = 128
 
 
@@ -70,14 +71,20 @@ class Engine:
             torch.set_num_threads(config.num_threads)
         self.model = _model_of(config)
         module = self.model.module
-        num_blocks = config.num_blocks or self._fitting_blocks()
-        self.max_model_len = config.max_model_len or min(module.max_model_len, num_blocks * config.block_size)
-        if self.max_model_len > module.max_model_len:
+        if config.max_model_len and config.max_model_len > module.max_model_len:
             raise ValueError(
                 f"max_model_len must be at most {module.max_model_len}, the limit of {self.model.name}, "
-                f"not {self.max_model_len}"
+                f"not {config.max_model_len}"
             )
-        cache = module.new_cache(num_blocks, config.block_size)  # first: it says if there is no room
+        backend = backend_for(module, config)
+        reserve = 0  # bytes, on a GPU, for what a step computes
+        if module.device.type == "cuda":
+            print(f"Attention on {module.device}: {backend.name} ({backend.reason}).")
+            reserve = activation_bytes(module, backend, config)
+        num_blocks = config.num_blocks or self._fitting_blocks(reserve)
+        cache, graphs = warm_up(module, backend, config, num_blocks, reserve=reserve)
+        num_blocks = cache.num_blocks  # fewer, if memory did not suffice
+        self.max_model_len = config.max_model_len or min(module.max_model_len, num_blocks * config.block_size)
         self.pool = (pool or BlockPool)(num_blocks, config.block_size)
         self.pool.enable_prefix_caching = config.enable_prefix_caching
         self.scheduler = (scheduler or SCHEDULERS[config.scheduler])(
@@ -89,7 +96,7 @@ class Engine:
         )
         watched = scheduler or pool or config.audit
         self._auditor = Auditor(self.scheduler, self.pool) if watched else None
-        self.runner = Runner(module, cache, self.pool)
+        self.runner = Runner(module, cache, self.pool, backend=backend, graphs=graphs)
         self.trace = Trace(self._meta(), max_steps=config.max_trace_steps)
         self.outputs: dict[str, RequestOutput] = {}
         self._streams: dict[str, TextStream] = {}
@@ -97,12 +104,16 @@ class Engine:
         self._numbers = itertools.count()
         self._began = time.perf_counter()
 
-    def _fitting_blocks(self) -> int:
-        """Pages for all seats at full length, or as many as a fair share of the free memory holds."""
+    def _fitting_blocks(self, reserve: int) -> int:
+        """Pages for all seats at full length, or as many as a fair share of the free memory holds.
+
+        On a GPU, `reserve` bytes are kept free.
+        """
         config, module = self.config, self.model.module
         page = module.kv_bytes_per_token() * config.block_size
         if module.device.type == "cuda":
-            budget = _GPU_POOL_SHARE * torch.cuda.mem_get_info(module.device)[0]
+            torch.cuda.empty_cache()
+            budget = _GPU_POOL_SHARE * (torch.cuda.mem_get_info(module.device)[0] - reserve)
         else:
             budget = min(_CPU_POOL_BYTES, psutil.virtual_memory().available / 2)
         longest = min(config.max_model_len or module.max_model_len, module.max_model_len)
@@ -351,10 +362,16 @@ class Engine:
 def _model_of(config: EngineConfig) -> LoadedModel:
     """The model that a configuration names, or the loaded one that it holds."""
     model = config.model
+    if config.as_t4:
+        device = model.device if isinstance(model, LoadedModel) else resolve_device(config.device)
+        if device.type != "cuda":
+            raise ValueError(f"as_t4 needs a CUDA GPU, and the device is {device}")
+        if isinstance(model, LoadedModel) and model.dtype != torch.float16:
+            raise ValueError(f"as_t4 computes in float16, and the loaded model is {model.dtype}")
     if not isinstance(model, LoadedModel):
         return load_model(
             model,
-            dtype=config.dtype,
+            dtype="float16" if config.as_t4 else config.dtype,
             device=config.device,
             quantization=config.quantization,
             fused_projections=config.fused_projections,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from labkit.attention import PagedKVCache, Span, build_layout, row_order
+from labkit.attention import SDPA, Backend, PagedKVCache, Span, build_layout, row_order
+from labkit.graphs import DecodeGraphs
 from labkit.memory import BlockPool
 from labkit.model import Transformer
 from labkit.plan import StepPlan, StepResult
@@ -20,12 +21,24 @@ class Runner:
         model: may be shared by many runners.
         cache: of the model's shape, with a page for each of the pool's.
         pool: whose block tables say where tokens lie.
+        backend: how attention is computed.
+        graphs: of decode steps, on the same cache; None: every step runs eagerly.
     """
 
-    def __init__(self, model: Transformer, cache: PagedKVCache, pool: BlockPool) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        cache: PagedKVCache,
+        pool: BlockPool,
+        *,
+        backend: Backend = SDPA,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
         self.model = model
         self.cache = cache
         self.pool = pool
+        self.backend = backend
+        self.graphs = graphs
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute every row of a plan in one forward pass, and sample where a row reaches its end."""
@@ -55,7 +68,13 @@ class Runner:
             positions += range(span.start, span.length)
             last.append(len(token_ids) - 1)
         padding = sum(plan.padding)
-        layout = build_layout(spans, self.cache, num_padding=padding, windows=self.model.windows)
+        if self.graphs and not padding and len(token_ids) == len(spans):  # a token for each row
+            hidden = self.graphs.run(token_ids, spans)
+            if hidden is not None:
+                return hidden, last
+        layout = build_layout(
+            spans, self.cache, num_padding=padding, windows=self.model.windows, backend=self.backend
+        )
         device = self.model.device
         hidden = self.model(
             torch.tensor(token_ids + [0] * padding, device=device),

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 
 import pytest
 import torch
+
+# Where there is no GPU, Triton's kernels run on the CPU. To be said before anything imports Triton.
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
+
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,

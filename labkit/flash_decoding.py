@@ -1,0 +1,215 @@
+"""Attention of single queries over pages, read where they lie: a kernel in Triton, for GPUs.
+
+A decode step is bound by memory: each row has one query, and all keys and values of its request must be read
+for it. To gather pages first (as plain PyTorch must) is to read them, write them and read them again. The
+kernel here follows the block table instead, reads each key and value once, and keeps everything else in
+registers. It is derived in three steps, and all three are the same formula.
+
+**The formula.** Attention of a query q over tokens t is sum(exp(s_t) v_t) / sum(exp(s_t)), with scores
+s_t = scale * q . k_t. So that exp does not overflow, a maximum is subtracted, which changes nothing as it
+cancels. What is known of a set of tokens then fits into three things:
+
+    m = max(s_t)        l = sum(exp(s_t - m))        a = sum(exp(s_t - m) v_t)
+
+and of two sets that share no token, those of their union are, with m = max(m1, m2):
+
+    l = l1 exp(m1 - m) + l2 exp(m2 - m)        a = a1 exp(m1 - m) + a2 exp(m2 - m)
+
+Attention is a / l. As the formula does not care which set came first, tokens can be cut up at will.
+
+1. **Token by token**: a set takes in one more token, (s, 1, v). Nothing but m, l and a is kept while keys
+   and values stream by, so the scores of a row never lie in memory. (Milakov and Gimelshein 2018, "Online
+   normalizer calculation for softmax"; Dao et al. 2022, "FlashAttention".)
+2. **Lane by lane**: a program reads TILE tokens at a time, and lane i of the tile keeps a set of its own, of
+   the i-th token of every tile. Lanes need not wait for each other until the end, where they are united.
+3. **Split by split**: with few rows, one program for each would leave most of the GPU idle. So a row's
+   tokens are split over several programs, and a second, small kernel unites them. (Dao et al. 2023,
+   "Flash-Decoding for long-context inference".) A split hands over a / l and log(l) + m, which is as good
+   as three numbers: exp(log(l) + m) weighs it against the others.
+
+The pages and their tables are those of Kwon et al. 2023, "Efficient memory management for large language
+model serving with PagedAttention".
+
+The query heads that share a key head are computed together, so that keys and values are read once for all of
+them. Products are multiplied and summed, not `tl.dot`: tensor cores want 16 queries at once, the time goes
+into reading, and GPUs before sm_80 have no fast `tl.dot` at all. Powers are of 2, for which GPUs have an
+instruction; log2(e) is multiplied into the scale. Sums are in fp32, whatever the inputs are.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LOG2E = 1.4426950408889634
+_NO_WINDOW = 2**31 - 1
+_TILE_ELEMENTS = 8192  # of a tile, for all heads of a group: 64 registers a thread
+_MAX_TILE = 64
+# The maximum of no scores: finite, for infinity less infinity is no number.
+_FLOOR = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def _split_kernel(
+    q,
+    pages,
+    tables,
+    lengths,
+    parts,
+    logs,
+    q_row,
+    q_head,
+    width,
+    scale,
+    window,
+    splits,
+    SIZE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    GROUP_2: tl.constexpr,
+    DIM_2: tl.constexpr,
+):
+    """One split of one row, for the query heads of one key head: to `parts` and `logs`."""
+    row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    # The row's tokens, dealt out to the splits in whole tiles: by its own length, not by the longest.
+    length = tl.load(lengths + row).to(tl.int32)
+    oldest = tl.maximum(length - window, 0)
+    share = tl.cdiv(tl.cdiv(length - oldest, TILE), splits) * TILE
+    begin = oldest + split * share
+    end = tl.minimum(begin + share, length)
+
+    # Axes of all that follows: head of the group, lane of the tile, dimension. Sizes are powers of two.
+    head = tl.arange(0, GROUP_2)[:, None, None]
+    lane = tl.arange(0, TILE)[None, :]
+    dim = tl.arange(0, DIM_2)[None, None, :]
+    query = tl.load(
+        q + row * q_row + (kv_head * GROUP + head) * q_head + dim,
+        mask=(head < GROUP) & (dim < DIM),
+        other=0.0,
+    )
+    query = query.to(tl.float32) * scale
+
+    m = tl.full((GROUP_2, TILE), _FLOOR, tl.float32)
+    l = tl.zeros((GROUP_2, TILE), tl.float32)  # noqa: E741
+    a = tl.zeros((GROUP_2, TILE, DIM_2), tl.float32)
+    for first in range(begin, end, TILE):
+        token = first + lane
+        live = token < end
+        page = tl.load(tables + row * width + token // SIZE, mask=live, other=0).to(tl.int64)
+        slot = page * (2 * SIZE) + token % SIZE
+        at = pages + slot[:, :, None] * (KV_HEADS * DIM) + kv_head * DIM + dim
+        # What lies beyond the row's end is not even read: whatever a page held before cannot reach it.
+        here = live[:, :, None] & (dim < DIM)
+        k = tl.load(at, mask=here, other=0.0).to(tl.float32)
+        v = tl.load(at + SIZE * KV_HEADS * DIM, mask=here, other=0.0).to(tl.float32)
+        s = tl.where(live, tl.sum(query * k, axis=2), float("-inf"))
+        new = tl.maximum(m, s)
+        old, p = tl.exp2(m - new), tl.exp2(s - new)
+        l = l * old + p  # noqa: E741
+        a = a * old[:, :, None] + p[:, :, None] * v
+        m = new
+
+    # Unite the lanes.
+    top = tl.max(m, axis=1)
+    weight = tl.exp2(m - top[:, None])
+    total = tl.sum(l * weight, axis=1)
+    some = tl.where(total == 0, 1.0, total)  # a split without tokens is weighed by 0
+    mean = tl.sum(a * weight[:, :, None], axis=1) / some[:, None]
+    log = tl.where(total == 0, float("-inf"), tl.log2(some) + top)
+
+    head = tl.arange(0, GROUP_2)
+    dim = tl.arange(0, DIM_2)[None, :]
+    part = ((row * KV_HEADS + kv_head) * GROUP + head) * splits + split
+    tl.store(logs + part, log, mask=head < GROUP)
+    mask = (head < GROUP)[:, None] & (dim < DIM)
+    tl.store(parts + part[:, None] * DIM + dim, mean.to(parts.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _unite_kernel(parts, logs, out, SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr):
+    """Unite the splits of one query head."""
+    row = tl.program_id(0).to(tl.int64)
+    split, dim = tl.arange(0, SPLITS), tl.arange(0, DIM_2)
+    log = tl.load(logs + row * SPLITS + split)
+    weight = tl.exp2(log - tl.max(log, axis=0))
+    weight = weight / tl.sum(weight, axis=0)
+    at = parts + (row * SPLITS + split)[:, None] * DIM + dim[None, :]
+    part = tl.load(at, mask=(dim < DIM)[None, :], other=0.0)
+    mean = tl.sum(part * weight[:, None], axis=0)
+    tl.store(out + row * DIM + dim, mean.to(out.dtype.element_ty), mask=dim < DIM)
+
+
+def paged_decode(
+    q: Tensor,
+    pages: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    splits: int = 1,
+) -> Tensor:
+    """Attention of one query per row over the pages of that row.
+
+    Every integer the kernels get is an argument here or a size: lengths and tables are read on the device, so
+    that a captured launch serves any values of the same shape.
+
+    Args:
+        q: queries (rows, heads, head_dim), fp16, bf16 or fp32.
+        pages: of one layer (num_blocks + 1, 2, block_size, kv_heads, head_dim), in one piece, in that dtype.
+        tables: the pages of each row in order (rows, width), int32 or int64; what lies beyond a row's length
+            is not looked at.
+        lengths: tokens of each row, the query's own included (rows,), int32 or int64, at least 1.
+        scale: of the scores.
+        window: how many tokens a query sees at most, itself included; None: all.
+        splits: programs that share the tokens of a row, a power of two.
+
+    Returns:
+        (rows, heads, head_dim), in the dtype of q.
+
+    Raises:
+        ValueError: if `splits` is no power of two, or the pages do not lie in one piece.
+    """
+    if splits < 1 or splits & (splits - 1):
+        raise ValueError(f"splits must be a power of two, not {splits}")
+    if not (pages.is_contiguous() and tables.is_contiguous()):
+        raise ValueError("pages and tables must lie in one piece")
+    if q.stride(-1) != 1:
+        q = q.contiguous()
+    rows, heads, dim = q.shape
+    size, kv_heads = pages.shape[2:4]
+    group = heads // kv_heads
+    group_2, dim_2 = triton.next_power_of_2(group), triton.next_power_of_2(dim)
+    out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
+    logs = torch.empty((rows, heads, splits), dtype=torch.float32, device=q.device)
+    parts = out if splits == 1 else out.new_empty((rows, heads, splits, dim), dtype=torch.float32)
+    with torch.cuda.device_of(q):  # Triton launches on the current one
+        _split_kernel[(rows, kv_heads, splits)](
+            q,
+            pages,
+            tables,
+            lengths,
+            parts,
+            logs,
+            q.stride(0),
+            q.stride(1),
+            tables.shape[1],
+            scale * _LOG2E,
+            _NO_WINDOW if window is None else window,
+            splits,
+            SIZE=size,
+            KV_HEADS=kv_heads,
+            GROUP=group,
+            DIM=dim,
+            TILE=max(1, min(_MAX_TILE, _TILE_ELEMENTS // (group_2 * dim_2))),
+            GROUP_2=group_2,
+            DIM_2=dim_2,
+            num_warps=4,
+        )
+        if splits > 1:
+            _unite_kernel[(rows * heads,)](parts, logs, out, SPLITS=splits, DIM=dim, DIM_2=dim_2, num_warps=4)
+    return out

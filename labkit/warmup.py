@@ -1,0 +1,129 @@
+"""What is done on a GPU before the first request: size the KV cache by what is free, capture the graphs.
+
+On a CPU there is nothing to measure and nothing to capture.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from labkit.attention import SDPA, Backend, PagedKVCache, Span, build_layout
+from labkit.config import EngineConfig
+from labkit.graphs import Capture, DecodeGraphs
+from labkit.kernels import choose_backend
+from labkit.model import Transformer
+
+if TYPE_CHECKING:
+    from labkit.adapter import AdaptedModel
+
+_GRAPH_SHARE = 0.5  # of what is free beside the KV cache and the activations of a step
+
+
+def backend_for(model: Transformer | AdaptedModel, config: EngineConfig) -> Backend:
+    """How a model's attention is computed.
+
+    Raises:
+        ValueError: if that which the configuration names is not possible.
+    """
+    if isinstance(model, Transformer):
+        return choose_backend(
+            model.device,
+            model.dtype,
+            model.layers[0].self_attn.dim,
+            wanted=config.attention_backend,
+            as_t4=config.as_t4,
+        )
+    if config.attention_backend == "triton":
+        raise ValueError(
+            "attention_backend must be auto or sdpa for a model that transformers runs, not 'triton'"
+        )
+    return SDPA
+
+
+def activation_bytes(model: Transformer | AdaptedModel, backend: Backend, config: EngineConfig) -> int:
+    """What the widest step takes beside weights and KV cache, by a forward pass of that size on a GPU.
+
+    The step is a chunk of the whole token budget at the end of the longest request, over a cache of a single
+    page, which is in its table again and again. Then every seat gets logits, which are sorted, for sampling
+    takes about as much.
+
+    Raises:
+        ValueError: if it does not fit into memory.
+    """
+    device, size = model.device, config.block_size
+    longest = min(config.max_model_len or model.max_model_len, model.max_model_len)
+    tokens = min(config.max_num_batched_tokens, longest)
+    try:
+        cache = model.new_cache(1, size)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        row = Span(longest - tokens, tokens, [0] * -(-longest // size))
+        layout = build_layout([row], cache, windows=model.windows, backend=backend)
+        ids = torch.zeros(tokens, dtype=torch.long, device=device)
+        hidden = model(ids, torch.arange(row.start, row.length, device=device), cache, layout)
+        seats = hidden[:1].expand(config.max_num_seqs, -1).contiguous()
+        model.logits(seats).float().sort(dim=-1)
+        return torch.cuda.max_memory_allocated(device) - before
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"too little memory on {device} for a step of max_num_batched_tokens={tokens} tokens: lower it"
+        ) from error
+
+
+def warm_up(
+    model: Transformer | AdaptedModel,
+    backend: Backend,
+    config: EngineConfig,
+    num_blocks: int,
+    *,
+    reserve: int = 0,
+    say: Callable[[str], None] = print,
+    capture: Capture | None = None,
+) -> tuple[PagedKVCache, DecodeGraphs | None]:
+    """The KV cache, and on a GPU the graphs of decode steps; with fewer pages where memory does not suffice.
+
+    Args:
+        num_blocks: pages that are wanted.
+        reserve: bytes to be left for the activations of a step.
+        capture: records graphs also where there is no GPU, for tests.
+
+    Raises:
+        ValueError: if not even a single page, or a decode step, fits.
+    """
+    device = model.device
+    graphed = config.cuda_graphs and isinstance(model, Transformer)
+    while True:
+        cache = graphs = None
+        try:
+            cache = model.new_cache(num_blocks, config.block_size)
+            if not graphed or (device.type != "cuda" and capture is None):
+                return cache, None
+            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**30
+            graphs = DecodeGraphs(
+                model,
+                cache,
+                backend,
+                max_num_seqs=min(config.max_num_seqs, config.max_num_batched_tokens),
+                max_model_len=min(
+                    config.max_model_len or model.max_model_len, num_blocks * config.block_size
+                ),
+                memory_limit=max(0, int(_GRAPH_SHARE * (free - reserve))),
+                say=say,
+                capture=capture,
+            )
+            graphs.warm_up()
+            return cache, graphs
+        except torch.OutOfMemoryError as error:
+            fewer = num_blocks * 3 // 4
+            if fewer < 1:
+                raise ValueError(f"too little memory on {device} for a decode step") from error
+        say(f"Out of memory in warm-up: num_blocks is lowered from {num_blocks} to {fewer}.")
+        num_blocks = fewer
+        del cache, graphs
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,371 @@
+"""CUDA graphs without CUDA: a tape that records operators, and replays them on the same memory.
+
+The tape keeps every operator with its tensors and its numbers as they were, as a graph does: what a step
+should have brought anew, and did not, is wrong in the replay.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import VOCAB, greedy, loaded
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from labkit import kernels
+from labkit.attention import SDPA, Backend, PagedKVCache, Span, build_layout, gathered_rows, row_order
+from labkit.config import EngineConfig
+from labkit.engine import Engine
+from labkit.graphs import DecodeGraphs, buckets
+from labkit.request import SamplingParams
+from labkit.warmup import activation_bytes, backend_for, warm_up
+
+# What waits for the device, or brings numbers from the host: a graph can hold neither.
+FORBIDDEN = {"item", "_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "unique"}
+
+
+class Tape(TorchDispatchMode):
+    """Records the operators run under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple[Any, tuple, dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        name = func.name().split("::")[1].split(".")[0]
+        if name in FORBIDDEN:
+            raise AssertionError(f"{name} cannot be captured")
+        out = func(*args, **(kwargs or {}))
+        self.steps.append((func, args, kwargs or {}, out))
+        return out
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.steps:
+            inputs = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
+            if func._schema.is_mutable:
+                func(*args, **kwargs)
+            elif any(x.untyped_storage().data_ptr() not in inputs for x in tensors(out)):  # else a view
+                for old, new in zip(tensors(out), tensors(func(*args, **kwargs)), strict=True):
+                    old.copy_(new)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+class TapeCapture:
+    """Stands in for `CudaCapture`; each recording takes `cost` bytes."""
+
+    def __init__(self, cost: int = 0) -> None:
+        self.cost, self.nbytes, self.replays = cost, 0, 0
+
+    def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        self.nbytes += self.cost
+        with Tape() as tape:
+            out = compute()
+
+        def replay() -> None:
+            self.replays += 1
+            tape.replay()
+
+        return replay, out
+
+
+def graphs_of(
+    engine_or: Any, capture: TapeCapture, *, backend: Backend = SDPA, rows: int = 4, length: int = 512
+) -> DecodeGraphs:
+    model, cache = engine_or
+    graphs = DecodeGraphs(
+        model,
+        cache,
+        backend,
+        max_num_seqs=rows,
+        max_model_len=length,
+        memory_limit=2**20,
+        say=None,
+        capture=capture,
+    )
+    graphs.warm_up()
+    return graphs
+
+
+def rows_of(lengths: list[int], size: int, num_blocks: int, seed: int) -> list[Span]:
+    pages = list(range(num_blocks))
+    random.Random(seed).shuffle(pages)
+    rows = [Span(length - 1, 1, [pages.pop() for _ in range(-(-length // size))]) for length in lengths]
+    return [rows[i] for i in row_order(rows)]
+
+
+def eagerly(family: str, cache: PagedKVCache, token_ids: list[int], rows: list[Span]) -> Tensor:
+    model = loaded(family).module
+    layout = build_layout(rows, cache, windows=model.windows)
+    positions = torch.tensor([row.start for row in rows])
+    return model(torch.tensor(token_ids), positions, cache, layout)
+
+
+# -- the same as eager ----------------------------------------------------------------------------
+
+
+def test_replays_equal_eager_steps_whatever_the_rows_lengths_and_tables(family: str) -> None:
+    torch.manual_seed(0)
+    model, size, num_blocks = loaded(family).module, 4, 80
+    cache = model.new_cache(num_blocks, size)
+    cache.pages.normal_()
+    graphs = graphs_of((model, cache), TapeCapture(), length=160)
+    assert graphs.captured == [(n, width) for n in (1, 2, 4) for width in (10, 20, 40)]
+    used = set()
+    for seed, lengths in enumerate(
+        ([1], [4, 1], [5, 4, 3], [40, 41, 39, 1], [120, 7], [3], [160], [64, 63, 65], [1, 1, 1, 1])
+    ):
+        rows = rows_of(lengths, size, num_blocks, seed)
+        token_ids = [(7 * seed + i) % VOCAB for i in range(len(rows))]
+        before = cache.pages.clone()
+        replayed = graphs.run(token_ids, rows)
+        pages, cache.pages[:] = cache.pages.clone(), before
+        plain = eagerly(family, cache, token_ids, rows)
+        torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-4)
+        # Live pages are as an eager step leaves them: padding has written to the null page alone.
+        torch.testing.assert_close(pages[:, :-1], cache.pages[:, :-1], rtol=1e-4, atol=1e-4)
+        used.add(replayed.shape)
+    assert used == {(n, 48) for n in (1, 2, 3, 4)}
+
+
+def test_an_engine_with_graphs_answers_as_generate_does(family: str) -> None:
+    engine = Engine(
+        EngineConfig(loaded(family), max_num_seqs=4, max_num_batched_tokens=12, block_size=4, num_blocks=13)
+    )
+    capture = TapeCapture()
+    engine.runner.graphs = graphs_of((engine.model.module, engine.runner.cache), capture, length=52)
+    rng = random.Random(family)
+    wanted = {}
+    while len(wanted) < 9 or engine.has_unfinished:
+        if len(wanted) < 9 and rng.random() < 0.5:
+            prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 3, 4, 5, 17]))]
+            params = SamplingParams(max_tokens=rng.choice([1, 9, 24]), temperature=0, ignore_eos=True)
+            wanted[engine.add_request(prompt, params)] = greedy(family, prompt, params.max_tokens)
+        engine.step()
+    assert {name: engine.outputs[name].token_ids for name in wanted} == wanted
+    decode = [step for step in engine.trace if set(step.num_tokens) == {1}]
+    assert capture.replays == len(decode) > 20
+    assert any(step.preempted for step in engine.trace)
+
+
+def test_outputs_stay_when_another_graph_is_replayed() -> None:
+    model = loaded("llama").module
+    cache = model.new_cache(20, 4)
+    graphs = graphs_of((model, cache), TapeCapture(), length=64)
+    first = graphs.run([5, 6], rows_of([9, 3], 4, 20, 0))
+    kept = first.clone()
+    graphs.run([7, 8], rows_of([12, 4], 4, 20, 1))
+    graphs.run([9], rows_of([2], 4, 20, 2))
+    assert torch.equal(first, kept)
+
+
+def test_the_tape_notices_what_a_graph_cannot_hold() -> None:
+    model = loaded("llama").module
+    cache = model.new_cache(20, 4)
+    cache.pages.normal_()
+
+    def from_the_host(tables: Tensor, lengths: Tensor, cache: PagedKVCache, windows: Any) -> Any:
+        return gathered_rows(0, [Span(0, 1, [0])] * len(tables), cache, windows)[0]
+
+    def waiting(tables: Tensor, lengths: Tensor, cache: PagedKVCache, windows: Any) -> Any:
+        return SDPA.static(tables[:, : int(lengths.max())], lengths, cache, windows)
+
+    for static, what in ((from_the_host, "lift_fresh"), (waiting, "item")):
+        backend = Backend("test", "", SDPA.decode, SDPA.chunks, static)
+        with pytest.raises(AssertionError, match=f"{what} cannot be captured"):
+            graphs_of((model, cache), TapeCapture(), backend=backend)
+
+    longest = 1  # a Python number that changes between steps
+
+    def frozen(tables: Tensor, lengths: Tensor, cache: PagedKVCache, windows: Any) -> Any:
+        return SDPA.static(tables, torch.full_like(lengths, longest), cache, windows)
+
+    backend = Backend("test", "", SDPA.decode, SDPA.chunks, frozen)
+    graphs = graphs_of((model, cache), TapeCapture(), backend=backend, length=64)
+    longest = 9
+    row = rows_of([9], 4, 20, 0)
+    assert not torch.allclose(graphs.run([5], row), eagerly("llama", cache, [5], row), rtol=1e-2)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernel itself is captured")
+def test_the_triton_backend_equals_plain_attention_under_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from labkit import flash_decoding
+
+    kernel = _as_operator(flash_decoding.paged_decode)
+    monkeypatch.setattr(flash_decoding, "paged_decode", kernel)
+    monkeypatch.setattr(kernels, "_processors", lambda device: 4)  # so that rows are split
+    backend = Backend("triton", "", kernels.paged_rows, SDPA.chunks, kernels.static_paged_rows)
+    model = loaded("mistral").module  # which has a window
+    cache = model.new_cache(80, 4)
+    cache.pages.normal_()
+    graphs = graphs_of((model, cache), TapeCapture(), backend=backend, rows=2, length=160)
+    assert graphs.captured == [(n, width) for n in (1, 2) for width in (10, 40)]
+    for seed, lengths in enumerate(([5], [40, 41], [159], [4, 1])):
+        rows = rows_of(lengths, 4, 80, seed)
+        token_ids = [3 + seed] * len(rows)
+        plain = eagerly("mistral", cache, token_ids, rows)
+        torch.testing.assert_close(graphs.run(token_ids, rows), plain, rtol=1e-4, atol=1e-4)
+
+
+def _as_operator(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The kernel as one operator, which a tape can see."""
+
+    @torch.library.custom_op("labkit_tests::paged_decode", mutates_args=())
+    def operator(
+        q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor, scale: float, window: int, splits: int
+    ) -> Tensor:
+        return kernel(q, pages, tables, lengths, scale=scale, window=window or None, splits=splits)
+
+    @functools.wraps(kernel)
+    def call(*tensors: Tensor, scale: float, window: int | None, splits: int) -> Tensor:
+        return operator(*tensors, scale, window or 0, splits)
+
+    return call
+
+
+# -- which graphs there are -----------------------------------------------------------------------
+
+
+def test_buckets_come_largest_first_and_reach_the_limits() -> None:
+    assert buckets(1, 3, growth=4) == [(1, 3)]
+    assert buckets(8, 512, growth=4) == [(n, w) for n in (8, 4, 2, 1) for w in (512, 128, 32, 8)]
+    assert [n for n, _ in buckets(48, 1, growth=2)] == [48, 32, 24, 16, 12, 8, 4, 2, 1]
+    for rows in range(1, 70):
+        found = buckets(rows, 100, growth=2)
+        assert found == sorted(found, reverse=True) and len(set(found)) == len(found)
+        assert found[0] == (rows, 100)
+
+
+def test_recording_ends_at_the_memory_limit_and_says_so() -> None:
+    model = loaded("llama").module
+    cache = model.new_cache(40, 4)
+    capture, lines = TapeCapture(cost=100), []
+    graphs = DecodeGraphs(
+        model,
+        cache,
+        SDPA,
+        max_num_seqs=4,
+        max_model_len=80,
+        memory_limit=250,
+        say=lines.append,
+        capture=capture,
+    )
+    graphs.warm_up()
+    assert graphs.captured == [(2, 20), (4, 10), (4, 20)]
+    assert lines[0] == "Capturing 6 CUDA graphs of decode steps, for up to 4 requests of 80 tokens."
+    assert lines[1].startswith("CUDA graphs have reached their limit")
+    assert lines[2].startswith("Captured 3 CUDA graphs in ")
+    row = rows_of([3], 4, 40, 0)
+    assert graphs.run([1], row).shape == (1, 48)  # in a larger one
+    assert graphs.run([1] * 5, row * 5) is None
+    assert graphs.run([1], rows_of([81], 4, 40, 0)) is None
+
+
+def test_without_any_graph_steps_run_eagerly() -> None:
+    engine = Engine(EngineConfig(loaded("llama"), max_num_seqs=4, block_size=4, num_blocks=40))
+    engine.runner.graphs = DecodeGraphs(
+        engine.model.module,
+        engine.runner.cache,
+        SDPA,
+        max_num_seqs=4,
+        max_model_len=80,
+        memory_limit=0,
+        say=None,
+        capture=TapeCapture(),
+    )
+    engine.runner.graphs.warm_up()
+    assert engine.runner.graphs.captured == []
+    name = engine.add_request([1, 2, 3], SamplingParams(max_tokens=6, temperature=0, ignore_eos=True))
+    while engine.has_unfinished:
+        engine.step()
+    assert engine.outputs[name].token_ids == greedy("llama", [1, 2, 3], 6)
+
+
+# -- warm-up --------------------------------------------------------------------------------------
+
+
+class Full(TapeCapture):
+    """Has room for graphs only after so many attempts."""
+
+    def __init__(self, attempts: int) -> None:
+        super().__init__()
+        self.attempts = attempts
+
+    def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        if self.attempts:
+            self.attempts -= 1
+            raise torch.OutOfMemoryError("out of memory")
+        return super().__call__(compute)
+
+
+def test_out_of_memory_in_warm_up_lowers_num_blocks_and_says_so() -> None:
+    model, lines = loaded("llama").module, []
+    config = EngineConfig(loaded("llama"), max_num_seqs=2, block_size=4)
+    cache, graphs = warm_up(model, SDPA, config, 80, say=lines.append, capture=Full(2))
+    assert cache.num_blocks == 45
+    assert graphs.cache is cache and graphs.captured
+    said = [line for line in lines if line.startswith("Out of memory")]
+    assert said == [
+        "Out of memory in warm-up: num_blocks is lowered from 80 to 60.",
+        "Out of memory in warm-up: num_blocks is lowered from 60 to 45.",
+    ]
+    with pytest.raises(ValueError, match="too little memory on cpu for a decode step"):
+        warm_up(model, SDPA, config, 3, say=lines.append, capture=Full(10**6))
+
+
+def test_the_widest_step_is_tried_before_pages_are_counted(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = loaded(family).module, []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5000)
+    hook = model.register_forward_pre_hook(lambda module, args: seen.append(args))
+    try:
+        config = EngineConfig(loaded(family), max_num_seqs=4, max_num_batched_tokens=100, max_model_len=300)
+        assert activation_bytes(model, SDPA, config) == 4000
+    finally:
+        hook.remove()
+    token_ids, positions, cache, _ = seen[0]
+    assert len(token_ids) == 100 and positions.tolist() == list(range(200, 300))
+    assert cache.num_blocks == 1
+
+
+def test_a_cpu_and_who_does_not_want_them_get_no_graphs() -> None:
+    model = loaded("llama").module
+    config = EngineConfig(loaded("llama"), num_blocks=8)
+    assert warm_up(model, SDPA, config, 8)[1] is None
+    config = EngineConfig(loaded("llama"), num_blocks=8, cuda_graphs=False)
+    assert warm_up(model, SDPA, config, 8, capture=TapeCapture())[1] is None
+    engine = Engine(config)
+    assert engine.runner.graphs is None and engine.runner.backend.name == "sdpa"
+
+
+def test_switches_that_cannot_be_had_are_refused() -> None:
+    with pytest.raises(ValueError, match="attention_backend must be one of auto, sdpa, triton, not 'flash'"):
+        EngineConfig(attention_backend="flash")
+    with pytest.raises(ValueError, match="cuda_graphs must be"):
+        EngineConfig(cuda_graphs=1)
+    with pytest.raises(ValueError, match="as_t4 computes in float16: dtype must be auto or float16"):
+        EngineConfig(as_t4=True, dtype="bfloat16")
+    EngineConfig(as_t4=True, dtype="float16")
+    model = loaded("llama")
+    with pytest.raises(ValueError, match="as_t4 needs a CUDA GPU, and the device is cpu"):
+        Engine(EngineConfig(model, as_t4=True))
+    with pytest.raises(ValueError, match="attention_backend must be auto or sdpa"):
+        Engine(EngineConfig(model, attention_backend="triton", device="cpu"))
+    other = torch.nn.Module()  # of another class than `Transformer`, as models that transformers runs are
+    assert backend_for(other, EngineConfig()) is SDPA
+    with pytest.raises(ValueError, match="for a model that transformers runs"):
+        backend_for(other, EngineConfig(attention_backend="triton"))
