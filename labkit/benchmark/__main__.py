@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from labkit.benchmark import bookkeeping, equality
-from labkit.benchmark.serving import OURS, measure, reference_model
-from labkit.benchmark.workload import make_workload
-from labkit.weights import load_model
+from labkit.benchmark.ladder import SLOW_SECONDS, climb
+from labkit.benchmark.ladder_report import LadderReport, figure
+from labkit.benchmark.rungs import NAMES, rungs_for
+from labkit.benchmark.runs import reference_model
+from labkit.benchmark.serving import OURS, measure
+from labkit.benchmark.shapes import SEATS, SHAPES, config_of, random_model, random_reference
+from labkit.benchmark.stream import REQUESTS, stream
+from labkit.benchmark.workload import Job, make_noise, make_workload
+from labkit.weights import load_model, resolve_device
+
+_FROM = "mixed prefill, decode"  # where the ladder begins on shapes: those below differ by policy alone
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what the arguments ask for; 0, or 2 with one line that says what was wrong."""
     args = _parser().parse_args(arguments)
     try:
-        for name in ("requests", "max_num_seqs", "max_num_batched_tokens", "repeats", "trace_steps"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-        if args.json and not args.json.parent.is_dir():
-            raise ValueError(f"--json: there is no folder {args.json.parent}")
+        _check(args)
         text, figures = _measure(args)
         print(text)
         if args.json:
@@ -36,20 +41,61 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m labkit.benchmark", description=__doc__)
     what = parser.add_mutually_exclusive_group()
+    what.add_argument("--ladder", action="store_true", help="from no cache to int8, one thing more each time")
+    what.add_argument("--stream", action="store_true", help="more requests than seats, in fp32 and int8")
     what.add_argument("--bookkeeping", action="store_true", help="scheduler, pool and trace alone")
-    what.add_argument("--equality", action="store_true", help="half precision against fp32")
+    what.add_argument("--equality", action="store_true", help="half precision and int8 against fp32")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--max-num-seqs", type=int, default=32, help="seats")
+    parser.add_argument("--requests", type=int, help="32; 128 with --stream, two to a seat with --shapes")
+    parser.add_argument(
+        "--max-num-seqs", type=int, nargs="+", help="seats: 32; with --shapes several (1 8 32 128)"
+    )
     parser.add_argument("--max-num-batched-tokens", type=int, default=512, help="token budget of a step")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each system; the median counts")
     parser.add_argument("--seed", type=int, default=0, help="of the workload")
     parser.add_argument("--systems", nargs="+", choices=OURS, default=list(OURS))
     parser.add_argument("--trace-steps", type=int, default=100_000, help="with --bookkeeping")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file as well")
+    ladder = parser.add_argument_group("with --ladder")
+    ladder.add_argument("--peers", action="store_true", help="transformers in batches, and other seats")
+    ladder.add_argument("--rungs", nargs="+", choices=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
+    ladder.add_argument(
+        "--shapes", nargs="*", metavar="SHAPE", help=f"random weights; of {', '.join(SHAPES)} (none: all)"
+    )
+    ladder.add_argument("--figure", type=Path, metavar="FILE.html", help="draw it as well")
+    ladder.add_argument("--no-memory", action="store_true", help="do without the peak memory of each rung")
+    ladder.add_argument(
+        "--slow-seconds",
+        type=float,
+        default=SLOW_SECONDS,
+        help="what answers one at a time runs on as many requests as take about so long",
+    )
     return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise `ValueError` for arguments that cannot be served, before anything is loaded."""
+    for name in ("requests", "max_num_batched_tokens", "repeats", "trace_steps", "slow_seconds"):
+        value = getattr(args, name)
+        if value is not None and not value >= 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    if any(seats < 1 for seats in args.max_num_seqs or ()):
+        raise ValueError("--max-num-seqs must be at least 1")
+    if args.max_num_seqs and len(args.max_num_seqs) > 1 and args.shapes is None:
+        raise ValueError("--max-num-seqs takes several numbers only with --shapes")
+    for name in ("peers", "rungs", "shapes", "figure", "no_memory"):
+        if getattr(args, name) not in (None, False) and not args.ladder:
+            raise ValueError(f"--{name.replace('_', '-')} goes with --ladder")
+    if args.figure and args.shapes is not None:
+        raise ValueError("--figure draws one ladder, and --shapes makes several")
+    for shape in args.shapes or ():
+        config_of(shape)
+    for name in ("json", "figure"):
+        file = getattr(args, name)
+        if file and not file.parent.is_dir():
+            raise ValueError(f"--{name}: there is no folder {file.parent}")
 
 
 def _measure(args: argparse.Namespace) -> tuple[str, Any]:
@@ -57,24 +103,66 @@ def _measure(args: argparse.Namespace) -> tuple[str, Any]:
     if args.bookkeeping:
         figures = bookkeeping.report(trace_steps=args.trace_steps)
         return bookkeeping.table(figures), figures
+    seats = args.max_num_seqs or (list(SEATS) if args.shapes is not None else [32])
+    if args.shapes is not None:
+        reports = [_ladder_of(args, shape, some) for shape in args.shapes or SHAPES for some in seats]
+        return "\n\n".join(map(str, reports)), [report.to_json() for report in reports]
 
-    def jobs_of(tokenizer: Any) -> list:
-        return make_workload(tokenizer, args.requests, seed=args.seed)
+    def jobs_of(tokenizer: Any) -> list[Job]:
+        return make_workload(tokenizer, args.requests or (REQUESTS if args.stream else 32), seed=args.seed)
 
     if args.equality:
-        rows = equality.report(args.model, args.device, jobs_of)
-        return equality.table(rows), equality.to_json(rows)
-    loaded = load_model(args.model, dtype=args.dtype, device=args.device)
+        precisions = equality.report(args.model, args.device, jobs_of)
+        return str(precisions), precisions.to_json()
+    load = functools.partial(load_model, args.model, dtype=args.dtype, device=args.device)
+    loaded = load()
+    reference = functools.partial(reference_model, model=args.model)
+    jobs = jobs_of(loaded.tokenizer)
+    if args.ladder:
+        del loaded  # each rung loads its own
+        ladder = _climb(args, functools.partial(load, say=None), jobs, reference, seats[0])
+        if args.figure:
+            figure(ladder).write_html(args.figure)
+        return str(ladder), ladder.to_json()
+    if args.stream:
+        sizes = {"seats": seats[0], "budget": args.max_num_batched_tokens, "repeats": args.repeats}
+        streamed = stream(functools.partial(load, say=None), jobs, reference=reference, **sizes)
+        return str(streamed), streamed.to_json()
     report = measure(
         loaded,
-        reference_model(loaded, args.model),
-        jobs_of(loaded.tokenizer),
-        max_num_seqs=args.max_num_seqs,
+        reference(loaded),
+        jobs,
+        max_num_seqs=seats[0],
         max_num_batched_tokens=args.max_num_batched_tokens,
         repeats=args.repeats,
         systems=args.systems,
     )
     return str(report), report.to_json()
+
+
+def _ladder_of(args: argparse.Namespace, shape: str, seats: int) -> LadderReport:
+    """The ladder on random weights."""
+    jobs = make_noise(config_of(shape).vocab_size, args.requests or max(8, 2 * seats), seed=args.seed)
+    load = functools.partial(random_model, shape, dtype=args.dtype, device=args.device)
+    return _climb(args, load, jobs, functools.partial(random_reference, shape), seats)
+
+
+def _climb(args: argparse.Namespace, load: Any, jobs: list[Job], reference: Any, seats: int) -> LadderReport:
+    rungs = rungs_for(resolve_device(args.device).type, args.rungs)
+    if args.shapes is not None and args.rungs is None:
+        rungs = rungs[[rung.name for rung in rungs].index(_FROM) :]
+    return climb(
+        load,
+        jobs,
+        rungs,
+        reference=reference,
+        peers=args.peers,
+        seats=seats,
+        budget=args.max_num_batched_tokens,
+        repeats=args.repeats,
+        slow_seconds=args.slow_seconds,
+        memory=not args.no_memory,
+    )
 
 
 if __name__ == "__main__":

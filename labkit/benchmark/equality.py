@@ -3,21 +3,22 @@
 Greedy tokens in half precision may differ from those in fp32 wherever the two likeliest are close, so
 equality of tokens is no fair question there. Teacher forcing is: both see fp32's own answer, and the logits
 at each place are compared. How often the likeliest token changes, and how close the top two were where it
-did, says whether the difference is rounding or a mistake.
+did, says whether the difference is rounding or a mistake. What a precision costs in the end, int8 among
+them, is said by its perplexity on a text that none of the models has written (`perplexity.py`).
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from labkit.attention import Span, build_layout
-from labkit.benchmark.workload import Job
+from labkit.benchmark import perplexity
+from labkit.benchmark.forcing import teacher_forced
+from labkit.benchmark.workload import Job, prose
 from labkit.config import EngineConfig
 from labkit.engine import Engine
 from labkit.model import Transformer
@@ -48,16 +49,6 @@ class Closeness:
     @property
     def within(self) -> bool:
         return self.mean_error <= TOLERANCE[self.dtype]
-
-
-def teacher_forced(module: Transformer, token_ids: Sequence[int], *, block_size: int = 16) -> Tensor:
-    """Logits (len(token_ids), vocab_size), fp32, of every place, each seeing the given tokens before it."""
-    blocks = -(-len(token_ids) // block_size)
-    cache = module.new_cache(blocks, block_size)
-    layout = build_layout([Span(0, len(token_ids), range(blocks))], cache, windows=module.windows)
-    tokens = torch.tensor(token_ids, device=module.device)
-    hidden = module(tokens, torch.arange(len(token_ids), device=module.device), cache, layout)
-    return module.logits(hidden).float()
 
 
 def answers(model: LoadedModel, jobs: Sequence[Job]) -> list[list[int]]:
@@ -111,15 +102,49 @@ def compare(full: LoadedModel, half: LoadedModel, jobs: Sequence[Job]) -> Closen
     )
 
 
-def report(model: str, device: str, jobs_of: Any) -> list[Closeness]:
-    """Every half precision against fp32. `jobs_of(tokenizer)` makes the jobs."""
+@dataclass
+class Precisions:
+    """Every precision against fp32: half precision logit by logit, all of them on the text."""
+
+    closeness: list[Closeness]
+    perplexity: list[perplexity.Perplexity]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return table(self.closeness) + "\n\n" + perplexity.table(self.perplexity)
+
+
+def report(model: str, device: str, jobs_of: Any, *, text: str | None = None) -> Precisions:
+    """Every precision against fp32, one after the other in memory.
+
+    Args:
+        jobs_of: `jobs_of(tokenizer)` makes the jobs.
+        text: to read; None is all of the prose in the package.
+
+    Raises:
+        ModelError: for a model that cannot be had in one of the precisions.
+    """
     full = load_model(model, dtype="float32", device=device)
     jobs = jobs_of(full.tokenizer)
-    return [compare(full, load_model(model, dtype=dtype, device=device), jobs) for dtype in DTYPES]
+    closeness: list[Closeness] = []
+
+    def others() -> Iterator[tuple[str, LoadedModel]]:
+        for dtype in DTYPES:
+            half = load_model(model, dtype=dtype, device=device)
+            closeness.append(compare(full, half, jobs))
+            yield dtype, half
+        if isinstance(full.module, Transformer):  # of others there is no int8
+            yield "int8", load_model(model, device=device, quantization="int8")
+
+    token_ids = full.tokenizer.encode(prose() if text is None else text, add_special_tokens=False)
+    rows = perplexity.compare_text(full, others(), token_ids)
+    return Precisions(closeness, rows)
 
 
 def table(rows: Sequence[Closeness]) -> str:
-    """What `report` found, a few lines for each dtype."""
+    """A few lines for each dtype."""
     lines = []
     for r in rows:
         verdict = "within" if r.within else "OUTSIDE"
@@ -138,7 +163,3 @@ def table(rows: Sequence[Closeness]) -> str:
             + (f", the median at token {r.first_divergence:.0f}" if r.diverged else "")
         )
     return "\n".join(lines)
-
-
-def to_json(rows: Sequence[Closeness]) -> list[dict[str, Any]]:
-    return [asdict(row) for row in rows]

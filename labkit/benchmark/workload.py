@@ -33,13 +33,32 @@ def make_workload(
     """Jobs with prompts cut out of the text and lengths drawn log-uniformly: many short, a few long."""
     rng = random.Random(seed)
     token_ids = tokenizer.encode(prose(), add_special_tokens=False)
-
-    def draw(low: int, high: int) -> int:
-        return round(low * (high / low) ** rng.random())
-
     jobs = []
     for _ in range(count):
-        length = draw(*prompt_tokens)
+        length = _draw(rng, *prompt_tokens)
         start = rng.randrange(len(token_ids) - length)
-        jobs.append(Job(token_ids[start : start + length], draw(*output_tokens)))
+        jobs.append(Job(token_ids[start : start + length], _draw(rng, *output_tokens)))
     return jobs
+
+
+def make_noise(
+    vocab_size: int,
+    count: int = 32,
+    *,
+    seed: int = 0,
+    prompt_tokens: tuple[int, int] = (16, 256),
+    output_tokens: tuple[int, int] = (16, 128),
+) -> list[Job]:
+    """Jobs with lengths as in `make_workload` and prompts of random tokens, for weights that know no text."""
+    rng = random.Random(seed)
+    return [
+        Job(
+            [rng.randrange(vocab_size) for _ in range(_draw(rng, *prompt_tokens))],
+            _draw(rng, *output_tokens),
+        )
+        for _ in range(count)
+    ]
+
+
+def _draw(rng: random.Random, low: int, high: int) -> int:
+    return round(low * (high / low) ** rng.random())

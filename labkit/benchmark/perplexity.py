@@ -1,0 +1,92 @@
+"""How much of its knowledge of a text a model loses to a precision: perplexity, and the likeliest token.
+
+Perplexity is the exponential of the mean surprise at the text's own next token. Both models see the text
+itself, in pieces, so that one error does not lead to the next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from labkit.benchmark.forcing import teacher_forced
+from labkit.weights import LoadedModel
+
+PIECE = 512  # tokens; what comes before a piece is not seen
+TARGET = 0.02  # a perplexity so much above fp32's is good enough
+
+
+@dataclass
+class Perplexity:
+    """A precision on the text. `ratio` is its perplexity over fp32's, `top1_agreement` the share of places
+    at which the likeliest next token is the one of fp32.
+    """
+
+    precision: str
+    positions: int
+    perplexity: float
+    ratio: float
+    top1_agreement: float
+
+    @property
+    def within(self) -> bool:
+        return self.ratio <= 1 + TARGET
+
+
+def pieces(token_ids: Sequence[int], size: int = PIECE) -> list[Sequence[int]]:
+    """All of a text, in pieces; a last one of a single token predicts nothing and is left out."""
+    found = [token_ids[i : i + size] for i in range(0, len(token_ids), size)]
+    return [piece for piece in found if len(piece) > 1]
+
+
+@torch.inference_mode()
+def surprise(loaded: LoadedModel, piece: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """At each place but the last: the surprise at the next token (nats), and the likeliest token."""
+    logits = teacher_forced(loaded.module, piece)[:-1]
+    targets = torch.tensor(piece[1:], device=logits.device)
+    return F.cross_entropy(logits, targets, reduction="none").cpu(), logits.argmax(-1).cpu()
+
+
+def compare_text(
+    full: LoadedModel,
+    others: Iterable[tuple[str, LoadedModel]],
+    token_ids: Sequence[int],
+    *,
+    size: int = PIECE,
+) -> list[Perplexity]:
+    """Hold precisions against the fp32 model, which comes first in what is returned."""
+    parts = pieces(token_ids, size)
+
+    def over_text(name: str, loaded: LoadedModel) -> tuple[Tensor, Tensor]:
+        found = [surprise(loaded, part) for part in tqdm(parts, desc=f"{name} reads", leave=False)]
+        nats, likeliest = zip(*found, strict=True)
+        return torch.cat(nats), torch.cat(likeliest)
+
+    nats, true = over_text("float32", full)
+    base = math.exp(nats.double().mean())
+    rows = [Perplexity("float32", len(nats), base, 1.0, 1.0)]
+    for name, loaded in others:
+        nats, likeliest = over_text(name, loaded)
+        value = math.exp(nats.double().mean())
+        same = float((likeliest == true).double().mean())
+        rows.append(Perplexity(name, len(nats), value, value / base, same))
+    return rows
+
+
+def table(rows: Sequence[Perplexity]) -> str:
+    """A line for each precision, and the target."""
+    lines = [f"{'':10}{'perplexity':>12}{'over fp32':>11}{'same likeliest':>16}"]
+    for row in rows:
+        verdict = "" if row is rows[0] else ("  within the target" if row.within else "  OUTSIDE the target")
+        lines.append(
+            f"{row.precision:10}{row.perplexity:12.3f}{row.ratio - 1:+11.2%}{row.top1_agreement:16.2%}"
+            f"{verdict}"
+        )
+    lines.append(f"over {rows[0].positions:,} places of the text; to reach: at most {TARGET:.0%} above fp32")
+    return "\n".join(lines)

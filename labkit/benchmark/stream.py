@@ -1,0 +1,95 @@
+"""A steady stream: so many requests that the seats stay full, against `transformers` one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from labkit.benchmark.peers import PeerRow, peer_row, run_ours
+from labkit.benchmark.runs import (
+    REFERENCE,
+    Run,
+    System,
+    compare_tokens,
+    describe,
+    run_reference,
+    short_jobs,
+    take_turns,
+    versions,
+)
+from labkit.benchmark.workload import Job
+from labkit.weights import LoadedModel
+
+REQUESTS = 128
+REFERENCE_REQUESTS = 16  # one by one takes long, and does not change
+
+
+@dataclass
+class StreamReport:
+    settings: dict[str, Any]
+    same_tokens: str
+    rows: list[PeerRow]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        lines = [", ".join(f"{key} {value}" for key, value in self.settings.items()), self.same_tokens]
+        lines.append(f"{'':24}{'tokens/s':>10}{'x transf.':>11}{'seconds':>9}{'requests':>10}{'equal':>8}")
+        for row in self.rows:
+            lines.append(
+                f"{row.system:24}{row.tokens_per_second:10.1f}{row.gain:10.2f}x{row.seconds:9.1f}"
+                f"{row.requests:10}{row.equal:8.0%}"
+            )
+        return "\n".join(lines)
+
+
+def stream(
+    load: Callable[..., LoadedModel],
+    jobs: Sequence[Job],
+    *,
+    reference: Callable[[LoadedModel], PreTrainedModel],
+    seats: int = 32,
+    budget: int = 512,
+    repeats: int = 3,
+    progress: bool = True,
+) -> StreamReport:
+    """Time the stream in full precision and in int8, each in turn with `transformers` on its first requests.
+
+    Raises:
+        DifferentTokens: if, in fp32, the engine and `transformers` disagree on any token.
+        ValueError: if there is no int8 for this model or device.
+    """
+    full = load()
+    models = {str(full.dtype).removeprefix("torch."): full, "int8": load(quantization="int8")}
+    few = jobs[:REFERENCE_REQUESTS]
+    todo = [System(REFERENCE, functools.partial(run_reference, reference(full)), few)]
+    for precision, loaded in models.items():
+        name = f"labkit {precision}"
+        todo.append(System(name, functools.partial(run_ours, name, loaded, seats, budget), jobs))
+    exact = todo[1].name
+    for system in todo:
+        system.run(short_jobs(jobs), None)
+    same = ""
+
+    def check(runs: dict[str, Run]) -> None:
+        nonlocal same
+        same = compare_tokens([runs[exact], runs[REFERENCE]], full.dtype)
+
+    runs, _ = take_turns(todo, repeats, check=check, progress=progress)
+    baseline = statistics.median(run.rate for run in runs[REFERENCE])
+    rows = [peer_row(name, some, runs[exact][0], baseline) for name, some in runs.items()]
+    settings = {
+        **describe(full, jobs),
+        "seats": seats,
+        "token budget": budget,
+        "medians of": repeats,
+        **versions(),
+    }
+    return StreamReport(settings, same, rows)
