@@ -21,7 +21,7 @@ class StaticScheduler(Scheduler):
     forks = False
 
     def __init__(self, pool: BlockPool, **limits: Any) -> None:
-        super().__init__(pool, **limits)
+        super().__init__(pool, **{**limits, "enable_chunked_prefill": True})  # it knows one way alone
         pool.enable_prefix_caching = False  # its rows go in step
         self._batch: list[Request] = []
 
