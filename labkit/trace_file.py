@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -34,6 +35,7 @@ _NESTED: dict[str, type] = {
     "finished": Finish,
 }
 _SECONDS_DIGITS = 6
+_MAX_INT = 2**53  # larger whole numbers are not what they seem in a browser
 
 
 def write_lines(trace: Trace) -> Iterator[str]:
@@ -44,8 +46,15 @@ def write_lines(trace: Trace) -> Iterator[str]:
         yield json.dumps(_to_json(record), separators=(",", ":"))
 
 
-def read_lines(lines: Iterable[str]) -> Trace:
+def read_lines(
+    lines: Iterable[str], *, watch: Callable[[TraceMeta, PoolState, StepRecord | None], None] | None = None
+) -> Trace:
     """The trace that `write_lines` wrote.
+
+    Args:
+        lines: of the file.
+        watch: called after the header (without a record) and after each step, with the pool's state then;
+            it may raise `TraceError` to refuse the file.
 
     Raises:
         TraceError: with the number of the line and what is wrong with it.
@@ -61,13 +70,17 @@ def read_lines(lines: Iterable[str]) -> Trace:
     trace = Trace(_build(TraceMeta, head, number))
     _check_meta(trace.meta, number)
     state = PoolState(trace.meta.block_size)
+    if watch:
+        watch(trace.meta, state, None)
     last = -1
     for number, line in numbered:
         record = _build(StepRecord, _parse_line(number, line), number)
         _check_record(record, trace.meta, last, number)
-        _check_replay(state, record, number)
+        _check_replay(state, record, trace.meta, number)
         last = record.step
         trace.append(record)
+        if watch:
+            watch(trace.meta, state, record)
     return trace
 
 
@@ -116,7 +129,10 @@ def _convert(name: str, value: Any, kind: str) -> Any:
     if kind.startswith("tuple[int"):
         return _ints(name, value)
     if kind == "float":
-        return float(_typed(name, value, (int, float)))
+        number = float(_typed(name, value, (int, float)))
+        if not math.isfinite(number):
+            raise ValueError(f"{name}: {number} is no time")
+        return number
     return _typed(name, value, int if kind == "int" else str)
 
 
@@ -135,6 +151,8 @@ def _entry(name: str, cls: Any, item: Any) -> Any:
 def _typed(name: str, value: Any, kinds: type | tuple[type, ...]) -> Any:
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise ValueError(f"{name}: unexpected value {value!r}")
+    if isinstance(value, int) and abs(value) >= _MAX_INT:
+        raise ValueError(f"{name}: a number is too large")
     return value
 
 
@@ -167,7 +185,10 @@ def _check_record(record: StepRecord, meta: TraceMeta, last: int, number: int) -
         fail("padding must have one entry per request")
     if set(record.kinds) - KINDS.keys():
         fail(f"kinds must be made of the letters {', '.join(KINDS)}, not {record.kinds!r}")
-    blocks = [block for pages in (*record.preempted, *record.taken) for block in pages.blocks]
+    pages = [*record.preempted, *record.taken]
+    if any(len(entry.blocks) > meta.num_blocks for entry in pages):
+        fail(f"more pages than the pool has ({meta.num_blocks})")
+    blocks = [block for entry in pages for block in entry.blocks]
     blocks += [block for finish in record.finished for block in finish.blocks]
     blocks += [block for copy in record.copied for block in copy[1:]]
     blocks += [block for admission in record.admitted for block in admission.shared]
@@ -178,12 +199,14 @@ def _check_record(record: StepRecord, meta: TraceMeta, last: int, number: int) -
         fail("a count is negative")
 
 
-def _check_replay(state: PoolState, record: StepRecord, number: int) -> None:
+def _check_replay(state: PoolState, record: StepRecord, meta: TraceMeta, number: int) -> None:
     """Replay the step as it is read, so that a picture never meets a page that nobody took."""
     try:
         state.begin(record)
     except (KeyError, ValueError):
         raise TraceError(f"line {number}: copies a page that its request does not hold") from None
+    if any(len(table) > meta.num_blocks for table in state.tables.values()):
+        raise TraceError(f"line {number}: a request holds more pages than the pool has ({meta.num_blocks})")
     for request_id, num_tokens, start in zip(record.requests, record.num_tokens, record.starts, strict=True):
         held = len(state.tables.get(request_id, ())) * state.block_size
         if num_tokens and start + num_tokens > held:

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit import views
+from labkit.baselines import SCHEDULERS
 from labkit.memory import BlockPool
+from labkit.plan import StepResult
 from labkit.request import Request, SamplingParams
-from labkit.scheduler import SCHEDULERS, StepResult
 from labkit.trace import Admission, Arrival, Finish, Pages, StepRecord, Trace, TraceMeta
 from labkit.views import style, text
 

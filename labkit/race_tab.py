@@ -1,0 +1,138 @@
+"""The race tab: the same requests under two or three settings, then side by side on one clock."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from labkit import views
+from labkit.race_track import BusyError, RaceTrack
+from labkit.race_workloads import COURSES, SETTINGS, WORDS
+from labkit.trace import Trace
+from labkit.views.canvas import asset
+
+if TYPE_CHECKING:
+    from labkit.weights import LoadedModel
+
+_GLUE = """
+const ask = async (name, argument) => {
+  const late = new Promise((resolve) => setTimeout(resolve, 20000));
+  try {
+    return JSON.parse(await Promise.race([server[name](argument), late]));
+  } catch (error) {
+    return null;
+  }
+};
+element.race = labkit.race(element.querySelector(".lkr"), ask, () => props.value || "");
+"""
+_LINE = """
+const line = element.querySelector("p");
+const say = () => { line.textContent = props.value || ""; };
+say();
+watch("value", say);
+"""
+
+
+def build_race_tab(model: LoadedModel, *, keep: Callable[[str, Trace], object]) -> gr.HTML:
+    """Add the race to the Blocks that is being built. The page must have the variables of `canvas.css`.
+
+    One race is run at a time, whoever started it, on engines of its own; everybody sees how far it is and
+    what came of it. It ends early if its starter asks for that, or is gone.
+
+    Args:
+        model: to run; its weights are shared.
+        keep: called with a name and the trace of each setting when a race is over, from the race's thread.
+
+    Returns:
+        The component that shows it.
+    """
+    track = RaceTrack(model, keep)
+
+    def status(question: Any) -> str:
+        return _answer(track.status(_text(question, "owner")))
+
+    def stop(question: Any) -> str:
+        return _answer(track.stop(_text(question, "owner")))
+
+    def race(question: Any) -> str:
+        number = question.get("race") if isinstance(question, dict) else None
+        return _answer(track.packed(number) if isinstance(number, int) else None)
+
+    def start(course: str | None, settings: list[str] | None) -> tuple[str, Any]:
+        try:
+            return "", track.start(course or "", settings or [])
+        except (ValueError, BusyError) as error:
+            return str(error), gr.skip()
+
+    def suggest(course: str) -> tuple[str, list[str]]:
+        chosen = COURSES.get(course)
+        return (chosen.look, list(chosen.settings)) if chosen else ("", [])
+
+    def draw(name: str | None) -> tuple[Any, Any, Any]:
+        latest = track.latest()
+        if latest is None:
+            return gr.skip(), gr.skip(), gr.skip()
+        results = {result.setting.name: result for result in latest.results}
+        chosen = name if name in results else next(iter(results))
+        trace = results[chosen].trace
+        which = gr.Dropdown(choices=list(results), value=chosen)
+        return which, views.batch_timeline(trace), views.throughput(trace)
+
+    bare: dict[str, Any] = {"apply_default_css": False, "padding": False}
+    first = next(iter(COURSES))
+    with gr.Row(elem_id="lkr-choices", equal_height=False):
+        course = gr.Radio(
+            [(chosen.title, name) for name, chosen in COURSES.items()],
+            value=first,
+            label="Workload",
+            elem_id="lkr-course",
+            min_width=240,
+        )
+        settings = gr.CheckboxGroup(
+            [(f"{name}: {WORDS[name]}", name) for name in SETTINGS],
+            value=list(COURSES[first].settings),
+            label="Settings, two or three",
+            elem_id="lkr-settings",
+            min_width=320,
+            scale=2,
+        )
+    with gr.Row(elem_id="lkr-go", equal_height=False):
+        button = gr.Button("Race", variant="primary", elem_id="lkr-start", scale=0, min_width=140)
+        look = gr.HTML(
+            COURSES[first].look, html_template="<p></p>", js_on_load=_LINE, elem_id="lkr-look", **bare
+        )
+    refused = gr.HTML(html_template='<p role="alert"></p>', js_on_load=_LINE, elem_id="lkr-refused", **bare)
+    scripts = ("canvas.js", "film.js", "race.js")
+    view = gr.HTML(
+        html_template=f"<style>{asset('replay.css')}</style>{asset('race.html')}",
+        js_on_load="".join(map(asset, scripts)) + _GLUE,
+        server_functions=[status, stop, race],
+        elem_id="lkr-race",
+        **bare,
+    )
+    with gr.Accordion("Figures to zoom into", open=False, elem_id="lkr-figures"):
+        with gr.Row(equal_height=False):
+            which = gr.Dropdown([], label="Setting", interactive=True, elem_id="lkr-which", min_width=200)
+            again = gr.Button("Draw the latest race", elem_id="lkr-draw", min_width=160)
+        timeline = gr.Plot(label="Batch timeline", show_label=False)
+        rates = gr.Plot(label="Throughput", show_label=False)
+    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_name": False}
+    button.click(start, [course, settings], [refused, view], **quick)
+    course.change(suggest, course, [look, settings], **quick)
+    drawn: dict[str, Any] = {"inputs": which, "outputs": [which, timeline, rates], "concurrency_limit": 2}
+    again.click(draw, api_name=False, **drawn)
+    which.input(draw, api_name=False, **drawn)
+    return view
+
+
+def _answer(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _text(question: Any, name: str) -> str:
+    """A field of what a browser asks, which may be anything."""
+    value = question.get(name) if isinstance(question, dict) else None
+    return value if isinstance(value, str) else ""

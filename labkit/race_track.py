@@ -1,0 +1,215 @@
+"""One race at a time for everybody: who started it, how far it is, and what came of the last ones.
+
+No page here: a thread, plain numbers and words.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from labkit.race import MAX_SETTINGS, Progress, Race, RaceCancelled, RaceError, Result, run_race
+from labkit.race_workloads import COURSES, SETTINGS, WORDS
+from labkit.trace import Trace
+from labkit.views.film import film
+
+if TYPE_CHECKING:
+    from labkit.weights import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+KEPT = 4  # races that are remembered
+LEASE = 90.0  # seconds after which a race ends whose starter is not heard of any more
+
+
+class BusyError(RuntimeError):
+    """A race is being run already; says how far it is."""
+
+
+class RaceTrack:
+    """Runs races on a thread of their own. Safe to use from many threads.
+
+    Args:
+        model: that all races run on.
+        keep: called with a name and the trace of each setting when a race is over.
+    """
+
+    def __init__(self, model: LoadedModel, keep: Callable[[str, Trace], object]) -> None:
+        self._model = model
+        self._keep = keep
+        self._lock = threading.Lock()  # of all that follows
+        self._owner = ""  # of the race under way; "" if there is none
+        self._heard = 0.0
+        self._stop = False
+        self._progress: Progress | None = None
+        self._title = ""
+        self._failure: tuple[str, str] = ("", "")  # whose race, and why it came to nothing
+        self._races: OrderedDict[int, tuple[Race, dict[str, Any]]] = OrderedDict()
+        self._count = 0
+
+    def start(self, course: str, settings: Sequence[str]) -> str:
+        """Start a race; returns a secret by which its starter is known.
+
+        Raises:
+            ValueError: for a course or settings that are not there, or too few or too many settings.
+            BusyError: if another race is under way.
+        """
+        if course not in COURSES:
+            raise ValueError("Choose a workload.")
+        if any(name not in SETTINGS for name in settings):
+            raise ValueError("Choose settings from the list.")
+        if not 2 <= len(set(settings)) <= MAX_SETTINGS:
+            raise ValueError(f"Choose two or three settings: {len(set(settings))} cannot race.")
+        chosen = [name for name in SETTINGS if name in settings]  # in the order of the list
+        with self._lock:
+            if self._owner:
+                raise BusyError(
+                    f"A race is being run: {self._words()}. You can watch it here, and start yours when it "
+                    "is over."
+                )
+            self._owner = owner = secrets.token_hex(8)
+            self._heard, self._stop, self._progress = time.monotonic(), False, None
+            self._title, self._failure = COURSES[course].title, ("", "")
+        threading.Thread(target=self._run, args=(owner, course, chosen), name="race", daemon=True).start()
+        return owner
+
+    def _run(self, owner: str, course: str, names: list[str]) -> None:
+        failure = ""
+        try:
+            race = run_race(
+                self._model,
+                COURSES[course].workload(self._model.tokenizer),
+                [SETTINGS[name] for name in names],
+                progress=self._advance,
+                cancelled=self._stopped,
+            )
+            self._finish(race, course)
+        except RaceCancelled as error:
+            failure = f"The race was {error}."
+        except (RaceError, ValueError, MemoryError) as error:
+            failure = f"The race could not be run. {error}"
+        except Exception as error:
+            logger.exception("a race failed")
+            failure = f"The race failed: {type(error).__name__}."
+        finally:
+            with self._lock:
+                self._owner, self._failure = "", (owner, failure)
+
+    def _advance(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def _stopped(self) -> bool:
+        return self._stop or time.monotonic() - self._heard > LEASE
+
+    def _finish(self, race: Race, course: str) -> None:
+        packed = pack(race, course)
+        with self._lock:
+            self._count += 1
+            number = self._count
+            self._races[number] = (race, packed | {"race": number})
+            while len(self._races) > KEPT:
+                self._races.popitem(last=False)
+        for result in race.results:
+            self._keep(f"Race {number}, {COURSES[course].title}: {result.setting.name}", result.trace)
+
+    def stop(self, owner: str) -> bool:
+        """Stop the race before its next step. False for anybody but its starter."""
+        with self._lock:
+            if not self._owner or owner != self._owner:
+                return False
+            self._stop = True
+            return True
+
+    def _words(self) -> str:
+        progress = self._progress
+        if progress is None:
+            return f"{self._title}, about to start"
+        return f"{self._title}, {progress.setting}, {progress.share:.0%} done"
+
+    def status(self, owner: str) -> dict[str, Any]:
+        """How far the race under way is, if there is one, and the number of the latest result (0: none)."""
+        with self._lock:
+            mine = bool(owner) and owner == self._owner
+            if mine:
+                self._heard = time.monotonic()
+            whose, why = self._failure
+            return {
+                "running": bool(self._owner),
+                "mine": mine,
+                "title": self._title,
+                "progress": asdict(self._progress) if self._owner and self._progress else None,
+                "failure": why if owner and owner == whose else "",
+                "race": self._count if self._count in self._races else 0,
+            }
+
+    def packed(self, number: int) -> dict[str, Any] | None:
+        """A race for the browser, or None if it is forgotten."""
+        with self._lock:
+            found = self._races.get(number)
+            return found[1] if found else None
+
+    def latest(self) -> Race | None:
+        with self._lock:
+            return self._races[self._count][0] if self._count in self._races else None
+
+
+# -- the result cards -----------------------------------------------------------------------------
+
+# What is compared: name, how it is written, which is better (-1 less, 1 more, 0 neither), and what it is.
+_NUMBERS: tuple[tuple[str, Callable[[Result], float | None], str, int, str], ...] = (
+    ("Time", lambda r: r.seconds, "{:.2f} s", -1, "from the start until the last answer was complete"),
+    ("Throughput", lambda r: r.tokens_per_second, "{:.1f} tokens/s", 1, "generated tokens over the time"),
+    ("Steps", lambda r: r.steps, "{:,}", -1, "forward passes of the model"),
+    ("Requests in a step", lambda r: r.batch, "{:.1f}", 1, "how many a step works for, on average"),
+    ("First token", lambda r: r.ttft_median, "{:.2f} s", -1, "TTFT: from arrival to the first token, median"),
+    ("First token, longest", lambda r: r.ttft_max, "{:.2f} s", -1, "TTFT of the request that waited longest"),
+    ("Between tokens", lambda r: r.itl_median, "{:.3f} s", -1, "ITL: from a token to the next, median"),
+    ("Longest gap", lambda r: r.itl_max, "{:.3f} s", -1, "the longest ITL: how long an answer stood still"),
+    (
+        "Memory taken",
+        lambda r: r.kv_usage,
+        "{:.0%}",
+        0,
+        "KV usage: pages that are owned, mean over the steps",
+    ),
+    ("Memory at its fullest", lambda r: r.kv_usage_peak, "{:.0%}", 0, "the highest KV usage"),
+    ("Waste inside pages", lambda r: r.waste, "{:.0%}", -1, "slots of owned pages that hold no token"),
+    ("Padding", lambda r: r.padding, "{:,} slots", -1, "computed for nothing, to keep a batch in step"),
+    ("Preemptions", lambda r: r.preemptions, "{:,}", -1, "requests that lost their pages and began again"),
+)
+
+
+def pack(race: Race, course: str) -> dict[str, Any]:
+    """A race as the browser draws it: films, and numbers as text with the best of each marked."""
+    values = [[value(result) for _, value, *_ in _NUMBERS] for result in race.results]
+    results = []
+    for row, result in enumerate(race.results):
+        numbers = []
+        for column, (name, _, shown, better, hint) in enumerate(_NUMBERS):
+            own, all_of_it = values[row][column], [line[column] for line in values]
+            known = [number for number in all_of_it if number is not None]
+            text = "-" if own is None else shown.format(own)
+            best = bool(better) and own is not None and own == (min(known) if better < 0 else max(known))
+            tie = len({shown.format(number) for number in known}) == 1
+            numbers.append([name, text, best and not tie, hint])
+        results.append(
+            {
+                "name": result.setting.name,
+                "words": WORDS.get(result.setting.name, ""),
+                "film": film(result.trace),
+                "generated": result.generated,
+                "numbers": numbers,
+            }
+        )
+    return {
+        "title": COURSES[course].title,
+        "look": COURSES[course].look,
+        "check": asdict(race.check),
+        "results": results,
+    }

@@ -1,0 +1,96 @@
+"""Workloads and settings to race with, sized for a laptop, each with a sentence on what to look for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from labkit.race import Entry, Setting, Workload
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK = 32  # tokens a step, for the setting that shows what small chunks do
+_LETTERS = 4_000  # of the text: more would be longer than some models allow
+
+RESERVED, WHOLE, CHUNKED = "reserved memory", "whole prompts", f"chunks of {CHUNK}"
+
+# Name to what it means, in a few words, and the setting itself.
+_ALL = (
+    (Setting("naive", "naive"), "one request at a time"),
+    (Setting("static", "static"), "a batch runs until its last member is done"),
+    (Setting("continuous"), "requests join and leave at every step; pages as they are needed"),
+    (Setting(RESERVED, kv_policy="reserved"), "continuous, but each takes all the pages it may need at once"),
+    (
+        Setting(WHOLE, enable_chunked_prefill=False),
+        "continuous, but a step is for whole prompts or for answers",
+    ),
+    (Setting(CHUNKED, max_num_batched_tokens=CHUNK), f"continuous, at most {CHUNK} tokens in a step"),
+)
+SETTINGS: Mapping[str, Setting] = MappingProxyType({setting.name: setting for setting, _ in _ALL})
+WORDS: Mapping[str, str] = MappingProxyType({setting.name: words for setting, words in _ALL})
+
+
+@dataclass(frozen=True)
+class Course:
+    """A workload by name: its requests as (step of arrival, prompt tokens, answer tokens), and its sizes."""
+
+    title: str
+    look: str
+    jobs: tuple[tuple[int, int, int], ...]
+    settings: tuple[str, ...]  # that it was made for
+    num_blocks: int = 40
+    max_num_seqs: int = 6
+
+    def workload(self, tokenizer: PreTrainedTokenizerBase) -> Workload:
+        """The requests, with prompts cut out of the text in the package."""
+        ids = _prose(tokenizer)
+        entries = []
+        for number, (step, prompt, answer) in enumerate(self.jobs):
+            start = 97 * number % (len(ids) - prompt)
+            entries.append(Entry(tuple(ids[start : start + prompt]), answer, step))
+        return Workload(tuple(entries), self.num_blocks, max_num_seqs=self.max_num_seqs)
+
+
+def _prose(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    text = files("labkit").joinpath("data/alice.txt").read_text(encoding="utf-8").split("\n", 1)[1].strip()
+    return list(tokenizer.encode(text[:_LETTERS], add_special_tokens=False))
+
+
+COURSES: Mapping[str, Course] = MappingProxyType(
+    {
+        "uneven": Course(
+            "Uneven lengths",
+            "Short and long answers together: look for the idle seats that static batching pads until the "
+            "longest is done, and for how soon continuous batching gives them to the next in the queue.",
+            tuple((0, 12, n) for n in (6, 28, 4, 12, 32, 5, 8, 24, 4, 10, 30, 6)),
+            ("naive", "static", "continuous"),
+        ),
+        "trickle": Course(
+            "One after the other",
+            "A new request every third step: look for the dotted lines. Static batching lets whoever comes "
+            "too late wait for the whole batch; continuous batching lets them in at the next step.",
+            tuple((3 * i, 16, n) for i, n in enumerate((20, 8, 14, 6, 24, 8, 12, 6, 16, 10))),
+            ("naive", "static", "continuous"),
+        ),
+        "pool": Course(
+            "A pool too small",
+            "Answers may grow, and memory is short. Look at the hatched part of the memory curve: reserved "
+            "pages that hold nothing, while others wait for them. Paged memory seats more at once.",
+            tuple((0, 20, n) for n in (44, 12, 40, 10, 36, 14, 44, 12)),
+            (RESERVED, "continuous"),
+            num_blocks=14,
+            max_num_seqs=8,
+        ),
+        "long": Course(
+            "A long prompt into a running batch",
+            "Four answers run when a prompt of 400 tokens arrives. Computed whole, it stops them for a long "
+            "step (see the longest ITL); in chunks, everybody gets a token in every step meanwhile.",
+            (*((0, 12, 30) for _ in range(4)), (6, 400, 6)),
+            (WHOLE, CHUNKED),
+        ),
+    }
+)

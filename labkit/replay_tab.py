@@ -1,0 +1,230 @@
+"""The replay tab: a scrubber over any trace, the lab's own, a past race's, or one that somebody hands in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import gradio as gr
+
+from labkit import perfetto
+from labkit.trace import Trace, TraceError
+from labkit.upload import MAX_BYTES, read_upload
+from labkit.views import film, style
+from labkit.views.canvas import asset
+
+MAX_UPLOADS = 16
+MAX_REELS = 32  # traces that somebody looks at, as they were when it was opened
+_GONE = "This trace is no longer kept: choose another, or hand it in again."
+
+_GLUE = """
+const ask = async (name, argument) => {
+  const late = new Promise((resolve) => setTimeout(resolve, 60000));
+  try {
+    return JSON.parse(await Promise.race([server[name](argument), late]));
+  } catch (error) {
+    return null;
+  }
+};
+const root = element.querySelector(".lkr");
+element.replay = labkit.replay(root, ask);
+watch("value", () => {
+  const handed = props.value && JSON.parse(props.value);
+  if (handed) element.replay.add(handed.key, handed.name);
+});
+"""
+_MESSAGE = """
+const line = element.querySelector("p");
+watch("value", () => { line.textContent = props.value || ""; });
+"""
+
+
+@dataclass(frozen=True)
+class _Reel:
+    """A trace as it was when somebody opened it."""
+
+    trace: Trace
+    lanes: dict[str, int]
+    packed: dict[str, Any]
+
+
+class Traces:
+    """The traces that can be replayed, and those that are being looked at. Safe to use from many threads.
+
+    Args:
+        sources: asked for the lab's own traces, by the names under which they are shown.
+    """
+
+    def __init__(self, sources: Callable[[], Mapping[str, Trace]]) -> None:
+        self._sources = sources
+        self._lock = threading.Lock()
+        self._heavy = threading.Lock()  # one long trace is packed at a time: the engine runs on, too
+        self._uploads: OrderedDict[str, tuple[Trace, int]] = OrderedDict()
+        self._reels: OrderedDict[str, _Reel] = OrderedDict()
+
+    def names(self) -> list[str]:
+        """The lab's own traces."""
+        return list(self._sources())
+
+    def hand_in(self, path: str | os.PathLike[str]) -> str:
+        """Keep the trace in a file; returns the key under which it is found, which nobody can guess.
+
+        Raises:
+            TraceError: for a file that is no trace or too large.
+        """
+        trace, size = read_upload(path), os.path.getsize(path)
+        key = secrets.token_hex(16)
+        with self._lock:
+            self._uploads[key] = (trace, size)
+            while len(self._uploads) > 1 and (
+                len(self._uploads) > MAX_UPLOADS or sum(s for _, s in self._uploads.values()) > 2 * MAX_BYTES
+            ):
+                self._uploads.popitem(last=False)
+        return key
+
+    def open(self, key: str) -> tuple[str, _Reel]:
+        """A trace as it is now, and the name of this reel. Raises KeyError if it is no longer kept."""
+        trace = self._find(key)
+        records = list(trace.records)
+        with self._heavy:
+            with self._lock:
+                for name, reel in self._reels.items():
+                    seen = reel.trace.records
+                    if len(seen) == len(records) and all(a is b for a, b in zip(seen, records, strict=True)):
+                        self._reels.move_to_end(name)
+                        return name, reel
+            still = Trace(trace.meta, records)
+            reel = _Reel(still, film.lanes_of(still), film.film(still))
+        name = secrets.token_hex(16)
+        with self._lock:
+            self._reels[name] = reel
+            while len(self._reels) > MAX_REELS:
+                self._reels.popitem(last=False)
+        return name, reel
+
+    def _find(self, key: str) -> Trace:
+        if key.startswith("s:"):
+            return self._sources()[key[2:]]
+        with self._lock:
+            return self._uploads[key][0]
+
+    def reel(self, name: str) -> _Reel:
+        """What `open` gave. Raises KeyError if it was forgotten since."""
+        with self._lock:
+            self._reels.move_to_end(name)
+            return self._reels[name]
+
+    def save(self, name: str, kind: str) -> tuple[str, str]:
+        """A file's name and text, of kind "trace" or "perfetto". Raises KeyError as `reel` does."""
+        trace = self.reel(name).trace
+        with self._heavy:
+            if kind == "perfetto":
+                return "labkit.perfetto.json", "".join(perfetto.lines(trace))
+            return "labkit.trace.jsonl", "".join(line + "\n" for line in trace.lines())
+
+
+def build_replay_tab(sources: Callable[[], Mapping[str, Trace]]) -> gr.HTML:
+    """Add the replay to the Blocks that is being built. The page must have the variables of `canvas.css`.
+
+    Args:
+        sources: gives the traces that everybody may see, by name, each time it is asked: quickly, and from
+            any thread. They may grow; what is on show is the trace as it was when it was opened.
+
+    Returns:
+        The component that shows it.
+    """
+    traces = Traces(sources)
+
+    def names(_: Any) -> str:
+        return _answer([style.label(name, 60) for name in traces.names()])
+
+    def film_of(question: Any) -> str:
+        try:
+            name, reel = traces.open(_real_key(traces, _text(question, "key")))
+        except KeyError:
+            return _answer({"error": _GONE})
+        return _answer({"reel": name, "film": reel.packed})
+
+    def frames_of(question: Any) -> str:
+        try:
+            reel = traces.reel(_text(question, "reel"))
+        except KeyError:
+            return _answer({"gone": True})
+        first, count = _number(question, "first"), _number(question, "count")
+        return _answer({"frames": film.frames(reel.trace, reel.lanes, first, max(1, count))})
+
+    def save(question: Any) -> str:
+        try:
+            name, text = traces.save(_text(question, "reel"), _text(question, "kind"))
+        except KeyError:
+            return _answer({"error": _GONE})
+        return _answer({"name": name, "text": text})
+
+    def hand_in(path: str | None) -> tuple[str, Any]:
+        if not path:
+            return "", gr.skip()
+        try:
+            key = traces.hand_in(path)
+        except TraceError as error:
+            return f"This file cannot be replayed. {style.label(str(error), 400)}", gr.skip()
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(path)  # gradio's copy: what we need of it is in memory
+        return "", _answer({"key": key, "name": f"File: {style.label(PurePath(path).name, 40)}"})
+
+    bare: dict[str, Any] = {"apply_default_css": False, "padding": False}
+    # The browser knows server functions by their names.
+    named = {"traces": names, "film": film_of, "frames": frames_of, "save": save}
+    for name, function in named.items():
+        function.__name__ = name
+    with gr.Row(elem_id="lkr-hand-in", equal_height=False):
+        button = gr.UploadButton(
+            "Open a trace file", file_types=[".jsonl", ".json", ".txt"], size="sm", scale=0, min_width=160
+        )
+    message = gr.HTML(
+        html_template='<p role="alert"></p>',
+        js_on_load=_MESSAGE,
+        elem_id="lkr-message",
+        **bare,
+    )
+    view = gr.HTML(
+        html_template=f"<style>{asset('replay.css')}</style>{asset('replay.html')}",
+        js_on_load=asset("canvas.js") + asset("film.js") + asset("replay.js") + _GLUE,
+        server_functions=list(named.values()),
+        elem_id="lkr-replay",
+        **bare,
+    )
+    button.upload(
+        hand_in, button, [message, view], show_progress="hidden", concurrency_limit=2, api_name=False
+    )
+    return view
+
+
+def _real_key(traces: Traces, key: str) -> str:
+    """Names are shown shortened: find the one that was meant."""
+    if not key.startswith("s:"):
+        return key
+    return next((f"s:{name}" for name in traces.names() if style.label(name, 60) == key[2:]), key)
+
+
+def _answer(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _text(question: Any, name: str) -> str:
+    """A field of what a browser asks, which may be anything."""
+    value = question.get(name) if isinstance(question, dict) else None
+    return value if isinstance(value, str) else ""
+
+
+def _number(question: Any, name: str) -> int:
+    value = question.get(name) if isinstance(question, dict) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 else 0

@@ -1,0 +1,180 @@
+"""A whole trace packed for a browser that replays it: `film` once, then `frames` of the steps it looks at.
+
+Requests are referred to by their place among the film's lanes, so that no name, however long or odd, is sent
+more than once, and none unabridged.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import asdict
+from itertools import chain
+from typing import Any
+
+from labkit.trace import PoolState, StepRecord, Trace
+from labkit.views import style
+from labkit.views.timeline import Lane, rates_of, timeline_of
+
+MAX_FRAMES = 32  # of one answer
+MAX_LISTED = 60  # members of the queue that a frame names
+_LETTERS = {"prefill": "p", "chunk": "c", "decode": "d", "idle": "i", "waiting": "w"}
+_NAME = 32  # columns
+_MAX_WORK = (
+    20_000_000  # steps times pages; beyond it, memory is looked at in every second step, or third, ...
+)
+
+
+def film(trace: Trace) -> dict[str, Any]:
+    """What does not depend on the step looked at, ready for JSON.
+
+    `steps` holds columns with an entry per step. `begin` and `end` are in seconds since the first step
+    began, or None if the trace has no clock; `owned` counts pages during the step, and `filled` their slots
+    that hold a token. `lanes` has one entry per request: name, place in the palette, spans of
+    [kind, first step, last step, tokens], and ends of [step, reason].
+    """
+    timeline, rates = timeline_of(trace), rates_of(trace)
+    records = trace.records
+    usage = usage_of(trace, every=1 + len(records) * trace.meta.num_blocks // _MAX_WORK)
+    columns: dict[str, Any] = {
+        "step": [record.step for record in records],
+        "sampled": [record.total_sampled for record in records],
+        "computed": [record.total_tokens for record in records],
+        "owned": [owned for owned, _ in usage],
+        "filled": [filled for _, filled in usage],
+        "waiting": [record.waiting for record in records],
+        "running": rates.running if rates else [],
+        "begin": None,
+        "end": None,
+    }
+    if rates and rates.per == "second":
+        zero, last = records[0].time - records[0].seconds, 0.0
+        begins, ends = [], []
+        for record in records:  # never backwards, whatever a file says
+            begins.append(max(last, record.time - record.seconds - zero))
+            last = max(begins[-1], record.time - zero)
+            ends.append(last)
+        columns["begin"], columns["end"] = [[round(t, 5) for t in times] for times in (begins, ends)]
+    meta = asdict(trace.meta)
+    for name in ("scheduler", "kv_policy", "model", "device", "dtype"):
+        meta[name] = style.label(meta[name], _NAME)
+    return {
+        "meta": meta,
+        "palette": style.PALETTE,
+        "headline": timeline.headline if timeline else ("No steps yet: nothing has run.", ""),
+        "steps": columns,
+        "lanes": [_pack(lane) for lane in timeline.lanes] if timeline else [],
+    }
+
+
+def _pack(lane: Lane) -> dict[str, Any]:
+    spans = [[_LETTERS[span.kind], span.first, span.last, span.num_tokens] for span in lane.spans]
+    return {
+        "label": style.label(lane.request_id, 6),
+        "name": style.label(lane.request_id, _NAME),
+        "color": style.color_index(lane.request_id),
+        "spans": [*spans, *(["x", step, step, 0] for step in lane.preempted)],
+        "ends": [[end.step - end.early, style.label(end.reason, _NAME)] for end in lane.ends],
+    }
+
+
+def usage_of(trace: Trace, *, every: int = 1) -> list[tuple[int, int]]:
+    """For each step: pages that somebody owns during it, and how many of their slots hold a token.
+
+    With `every` above 1 only so many steps are looked at, and those after them are said to be the same.
+    """
+    state, usage = PoolState(trace.meta.block_size), []
+    for place, record in enumerate(trace.records):
+        state.begin(record)
+        usage.append(_usage(state) if place % every == 0 else usage[-1])
+        state.end(record)
+    return usage
+
+
+def _usage(state: PoolState) -> tuple[int, int]:
+    owned = set(chain.from_iterable(state.tables.values()))
+    if sum(map(len, state.tables.values())) == len(owned):  # nothing is shared
+        size = state.block_size
+        tokens = (min(state.computed.get(name, 0), len(t) * size) for name, t in state.tables.items())
+        return len(owned), sum(tokens)
+    filled = state.filled
+    return len(owned), sum(filled[block] for block in owned)
+
+
+def frames(trace: Trace, lanes: dict[str, int], first: int, count: int) -> list[dict[str, Any]]:
+    """The pool, the batch and the queue during some steps, ready for JSON.
+
+    Args:
+        trace: that the film was made of.
+        lanes: request to its place among the film's lanes.
+        first: place in the trace of the first step wanted, from 0.
+        count: of steps; never more than `MAX_FRAMES` are given, nor any that the trace does not hold.
+    """
+    records = trace.records[max(0, first) : max(0, first) + min(count, MAX_FRAMES)]
+    if not records:
+        return []
+    state = trace.state(records[0].step)
+    found = []
+    for place, record in enumerate(records):
+        if place:
+            state.begin(record)
+        found.append(_frame(trace, lanes, state, record))
+        state.end(record)
+    return found
+
+
+def _frame(trace: Trace, lanes: dict[str, int], state: PoolState, record: StepRecord) -> dict[str, Any]:
+    bits = bytearray(-(-trace.meta.num_blocks // 8))
+    for block in state.cached:
+        bits[block >> 3] |= 1 << (block & 7)
+
+    def number(request_id: str) -> int:
+        return lanes.get(request_id, -1)
+
+    queue = [*state.queue, *state.held]
+    return {
+        "step": record.step,
+        "tables": [
+            [number(name), state.computed.get(name, 0), list(table)] for name, table in state.tables.items()
+        ],
+        "cached": base64.b64encode(bits).decode("ascii"),
+        "batch": [
+            [number(row.request_id), _LETTERS[row.kind], row.start, row.num_tokens, row.padding]
+            for row in record.rows
+        ],
+        "queue": [[number(name), _why(state, record, name)] for name in queue[:MAX_LISTED]],
+        "queued": len(queue),
+        "events": [[number(name), style.label(what, 80)] for name, what in _events(record)],
+    }
+
+
+def _why(state: PoolState, record: StepRecord, request_id: str) -> str:
+    """Why a request waits: its own reason at the head of the queue, "" behind it."""
+    if request_id in state.held:
+        return f"waits for the prompt of request {style.label(state.held[request_id], _NAME)}"
+    if record.blocked and record.blocked[0] == request_id:
+        return style.label(record.blocked[1], 80)
+    return ""
+
+
+def _events(record: StepRecord) -> list[tuple[str, str]]:
+    """Who came and went in a step, and why."""
+    arrived = [(a.request_id, f"arrives with {a.num_prompt_tokens} prompt tokens") for a in record.arrived]
+    admitted = []
+    for admission in record.admitted:
+        hit = f", {admission.num_cached_tokens} tokens found in the prefix cache"
+        admitted.append((admission.request_id, f"admitted{hit if admission.num_cached_tokens else ''}"))
+    preempted = [
+        (name, f"preempted, gives {style.plural(len(blocks), 'page')} back")
+        for name, blocks in record.preempted
+    ]
+    finished = [(name, f"ends: {reason}") for name, reason, _ in record.finished]
+    found = [*arrived, *preempted, *admitted, *finished][:MAX_LISTED]
+    if record.evicted:
+        found.append(("", f"{style.plural(len(record.evicted), 'cached page')} evicted"))
+    return found
+
+
+def lanes_of(trace: Trace) -> dict[str, int]:
+    """Request to its place among the film's lanes; see `frames`."""
+    timeline = timeline_of(trace)
+    return {lane.request_id: place for place, lane in enumerate(timeline.lanes)} if timeline else {}

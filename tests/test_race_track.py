@@ -1,0 +1,149 @@
+"""One race at a time: who may start and stop it, what others see, and what the cards say."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from labkit import race_track
+from labkit.race import Progress, RaceCancelled, RaceError
+from labkit.race_track import BusyError, RaceTrack
+from labkit.race_workloads import COURSES
+from labkit.trace import Trace
+from labkit.weights import LoadedModel, load_model
+
+THREE = ["naive", "static", "continuous"]
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return load_model("tiny-random", say=None)
+
+
+@pytest.fixture
+def kept() -> dict[str, Trace]:
+    return {}
+
+
+@pytest.fixture
+def track(model: LoadedModel, kept: dict[str, Trace]) -> RaceTrack:
+    return RaceTrack(model, kept.__setitem__)
+
+
+class SlowRace:
+    """Takes the place of a race: it is at 40% until it is let go or cancelled."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
+        self.go = threading.Event()
+        self.error = error or RaceError("static: no")
+        monkeypatch.setattr(race_track, "run_race", self)
+
+    def __call__(self, *_: Any, progress: Callable[[Progress], None], cancelled: Callable[[], bool]) -> None:
+        progress(Progress("static", 1, 3, 17, 5, 12, 0.4))
+        while not self.go.wait(0.01):
+            if cancelled():
+                raise RaceCancelled("stopped in static, after 17 steps")
+        raise self.error
+
+
+def test_a_race_from_start_to_cards(track: RaceTrack, kept: dict[str, Trace]) -> None:
+    me = track.start("uneven", ["continuous", "static", "naive"])
+    assert track.status(me)["mine"] and track.status(me)["running"]
+    wait_for(lambda: not track.status(me)["running"])
+    status = track.status(me)
+    assert (status["race"], status["failure"], status["mine"]) == (1, "", False)
+    wait_for(lambda: len(kept) == 3)
+    assert list(kept) == [f"Race 1, Uneven lengths: {name}" for name in THREE]
+    race, packed = track.latest(), json.loads(json.dumps(track.packed(1)))
+    assert race and packed["check"]["same"] and packed["race"] == 1
+    for result, card in zip(race.results, packed["results"], strict=True):
+        numbers = {name: (text, best) for name, text, best, _ in card["numbers"]}
+        assert numbers["Steps"][0] == str(result.steps)
+        assert numbers["Time"][0] == f"{result.seconds:.2f} s"
+        assert numbers["Waste inside pages"][0] == f"{result.waste:.0%}"
+        assert numbers["Padding"][0] == f"{result.padding} slots"
+        assert card["generated"] == 169 and card["film"]["steps"]["step"] == list(range(result.steps))
+    best = [[name for name, _, best, _ in card["numbers"] if best] for card in packed["results"]]
+    assert "Steps" in best[2] and "Steps" not in best[0] + best[1]
+    assert "Preemptions" not in [*best[0], *best[1], *best[2]], "nobody is best where all are alike"
+
+
+def test_one_at_a_time_and_the_others_are_told_how_far_it_is(
+    track: RaceTrack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowRace(monkeypatch)
+    me = track.start("uneven", THREE)
+    wait_for(lambda: track.status(me)["progress"])
+    with pytest.raises(BusyError, match="Uneven lengths, static, 40% done"):
+        track.start("pool", THREE)
+    for other in ("", "guess"):
+        status = track.status(other)
+        assert status["running"] and not status["mine"] and status["progress"]["step"] == 17
+        assert not track.stop(other)
+    slow.go.set()
+    wait_for(lambda: not track.status(me)["running"])
+    assert track.status(me)["failure"] == "The race could not be run. static: no"
+    assert track.status("guess")["failure"] == track.status("")["failure"] == ""
+    assert track.status(me)["race"] == 0 and track.packed(0) is None and track.latest() is None
+
+
+def test_its_starter_stops_it(track: RaceTrack, monkeypatch: pytest.MonkeyPatch) -> None:
+    SlowRace(monkeypatch)
+    me = track.start("uneven", THREE)
+    assert track.stop(me)
+    wait_for(lambda: not track.status(me)["running"])
+    assert track.status(me)["failure"] == "The race was stopped in static, after 17 steps."
+    assert not track.stop(me) and track.start("uneven", THREE) != me
+
+
+def test_a_race_whose_starter_is_gone_ends(track: RaceTrack, monkeypatch: pytest.MonkeyPatch) -> None:
+    SlowRace(monkeypatch)
+    monkeypatch.setattr(race_track, "LEASE", 0.3)
+    me = track.start("uneven", THREE)
+    for _ in range(4):  # heard of, it goes on
+        time.sleep(0.15)
+        assert track.status(me)["running"]
+    wait_for(lambda: not track.status("somebody else")["running"])
+
+
+def test_a_bug_says_no_more_than_its_kind(track: RaceTrack, monkeypatch: pytest.MonkeyPatch) -> None:
+    SlowRace(monkeypatch, KeyError("/secret/path")).go.set()
+    me = track.start("uneven", THREE)
+    wait_for(lambda: not track.status(me)["running"])
+    assert track.status(me)["failure"] == "The race failed: KeyError."
+
+
+@pytest.mark.parametrize(
+    ("course", "settings", "said"),
+    [
+        ("nothing", THREE, "Choose a workload"),
+        ("uneven", ["naive", "rm -rf"], "Choose settings from the list"),
+        ("uneven", ["naive"], "Choose two or three settings: 1 cannot race"),
+        ("uneven", ["naive", "naive"], "1 cannot race"),
+        ("uneven", [*THREE, "whole prompts"], "4 cannot race"),
+        ("uneven", [], "0 cannot race"),
+    ],
+)
+def test_bad_choices(track: RaceTrack, course: str, settings: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        track.start(course, settings)
+    assert not track.status("")["running"]
+
+
+def test_old_races_are_forgotten(track: RaceTrack, kept: dict[str, Trace]) -> None:
+    for _ in range(race_track.KEPT + 1):
+        me = track.start("pool", list(COURSES["pool"].settings))
+        wait_for(lambda me=me: not track.status(me)["running"])
+    assert track.packed(1) is None and track.packed(2) and track.status("")["race"] == race_track.KEPT + 1

@@ -1,0 +1,270 @@
+"""The replay tab in a real browser, and what it hands out to whoever asks in other ways."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tabs import HOSTILE, Looker, browser, served  # noqa: F401
+from test_perfetto import busy, timed
+from test_views import run, story
+
+from labkit import perfetto, replay_tab
+from labkit.replay_tab import Traces, build_replay_tab
+from labkit.trace import Trace, TraceError
+from labkit.upload import MAX_BYTES
+from labkit.views.canvas import asset
+from labkit.views.pages import pages_of
+
+TRACES = {"A busy one": busy(), "The story": story(), HOSTILE: run([(0, HOSTILE, 5, 3), (0, "b", 6, 9)])}
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with served(lambda: build_replay_tab(lambda: TRACES)) as address:
+        yield address
+
+
+@pytest.fixture
+def visit(browser: Any, address: str) -> Iterator[Callable[..., Looker]]:  # noqa: F811
+    people: list[Looker] = []
+
+    def arrive(**options: Any) -> Looker:
+        people.append(Looker(browser, address, "replay", **options))
+        people[-1].until("document.querySelector('.lkr').dataset.drawn")
+        return people[-1]
+
+    yield arrive
+    for person in people:
+        person.context.close()
+    assert [problem for person in people for problem in person.problems] == []
+
+
+def agrees(me: Looker, trace: Trace, step: int) -> None:
+    """The page shows a step as the trace has it."""
+    me.until("document.querySelector('.lkr').dataset.drawn === String(arg)", step)
+    pages = pages_of(trace, step)
+    owners = me.look(
+        "[...it.state.past.owners].map(([block, list]) => "
+        "[block, list.map(({ request, filled }) => [it.film().lanes[request].name, filled])])"
+    )
+    assert {block: [name for name, _ in found] for block, found in owners} == {
+        page.block: list(page.owners) for page in pages.pages if page.owners
+    }
+    words = me.page.inner_text(".lkr-now")
+    assert words.startswith(f"Step {step}: ") and f"{pages.owned} of " in words
+
+
+# -- looking --------------------------------------------------------------------------------------
+
+
+def test_scrub_with_the_keyboard(visit: Callable[..., Looker]) -> None:
+    me, trace = visit(), TRACES["A busy one"]
+    agrees(me, trace, 0)
+    me.page.focus(".lkr-scrub")
+    for step in range(1, 12):
+        me.page.keyboard.press("ArrowRight")
+        agrees(me, trace, step)
+    me.page.keyboard.press("ArrowLeft")
+    agrees(me, trace, 10)
+    me.page.keyboard.press("End")
+    agrees(me, trace, trace[-1].step)
+    me.page.keyboard.press("Home")
+    agrees(me, trace, 0)
+    assert me.page.get_attribute(".lkr-scrub", "aria-valuetext") == "step 0"
+
+
+def test_buttons_play_and_pause(visit: Callable[..., Looker]) -> None:
+    me, trace = visit(), TRACES["A busy one"]
+    me.page.click(".lkr-forward")
+    agrees(me, trace, 1)
+    me.page.click(".lkr-last")
+    agrees(me, trace, trace[-1].step)
+    me.page.select_option(".lkr-speed", "60")
+    me.page.click(".lkr-play")  # at the end it begins anew
+    me.until("it.where() > 0 && it.where() < arg", trace[-1].step)
+    me.page.click(".lkr-play")
+    step = me.look("it.where()")
+    me.page.wait_for_timeout(120)
+    assert me.look("it.where()") == step
+    agrees(me, trace, step)
+    me.page.keyboard.press("Escape")
+    me.page.click(".lkr-play")
+    me.until("document.querySelector('.lkr-play').textContent === 'Play'")
+    agrees(me, trace, trace[-1].step)
+
+
+def test_click_on_the_pictures_to_go_there(visit: Callable[..., Looker]) -> None:
+    me, trace = visit(), TRACES["A busy one"]
+    box = me.page.locator('[data-picture="strip"]').bounding_box()
+    me.page.mouse.click(box["x"] + box["width"] - 10, box["y"] + 20)
+    agrees(me, trace, trace[-1].step)
+    me.page.mouse.click(box["x"] + 50, box["y"] + 20)
+    agrees(me, trace, 0)
+
+
+def test_queue_reasons_events_and_block_tables(visit: Callable[..., Looker]) -> None:
+    me = visit()
+    me.page.select_option(".lkr-source", "s:The story")
+    me.until("it.where() === 3")
+    agrees(me, TRACES["The story"], 3)
+    assert me.page.inner_text(".lkr-queue").split("\n") == ["b", "no seat"]
+    assert "arrives with 7 prompt tokens" in me.page.inner_text(".lkr-events")
+    me.page.click(".lkr-forward")
+    agrees(me, TRACES["The story"], 4)
+    tables = me.page.inner_text(".lkr-tables").split()
+    assert "chunk," in tables and "".join(tables).endswith("5inthecache02")
+    assert me.page.inner_text(".lkr-queue") == "Nobody waits."
+    me.page.click(".lkr-forward")
+    agrees(me, TRACES["The story"], 5)
+    assert "preempted, gives 2 pages back" in me.page.inner_text(".lkr-events")
+    assert "3 steps" not in me.page.inner_text(".lkr-headline")
+
+
+def test_hover_marks_a_request(visit: Callable[..., Looker]) -> None:
+    me = visit()
+    me.page.locator(".lkr-tables .lkr-who").first.hover()
+    assert me.look("it.state.hover.request") == 0
+    me.page.mouse.move(0, 0)
+    assert me.look("it.state.hover.request") is None
+
+
+def test_names_stay_text(visit: Callable[..., Looker]) -> None:
+    me = visit()
+    me.until("document.querySelector('.lkr-source').options.length === 3")
+    me.page.select_option(".lkr-source", index=2)
+    me.until("it.film().lanes.length === 2")
+    me.until("document.querySelector('.lkr-tables').textContent.includes('<img')")
+    me.no_markup()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(400, "dark"), (1280, "light"), (1920, "dark")])
+def test_it_fits_any_width_light_and_dark(visit: Callable[..., Looker], width: int, scheme: str) -> None:
+    me = visit(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    assert me.look("document.documentElement.scrollWidth") <= width
+    painted = me.look(
+        "(() => { const c = document.querySelector('[data-picture=\"lanes\"]');"
+        "const data = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+        "return new Set(new Uint32Array(data.buffer)).size; })()"
+    )
+    assert painted > 10
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def test_saved_files_come_back(visit: Callable[..., Looker], tmp_path: Path) -> None:
+    me, trace = visit(), TRACES["A busy one"]
+    with me.page.expect_download() as got:
+        me.page.click('[data-save="trace"]')
+    assert got.value.suggested_filename == "labkit.trace.jsonl"
+    got.value.save_as(tmp_path / "back.jsonl")
+    assert Trace.load(tmp_path / "back.jsonl") == trace
+    with me.page.expect_download() as got:
+        me.page.click('[data-save="perfetto"]')
+    got.value.save_as(tmp_path / "p.json")
+    assert json.loads((tmp_path / "p.json").read_text()) == json.loads("".join(perfetto.lines(trace)))
+    me.page.set_input_files("#lkr-hand-in input[type=file]", tmp_path / "back.jsonl")
+    me.until("document.querySelector('.lkr-source').selectedOptions[0]?.text === 'File: back.jsonl'")
+    me.until("it.film().count === arg", len(trace))
+    agrees(me, trace, 0)
+    assert me.page.is_hidden("#lkr-message")
+
+
+def test_a_bad_file_gets_a_sentence_and_changes_nothing(visit: Callable[..., Looker], tmp_path: Path) -> None:
+    me = visit()
+    cases = {
+        "picture.json": (b"\x89PNG\xff\xfe", "not UTF-8 text"),
+        "page.json": (HOSTILE.encode(), "line 1: not JSON"),
+        "empty.jsonl": (b"", "The file is empty."),
+        "cut.jsonl": ("\n".join(story().lines())[:-9].encode(), "line 5: not JSON"),
+        "large.jsonl": (b" " * (MAX_BYTES + 1), "and the limit is 16 MiB"),
+    }
+    for name, (data, said) in cases.items():
+        (tmp_path / name).write_bytes(data)
+        me.page.set_input_files("#lkr-hand-in input[type=file]", tmp_path / name)
+        me.until("document.querySelector('#lkr-message p').textContent.includes(arg)", said)
+        assert me.page.inner_text("#lkr-message").startswith("This file cannot be replayed. ")
+    assert me.look("document.querySelector('.lkr-source').options.length") == 3
+    me.page.click(".lkr-forward")
+    agrees(me, TRACES["A busy one"], 1)
+    me.no_markup()
+
+
+def test_a_good_file_with_hostile_names(visit: Callable[..., Looker], tmp_path: Path) -> None:
+    me = visit()
+    path = tmp_path / "x.jsonl"
+    TRACES[HOSTILE].save(path)
+    me.page.set_input_files("#lkr-hand-in input[type=file]", path)
+    me.until("it.film().lanes.length === 2")
+    me.until("document.querySelector('.lkr-tables').textContent.includes('<img')")
+    me.no_markup()
+
+
+# -- without a browser ----------------------------------------------------------------------------
+
+
+def test_a_growing_trace_stands_still_while_it_is_looked_at() -> None:
+    whole = busy()
+    growing = Trace(whole.meta, whole.records[:5], max_steps=6)
+    traces = Traces(lambda: {"now": growing})
+    name, reel = traces.open("s:now")
+    assert traces.open("s:now")[0] == name, "two people who look at the same share it"
+    for record in whole.records[5:]:
+        growing.append(record)
+    assert growing[0].step > 0 and len(traces.reel(name).trace) == 5
+    again, later = traces.open("s:now")
+    assert again != name and len(later.packed["steps"]["step"]) == len(growing)
+    assert reel.packed["steps"]["step"] == [0, 1, 2, 3, 4]
+
+
+def test_what_is_remembered_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay_tab, "MAX_REELS", 2)
+    monkeypatch.setattr(replay_tab, "MAX_UPLOADS", 2)
+    traces = Traces(dict)
+    keys, reels = [], []
+    for seed in range(3):
+        path = tmp_path / "x.jsonl"
+        timed(run([(0, str(seed), 5, 3)])).save(path)
+        keys.append(traces.hand_in(path))
+        reels.append(traces.open(keys[-1])[0])
+    assert len(set(keys)) == 3 and all(len(key) == 32 for key in keys)
+    with pytest.raises(KeyError):
+        traces.reel(reels[0])
+    with pytest.raises(KeyError):
+        traces.open(keys[0])
+    assert traces.reel(reels[2]) and traces.open(keys[1])
+    monkeypatch.setattr(replay_tab, "MAX_BYTES", 1)
+    traces.hand_in(path)
+    assert len(traces._uploads) == 1
+
+
+def test_a_bad_file_leaves_nothing(tmp_path: Path) -> None:
+    traces = Traces(dict)
+    (tmp_path / "x").write_text("{}")
+    with pytest.raises(TraceError):
+        traces.hand_in(tmp_path / "x")
+    assert not traces._uploads
+
+
+@pytest.mark.parametrize("junk", [None, 5, "text", [], {}, {"key": 5, "reel": [], "first": "x", "count": -1}])
+def test_nonsense_is_answered(junk: Any) -> None:
+    import gradio as gr
+
+    with gr.Blocks():
+        view = build_replay_tab(lambda: TRACES)
+    answers = [json.loads(getattr(view, name)(junk)) for name in ("film", "frames", "save")]
+    assert ["error" in answers[0], answers[1] == {"gone": True}, "error" in answers[2]] == [True] * 3
+    assert len(json.loads(view.traces(junk))) == 3
+
+
+def test_the_files_of_both_tabs_are_safe_to_put_into_a_template() -> None:
+    for name in ("film.js", "race.js", "replay.js", "race.html", "replay.html", "replay.css"):
+        text = asset(name)
+        if name.endswith(".js"):
+            assert not any(mark in text for mark in ("innerHTML", "outerHTML", "insertAdjacentHTML", "eval("))
+        else:  # gradio reads these as templates
+            assert not any(mark in text for mark in ("{{", "${", "`", "\\"))

@@ -1,0 +1,173 @@
+"""Files that people hand in: good ones come back as they were, all others cost little and get a sentence."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_views import run
+
+from labkit import upload
+from labkit.trace import Trace, TraceError
+from labkit.upload import read_upload
+
+HEAD = {
+    "format": "labkit-trace",
+    "version": 1,
+    "num_blocks": 8,
+    "block_size": 4,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+}
+
+
+def written(tmp_path: Path, *lines: Any, head: dict[str, Any] = HEAD) -> Path:
+    path = tmp_path / "trace.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in (head, *lines)))
+    return path
+
+
+def step(number: int = 0, **fields: Any) -> dict[str, Any]:
+    return {"step": number, **fields}
+
+
+def test_a_good_file_comes_back(tmp_path: Path) -> None:
+    trace = run([(i, str(i), 5 + i, 9) for i in range(6)])
+    trace.save(tmp_path / "run.jsonl")
+    assert read_upload(tmp_path / "run.jsonl") == trace
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "empty": (b"", "The file is empty."),
+    "a picture": (b"\x89PNG\r\n\x1a\n\xff\xfe", "not UTF-8"),
+    "zeros": (b"\0" * 1000, "line 1: not JSON"),
+    "a page": (b"<!doctype html><script>alert(1)</script>", "line 1: not JSON"),
+    "another format": (b'{"format": "other"}', 'the first line must say "format": "labkit-trace"'),
+    "a list": (b"[1, 2]", "expected an object"),
+    "deep": (b"[" * 100_000, "line 1: not JSON"),
+    "no steps": (json.dumps(HEAD).encode(), "holds no steps"),
+    "no newline for long": (b"{" + b" " * (upload.MAX_LINE + 1), "line 1: longer than 128 KiB"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_file_that_is_no_trace(tmp_path: Path, name: str) -> None:
+    data, said = BAD[name]
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(TraceError) as caught:
+        read_upload(tmp_path / "x")
+    assert said in str(caught.value)
+
+
+ROW = {"requests": ["a"], "kinds": "p", "starts": [0], "num_tokens": [4], "sampled": [[1]]}
+LINES: dict[str, tuple[list[Any], str]] = {
+    "no pages": ([step(**ROW)], "line 2: request 'a' computes token 3 but holds pages for 0 only"),
+    "a page of no pool": ([step(taken=[["a", [8]]])], "line 2: block 8 is outside the pool of 8"),
+    "more pages than there are": ([step(taken=[["a", [0] * 9]])], "line 2: more pages than the pool has (8)"),
+    "bit by bit": (
+        [step(i, taken=[["a", [0] * 3]]) for i in range(3)],
+        "line 4: a request holds more pages than the pool has (8)",
+    ),
+    "steps go back": ([step(3), step(3)], "line 3: step 3 does not come after step 3"),
+    "not a number": (['{"step": 0, "time": NaN}'], "line 2: time: nan is no time"),
+    "endless": (['{"step": 0, "seconds": 1e999}'], "line 2: seconds: inf is no time"),
+    "a huge time": ([step(time=10**400)], "line 2: time: a number is too large"),
+    "a huge step": ([step(10**30)], "line 2: step: a number is too large"),
+    "digits": (['{"step": ' + "9" * 5000 + "}"], "line 2: not JSON"),
+    "an unknown field": ([step(evil=1)], "line 2: unknown field 'evil'"),
+    "a truncated line": (['{"step": 0, "requests": ["a"'], "line 2: not JSON"),
+    "a copy of nothing": ([step(copied=[["a", 0, 1]])], "line 2: copies a page that its request does not"),
+    "text for a number": ([step("0")], "line 2: step: unexpected value '0'"),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_trace_with_a_broken_step(tmp_path: Path, name: str) -> None:
+    lines, said = LINES[name]
+    with pytest.raises(TraceError) as caught:
+        read_upload(written(tmp_path, *lines))
+    assert said in str(caught.value)
+
+
+def test_a_complaint_is_short_whatever_it_quotes(tmp_path: Path) -> None:
+    with pytest.raises(TraceError) as caught:
+        read_upload(written(tmp_path, step("x" * 100_000)))
+    assert len(str(caught.value)) == 300
+
+
+def test_a_pool_beyond_all_measure(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="16,384 pages"):
+        read_upload(written(tmp_path, step(), head={**HEAD, "num_blocks": 10**12}))
+
+
+def test_a_large_file_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "large"
+    with path.open("wb") as file:
+        file.truncate(upload.MAX_BYTES + 2**20)
+    monkeypatch.setattr(upload, "_read", lambda path: pytest.fail("it was read"))
+    with pytest.raises(TraceError, match=r"The file has 17.0 MiB, and the limit is 16 MiB"):
+        read_upload(path)
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="cannot be read"):
+        read_upload(tmp_path / "nothing")
+    with pytest.raises(TraceError, match="cannot be read"):
+        read_upload(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("limit", "lines", "said"),
+    [
+        ("MAX_STEPS", [step(i) for i in range(4)], "more than 3 steps"),
+        ("MAX_REQUESTS", [step(arrived=[[str(i), 1, 1] for i in range(4)])], "more than 3 requests"),
+        ("MAX_AT_ONCE", [step(arrived=[[str(i), 1, 1] for i in range(4)])], "or 3 at once"),
+        ("MAX_SECONDS", [step()], "takes more than -1 seconds"),
+    ],
+)
+def test_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, lines: list[Any], said: str
+) -> None:
+    path = written(tmp_path, *lines)
+    read_upload(path)
+    monkeypatch.setattr(upload, limit, -1.0 if limit == "MAX_SECONDS" else 3)
+    with pytest.raises(TraceError, match=said):
+        read_upload(path)
+
+
+def test_the_worst_line_that_we_can_think_of_is_read_in_bounded_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies at the end of a full block table: each has to look through all of it."""
+    monkeypatch.setattr(upload, "MAX_SECONDS", 1.0)
+    head = {**HEAD, "num_blocks": upload.MAX_PAGES}
+    table = [0] * (upload.MAX_PAGES - 1)
+    taken = [step(0, taken=[["a", table]]), step(1, taken=[["a", [1]]])]
+    copies = [["a", 1 + i % 2, 2 - i % 2] for i in range(9_000)]
+    path = written(tmp_path, *taken, *(step(2 + i, copied=copies) for i in range(100)), head=head)
+    begin = time.monotonic()
+    with pytest.raises(TraceError, match="seconds to check"):
+        read_upload(path)
+    assert time.monotonic() - begin < 20  # a line at most beyond the second
+
+
+def test_cut_and_bent_files_never_raise_anything_else(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    text = "\n".join(run([(i, str(i), 5, 6) for i in range(4)], num_blocks=9).lines())
+    path = tmp_path / "bent"
+    outcomes = []
+    for _ in range(150):
+        data = bytearray(text.encode())
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(len(data))] = rng.choice(b'0129[]{}",:x\n-')
+        path.write_bytes(data[: rng.randrange(len(data))] if rng.random() < 0.3 else data)
+        try:
+            outcomes.append(isinstance(read_upload(path), Trace))
+        except TraceError as error:
+            outcomes.append(False)
+            assert str(error)
+    assert any(outcomes) and not all(outcomes)
