@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     import gradio as gr
 
+    from labkit.lab import Lab
     from labkit.live import LiveEngine
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before anybody imports it: the lab calls nobody
@@ -44,8 +45,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", default="smollm2-135m", help="short name, Hub id or folder (default: %(default)s)")
     add("--device", default="auto", help='"auto", "cpu", "cuda", ... (default: %(default)s)')
     add("--dtype", default="auto", help='"auto", "float32", "float16", "bfloat16" (default: %(default)s)')
-    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (default: %(default)s)")
-    add("--port", type=_port, default=7860, help="default: %(default)s")
+    host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")  # a Hugging Face Space says where to listen
+    port = os.environ.get("GRADIO_SERVER_PORT", "7860")
+    add("--host", default=host, help="address to listen at; 0.0.0.0 for all (default: %(default)s)")
+    add("--port", type=_port, default=port, help="default: %(default)s")
     add(
         "--share",
         action=argparse.BooleanOptionalAction,
@@ -72,6 +75,29 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default="continuous",
         help="default: %(default)s",
     )
+    group = parser.add_argument_group("for a class", "what visitors may do")
+    add = group.add_argument
+    add("--max-requests", type=_positive, default=64, help="of one visitor at a time (default: %(default)s)")
+    add("--max-queue", type=_positive, default=512, help="requests of all visitors (default: %(default)s)")
+    add("--max-prompt-tokens", type=_positive, help="tokens of a prompt (default: what the engine holds)")
+    add("--max-answer-tokens", type=_positive, help="tokens of an answer (default: what the engine holds)")
+    add(
+        "--grace",
+        type=_seconds,
+        default=8.0,
+        help="seconds after which the requests of a closed tab are cancelled (default: %(default)s)",
+    )
+    add(
+        "--knobs",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let visitors change the engine's settings (default: yes)",
+    )
+    add(
+        "--trace-file",
+        metavar="FILE",
+        help="also write every step there, as JSON Lines",
+    )
     return parser.parse_args(arguments)
 
 
@@ -79,6 +105,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds between 0 and 3600, not {text!r}")
+    return seconds
 
 
 def _port(text: str) -> int:
@@ -106,11 +142,11 @@ def check_address(host: str, port: int) -> None:
         ) from None
 
 
-def build(live: LiveEngine) -> gr.Blocks:
+def build(engine: LiveEngine | Lab) -> gr.Blocks:
     """The page on a running engine, to launch it or to mount it into another app."""
     from labkit.page import build
 
-    return build(live)
+    return build(engine)
 
 
 def load(options: argparse.Namespace) -> LiveEngine:
@@ -144,17 +180,31 @@ def load(options: argparse.Namespace) -> LiveEngine:
         raise StartError(" ".join(str(error).split())) from None
 
 
-def launch(live: LiveEngine, *, share: bool | None = None, **options: Any) -> gr.Blocks:
+def lab_of(live: LiveEngine, options: argparse.Namespace) -> Lab:
+    """The lab round an engine, with the limits that the options set."""
+    from labkit.lab import Lab
+    from labkit.limits import Limits
+
+    limits = Limits(
+        requests=options.max_requests,
+        queue=options.max_queue,
+        prompt_tokens=options.max_prompt_tokens,
+        answer_tokens=options.max_answer_tokens,
+    )
+    return Lab(live, limits=limits, grace=options.grace, knobs=options.knobs, trace_file=options.trace_file)
+
+
+def launch(engine: LiveEngine | Lab, *, share: bool | None = None, **options: Any) -> gr.Blocks:
     """Serve the page in the background, from a notebook for instance; `close()` what it returns to end.
 
     Args:
-        live: the engine.
+        engine: to show; a `Lab` round one has limits for visitors, and more.
         share: also open a public link (None: on Colab only).
         options: for `gr.Blocks.launch`.
     """
     import gradio as gr
 
-    demo = build(live)
+    demo = build(engine)
     share = on_colab() if share is None else share
     settings: dict[str, Any] = {
         "prevent_thread_lock": True,
@@ -194,8 +244,9 @@ def serve(live: LiveEngine, options: argparse.Namespace) -> None:
         StartError: if that cannot be done, for instance because the port was taken meanwhile.
     """
     try:
+        lab = lab_of(live, options)
         demo = launch(
-            live, share=options.share, server_name=options.host, server_port=options.port, quiet=True
+            lab, share=options.share, server_name=options.host, server_port=options.port, quiet=True
         )
     except (OSError, ValueError) as error:  # gradio raises either
         raise StartError(" ".join(str(error).split())) from None

@@ -6,17 +6,16 @@ No page here: names of visitors, plain numbers and words.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from labkit.live import LiveEngine
-from labkit.request import RequestOutput, SamplingParams, check_number
+from labkit.limits import Limits
+from labkit.live import LiveEngine, Progress
+from labkit.request import SamplingParams, check_number
 from labkit.views import style
 
 KEEP = 200  # cards that the lab remembers, and more only while that many requests are unfinished
-MAX_PROMPT = 20_000  # characters: some 5,000 tokens of English, and tokenised in no time
-MAX_UNFINISHED = 64  # requests of one visitor
 MIN_SPEED = 0.5  # steps a second: slower than that, the shared engine seems to hang
 
 
@@ -29,6 +28,7 @@ class _Entry:
     request_id: str
     prompt: str
     max_tokens: int
+    name: str  # that the visitor goes by
 
 
 class Desk:
@@ -36,10 +36,16 @@ class Desk:
 
     Args:
         live: the engine that all visitors share.
+        limits: on what they may hand in.
+
+    Attributes:
+        refuses: why nothing is taken in at present; "" if it is.
     """
 
-    def __init__(self, live: LiveEngine) -> None:
+    def __init__(self, live: LiveEngine, limits: Limits | None = None) -> None:
         self.live = live
+        self.limits = limits or Limits()
+        self.refuses = ""
         self._door = threading.Lock()  # held while one request is counted and let in: a limit is a limit
         self._lock = threading.Lock()  # of all that follows: gradio calls from many threads
         self._entries: dict[str, _Entry] = {}
@@ -49,35 +55,51 @@ class Desk:
         self._speed_chosen: float | None = None
         self._speed_before: float | None = None  # what it was before visitors chose
 
-    def inject(self, visitor: str, prompt: str, params: SamplingParams, *, raw: bool = False) -> str:
+    def inject(
+        self, visitor: str, prompt: str, params: SamplingParams, *, raw: bool = False, name: str = ""
+    ) -> str:
         """Hand in a request for a visitor; unless `raw`, as a chat message if the model knows chat.
 
         Raises:
-            ValueError: for a prompt or parameters that cannot be served, a prompt of more than `MAX_PROMPT`
-                characters, or a visitor with `MAX_UNFINISHED` requests under way.
+            ValueError: for a prompt or parameters that cannot be served, or are beyond the limits.
             EngineStoppedError: if the engine has stopped.
         """
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError("The prompt is empty: type something, or pick an example.")
-        if len(prompt) > MAX_PROMPT:
-            raise ValueError(
-                f"The prompt is too long: it has {len(prompt):,} characters, and the limit is {MAX_PROMPT:,}."
-            )
+        self.limits.check_prompt(prompt)
         with self._door:
-            own = [entry for entry in self._all()[1] if entry.visitor == visitor]
-            if sum(map(self._unfinished, own)) >= MAX_UNFINISHED:
-                raise ValueError(
-                    f"You have {MAX_UNFINISHED} requests under way, and that is the limit: wait until one "
-                    "has ended, or cancel some."
-                )
+            self.check_room(visitor)
             tokens = prompt if raw else as_chat(self.live.engine.model.tokenizer, prompt)
-            request_id = self.live.submit(tokens, params)
-            with self._lock:
-                self._serial += 1
-                self._entries[request_id] = _Entry(
-                    self._serial, visitor, request_id, prompt, params.max_tokens
-                )
-                self._evict()
+            return self.submit(visitor, prompt, tokens, params, name=name)
+
+    def check_room(self, visitor: str, more: int = 1) -> None:
+        """Raise `ValueError` unless a visitor may hand in so many requests more."""
+        if self.refuses:
+            raise ValueError(self.refuses)
+        own = sum(entry.visitor == visitor and self._unfinished(entry) for entry in self._all()[1])
+        self.limits.check_room(own, self.live.num_unfinished, more)
+
+    def submit(
+        self,
+        visitor: str,
+        prompt: str,
+        tokens: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        name: str = "",
+    ) -> str:
+        """Hand in what `check_room` has let in: `prompt` is for the card, `tokens` for the engine.
+
+        Raises as `inject` does.
+        """
+        if isinstance(tokens, str) and self.limits.prompt_tokens is not None:
+            tokens = list(self.live.engine.model.tokenizer.encode(tokens))
+        self.limits.check_tokens(0 if isinstance(tokens, str) else len(tokens), params.max_tokens)
+        request_id = self.live.submit(tokens, params)
+        with self._lock:
+            self._serial += 1
+            self._entries[request_id] = _Entry(
+                self._serial, visitor, request_id, prompt, params.max_tokens, name
+            )
+            self._evict()
         return request_id
 
     def _evict(self) -> None:
@@ -173,27 +195,28 @@ class Desk:
             if entry.serial <= since and entry.request_id not in known:
                 continue
             try:
-                output = self.live.output(entry.request_id)
+                output = self.live.progress(entry.request_id)
             except KeyError:  # finished long ago
                 if entry.request_id in known:
                     gone.append(entry.request_id)
                 continue
             had = known.get(entry.request_id, 0)
-            if entry.serial > since or output.finished or len(output.text) != had:
+            if entry.serial > since or output.finish_reason or len(output.text) != had:
                 items.append(self._card(entry, visitor, output, had))
         return {"since": serial, "items": items, "gone": gone}
 
-    def _card(self, entry: _Entry, visitor: str, output: RequestOutput, had: int) -> dict[str, Any]:
-        at = had if not output.finished and 0 < had <= len(output.text) else 0
-        room = self.live.engine.max_model_len - len(output.prompt_token_ids)
+    def _card(self, entry: _Entry, visitor: str, output: Progress, had: int) -> dict[str, Any]:
+        at = had if not output.finish_reason and 0 < had <= len(output.text) else 0
+        room = self.live.engine.max_model_len - output.num_prompt_tokens
         return {
             "id": entry.request_id,
             "label": style.label(entry.request_id),
             "color": style.color_index(entry.request_id),
             "mine": bool(visitor) and entry.visitor == visitor,
+            "name": entry.name,
             "prompt": entry.prompt,
             "max_tokens": min(entry.max_tokens, room),  # a long answer ends where the model does
-            "tokens": len(output.token_ids),
+            "tokens": output.num_tokens,
             "at": at,  # the text begins with this character: what came before is known
             "text": output.text[at:],
             "length": len(output.text),
@@ -206,12 +229,15 @@ class Desk:
             return self._serial, list(self._entries.values())
 
 
-def as_chat(tokenizer: Any, prompt: str) -> str | list[int]:
-    """The prompt as a user's message in the model's chat format; as it is if the model has none."""
+def as_chat(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -> str | list[int]:
+    """A user's message, or a talk of {"role", "content"}, in the model's chat format.
+
+    As plain text, paragraph by paragraph, if the model has none.
+    """
+    talk = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not getattr(tokenizer, "chat_template", None):
-        return prompt
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return "\n\n".join(message["content"] for message in talk)
+    text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
     return list(tokenizer.encode(text, add_special_tokens=False))  # the template has written them
 
 

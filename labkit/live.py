@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from labkit.request import (
     MAX_N,
@@ -36,6 +36,16 @@ logger = logging.getLogger(__name__)
 
 class EngineStoppedError(RuntimeError):
     """The engine takes no more requests: it was closed, or a step failed. The message says which."""
+
+
+class Progress(NamedTuple):
+    """How far an answer is after the latest step."""
+
+    text: str
+    num_tokens: int
+    num_prompt_tokens: int
+    finish_reason: FinishReason | None
+    error: str | None
 
 
 class _Answer:
@@ -146,11 +156,26 @@ class LiveEngine:
         with self._changed:
             return self._find(request_id).snapshot()
 
+    def progress(self, request_id: str) -> Progress:
+        """The little of an answer that a page shows as it grows: quicker than `output`; raises the same."""
+        with self._changed:
+            answer = self._find(request_id)
+            output = answer.output
+            return Progress(
+                answer.text, answer.length, len(output.prompt_token_ids), answer.reason, output.error
+            )
+
     def unfinished(self, request_id: str) -> bool:
         """Whether more is to come of an answer. False, too, for one that is unknown or was forgotten."""
         with self._changed:
             answer = self._answers.get(request_id)
             return answer is not None and answer.reason is None
+
+    @property
+    def num_unfinished(self) -> int:
+        """How many answers are still to come or growing."""
+        with self._changed:
+            return sum(answer.reason is None for answer in self._answers.values())
 
     def stream(self, request_id: str) -> Iterator[RequestOutput]:
         """Snapshots of an answer as it grows, the finished one last. Blocks between them; raises as `output`.

@@ -30,6 +30,9 @@ def free_port() -> int:
         (["--num-blocks", "0"], "argument --num-blocks: must be a whole number of at least 1"),
         (["--block-size", "many"], "argument --block-size: must be a whole number"),
         (["--scheduler", "magic"], "argument --scheduler: invalid choice"),
+        (["--grace", "soon"], "argument --grace: must be a number of seconds between 0 and 3600"),
+        (["--grace", "nan"], "argument --grace: must be a number of seconds"),
+        (["--max-queue", "0"], "argument --max-queue: must be a whole number of at least 1"),
         (["--what"], "unrecognized arguments: --what"),
         (["--host", "256.0.0.1"], "cannot listen at 256.0.0.1"),
         (["--model", "tiny-random", "--device", "abacus"], "abacus"),
@@ -138,3 +141,37 @@ def test_on_colab_a_public_link_is_the_default(monkeypatch: pytest.MonkeyPatch) 
     assert not app.parse([]).share
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
     assert app.parse([]).share and not app.parse(["--no-share"]).share
+
+
+def test_a_space_says_where_to_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    options = app.parse([])
+    assert (options.host, options.port) == ("127.0.0.1", 7860)
+    monkeypatch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
+    monkeypatch.setenv("GRADIO_SERVER_PORT", "7999")
+    options = app.parse([])
+    assert (options.host, options.port) == ("0.0.0.0", 7999)
+
+
+def test_the_readme_is_that_of_a_space() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    _, front, rest = text.split("---\n", 2)
+    facts = dict(line.split(": ", 1) for line in front.strip().splitlines())
+    assert facts["sdk"] == "gradio" and (ROOT / facts["app_file"]).is_file()
+    assert tuple(map(int, facts["sdk_version"].split("."))) >= (6, 10)
+    assert len(facts["short_description"]) <= 60 and rest.lstrip().startswith("# labkit")
+
+
+def test_options_reach_the_lab(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    options = app.parse(
+        ["--model", "tiny-random", "--max-requests", "3", "--max-queue", "9", "--max-prompt-tokens", "50",
+         "--max-answer-tokens", "20", "--grace", "1.5", "--no-knobs", "--trace-file", str(path)]
+    )  # fmt: skip
+    with app.load(options) as live:
+        lab = app.lab_of(live, options)
+        limits = lab.limits
+        assert (limits.requests, limits.queue, limits.prompt_tokens, limits.answer_tokens) == (3, 9, 50, 20)
+        assert lab.visitors.grace == 1.5 and not lab.knobs and path.exists()
+        lab.close()

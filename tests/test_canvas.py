@@ -5,16 +5,17 @@ from __future__ import annotations
 import base64
 import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from labkit.baselines import SCHEDULERS
 from labkit.memory import BlockPool
 from labkit.plan import StepResult
 from labkit.request import Request, SamplingParams
-from labkit.scheduler import SCHEDULERS
 from labkit.trace import Admission, Arrival, Finish, Pages, StepRecord, Trace, TraceMeta
-from labkit.views import style
+from labkit.views import canvas, style
 from labkit.views.canvas import WINDOW, Feed, asset
 
 META = TraceMeta(num_blocks=12, block_size=4, max_num_seqs=3, max_num_batched_tokens=8)
@@ -159,9 +160,43 @@ def test_pages_after_the_step() -> None:
 
 def test_counts_of_each_step() -> None:
     steps = feed_of(STORY).snapshot()["steps"]
-    assert steps[0] == (0, 0.5, 1, 8, 4, 2, 1, ("c", "it needs 8 pages, and 8 are free"))
+    assert steps[0] == (0, 0.5, 1, 8, 4, 2, 1, ("c", "it needs 8 pages, and 8 are free"), 8)
     assert [step[5:7] for step in steps] == [(2, 1), (2, 1), (1, 2), (1, 2)]
     assert [step[4] for step in steps] == [4, 4, 2, 0]
+
+
+def test_the_queue_the_log_and_the_numbers() -> None:
+    snapshot = feed_of(STORY[:3]).snapshot()
+    assert snapshot["queue"] == ("b", "c")
+    assert [event[:3] for event in snapshot["events"] if event[0] == 2] == [(2, "preempt", "b")]
+    assert snapshot["numbers"]["preemptions"] == 1
+    assert feed_of(STORY[:3]).snapshot()["held"] == ()
+    feed, browser = feed_of(STORY[:3]), Browser()
+    browser.ask(feed)
+    feed.append(STORY[3])
+    assert [event[1:3] for event in browser.ask(feed)["events"]] == [["finish", "a"]]
+
+
+def test_the_step_to_come() -> None:
+    feed = feed_of(STORY[:2])
+    coming = StepRecord(
+        2, ("a", "d"), "dp", (4, 0), (1, 6), ((), ()),
+        arrived=(Arrival("d", 6, 9),), admitted=(Admission("d", 4, (0,)),),
+        preempted=(Pages("b", (1, 2, 3)),), taken=(Pages("a", (1,)), Pages("d", (2, 3))),
+        evicted=(1,), waiting=2, blocked=("b", "it needs 8 pages"), free_blocks=8,
+    )  # fmt: skip
+    before = feed.snapshot()
+    plan = feed.preview(coming)
+    assert plan["rows"] == [
+        ["a", "a", style.color_index("a"), "d", 4, 1, [1]],
+        ["d", "d", style.color_index("d"), "p", 0, 6, [2, 3]],
+    ]
+    assert [row[0] for row in plan["preempted"]] == ["b"] and plan["preempted"][0][3] == 3
+    assert [(entry[0], entry[3]) for entry in plan["queue"]] == [("b", False), ("c", False)]
+    assert plan["shared"] == [["d", 4, (0,)]] and plan["admitted"] == ["d"] and plan["evicted"] == 1
+    assert feed.snapshot(feed.name, 1) == {"feed": feed.name, "step": 1}, "a preview changed something"
+    assert feed.snapshot() == before
+    assert feed.preview(STORY[3]) is None, "not the next one"
 
 
 def test_a_seat_that_gets_nothing_of_the_budget_is_idle() -> None:
@@ -304,6 +339,21 @@ def test_it_does_not_grow() -> None:
     assert len(feed._lanes) == len(feed._ended) == WINDOW
 
 
+def test_the_same_question_is_answered_by_the_same_text() -> None:
+    feed = feed_of(STORY[:3])
+    texts = [feed.snapshot_text(feed.name, 1) for _ in range(2)]
+    assert texts[0] is texts[1], "it was made twice"
+    assert json.loads(texts[0]) == json.loads(json.dumps(feed.snapshot(feed.name, 1)))
+    full = json.loads(feed.snapshot_text("another", 1))
+    assert full["full"] and full == json.loads(feed.snapshot_text("", -1))
+    feed.append(STORY[3])
+    news = json.loads(feed.snapshot_text(feed.name, 1))
+    assert news["step"] == 3 and [step[0] for step in news["steps"]] == [2, 3]
+    for after in range(500):
+        feed.snapshot_text(feed.name, -after)
+    assert len(feed._texts[1]) <= 65
+
+
 def test_all_browsers_share_a_frame_for_a_moment() -> None:
     feed = Feed(META, min_interval=3600)
     for record in STORY[:2]:
@@ -335,7 +385,9 @@ def test_reading_while_the_engine_writes() -> None:
 
 
 def test_the_files_of_the_page_are_there_and_safe_to_put_into_a_template() -> None:
-    for name in ("canvas.js", "panel.js", "cards.js", "canvas.css", "page.css", "canvas.html", "cards.html"):
+    for name in sorted(path.name for path in Path(canvas.__file__).parent.iterdir()):
+        if name.endswith((".py", "__")):
+            continue
         text = asset(name)
         assert text
         if not name.endswith(".js"):  # gradio reads these as templates

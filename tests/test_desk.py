@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from labkit.config import EngineConfig
-from labkit.desk import KEEP, MAX_PROMPT, MAX_UNFINISHED, Desk, as_chat, params_of
+from labkit.desk import KEEP, Desk, as_chat, params_of
 from labkit.engine import Engine
+from labkit.limits import Limits
 from labkit.live import LiveEngine
 from labkit.request import SamplingParams
 from labkit.weights import LoadedModel, load_model
@@ -185,15 +186,15 @@ def test_a_prompt_beyond_measure_is_refused_unread(desk: Desk, monkeypatch: pyte
     monkeypatch.setattr("labkit.desk.as_chat", read)
     monkeypatch.setattr(desk.live, "submit", read)
     with pytest.raises(ValueError, match="it has 20,001 characters, and the limit is 20,000"):
-        desk.inject("me", "x" * (MAX_PROMPT + 1), FOUR)
+        desk.inject("me", "x" * (Limits.prompt_chars + 1), FOUR)
     with pytest.raises(AssertionError):
-        desk.inject("me", "x" * MAX_PROMPT, FOUR)
+        desk.inject("me", "x" * Limits.prompt_chars, FOUR)
 
 
 def test_a_visitor_has_so_many_requests_under_way_and_no_more(desk: Desk) -> None:
     desk.live.pause()
-    ids = [desk.inject("me", "hello", FOUR) for _ in range(MAX_UNFINISHED)]
-    with pytest.raises(ValueError, match=f"You have {MAX_UNFINISHED} requests under way"):
+    ids = [desk.inject("me", "hello", FOUR) for _ in range(Limits.requests)]
+    with pytest.raises(ValueError, match=f"You have {Limits.requests} requests under way"):
         desk.inject("me", "hello", FOUR)
     theirs = desk.inject("you", "hello", FOUR)
     desk.live.resume()
@@ -220,6 +221,9 @@ def test_the_chat_template_is_used_unless_raw(desk: Desk, model: LoadedModel) ->
     text = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     assert decode(desk.live.output(chat).prompt_token_ids) == text
     assert as_chat(object(), "hello") == "hello"
+    talk = [{"role": role, "content": role} for role in ("system", "user")]
+    assert as_chat(object(), talk) == "system\n\nuser"
+    assert decode(as_chat(model.tokenizer, talk)).startswith("<|im_start|>system\nsystem<|im_end|>")
 
 
 @pytest.mark.parametrize("prompt", ["", " \n ", None])
@@ -247,3 +251,43 @@ def test_numbers_of_a_form() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             params_of(*numbers)
+
+
+def test_the_queue_of_all_visitors_is_bounded(model: LoadedModel) -> None:
+    with LiveEngine(Engine(EngineConfig(model=model, num_blocks=64))) as live:
+        desk = Desk(live, Limits(requests=3, queue=4))
+        live.pause()
+        for who in ("me", "me", "you", "you"):
+            desk.inject(who, "hello", FOUR)
+        with pytest.raises(ValueError, match="The lab is full: 4 requests are under way, and 4 is the limit"):
+            desk.inject("me", "hello", FOUR)
+        assert live.num_unfinished == 4
+        live.resume()
+        finish(desk, "0", "1", "2", "3")
+        assert live.num_unfinished == 0
+        desk.inject("me", "hello", FOUR)
+
+
+def test_tokens_are_bounded(model: LoadedModel) -> None:
+    with LiveEngine(Engine(EngineConfig(model=model, num_blocks=64))) as live:
+        desk = Desk(live, Limits(prompt_tokens=20, answer_tokens=4))
+        desk.inject("me", "hello", FOUR)
+        with pytest.raises(ValueError, match="Max tokens is 5, and the limit of this lab is 4"):
+            desk.inject("me", "hello", SamplingParams(max_tokens=5))
+        for raw in (True, False):
+            with pytest.raises(ValueError, match=r"it has \d+ tokens, and the limit is 20"):
+                desk.inject("me", "hello " * 30, FOUR, raw=raw)
+
+
+def test_nothing_is_taken_in_before_a_restart(desk: Desk) -> None:
+    desk.refuses = "The engine restarts."
+    with pytest.raises(ValueError, match="The engine restarts"):
+        desk.inject("me", "hello", FOUR)
+    desk.refuses = ""
+    desk.inject("me", "hello", FOUR)
+
+
+def test_a_card_says_who_by_the_name_they_chose(desk: Desk) -> None:
+    desk.inject("me", "hello", FOUR, name="Ada")
+    desk.inject("me", "hello", FOUR)
+    assert [card["name"] for card in desk.cards("you", -1, {})["items"]] == ["Ada", ""]

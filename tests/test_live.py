@@ -363,6 +363,46 @@ def test_a_speed_that_cannot_be(live: LiveEngine, speed: object) -> None:
         live.speed = speed  # type: ignore[assignment]
 
 
+def test_while_paused_the_next_step_is_known(live: LiveEngine) -> None:
+    live.pause()
+    assert live.preview is None
+    first = live.submit("hello", SamplingParams(max_tokens=4))
+    wait_for(lambda: live.preview)
+    assert live.preview.requests == (first,) and live.preview.kinds == "p" and live.records() == ()
+    second = live.submit("world", SamplingParams(max_tokens=4))
+    wait_for(lambda: live.preview and len(live.preview.requests) == 2)
+    for step in range(3):
+        foreseen = live.preview
+        live.single_step()
+        wait_for(lambda step=step: len(live.records()) > step)
+        record = live.records()[step]
+        assert (foreseen.step, foreseen.requests, foreseen.num_tokens) == (
+            step,
+            (first, second),
+            record.num_tokens,
+        )
+        wait_for(lambda step=step: live.preview and live.preview.step == step + 1)
+    live.abort(first)
+    wait_for(lambda: live.preview and live.preview.requests == (second,))
+    assert [finish.reason for finish in live.preview.finished] == ["abort"]
+    live.resume()
+    assert live.preview is None
+    last(live.stream(second))
+
+
+def test_a_scheduler_that_cannot_plan_ahead_is_let_be(live: LiveEngine) -> None:
+    def fail() -> None:
+        raise RuntimeError("not now")
+
+    live.engine.preview = fail  # type: ignore[method-assign]
+    live.pause()
+    request_id = live.submit("hello", SamplingParams(max_tokens=2))
+    drained(live)
+    assert live.preview is None
+    live.resume()
+    assert last(live.stream(request_id)).finish_reason == "length" and live.failure is None
+
+
 def test_an_idle_engine_sleeps(gated: LiveEngine) -> None:
     drained(gated)
     wait_for(lambda: gated.engine.looks)
@@ -433,6 +473,19 @@ def test_unfinished(gated: LiveEngine) -> None:
     gated.engine.gate.release(10)
     last(gated.stream(request_id))
     assert not gated.unfinished(request_id)
+
+
+def test_progress_is_the_output_in_short(gated: LiveEngine) -> None:
+    request_id = gated.submit("hello", SamplingParams(max_tokens=3))
+    assert gated.progress(request_id)[:2] == ("", 0)
+    gated.engine.gate.release(2)
+    wait_for(lambda: gated.progress(request_id).num_tokens == 2)
+    gated.engine.gate.release(10)
+    output = last(gated.stream(request_id))
+    expected = (output.text, 3, len(output.prompt_token_ids), "length", None)
+    assert gated.progress(request_id) == expected
+    with pytest.raises(KeyError, match="no request 'nobody'"):
+        gated.progress("nobody")
 
 
 def test_a_listener_that_fails_is_let_go(live: LiveEngine) -> None:

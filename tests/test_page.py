@@ -2,172 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from visiting import FIND, HOSTILE, Visitor, free_port, wait_for
 
 import app
 from labkit.config import EngineConfig
 from labkit.engine import Engine
 from labkit.live import LiveEngine
 from labkit.request import SamplingParams
-from labkit.weights import LoadedModel, load_model
+from labkit.weights import LoadedModel
 
-PATIENCE = 30  # seconds until a test gives up; nothing is decided by it
-SWITCHES = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-HOSTILE = '<img src=x onerror="window.hacked=1"><b>bold</b> ${window.hacked=1} {{constructor}} `'
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.02)
-
-
-# -- a browser ------------------------------------------------------------------------------------
-
-
-def chromium() -> str:
-    """A Chromium on this machine. Skips the test if there is none, and fails it in CI."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    if path:
-        return path
-    reason = "no Chromium found: run `apt-get install chromium`, or set CHROMIUM=path"
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    path = chromium()
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=SWITCHES)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def model() -> LoadedModel:
-    return load_model("tiny-random", say=None)
-
-
-@pytest.fixture(scope="module")
-def lab(model: LoadedModel) -> Iterator[tuple[LiveEngine, str]]:
-    config = EngineConfig(model=model, num_blocks=48, max_num_seqs=16, max_num_batched_tokens=256)
-    with LiveEngine(Engine(config)) as live:
-        port = free_port()
-        demo = app.launch(live, share=False, server_port=port, quiet=True)
-        yield live, f"http://127.0.0.1:{port}"
-        demo.close(verbose=False)
-
-
-@pytest.fixture
-def live(lab: tuple[LiveEngine, str]) -> Iterator[LiveEngine]:
-    """The engine, running flat out, and left idle for the next test."""
-    live = lab[0]
-    yield live
-    live.speed = None
-    live.resume()
-    for request_id in list(live.engine.outputs):
-        live.abort(request_id)
-    wait_for(lambda: not live.busy)
-
-
-class Visitor:
-    """A person with the page open, who types, clicks and looks."""
-
-    def __init__(self, context: Any, address: str) -> None:
-        self.context = context
-        self.page = context.new_page()
-        self.page.set_default_timeout(PATIENCE * 1000)
-        self.problems: list[str] = []
-        self.page.on("console", self._listen)
-        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
-        self.page.on("dialog", lambda dialog: (self.problems.append(dialog.message), dialog.dismiss()))
-        # The page must do without anything that is not on this machine.
-        self.page.route(lambda url: not url.startswith(address), lambda route: route.abort())
-        self.page.goto(address)
-        self.until("lab?.state.meta && lab.visitor()")
-
-    def _listen(self, message: Any) -> None:
-        elsewhere = "net::ERR_FAILED" in message.text or "https://" in message.text  # what the route refused
-        if message.type == "error" and not elsewhere:
-            self.problems.append(message.text)
-
-    def until(self, condition: str, argument: Any = None) -> None:
-        """Wait until a JavaScript condition over `lab` (what the page keeps) and `it` holds."""
-        self.page.wait_for_function(f"(it) => {{ {FIND} return {condition}; }}", arg=argument, polling=50)
-
-    def look(self, expression: str, argument: Any = None) -> Any:
-        return self.page.evaluate(f"(it) => {{ {FIND} return {expression}; }}", argument)
-
-    def fill(self, prompt: str | None = None, max_tokens: object = None, temperature: object = 0) -> None:
-        if prompt is not None:
-            self.page.fill("#lk-prompt textarea", prompt)
-        if max_tokens is not None:
-            self.page.fill("#lk-max-tokens input", str(max_tokens))
-        self.page.fill("#lk-temperature input", str(temperature))
-
-    def inject(self, prompt: str, max_tokens: int = 8) -> str:
-        """Hand a request in and return its id, read off its card."""
-        before = self.page.locator(".lk-card.lk-mine").count()
-        self.fill(prompt, max_tokens)
-        self.page.click("#lk-inject")
-        self.until("document.querySelectorAll('.lk-card.lk-mine').length > it", before)
-        return self.page.locator(".lk-card.lk-mine").first.get_attribute("data-request")
-
-    def card(self, request_id: str) -> Any:
-        return self.page.locator(f'.lk-card[data-request="{request_id}"]')
-
-    def text(self, request_id: str) -> str:
-        return self.card(request_id).locator(".lk-text").evaluate("element => element.textContent")
-
-    def finished(self, request_id: str, reason: str = "length") -> str:
-        """Wait for a card to say that its request ended so, and return its text."""
-        self.page.wait_for_selector(f'.lk-card[data-request="{request_id}"][data-status="{reason}"]')
-        return self.text(request_id)
-
-
-FIND = "const lab = [...document.querySelectorAll('#lk-live *')].find((e) => e.labkit)?.labkit;"
-
-
-@pytest.fixture
-def visit(browser: Any, lab: tuple[LiveEngine, str], live: LiveEngine) -> Iterator[Callable[..., Visitor]]:
-    visitors: list[Visitor] = []
-
-    def arrive(width: int = 1280, height: int = 800, **options: Any) -> Visitor:
-        context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        visitors.append(Visitor(context, lab[1]))
-        return visitors[-1]
-
-    yield arrive
-    for visitor in visitors:
-        visitor.context.close()
-    assert [problem for visitor in visitors for problem in visitor.problems] == []
+pytest_plugins = ["visiting_fixtures"]
 
 
 # -- injecting ------------------------------------------------------------------------------------
@@ -364,16 +212,19 @@ HAS_COLOR = """(canvas, hex) => {
 }"""
 
 
-@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("width", [400, 1280, 1920])
 def test_nothing_is_cut_off(visit: Callable[..., Visitor], live: LiveEngine, width: int) -> None:
-    me = visit(width=width)
+    me = visit(width=width, height=800)
     live.pause()
     me.fill("word " * 40, max_tokens=4)
     me.page.click("#lk-inject-8")
     me.until("document.querySelectorAll('.lk-card.lk-mine').length === 8")
     live.single_step()
+    me.page.wait_for_selector("#lk-page[data-side=step]")
+    if width < 1600:
+        me.page.click(".lk-switch >> text=Requests")
     assert me.look("document.documentElement.scrollWidth") <= width
-    if width == 1280:
+    if width > 400:
         assert me.look("document.documentElement.scrollHeight") <= 800
         for selector in ("#lk-inject", ".lk-card", *(f'canvas[data-picture="{name}"]' for name in PICTURES)):
             box = me.page.locator(selector).first.bounding_box()
@@ -394,9 +245,9 @@ def test_pause_step_resume_and_speed(visit: Callable[..., Visitor], live: LiveEn
     request_id = me.inject("hello", max_tokens=6)
     me.page.click(".lk-step")
     me.until("lab.state.step === it", begin)
-    other.page.select_option(".lk-speed", "20")
-    me.until("lab.live.speed === 20")
-    assert live.speed == 20
+    other.page.select_option(".lk-speed", "10")
+    me.until("lab.live.speed === 10")
+    assert live.speed == 10
     other.page.click(".lk-pause")  # which says "Resume" now
     me.finished(request_id)
     assert not live.paused
@@ -478,7 +329,7 @@ MANY_CARDS = f"""() => {{
   {FIND}
   const root = document.querySelector("#lk-requests .lk-cards").cloneNode(true);
   root.querySelector(".lk-list").replaceChildren();
-  const cards = lab.cards(root, () => null), state = {{ palette: ["#000000"], mine: new Set() }};
+  const cards = lab.cards(root, () => null), state = {{ ...lab.createState(), palette: ["#000000"] }};
   const rest = {{ label: "", color: 0, prompt: "", max_tokens: 1, tokens: 1, at: 0, text: "", length: 0 }};
   const item = (id, mine, reason) => ({{ ...rest, id, mine, reason }});
   const items = [item("running", false, null), item("own", true, "length")];
@@ -498,7 +349,7 @@ MANY_CARDS = f"""() => {{
 def test_a_closed_page_listens_no_more(model: LoadedModel) -> None:
     with LiveEngine(Engine(EngineConfig(model=model, num_blocks=48))) as live:
         demo = app.launch(live, share=False, server_port=free_port(), quiet=True)
-        wait_for(lambda: len(live._listeners) == 1)
+        wait_for(lambda: len(live._listeners) == 2)
         demo.close(verbose=False)
         wait_for(lambda: not live._listeners)
 

@@ -4,34 +4,62 @@ const labkit = (() => {
   const GUTTER = 46; // left of all pictures: names and scales
   const RIGHT = 6;
   const AXIS = 18; // below the timeline: step numbers
+  const EVENTS = 200; // that the log remembers
 
   // -- state --------------------------------------------------------------------------------------
 
+  // `plan` is the next step while the engine is paused, `past` a step that somebody looks back at, `hover` and
+  // `selected` what the pointer is on and what was clicked: { request, block, step }, each if there is one.
   function createState() {
     return { feed: "", step: -1, meta: null, palette: [], window: 200, tables: [], owners: new Map(),
-             cached: new Uint8Array(0), lanes: new Map(), steps: [], mine: new Set(), hover: {}, drawn: -1, frames: 0 };
+             cached: new Uint8Array(0), lanes: new Map(), steps: [], events: [], queue: [], held: new Map(),
+             numbers: {}, plan: null, past: null, mine: new Set(), hover: {}, selected: {}, drawn: -1, frames: 0 };
   }
 
   // Take in a snapshot: all there is (`full`), or what is new since the last one.
   function apply(state, snapshot) {
     if (snapshot.full) {
       const { meta, palette, window, feed } = snapshot;
-      Object.assign(state, { feed, meta, palette, window, lanes: new Map(), steps: [], step: -1 });
+      Object.assign(state, { feed, meta, palette, window, lanes: new Map(), steps: [], events: [], step: -1 });
+      Object.assign(state, { plan: null, past: null, hover: {}, selected: {} });
     }
     state.step = snapshot.step;
     if (!snapshot.steps) return false;
-    state.cached = Uint8Array.from(atob(snapshot.cached), (char) => char.charCodeAt(0));
+    state.cached = unpack(snapshot.cached);
+    state.queue = snapshot.queue;
+    state.held = new Map(snapshot.held);
+    state.numbers = snapshot.numbers;
+    for (const [step, kind, request, first, second, word] of snapshot.events) {
+      state.events.push({ step, kind, request, first, second, word });
+    }
+    state.events.splice(0, state.events.length - EVENTS);
     state.tables = snapshot.tables;
     state.owners = ownersOf(snapshot.tables, state.meta.block_size);
     for (const row of snapshot.steps) {
-      const [step, seconds, sampled, computed, used, running, waiting, blocked] = row;
-      state.steps.push({ step, seconds, sampled, computed, used, running, waiting, blocked });
+      const [step, seconds, sampled, computed, used, running, waiting, blocked, wasted] = row;
+      state.steps.push({ step, seconds, sampled, computed, used, running, waiting, blocked, wasted });
     }
     state.steps.splice(0, state.steps.length - state.window);
     for (const lane of snapshot.lanes) mergeLane(state, lane);
     const horizon = state.steps.length ? state.steps[0].step : 0;
     for (const [id, lane] of state.lanes) if (lane.ended >= 0 && lane.ended < horizon) state.lanes.delete(id);
     return true;
+  }
+
+  const unpack = (text) => Uint8Array.from(atob(text), (char) => char.charCodeAt(0)); // a bit for each page
+
+  // Look back at a step: its pages are drawn instead of those of now. Null ends it.
+  function lookBack(state, facts) {
+    state.past = facts && {
+      step: facts.step, cached: unpack(facts.cached), tables: facts.tables,
+      owners: ownersOf(facts.tables, state.meta.block_size),
+    };
+  }
+
+  // The step to come; its new pages by block. Null when there is none.
+  function lookAhead(state, plan) {
+    state.plan = plan && { ...plan, taken: new Map() };
+    for (const row of plan ? plan.rows : []) for (const block of row[6]) state.plan.taken.set(block, row);
   }
 
   // Which request has which page, where in its block table, and how many tokens the page holds.
@@ -64,13 +92,16 @@ const labkit = (() => {
     while (lane.spans.length && lane.spans[0].to < horizon) lane.spans.shift();
   }
 
-  const isCached = (state, block) => ((state.cached[block >> 3] >> (block & 7)) & 1) === 1;
+  const shown = (state) => state.past || state; // whose pages are drawn
+  const ownersAt = (state, block) => shown(state).owners.get(block) || [];
+  const isCached = (state, block) => ((shown(state).cached[block >> 3] >> (block & 7)) & 1) === 1;
+  const focusOf = (state) => state.hover.request ?? state.selected.request;
   const colorOf = (state, theme, id) => theme.palette[state.lanes.get(id)?.color ?? 0];
   const latest = (state) => state.steps[state.steps.length - 1];
 
   function pageKind(state, block) {
-    const owners = state.owners.get(block);
-    if (owners) return owners.length > 1 ? "shared" : "owned";
+    const owners = ownersAt(state, block);
+    if (owners.length) return owners.length > 1 ? "shared" : "owned";
     return isCached(state, block) ? "cached" : "free";
   }
 
@@ -174,19 +205,27 @@ const labkit = (() => {
     for (let row = 0; row < grid.rows; row += every) {
       text(ctx, row * grid.columns, GUTTER - 8, grid.top + row * grid.size + box / 2, theme.muted, "right");
     }
-    const focus = state.tables.find(([request]) => request === state.hover.request)?.[0];
+    const focus = shown(state).tables.find(([request]) => request === focusOf(state))?.[0];
     for (let block = 0; block < state.meta.num_blocks; block++) {
       const x = grid.left + (block % grid.columns) * grid.size;
       const y = grid.top + Math.floor(block / grid.columns) * grid.size;
-      const owners = state.owners.get(block) || [];
+      const owners = ownersAt(state, block);
       ctx.globalAlpha = focus === undefined || owners.some((owner) => owner.request === focus) ? 1 : 0.22;
       drawPage(ctx, state, theme, x, y, box, pageKind(state, block), owners);
-      if (block === state.hover.block) {
-        ctx.globalAlpha = 1;
+      ctx.globalAlpha = 1;
+      const next = state.past ? undefined : state.plan?.taken.get(block);
+      if (next) promise(ctx, x, y, box, box, theme.palette[next[2]]);
+      if (block === state.hover.block || block === state.selected.block) {
         outline(ctx, x - 1, y - 1, box + 2, box + 2, theme.ink, 2);
       }
     }
-    ctx.globalAlpha = 1;
+  }
+
+  // What is about to be: a dashed frame.
+  function promise(ctx, x, y, width, height, color) {
+    ctx.setLineDash([3, 2]);
+    outline(ctx, x, y, width, height, color, 2);
+    ctx.setLineDash([]);
   }
 
   function drawPage(ctx, state, theme, x, y, size, kind, owners) {
@@ -236,7 +275,7 @@ const labkit = (() => {
   // -- the clock: steps from left to right, the same in timeline and meters -------------------------
 
   function clock(state, width) {
-    const room = width - GUTTER - RIGHT, last = state.step, oldest = state.steps.length ? state.steps[0].step : 0;
+    const room = width - GUTTER - RIGHT, last = state.plan ? state.plan.step : state.step, oldest = state.steps.length ? state.steps[0].step : 0;
     const most = Math.min(state.window, Math.max(60, Math.floor(room / 3.5)));
     const count = Math.max(60, Math.min(most, last - oldest + 1));
     const first = Math.max(oldest, last - count + 1), pitch = room / count;
@@ -249,8 +288,11 @@ const labkit = (() => {
   }
 
   function crosshair(ctx, state, theme, time, height) {
-    if (state.hover.step === undefined || state.hover.step < time.first) return;
-    box(ctx, time.x(state.hover.step), 0, Math.max(1.5, time.pitch), height, theme.line);
+    for (const step of new Set([state.hover.step, state.selected.step])) {
+      if (step >= time.first) box(ctx, time.x(step), 0, Math.max(1.5, time.pitch), height, theme.line);
+    }
+    const chosen = state.selected.step;
+    if (chosen >= time.first) box(ctx, time.x(chosen), 0, Math.max(1.5, time.pitch), 2, theme.ink);
   }
 
   // -- timeline -----------------------------------------------------------------------------------
@@ -283,15 +325,18 @@ const labkit = (() => {
     crosshair(ctx, state, theme, time, floor);
     const labelEvery = Math.ceil(11 / rows.pitch);
     rows.shown.forEach((lane, row) => {
-      const focus = state.hover.request;
+      const focus = focusOf(state);
       ctx.globalAlpha = focus === undefined || focus === lane.id ? 1 : 0.22;
       const y = row * rows.pitch, middle = y + rows.pitch / 2;
       if (row % labelEvery === 0 || focus === lane.id) {
         const mine = state.mine.has(lane.id);
         ctx.font = mine ? theme.bold : theme.font;
-        text(ctx, lane.label, GUTTER - 8, middle, mine ? theme.ink : theme.muted, "right");
+        text(ctx, lane.label, GUTTER - 8, Math.max(6, middle), mine ? theme.ink : theme.muted, "right");
       }
-      drawLane(ctx, theme, lane, time, y + 0.5, rows.pitch - (rows.pitch > 8 ? 3 : 1));
+      const tall = rows.pitch - (rows.pitch > 8 ? 3 : 1);
+      drawLane(ctx, theme, lane, time, y + 0.5, tall);
+      const next = state.plan?.rows.find((entry) => entry[0] === lane.id);
+      if (next) drawNext(ctx, theme, next, time.x(state.plan.step), y + 0.5, Math.max(7, time.pitch), tall);
     });
     ctx.globalAlpha = 1;
     ctx.font = theme.font;
@@ -306,6 +351,15 @@ const labkit = (() => {
       drawSpan(ctx, theme, span.kind, color, x, y, (span.to - from + 1) * time.pitch, height);
     }
     if (lane.ended >= time.first) box(ctx, time.x(lane.ended + 1) - 1, y, 2, height, theme.ink);
+  }
+
+  // What a request will do in the next step: its shape, pale, in a dashed frame.
+  function drawNext(ctx, theme, [, , index, kind], x, y, width, height) {
+    const alpha = ctx.globalAlpha;
+    ctx.globalAlpha = alpha * 0.45;
+    drawSpan(ctx, theme, kind, theme.palette[index], x, y, width, height);
+    ctx.globalAlpha = alpha;
+    promise(ctx, x, y, width, height, theme.palette[index]);
   }
 
   // The shape says what: a block for prefill, hatched for a chunk, a bar for decode, hollow for idle, dots
@@ -340,63 +394,7 @@ const labkit = (() => {
     return y < height - AXIS ? rows.shown[Math.floor(y / rows.pitch)] : undefined;
   }
 
-  // -- meters -------------------------------------------------------------------------------------
-
-  // Generated tokens per second of work, over the last eight steps.
-  function rates(steps) {
-    return steps.map((_, i) => {
-      const past = steps.slice(Math.max(0, i - 7), i + 1);
-      const seconds = past.reduce((sum, step) => sum + step.seconds, 0);
-      return seconds > 0 ? past.reduce((sum, step) => sum + step.sampled, 0) / seconds : 0;
-    });
-  }
-
-  function drawMeters(ctx, state, theme, width, height) {
-    const time = clock(state, width), steps = state.steps, now = latest(state), rate = rates(steps);
-    const blocks = state.meta.num_blocks, top = Math.max(1, ...rate), waiting = now ? now.waiting : 0;
-    const idle = !state.tables.length && !waiting;
-    const crowd = Math.max(1, ...steps.map((step) => step.running + step.waiting));
-    const strips = [
-      { name: "tokens/s", hint: "tokens generated per second of work", color: theme.ink,
-        values: rate, most: top, scale: short(top), now: idle ? "idle" : short(rate[rate.length - 1]) },
-      { name: "KV usage", hint: "the share of the pages that somebody holds", color: theme.usage,
-        values: steps.map((s) => s.used), most: blocks, scale: "100%", now: percent(now ? now.used / blocks : 0) },
-      { name: "running, waiting", hint: "requests that have a seat, and requests in the queue", color: theme.ink,
-        values: steps.map((s) => s.running), over: steps.map((s) => s.waiting), most: crowd, scale: crowd,
-        now: `${state.tables.length}, ${waiting}` },
-    ];
-    const pitch = height / strips.length;
-    ctx.font = theme.font;
-    crosshair(ctx, state, theme, time, height);
-    strips.forEach((strip, i) => drawStrip(ctx, theme, time, steps, strip, i * pitch + 17, pitch - 22, width));
-  }
-
-  function drawStrip(ctx, theme, time, steps, strip, y, height, width) {
-    const floor = y + height;
-    box(ctx, GUTTER, floor, width - GUTTER - RIGHT, 1, theme.line);
-    text(ctx, strip.name, GUTTER, y - 8, theme.muted);
-    ctx.font = theme.bold;
-    text(ctx, strip.now, width - RIGHT, y - 8, theme.ink, "right");
-    ctx.font = theme.font;
-    if (steps.length) text(ctx, strip.scale, GUTTER - 8, y + 3, theme.muted, "right");
-    else text(ctx, strip.hint, (GUTTER + width) / 2, y + height / 2, theme.muted, "center");
-    steps.forEach(({ step }, i) => {
-      if (step < time.first) return;
-      const x = time.x(step), tall = (height * strip.values[i]) / strip.most;
-      ctx.globalAlpha = 0.3;
-      box(ctx, x, floor - tall, time.pitch, tall, strip.color);
-      ctx.globalAlpha = 1;
-      box(ctx, x, floor - tall, time.pitch, 1.5, strip.color);
-      if (strip.over) {
-        const extra = (height * strip.over[i]) / strip.most;
-        if (extra) box(ctx, x, floor - tall - extra, time.pitch, extra, hatch(ctx, theme, theme.waiting));
-      }
-    });
-  }
-
-  const percent = (share) => `${Math.round(share * 100)}%`;
-  const short = (number) => (number >= 100 ? Math.round(number) : Number(number.toPrecision(2))).toLocaleString("en");
-
-  return { createState, apply, themeOf, context, pagesHeight, drawPages, drawPage, drawTimeline, drawSpan, drawMeters,
-           blockAt, stepAt, laneAt, pageKind, isCached, colorOf, latest, rates, percent, short };
+  return { GUTTER, RIGHT, createState, apply, lookBack, lookAhead, themeOf, context, pagesHeight, drawPages, drawPage,
+           drawTimeline, drawSpan, promise, clock, crosshair, box, text, hatch, blockAt, stepAt, laneAt, pageKind, isCached,
+           ownersAt, focusOf, colorOf, latest };
 })();

@@ -8,16 +8,19 @@ made at most twenty times a second, so that a class full of them costs the engin
 from __future__ import annotations
 
 import base64
+import json
 import threading
 import time
 import uuid
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from labkit.trace import PoolState, StepRecord, TraceMeta
-from labkit.views import style
+from labkit.views import log, style
+from labkit.views.numbers import Numbers, wasted_slots
 
 WINDOW = 200  # steps that are kept and drawn
 WAITING, PREEMPTED, IDLE = "w", "x", "i"  # kinds of span beside the trace's p, c, d, i
@@ -62,6 +65,10 @@ class _Frame:
     cached: str  # a bit for each page, base64
     lanes: tuple[tuple[Any, ...], ...]
     steps: tuple[tuple[Any, ...], ...]
+    events: tuple[log.Event, ...]
+    queue: tuple[str, ...]  # in the order in which they will be admitted
+    held: tuple[tuple[str, str], ...]  # waits for the prompt of that other request
+    numbers: dict[str, Any]
 
 
 class Feed:
@@ -81,8 +88,11 @@ class Feed:
         self._lanes: dict[str, _Lane] = {}
         self._ended: deque[_Lane] = deque()
         self._steps: deque[tuple[Any, ...]] = deque(maxlen=WINDOW)
+        self._events: deque[log.Event] = deque(maxlen=log.KEPT)
+        self._numbers = Numbers()
         self._step = -1
-        self._frame = _Frame(-1, 0, 0.0, (), "", (), ())
+        self._texts: tuple[int, dict[int | None, str]] = (-1, {})  # answers of the latest step
+        self._frame = _Frame(-1, 0, 0.0, (), "", (), (), (), (), (), self._numbers.pack())
 
     def append(self, record: StepRecord) -> None:
         """Take in the next step. Quick: it runs on the engine's thread."""
@@ -91,6 +101,8 @@ class Feed:
             self._extend_lanes(record)
             self._state.end(record)
             self._count(record)
+            self._numbers.append(record)
+            self._events.extend(log.events_of(record))
             self._step = record.step
             self._forget(record.step - WINDOW)
 
@@ -137,6 +149,7 @@ class Feed:
                 ran,
                 record.waiting,
                 record.blocked,
+                wasted_slots(self._state),
             )
         )
 
@@ -152,9 +165,6 @@ class Feed:
 
     def _publish(self) -> _Frame:
         with self._lock:
-            bits = bytearray(-(-self.meta.num_blocks // 8))
-            for block in self._state.cached:
-                bits[block >> 3] |= 1 << (block & 7)
             self._frame = _Frame(
                 step=self._step,
                 first=self._steps[0][0] if self._steps else 0,
@@ -163,11 +173,31 @@ class Feed:
                     (name, self._state.computed.get(name, 0), tuple(table))
                     for name, table in self._state.tables.items()
                 ),
-                cached=base64.b64encode(bits).decode("ascii"),
+                cached=pack_bits(self._state.cached, self.meta.num_blocks),
                 lanes=tuple(lane.pack() for lane in self._lanes.values()),
                 steps=tuple(self._steps),
+                events=tuple(self._events),
+                queue=tuple(self._state.queue),
+                held=tuple(self._state.held.items()),
+                numbers=self._numbers.pack(),
             )
             return self._frame
+
+    def snapshot_text(self, name: str = "", after: int = -1) -> str:
+        """`snapshot` as JSON. Browsers that know the same are sent the same text, made once."""
+        step, texts = self._texts
+        key = after if name == self.name else None
+        if step == self._step and key in texts:
+            return texts[key]
+        answer = self.snapshot(name, after)
+        text = json.dumps(answer, separators=(",", ":"))
+        if answer["step"] == self._step:  # else it is of a frame that will be followed by another
+            step, texts = self._texts
+            if step != answer["step"] or len(texts) > 64:
+                self._texts = (answer["step"], {key: text})
+            else:
+                texts[key] = text
+        return text
 
     def snapshot(self, name: str = "", after: int = -1) -> dict[str, Any]:
         """What is new since step `after` of the feed called `name`, ready for JSON; never waits for a step.
@@ -189,8 +219,60 @@ class Feed:
                 "cached": frame.cached,
                 "lanes": [news for lane in frame.lanes if (news := _since(lane, after))],
                 "steps": [step for step in frame.steps if step[0] > after],
+                "events": [event for event in frame.events if event[0] > after],
+                "queue": frame.queue,
+                "held": frame.held,
+                "numbers": frame.numbers,
             }
         return answer
+
+    def preview(self, record: StepRecord) -> dict[str, Any] | None:
+        """The step to come, as `Engine.preview` foresees it, for JSON; None if it is not the next one."""
+        with self._lock:
+            if record.step != self._step + 1:
+                return None
+            state = self._state.copy()
+        before = state.tables.keys() | state.waiting.keys()
+        state.begin(record)
+        taken: dict[str, list[int]] = {}
+        for request_id, blocks in record.taken:
+            taken.setdefault(request_id, []).extend(blocks)
+        rows = [
+            [
+                row.request_id,
+                *looks(row.request_id),
+                row.kind[0],
+                row.start,
+                row.num_tokens,
+                taken.get(row.request_id, []),
+            ]
+            for row in record.rows
+        ]
+        return {
+            "step": record.step,
+            "rows": rows,
+            "shared": [[a.request_id, a.num_cached_tokens, a.shared] for a in record.admitted if a.shared],
+            "admitted": [admission.request_id for admission in record.admitted],
+            "preempted": [[name, *looks(name), len(blocks)] for name, blocks in record.preempted],
+            "ended": [[finish.request_id, *looks(finish.request_id)] for finish in record.finished],
+            "evicted": len(record.evicted),
+            "queue": [[name, *looks(name), name not in before] for name in state.queue],
+            "blocked": record.blocked,
+            "free": record.free_blocks,
+        }
+
+
+def pack_bits(blocks: Iterable[int], num_blocks: int) -> str:
+    """A bit for each page that is among `blocks`, lowest first, in base64."""
+    bits = bytearray(-(-num_blocks // 8))
+    for block in blocks:
+        bits[block >> 3] |= 1 << (block & 7)
+    return base64.b64encode(bits).decode("ascii")
+
+
+def looks(request_id: str) -> tuple[str, int]:
+    """A request's short name, and its place in the palette."""
+    return style.label(request_id, 6), style.color_index(request_id)
 
 
 def _since(lane: tuple[Any, ...], after: int) -> tuple[Any, ...] | None:

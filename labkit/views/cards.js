@@ -13,11 +13,23 @@ Object.assign(labkit, (() => {
   function cards(root, ask) {
     const list = root.querySelector(".lk-list"), none = root.querySelector(".lk-none");
     const cancelAll = root.querySelector(".lk-cancel-all"), filter = root.querySelector(".lk-filter");
+    const who = root.querySelector(".lk-who-name");
     const byId = new Map();
-    let since = -1, colors = () => "", focus = () => {};
+    let since = -1, colors = () => "", focus = () => {}, select = () => {};
 
     cancelAll.addEventListener("click", () => ask("cancel", { request: null }));
     filter.addEventListener("change", () => root.classList.toggle("lk-only-mine", filter.checked));
+    who.addEventListener("change", rename);
+    who.value = recall();
+
+    function rename() {
+      try { localStorage.setItem("labkit-name", who.value); } catch { /* a browser that keeps nothing */ }
+      ask("rename", { name: who.value });
+    }
+
+    function recall() {
+      try { return localStorage.getItem("labkit-name") || ""; } catch { return ""; }
+    }
 
     function question() {
       const open = {};
@@ -35,12 +47,13 @@ Object.assign(labkit, (() => {
       since = latest;
       if (news.pictures.full) {
         colors = (index) => state.palette[index % state.palette.length];
-        focus = show.focus;
+        ({ focus, select } = show);
         if (!root.dataset.linked) show.onHover((request) => mark(request));
         root.dataset.linked = "yes";
       }
       for (const item of items) update(byId.get(item.id) || create(item, state), item);
       for (const id of gone) if (byId.has(id)) end(byId.get(id), "gone");
+      for (const [id, card] of byId) if (!card.reason) explain(card, state, id);
       none.hidden = byId.size > 0;
       cancelAll.hidden = ![...byId.values()].some((card) => card.mine && !card.reason);
       evict();
@@ -71,9 +84,10 @@ Object.assign(labkit, (() => {
       const name = part("span", "lk-name", item.label);
       name.style.setProperty("--lk-whose", colors(item.color));
       const status = part("span", "lk-status"), tokens = part("span", "lk-tokens");
-      head.append(name, ...(item.mine ? [part("span", "lk-you", "yours")] : []), status, tokens);
-      const body = part("p", "lk-text");
-      const card = { element, status, tokens, body, mine: item.mine, max: item.max_tokens };
+      const whose = item.mine ? "yours" : item.name; // a name that somebody chose: text like any other
+      head.append(name, ...(whose ? [part("span", "lk-you", whose)] : []), status, tokens);
+      const body = part("p", "lk-text"), why = part("p", "lk-why");
+      const card = { element, status, tokens, body, why, mine: item.mine, max: item.max_tokens };
       Object.assign(card, { text: "", length: 0, reason: "" });
       if (item.mine) {
         element.classList.add("lk-mine");
@@ -89,7 +103,8 @@ Object.assign(labkit, (() => {
       }
       const prompt = part("p", "lk-prompt", item.prompt);
       prompt.title = item.prompt; // it is cut off after a line
-      element.append(head, prompt, body);
+      element.append(head, prompt, why, body);
+      element.addEventListener("click", (event) => event.target.closest("button") || select({ request: item.id }));
       element.addEventListener("pointerenter", () => focus(item.id));
       element.addEventListener("pointerleave", () => focus(undefined));
       element.addEventListener("focusin", () => focus(item.id));
@@ -109,11 +124,22 @@ Object.assign(labkit, (() => {
       card.tokens.textContent = `${item.tokens} / ${card.max}`;
       card.tokens.title = `${item.tokens} tokens generated, ${card.max} at most`;
       if (item.reason) return end(card, item.reason);
-      card.status.textContent = card.element.dataset.status = item.tokens ? "running" : "waiting";
+      card.status.textContent = card.element.dataset.status ||= "waiting"; // until `explain` knows better
       if (follows) card.body.scrollTop = card.body.scrollHeight;
     }
 
+    // What it does, and why it does not run if it waits.
+    function explain(card, state, id) {
+      const seated = state.tables.some(([name]) => name === id);
+      const lost = !seated && state.lanes.get(id)?.spans.some((span) => span.kind === "x");
+      const status = seated ? "running" : lost ? "preempted" : "waiting";
+      if (card.element.dataset.status !== status) card.status.textContent = card.element.dataset.status = status;
+      const why = labkit.whyWords(state, id) || (status === "waiting" ? "Waits for its turn." : "");
+      if (card.why.textContent !== why) card.why.textContent = why;
+    }
+
     function end(card, reason) {
+      card.why.textContent = "";
       card.reason = card.element.dataset.status = reason;
       card.status.textContent = ENDINGS[reason];
       if (card.cancel) card.cancel.remove();
@@ -128,7 +154,7 @@ Object.assign(labkit, (() => {
       for (const [id, card] of byId) card.element.classList.toggle("lk-hot", id === request);
     }
 
-    return { question, answer, forget, byId };
+    return { question, answer, forget, rename, byId };
   }
 
   return { cards };

@@ -1,88 +1,9 @@
-// The pictures on a page: canvases that follow the pointer, the engine's clock, and the words for it all.
+// The pictures on a page: canvases that follow the pointer and the keys, the engine's clock, and what is selected.
 // What people typed is only ever set as textContent. `ask(name, argument)` reaches the engine's side.
 Object.assign(labkit, (() => {
-  const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
-
-  // -- words --------------------------------------------------------------------------------------
-
-  // What the engine runs with, in a line.
-  function settings(meta) {
-    const pool = `${count(meta.num_blocks, "page")} of ${count(meta.block_size, "token")}`;
-    const budget = `${count(meta.max_num_batched_tokens, "token")} a step`;
-    const where = meta.dtype && `${meta.dtype} on ${meta.device}`;
-    const facts = [meta.model, where, pool, count(meta.max_num_seqs, "seat"), budget, meta.scheduler];
-    return facts.filter(Boolean).join(" · ");
-  }
-
-  // The pictures in a sentence or two: what they show, for those who do not see them.
-  function summary(state) {
-    const now = labkit.latest(state), { meta } = state;
-    const pool = count(meta.num_blocks, "page");
-    const size = count(meta.block_size, "token"), seats = count(meta.max_num_seqs, "seat");
-    if (!now) return `Idle. ${pool} of ${size}, all free; ${seats}.`;
-    const counts = { free: 0, cached: 0, owned: 0, shared: 0 };
-    for (let block = 0; block < meta.num_blocks; block++) counts[labkit.pageKind(state, block)] += 1;
-    const used = counts.owned + counts.shared;
-    const people = `${state.tables.length} running, ${now.waiting} waiting`;
-    const parts = [`Step ${now.step}: ${people}, ${used} of ${pool} in use`];
-    if (counts.shared) parts.push(`${counts.shared} shared`);
-    if (counts.cached) parts.push(`${counts.cached} cached`);
-    const why = now.blocked ? ` Request ${now.blocked[0]} waits: ${now.blocked[1]}.` : "";
-    return `${parts.join(", ")}.${why}`;
-  }
-
-  function pageWords(state, block) {
-    const kind = labkit.pageKind(state, block), owners = state.owners.get(block) || [];
-    const size = state.meta.block_size;
-    const lines = [`Block ${block}: ${kind === "cached" ? "cached and free" : kind}`];
-    for (const { request, position } of owners.slice(0, 6)) {
-      lines.push(`request ${request}, block ${position} of its table`);
-    }
-    if (owners.length > 6) lines.push(`and ${count(owners.length - 6, "more request")}`);
-    const filled = Math.max(0, ...owners.map((owner) => owner.filled));
-    if (owners.length) lines.push(`${filled} of ${count(size, "token")} filled`);
-    const until = owners.length ? "" : " until someone needs the page";
-    if (labkit.isCached(state, block)) lines.push(`in the prefix cache${until}`);
-    return lines;
-  }
-
-  function laneWords(state, lane, step) {
-    const lines = [`Request ${lane.id}, step ${step}`];
-    for (const span of lane.spans) {
-      if (step < span.from || step > span.to) continue;
-      const steps = span.from === span.to ? "" : ` since step ${span.from}`;
-      const tokens = count(span.tokens, "token");
-      if (span.kind === "p") lines.push(`prefill: ${tokens} at once`);
-      if (span.kind === "c") lines.push(`a chunk of its prefill: ${tokens}${steps}`);
-      if (span.kind === "d") lines.push(`decode: ${tokens}${steps}`);
-      if (span.kind === "i") lines.push(`idle: holds a seat, computes nothing${steps}`);
-      if (span.kind === "x") lines.push(`preempted: gave ${count(span.tokens, "page")} back`);
-      if (span.kind === "w") lines.push(`waiting${steps}`);
-    }
-    const blocked = state.steps.find((row) => row.step === step)?.blocked;
-    if (blocked && blocked[0] === lane.id) lines.push(`because ${blocked[1]}`);
-    if (lane.prompt) lines.push(`prompt of ${count(lane.prompt, "token")}`);
-    if (lane.ended >= 0 && step >= lane.ended) lines.push(`ended in step ${lane.ended}: ${lane.reason}`);
-    return lines;
-  }
-
-  function meterWords(state, step) {
-    const place = state.steps.findIndex((row) => row.step === step);
-    if (place < 0) return [];
-    const row = state.steps[place], rate = labkit.rates(state.steps)[place];
-    const used = labkit.percent(row.used / state.meta.num_blocks);
-    return [
-      `Step ${step}: ${(row.seconds * 1000).toPrecision(3)} ms`,
-      `${count(row.computed, "token")} computed, ${row.sampled} generated`,
-      `${labkit.short(rate)} tokens/s over the last 8 steps`,
-      `${row.used} of ${count(state.meta.num_blocks, "page")} in use (${used})`,
-      `${row.running} running, ${row.waiting} waiting`,
-    ];
-  }
-
   // -- pictures -----------------------------------------------------------------------------------
 
-  function pictures(root, state) {
+  function pictures(root, state, hooks) {
     const canvases = {};
     for (const name of ["pages", "timeline", "meters"]) {
       canvases[name] = root.querySelector(`canvas[data-picture="${name}"]`);
@@ -93,7 +14,7 @@ Object.assign(labkit, (() => {
 
     function draw() {
       due = false;
-      if (!state.meta || !root.isConnected) return;
+      if (!state.meta || !canvases.pages.clientWidth) return; // another tab is in front, or the page is gone
       theme ??= labkit.themeOf(root, state);
       const most = Math.max(120, Math.min(280, window.innerHeight * 0.22));
       canvases.pages.style.height = `${labkit.pagesHeight(state, canvases.pages.clientWidth, most)}px`;
@@ -124,48 +45,73 @@ Object.assign(labkit, (() => {
     function hover(next, lines, x, y) {
       const changed = ["request", "block", "step"].some((key) => next[key] !== state.hover[key]);
       state.hover = next;
-      tip.hidden = !lines.length;
-      const row = (line) => Object.assign(document.createElement("div"), { textContent: line });
-      tip.replaceChildren(...lines.map(row));
-      if (lines.length) place(tip, x, y);
+      say(lines, x, y);
       if (!changed) return;
       redraw();
-      for (const listener of listeners) listener(next.request);
+      for (const listener of listeners) listener(labkit.focusOf(state));
+      if (next.block !== undefined) hooks.peek(next.block, x, y);
+    }
+
+    // Words beside the pointer.
+    function say(lines, x, y) {
+      tip.hidden = !lines.length;
+      tip.replaceChildren(...lines.map((line) => Object.assign(document.createElement("div"), { textContent: line })));
+      if (lines.length) place(tip, x, y);
     }
 
     const finders = {
       pages: (width, height, x, y) => {
         const block = labkit.blockAt(state, width, height, x, y);
         if (block === undefined) return [{}, []];
-        const owners = state.owners.get(block) || [];
-        return [{ block, request: owners[0]?.request }, pageWords(state, block)];
+        return [{ block, request: labkit.ownersAt(state, block)[0]?.request }, labkit.pageWords(state, block)];
       },
       timeline: (width, height, x, y) => {
         const lane = labkit.laneAt(state, width, height, y), step = labkit.stepAt(state, width, x);
         const inside = lane && step !== undefined && step >= lane.arrived && (lane.ended < 0 || step <= lane.ended);
-        if (inside) return [{ request: lane.id, step }, laneWords(state, lane, step)];
+        if (inside) return [{ request: lane.id, step }, labkit.laneWords(state, lane, step)];
         return [{ request: lane?.id, step }, lane ? [`Request ${lane.id}`] : []];
       },
       meters: (width, height, x) => {
         const step = labkit.stepAt(state, width, x);
-        return [{ step }, step === undefined ? [] : meterWords(state, step)];
+        return [{ step }, step === undefined ? [] : labkit.meterWords(state, step)];
       },
     };
     for (const [name, canvas] of Object.entries(canvases)) {
+      const find = (event) => finders[name](canvas.clientWidth, canvas.clientHeight, event.offsetX, event.offsetY);
       const look = (event) => {
         if (!state.meta) return;
-        const [next, lines] = finders[name](canvas.clientWidth, canvas.clientHeight, event.offsetX, event.offsetY);
+        const [next, lines] = find(event);
         hover(next, lines, event.clientX, event.clientY);
       };
       canvas.addEventListener("pointermove", look);
       canvas.addEventListener("pointerdown", look); // a finger does not hover
       canvas.addEventListener("pointerleave", () => hover({}, [], 0, 0));
+      canvas.addEventListener("click", (event) => {
+        if (!state.meta) return;
+        const [next] = find(event);
+        if (next.step > state.step) delete next.step; // it is still to come
+        hooks.select(next);
+      });
     }
+    for (const item of document.querySelectorAll("[data-hint]")) hint(item, say);
     new ResizeObserver(redraw).observe(root);
     new MutationObserver(restyle).observe(document.body, { attributes: true, attributeFilter: ["class"] });
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", restyle);
     const focus = (request) => hover(request === undefined ? {} : { request }, [], 0, 0);
-    return { redraw, restyle, focus, onHover: (listener) => listeners.push(listener), canvases };
+    const notify = () => { for (const listener of listeners) listener(labkit.focusOf(state)); };
+    return { redraw, restyle, focus, notify, say, onHover: (listener) => listeners.push(listener), canvases };
+  }
+
+  // What a thing means, while the pointer or the keyboard is on it.
+  function hint(item, say) {
+    const show = () => {
+      const { left, bottom } = item.getBoundingClientRect();
+      say([item.dataset.hint], left - 14, bottom - 12);
+    };
+    item.addEventListener("pointerenter", show);
+    item.addEventListener("focusin", show);
+    for (const end of ["pointerleave", "focusout"]) item.addEventListener(end, () => say([], 0, 0));
+    item.setAttribute("aria-description", item.dataset.hint);
   }
 
   // Beside the pointer, and never outside the window.
@@ -186,6 +132,7 @@ Object.assign(labkit, (() => {
       const owners = { owned: [owner("a", 10)], shared: [owner("a", 16), owner("b", 16)] }[kind] || [];
       const page = ["free", "cached", "owned", "shared"].includes(kind);
       if (page) labkit.drawPage(ctx, sample, theme, 0, 0, height, kind, owners);
+      else if (kind === "next") labkit.promise(ctx, 0, 0, width, height, theme.palette[0]);
       else labkit.drawSpan(ctx, theme, kind, theme.palette[0], 0, 0, width, height);
     }
   }
@@ -195,7 +142,8 @@ Object.assign(labkit, (() => {
   function clockControls(root, ask, live) {
     const [pause, step, speed] = [".lk-pause", ".lk-step", ".lk-speed"].map((name) => root.querySelector(name));
     const order = (action, value = null) => ask("control", { action, value }).then(show);
-    pause.addEventListener("click", () => order(live.paused ? "resume" : "pause"));
+    const toggle = () => order(live.paused ? "resume" : "pause");
+    pause.addEventListener("click", toggle);
     step.addEventListener("click", () => order("step"));
     speed.addEventListener("change", () => order("speed", speed.value ? Number(speed.value) : null));
     function show(news) {
@@ -207,38 +155,120 @@ Object.assign(labkit, (() => {
       if (document.activeElement !== speed) choose(live.speed === null ? "" : String(live.speed));
       const notice = root.querySelector(".lk-failure");
       notice.hidden = !live.failure;
-      notice.textContent = live.failure ? `The engine stopped: ${live.failure}. Restart the lab to go on.` : "";
+      notice.textContent = live.failure ? `The engine stopped: ${live.failure}. Play a preset, or restart it under Engine.` : "";
     }
     function choose(value) {
       const known = [...speed.options].some((option) => option.value === value);
       if (!known) speed.add(new Option(`${value} steps/s`, value));
       speed.value = value;
     }
-    return show;
+    return { show, toggle, step: () => order("step") };
+  }
+
+  // -- what is selected ---------------------------------------------------------------------------
+
+  // A request, a step, a page: selected once, marked everywhere, and told about in the side panel.
+  function selection(root, ask, state, live, show, side) {
+    let facts = null, asked = 0;
+    const notice = root.querySelector(".lk-back");
+
+    async function select(next) {
+      state.selected = next;
+      facts = null;
+      labkit.lookBack(state, null);
+      refresh();
+      show.notify();
+      const turn = (asked += 1), { step, block } = next;
+      if (step === undefined && block === undefined) return;
+      side.reveal("step");
+      const news = await ask("look", block === undefined ? { step } : { block });
+      if (turn !== asked) return; // something else was selected meanwhile
+      if (news && !news.error) facts = news;
+      if (facts && facts.tables && step < state.step) labkit.lookBack(state, facts);
+      refresh(news ? news.error : "No answer from the lab.");
+    }
+
+    function refresh(error = "") {
+      notice.hidden = !state.past;
+      if (state.past) notice.firstElementChild.textContent = `Pages as they were in step ${state.past.step}. `;
+      side.update(facts, error);
+      show.redraw();
+    }
+    notice.querySelector("button").addEventListener("click", () => select({}));
+
+    // The tokens of a page, a moment after the pointer came to rest on it.
+    let resting = 0;
+    function peek(block, x, y) {
+      clearTimeout(resting);
+      resting = setTimeout(async () => {
+        const news = await ask("look", { block, step: state.past?.step });
+        if (news?.tokens && state.hover.block === block) show.say(labkit.pageWords(state, block, news.tokens), x, y);
+      }, 150);
+    }
+
+    function byStep(move) {
+      const now = state.selected.step ?? state.step + (move < 0 ? 1 : 0), next = now + move;
+      if (next > state.step) return live.paused ? select({ request: state.selected.request }).then(live.step) : undefined;
+      if (state.steps.length && next >= state.steps[0].step) select({ request: state.selected.request, step: next });
+    }
+
+    function byRequest(move) {
+      const ids = [...state.lanes.keys()], now = ids.indexOf(state.selected.request);
+      const next = now < 0 ? (move > 0 ? 0 : ids.length - 1) : now + move;
+      if (ids[next] !== undefined) select({ ...(state.selected.step === undefined ? {} : { step: state.selected.step }), request: ids[next] });
+    }
+
+    const keys = {
+      " ": live.toggle, ArrowLeft: () => byStep(-1), ArrowRight: () => byStep(1), ArrowUp: () => byRequest(-1),
+      ArrowDown: () => byRequest(1), Escape: () => select({}),
+    };
+    function press(event) {
+      if (!root.isConnected) return document.removeEventListener("keydown", press);
+      const busy = event.target.closest?.("input, textarea, select, [contenteditable], [role=tab], [role=dialog]");
+      const pressed = event.key === " " && event.target.closest?.("button, a, summary");
+      const plain = !(event.ctrlKey || event.metaKey || event.altKey || event.shiftKey);
+      if (!keys[event.key] || !plain || busy || pressed || !root.offsetParent || !state.meta) return;
+      event.preventDefault();
+      keys[event.key]();
+    }
+    document.addEventListener("keydown", press);
+    return { select, peek, refresh };
   }
 
   // -- all together -------------------------------------------------------------------------------
 
-  // Keep asking what is new, one question at a time, and show it. `extra` adds its own part to question and
-  // answer: { question(), answer(news) }.
-  function mount(root, ask, extra = null) {
+  // Keep asking what is new, one question at a time, and show it. `extras` add parts of their own to question and
+  // answer: { question(), answer(news, state, show) }. `sidePanel(hooks)` gives { update, reveal }.
+  function mount(root, ask, extras = [], sidePanel = null) {
     const state = labkit.createState(), live = { paused: false, speed: null, failure: "" };
-    const show = pictures(root, state), showClock = clockControls(root, ask, live);
+    const hooks = { select: (next) => chosen.select(next), focus: (request) => show.focus(request), peek: (...at) => chosen.peek(...at) };
+    const show = pictures(root, state, hooks), clock = clockControls(root, ask, live);
+    Object.assign(live, { toggle: clock.toggle, step: clock.step });
+    const side = sidePanel ? sidePanel(state, hooks) : { update() {}, reveal() {} };
+    const chosen = selection(root, ask, state, live, show, side);
+    show.select = hooks.select;
     const line = root.querySelector(".lk-summary"), spoken = root.querySelector(".lk-spoken");
-    const facts = document.querySelector(".lk-facts");
-    let said = 0, timer = 0, asking = false, eagerUntil = 0;
+    const numbers = [...root.querySelectorAll("[data-number]")];
+    let paused = false, said = 0, timer = 0, asking = false, eagerUntil = 0;
 
     function take(news) {
-      const fresh = labkit.apply(state, news.pictures);
-      showClock(news.live);
+      const fresh = labkit.apply(state, news.pictures), before = state.plan?.key ?? 0;
+      clock.show(news.live);
+      if (news.plan.key !== before && (news.plan.plan || !news.plan.key)) labkit.lookAhead(state, news.plan.plan ? { ...news.plan.plan, key: news.plan.key } : null);
+      const planned = (state.plan?.key ?? 0) !== before;
       if (news.pictures.full) {
-        if (facts) facts.textContent = settings(state.meta);
+        for (const facts of document.querySelectorAll(".lk-facts")) facts.textContent = labkit.settings(state.meta);
         show.restyle();
+        chosen.select({});
       }
-      if (extra) extra.answer(news, state, show);
-      if (!fresh && !news.pictures.full) return;
-      root.classList.toggle("lk-cold", !state.steps.length);
-      line.textContent = summary(state);
+      if (live.paused !== paused) side.reveal(live.paused ? "step" : "");
+      ({ paused } = live);
+      for (const extra of extras) extra.answer(news, state, show);
+      if (!fresh && !news.pictures.full && !planned) return;
+      root.classList.toggle("lk-cold", !state.steps.length && !state.plan);
+      line.textContent = labkit.summary(state);
+      const words = labkit.numberWords(state);
+      for (const item of numbers) item.querySelector("dd").textContent = words[item.dataset.number];
       for (const canvas of Object.values(show.canvases)) {
         canvas.setAttribute("aria-label", `${canvas.dataset.name}. ${line.textContent}`);
       }
@@ -246,7 +276,7 @@ Object.assign(labkit, (() => {
         spoken.textContent = line.textContent;
         said = Date.now();
       }
-      show.redraw();
+      chosen.refresh();
     }
 
     // One question at a time. The longer an answer takes, the longer the pause: a busy lab is asked less.
@@ -255,7 +285,7 @@ Object.assign(labkit, (() => {
       let wait = 1000;
       asking = true;
       try {
-        if (!document.hidden) wait = await look();
+        if (!document.hidden && root.offsetParent) wait = await look();
       } finally {
         asking = false;
         if (root.isConnected) schedule(wait);
@@ -264,13 +294,14 @@ Object.assign(labkit, (() => {
 
     // Ask and show; returns how long to wait before the next time.
     async function look() {
-      const begin = performance.now();
-      const news = await ask("pull", { feed: state.feed, after: state.step, ...(extra ? extra.question() : {}) });
+      const begin = performance.now(), question = { feed: state.feed, after: state.step, plan: state.plan?.key ?? 0 };
+      for (const extra of extras) Object.assign(question, extra.question());
+      const news = await ask("pull", question);
       root.classList.toggle("lk-lost", !news);
       if (!news) return 1000;
       take(news);
       const eager = (news.busy && !news.live.paused) || performance.now() < eagerUntil;
-      return eager ? 50 + performance.now() - begin : 400;
+      return eager ? Math.max(50 + performance.now() - begin, news.every) : 400;
     }
 
     function schedule(wait) {
@@ -285,10 +316,10 @@ Object.assign(labkit, (() => {
     }
 
     document.addEventListener("visibilitychange", hurry);
-    root.addEventListener("click", hurry);
+    for (const deed of ["click", "keydown"]) root.addEventListener(deed, hurry);
     schedule(0);
-    return { state, live, show, hurry };
+    return { state, live, show, hurry, select: hooks.select };
   }
 
-  return { mount, summary, pageWords, laneWords, meterWords, count };
+  return { mount };
 })());

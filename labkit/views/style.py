@@ -11,7 +11,7 @@ import unicodedata
 import zlib
 from typing import Any
 
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8F7A00", "#7B6FD0")
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7B6FD0", "#8F7A00")
 FREE = "#E7E9EE"
 CACHED = "#B8BECB"
 SHARED = "#22262F"

@@ -1,0 +1,85 @@
+"""The numbers beside the pictures: latencies, hits, waste. Read from the trace, step by step.
+
+Seconds are seconds of work: those between two steps do not count, so that a pause, or an engine slowed down
+to be watched, does not spoil what is measured.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from typing import Any
+
+from labkit.trace import PoolState, StepRecord
+
+LATEST_REQUESTS = 100  # that TTFT and the hit rate look back on
+LATEST_GAPS = 1000  # between tokens, that ITL looks back on
+
+
+class Numbers:
+    """Hears every step, in order, and knows the latest numbers. Its memory is bounded."""
+
+    def __init__(self) -> None:
+        self.preemptions = 0
+        self.generated = 0
+        self._worked = 0.0
+        self._arrived: dict[str, float] = {}  # requests without a token yet
+        self._latest: dict[str, float] = {}  # when each running request got its latest token
+        self._ttft: deque[float] = deque(maxlen=LATEST_REQUESTS)
+        self._itl: deque[float] = deque(maxlen=LATEST_GAPS)
+        self._looked_up: deque[tuple[int, int]] = deque(maxlen=LATEST_REQUESTS)
+
+    def append(self, record: StepRecord) -> None:
+        """Take in the next step."""
+        begin = self._worked
+        end = self._worked = begin + record.seconds
+        if record.requests or not record.admitted:  # else it stands for steps that nobody told us of
+            for arrival in record.arrived:
+                self._arrived[arrival.request_id] = begin
+        for admission in record.admitted:
+            if admission.num_looked_up:
+                self._looked_up.append((admission.num_cached_tokens, admission.num_looked_up))
+        for request_id, tokens in zip(record.requests, record.sampled, strict=True):
+            for _ in tokens:
+                self._token(request_id, end)
+        self.preemptions += len(record.preempted)
+        self.generated += record.total_sampled
+        for finish in record.finished:
+            self._arrived.pop(finish.request_id, None)
+            self._latest.pop(finish.request_id, None)
+
+    def _token(self, request_id: str, now: float) -> None:
+        arrived, before = self._arrived.pop(request_id, None), self._latest.get(request_id)
+        if arrived is not None:
+            self._ttft.append(now - arrived)
+        elif before is not None:
+            self._itl.append(now - before)
+        self._latest[request_id] = now
+
+    def pack(self) -> dict[str, Any]:
+        """The numbers, ready for JSON; None where nothing has been measured."""
+        found, looked = (
+            (sum(column) for column in zip(*self._looked_up, strict=True)) if self._looked_up else (0, 0)
+        )
+        return {
+            "ttft": _median(self._ttft),
+            "itl": _median(self._itl),
+            "hits": found / looked if looked else None,
+            "preemptions": self.preemptions,
+            "generated": self.generated,
+        }
+
+
+def _median(values: deque[float]) -> float | None:
+    return round(statistics.median(values), 6) if values else None
+
+
+def wasted_slots(state: PoolState) -> int:
+    """Slots, one per token, in pages that somebody holds, without a token in them. Shared ones count once."""
+    size, waste = state.block_size, {}
+    for request_id, table in state.tables.items():
+        computed = state.computed.get(request_id, 0)
+        for place in range(computed // size, len(table)):
+            empty = size - max(0, min(size, computed - place * size))
+            waste[table[place]] = min(empty, waste.get(table[place], size))
+    return sum(waste.values())

@@ -1,0 +1,147 @@
+// What the pictures show, in words. Plain functions from the state to text; nobody here touches the page.
+Object.assign(labkit, (() => {
+  const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
+
+  // What the engine runs with, in a line.
+  function settings(meta) {
+    const pool = `${count(meta.num_blocks, "page")} of ${count(meta.block_size, "token")}`;
+    const budget = `${count(meta.max_num_batched_tokens, "token")} a step`;
+    const where = meta.dtype && `${meta.dtype} on ${meta.device}`;
+    const facts = [meta.model, where, pool, count(meta.max_num_seqs, "seat"), budget, meta.scheduler];
+    return facts.filter(Boolean).join(" · ");
+  }
+
+  // The pictures in a sentence or two: what they show, for those who do not see them.
+  function summary(state) {
+    const now = labkit.latest(state), { meta } = state;
+    const pool = count(meta.num_blocks, "page");
+    const size = count(meta.block_size, "token"), seats = count(meta.max_num_seqs, "seat");
+    if (!now) return `Idle. ${pool} of ${size}, all free; ${seats}.`;
+    const counts = { free: 0, cached: 0, owned: 0, shared: 0 };
+    for (let block = 0; block < meta.num_blocks; block++) counts[labkit.pageKind(state, block)] += 1;
+    const used = counts.owned + counts.shared;
+    const people = `${state.tables.length} running, ${now.waiting} waiting`;
+    const parts = [`Step ${now.step}: ${people}, ${used} of ${pool} in use`];
+    if (counts.shared) parts.push(`${counts.shared} shared`);
+    if (counts.cached) parts.push(`${counts.cached} cached`);
+    const why = now.blocked ? ` Request ${now.blocked[0]} waits: ${now.blocked[1]}.` : "";
+    return `${parts.join(", ")}.${why}`;
+  }
+
+  function pageWords(state, block, tokens = null) {
+    const kind = labkit.pageKind(state, block), owners = labkit.ownersAt(state, block);
+    const size = state.meta.block_size, next = state.past ? undefined : state.plan?.taken.get(block);
+    const lines = [`Block ${block}: ${kind === "cached" ? "cached and free" : kind}`];
+    for (const { request, position } of owners.slice(0, 6)) {
+      lines.push(`request ${request}, block ${position} of its table`);
+    }
+    if (owners.length > 6) lines.push(`and ${count(owners.length - 6, "more request")}`);
+    const filled = Math.max(0, ...owners.map((owner) => owner.filled));
+    if (owners.length) lines.push(`${filled} of ${count(size, "token")} filled`);
+    const until = owners.length ? "" : " until someone needs the page";
+    if (labkit.isCached(state, block)) lines.push(`in the prefix cache${until}`);
+    if (next) lines.push(`the next step gives it to request ${next[0]}`);
+    if (tokens) lines.push(`“${tokens.join("").replace(/\s+/g, " ").trim()}”`);
+    return lines;
+  }
+
+  function laneWords(state, lane, step) {
+    const lines = [`Request ${lane.id}, step ${step}`];
+    for (const span of lane.spans) {
+      if (step < span.from || step > span.to) continue;
+      const steps = span.from === span.to ? "" : ` since step ${span.from}`;
+      const tokens = count(span.tokens, "token");
+      if (span.kind === "p") lines.push(`prefill: ${tokens} at once`);
+      if (span.kind === "c") lines.push(`a chunk of its prefill: ${tokens}${steps}`);
+      if (span.kind === "d") lines.push(`decode: ${tokens}${steps}`);
+      if (span.kind === "i") lines.push(`idle: holds a seat, computes nothing${steps}`);
+      if (span.kind === "x") lines.push(`preempted: gave ${count(span.tokens, "page")} back`);
+      if (span.kind === "w") lines.push(`waiting${steps}`);
+    }
+    const blocked = state.steps.find((row) => row.step === step)?.blocked;
+    if (step === state.step) lines.push(...[whyWords(state, lane.id)].filter(Boolean));
+    else if (blocked && blocked[0] === lane.id) lines.push(`because ${blocked[1]}`);
+    if (lane.prompt) lines.push(`prompt of ${count(lane.prompt, "token")}`);
+    if (lane.ended >= 0 && step >= lane.ended) lines.push(`ended in step ${lane.ended}: ${lane.reason}`);
+    return lines;
+  }
+
+  function meterWords(state, step) {
+    const place = state.steps.findIndex((row) => row.step === step);
+    if (place < 0) return [];
+    const row = state.steps[place], rate = labkit.rates(state.steps)[place];
+    const used = labkit.percent(row.used / state.meta.num_blocks);
+    return [
+      `Step ${step}: ${(row.seconds * 1000).toPrecision(3)} ms`,
+      `${count(row.computed, "token")} computed, ${row.sampled} generated`,
+      `${labkit.short(rate)} tokens/s over the last 8 steps`,
+      `${row.used} of ${count(state.meta.num_blocks, "page")} in use (${used})`,
+      `${row.running} running, ${row.waiting} waiting`,
+    ];
+  }
+
+  // Why a request does not run, in a sentence; "" if it runs or is over. While the engine is paused, the plan for
+  // the next step knows better than the latest record.
+  function whyWords(state, id) {
+    const { plan } = state;
+    if (plan) {
+      const row = plan.rows.find((entry) => entry[0] === id);
+      const queue = plan.queue.map((entry) => entry[0]);
+      if (row && !state.tables.some(([name]) => name === id)) return `The next step lets it in: ${rowWords(row)}.`;
+      if (plan.preempted.some(([name]) => name === id)) return "The next step takes its pages: older requests need them.";
+      if (row) return "";
+      return waits(state, id, queue, plan.blocked);
+    }
+    if (state.tables.some(([name]) => name === id)) return "";
+    return waits(state, id, state.queue, labkit.latest(state)?.blocked);
+  }
+
+  function waits(state, id, queue, blocked) {
+    if (state.held.has(id)) return `Waits for the prompt of request ${state.held.get(id)}, which it shares.`;
+    const place = queue.indexOf(id);
+    if (place < 0) return "";
+    const lost = state.lanes.get(id)?.spans.findLast((span) => span.kind === "x");
+    const before = lost ? `Preempted in step ${lost.from}: its ${count(lost.tokens, "page")} went to older requests. ` : "";
+    const [head, reason] = blocked || [queue[0], "the next step decides"];
+    if (id === head) return `${before}Waits, first in line: ${reason}.`;
+    return `${before}Waits, number ${place + 1} of ${queue.length}. Request ${head} is before it: ${reason}.`;
+  }
+
+  const KINDS = { p: "prefill", c: "chunk", d: "decode", i: "idle" };
+
+  // What a row of a batch computes.
+  function rowWords([, , , kind, start, tokens]) {
+    if (kind === "i") return "idle";
+    return `${KINDS[kind]}, ${count(tokens, "token")}${kind === "c" ? ` from ${start} on` : ""}`;
+  }
+
+  // An event of the log.
+  function eventWords({ kind, first, second, word }) {
+    if (kind === "arrive") return `arrives with a prompt of ${count(first, "token")}`;
+    if (kind === "admit") return `gets a seat and ${count(first, "page")}`;
+    if (kind === "hit") return `finds ${first} of its ${count(second, "token")} in the prefix cache`;
+    if (kind === "preempt") return `is preempted: gives ${count(first, "page")} back`;
+    if (kind === "evict") return `${count(first, "cached page")} forgotten to make room`;
+    if (kind === "abort") return first ? `is cancelled, and gives ${count(first, "page")} back` : "is cancelled";
+    return `ends (${word}), and gives ${count(first, "page")} back`;
+  }
+
+  const seconds = (value) => (value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(1)} s`);
+
+  // The numbers beside the pictures, as text by name; "–" where nothing was measured.
+  function numberWords(state) {
+    const now = labkit.latest(state), rate = labkit.rates(state.steps).at(-1), { numbers, meta } = state;
+    const busy = state.tables.length || now?.waiting, share = (part) => (part == null ? "–" : labkit.percent(part));
+    return {
+      rate: busy && rate !== undefined ? labkit.short(rate) : "idle",
+      usage: share(now ? now.used / meta.num_blocks : 0),
+      waste: share(now && now.used ? now.wasted / (now.used * meta.block_size) : null),
+      ttft: numbers.ttft == null ? "–" : seconds(numbers.ttft),
+      itl: numbers.itl == null ? "–" : seconds(numbers.itl),
+      hits: share(numbers.hits),
+      preemptions: String(numbers.preemptions ?? 0),
+    };
+  }
+
+  return { seconds, settings, summary, pageWords, laneWords, meterWords, whyWords, rowWords, eventWords, numberWords, count };
+})());

@@ -1,0 +1,41 @@
+"""What the engine forgets is in the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from labkit.config import EngineConfig
+from labkit.engine import Engine
+from labkit.lab import Lab
+from labkit.live import LiveEngine
+from labkit.request import SamplingParams
+from labkit.trace import Trace
+from labkit.weights import load_model
+
+
+def run(lab: Lab, max_tokens: int) -> None:
+    live = lab.bench.live
+    for _ in live.stream(live.submit("hello", SamplingParams(max_tokens=max_tokens, ignore_eos=True))):
+        pass
+
+
+def test_every_step_of_every_engine_is_written(tmp_path: Path) -> None:
+    config = EngineConfig(model=load_model("tiny-random", say=None), num_blocks=64, max_trace_steps=5)
+    with LiveEngine(Engine(config)) as live:
+        lab = Lab(live, trace_file=tmp_path / "run.jsonl")
+        run(lab, 40)
+        assert len(live.engine.trace) < 40
+        lab.change({"num_blocks": 32}, running="cancel")
+        run(lab, 3)
+        lab.close()
+    first, second = Trace.load(tmp_path / "run.jsonl"), Trace.load(tmp_path / "run-2.jsonl")
+    assert [record.step for record in first] == list(range(40)) and first.meta.num_blocks == 64
+    assert [record.step for record in second] == [0, 1, 2] and second.meta.num_blocks == 32
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    config = EngineConfig(model=load_model("tiny-random", say=None), num_blocks=64)
+    with LiveEngine(Engine(config)) as live, pytest.raises(OSError):
+        Lab(live, trace_file=tmp_path / "no such folder" / "run.jsonl")

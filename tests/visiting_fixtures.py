@@ -1,0 +1,69 @@
+"""A browser, a lab to look at, and people who come by: fixtures for the tests of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from visiting import SWITCHES, Visitor, chromium, free_port, wait_for
+
+import app
+from labkit.config import EngineConfig
+from labkit.engine import Engine
+from labkit.lab import Lab
+from labkit.live import LiveEngine
+from labkit.weights import LoadedModel, load_model
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    path = chromium()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=SWITCHES)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return load_model("tiny-random", say=None)
+
+
+@pytest.fixture(scope="module")
+def lab(model: LoadedModel) -> Iterator[tuple[LiveEngine, str]]:
+    config = EngineConfig(model=model, num_blocks=48, max_num_seqs=16, max_num_batched_tokens=256)
+    with LiveEngine(Engine(config)) as live:
+        port = free_port()
+        demo = app.launch(Lab(live, grace=0.2), share=False, server_port=port, quiet=True)
+        yield live, f"http://127.0.0.1:{port}"
+        demo.close(verbose=False)
+
+
+@pytest.fixture
+def live(lab: tuple[LiveEngine, str]) -> Iterator[LiveEngine]:
+    """The engine, running flat out, and left idle for the next test."""
+    live = lab[0]
+    yield live
+    live.speed = None
+    live.resume()
+    for request_id in list(live.engine.outputs):
+        live.abort(request_id)
+    wait_for(lambda: not live.busy)
+
+
+@pytest.fixture
+def visit(browser: Any, lab: tuple[LiveEngine, str], live: LiveEngine) -> Iterator[Callable[..., Visitor]]:
+    visitors: list[Visitor] = []
+
+    def arrive(width: int = 1600, height: int = 900, **options: Any) -> Visitor:
+        context = browser.new_context(viewport={"width": width, "height": height}, **options)
+        visitors.append(Visitor(context, lab[1]))
+        return visitors[-1]
+
+    yield arrive
+    for visitor in visitors:
+        visitor.context.close()
+    assert [problem for visitor in visitors for problem in visitor.problems] == []
