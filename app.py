@@ -45,6 +45,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", default="smollm2-135m", help="short name, Hub id or folder (default: %(default)s)")
     add("--device", default="auto", help='"auto", "cpu", "cuda", ... (default: %(default)s)')
     add("--dtype", default="auto", help='"auto", "float32", "float16", "bfloat16" (default: %(default)s)')
+    add("--quantization", choices=("int8",), help="compute in 8 bits (default: no)")
     host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")  # a Hugging Face Space says where to listen
     port = os.environ.get("GRADIO_SERVER_PORT", "7860")
     add("--host", default=host, help="address to listen at; 0.0.0.0 for all (default: %(default)s)")
@@ -162,6 +163,7 @@ def load(options: argparse.Namespace) -> LiveEngine:
             model=options.model,
             dtype=options.dtype,
             device=options.device,
+            quantization=options.quantization,
             block_size=options.block_size,
             num_blocks=options.num_blocks,
             max_num_seqs=options.max_num_seqs,
