@@ -271,8 +271,9 @@ class Chunk:
     def attend(self, q: Tensor, pages: Tensor, *, scale: float, window: int | None) -> Tensor:
         k, v = gather(pages, self.blocks, 1)
         group = q.shape[1] // k.shape[1]
-        # Not every kernel of PyTorch's groups queries; to repeat the keys of one row is cheap.
-        k, v = (x[:, :, : self.length].repeat_interleave(group, dim=1) for x in (k, v))
+        k, v = (x[:, :, : self.length] for x in (k, v))
+        if group > 1:  # not every kernel of PyTorch's groups queries; to repeat the keys of one row is cheap
+            k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
         mask = self.masks[window]
         out = F.scaled_dot_product_attention(
             q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None, scale=scale

@@ -7,23 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
-import pytest
-from visiting import HOSTILE, PATIENCE, SWITCHES, chromium, free_port
+from visiting import HOSTILE, PATIENCE, free_port
+from visiting_fixtures import browser
 
 from labkit.views.canvas import asset
 
 __all__ = ["HOSTILE", "Looker", "browser", "served"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    path = chromium()
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=SWITCHES)
-        yield browser
-        browser.close()
 
 
 @contextmanager
