@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     import gradio as gr
 
-    from labkit.lab import Lab
+    from labkit.laboratory import Lab
     from labkit.live import LiveEngine
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before anybody imports it: the lab calls nobody
@@ -184,7 +184,7 @@ def load(options: argparse.Namespace) -> LiveEngine:
 
 def lab_of(live: LiveEngine, options: argparse.Namespace) -> Lab:
     """The lab round an engine, with the limits that the options set."""
-    from labkit.lab import Lab
+    from labkit.laboratory import Lab
     from labkit.limits import Limits
 
     limits = Limits(

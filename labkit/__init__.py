@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from labkit.config import EngineConfig
     from labkit.engine import Engine
+    from labkit.exercises import check
     from labkit.llm import LLM
+    from labkit.notebook import setup
     from labkit.request import SamplingParams
     from labkit.trace import Trace
+    from labkit.widgets import lab
 
-__all__ = ["LLM", "Engine", "EngineConfig", "SamplingParams", "Trace"]
+__all__ = ["LLM", "Engine", "EngineConfig", "SamplingParams", "Trace", "check", "lab", "setup"]
 
 _HOMES = {
     "LLM": "labkit.llm",
@@ -23,6 +26,9 @@ _HOMES = {
     "EngineConfig": "labkit.config",
     "SamplingParams": "labkit.request",
     "Trace": "labkit.trace",
+    "check": "labkit.exercises",
+    "lab": "labkit.widgets",
+    "setup": "labkit.notebook",
 }
 
 

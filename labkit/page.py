@@ -16,7 +16,7 @@ from typing import Any
 import gradio as gr
 
 from labkit.desk import params_of
-from labkit.lab import Lab
+from labkit.laboratory import Lab
 from labkit.live import EngineStoppedError, LiveEngine
 from labkit.page_api import Api
 from labkit.presets import PRESETS

@@ -10,7 +10,7 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from labkit.lab import Bench, Lab
+from labkit.laboratory import Bench, Lab
 from labkit.lens import page_facts, step_facts
 from labkit.live import EngineStoppedError
 from labkit.trace import StepRecord

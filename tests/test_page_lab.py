@@ -11,7 +11,7 @@ from visiting import FIND, HOSTILE, Visitor, free_port, wait_for
 import app
 from labkit.config import EngineConfig
 from labkit.engine import Engine
-from labkit.lab import Lab
+from labkit.laboratory import Lab
 from labkit.limits import Limits
 from labkit.live import LiveEngine
 from labkit.presets import PRESETS

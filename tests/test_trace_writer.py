@@ -8,7 +8,7 @@ import pytest
 
 from labkit.config import EngineConfig
 from labkit.engine import Engine
-from labkit.lab import Lab
+from labkit.laboratory import Lab
 from labkit.live import LiveEngine
 from labkit.request import SamplingParams
 from labkit.trace import Trace

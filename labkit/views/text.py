@@ -6,7 +6,7 @@ than one step or block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from labkit.trace import Trace
 from labkit.views import style
@@ -205,6 +205,40 @@ def throughput(trace: Trace, *, window: float | None = None) -> str:
     if per_column > 1:
         legend.append(f"each column = the mean of {per_column} steps")
     return "\n".join([*lines, "", *_wrapped(legend)])
+
+
+# -- charts ---------------------------------------------------------------------------------------
+
+
+def bars(values: Mapping[str, float], title: str, unit: str, digits: int) -> str:
+    """One bar of text for each named value."""
+    width = max(map(style.width_of, values), default=0)
+    top = max(values.values(), default=0) or 1
+    rows = [title, ""]
+    for name, value in values.items():
+        bar = "█" * round(40 * max(value, 0) / top)
+        rows.append(
+            f"{name}{' ' * (width - style.width_of(name))}  {bar} {value:,.{digits}f} {unit}".rstrip()
+        )
+    return "\n".join(rows)
+
+
+def lines(
+    x: Sequence[float],
+    ys: Mapping[str, Sequence[float | None]],
+    title: str,
+    x_name: str,
+    y_name: str,
+    digits: int,
+) -> str:
+    """A table: a row for each x, a column for each named series."""
+    rows = [[x_name, *ys]]
+    for i, value in enumerate(x):
+        shown = ("" if series[i] is None else f"{series[i]:,.{digits}f}" for series in ys.values())
+        rows.append([f"{value:,g}", *shown])
+    widths = [max(style.width_of(row[i]) for row in rows) for i in range(len(rows[0]))]
+    table = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([f"{title} ({y_name})", "", *table])
 
 
 def _chunks(values: Sequence[float], size: int) -> Iterable[Sequence[float]]:

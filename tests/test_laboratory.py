@@ -10,7 +10,7 @@ import pytest
 
 from labkit.config import EngineConfig
 from labkit.engine import Engine
-from labkit.lab import KNOBS, Lab
+from labkit.laboratory import KNOBS, Lab
 from labkit.limits import Limits
 from labkit.live import LiveEngine
 from labkit.presets import PRESETS
