@@ -203,10 +203,9 @@ class _Pages(Cache):
             n = len(queries) // rows
             if mask is None:
                 mask = additive(torch.ones(n, n, dtype=torch.bool, device=q.device).tril(), q)
-            bias = mask.clamp(min=torch.finfo(q.dtype).min).view(rows, 1, n, -1)
-            k, v = (
-                x[:, :, : bias.shape[-1]] for x in gather(self.pages.layer(self.layer), group.blocks, rows)
-            )
+            # Every key head has the same mask.
+            bias = mask.clamp(min=torch.finfo(q.dtype).min).view(rows, -1, n, mask.shape[-1])[:, :1]
+            k, v = (x[:, :, : bias.shape[-1]] for x in gather(self.pages.layer(self.layer), group.blocks))
             batch = queries.view(rows, n, *q.shape[1:]).transpose(1, 2)
             result, _ = formula(module, batch, k, v, bias, scaling=scale, **extra)
             out[group.first : group.last] = result.reshape(queries.shape)

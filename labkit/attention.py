@@ -1,8 +1,9 @@
 """The paged KV cache (the tensors) and attention over it.
 
-A page holds the keys and the values of `block_size` tokens, for one layer: (2, block_size, kv_heads,
-head_dim). Token t of a request lies in its page `table[t // block_size]`, at place `t % block_size`. One page
-more than the pool has, the null page, takes what padding writes and fills block tables up to a common width.
+A page holds the keys and the values of `block_size` tokens, for one layer: (2, kv_heads, block_size,
+head_dim), so that what a head reads lies together. Token t of a request lies in its page
+`table[t // block_size]`, at place `t % block_size`. One page more than the pool has, the null page, takes
+what padding writes and fills block tables up to a common width.
 
 `reference_attention` says what is meant, one token at a time. `attend` computes the same for a whole
 flattened batch, cut into groups of rows; how a group is computed is its own affair, and the `Backend` says
@@ -51,8 +52,8 @@ class PagedKVCache:
         device: torch.device,
     ) -> None:
         self.num_blocks = self.null_block = num_blocks
-        self.block_size = block_size
-        shape = (num_layers, num_blocks + 1, 2, block_size, num_kv_heads, head_dim)
+        self.block_size, self.kv_heads = block_size, num_kv_heads
+        shape = (num_layers, num_blocks + 1, 2, num_kv_heads, block_size, head_dim)
         needed = math.prod(shape) * dtype.itemsize
         if device.type == "cpu":  # which promises memory that it does not have
             available = psutil.virtual_memory().available
@@ -65,23 +66,36 @@ class PagedKVCache:
             )
         # Zeros, not garbage: a masked score still multiplies its value, and 0 * NaN is NaN.
         self.pages = torch.zeros(shape, dtype=dtype, device=device)
-        self.k, self.v = self.pages.unbind(2)  # views (layers, pages, block_size, kv_heads, head_dim)
+        # Views (layers, pages, block_size, kv_heads, head_dim).
+        self.k, self.v = self.pages.transpose(3, 4).unbind(2)
         # What each layer needs at every step, looked up once.
         self._layers = list(self.pages.unbind(0))
-        self._slots = [pages.view(-1, num_kv_heads, head_dim) for pages in self._layers]
+        self._slots = [pages.view(-1, head_dim) for pages in self._layers]
+        self._heads = torch.arange(num_kv_heads, device=device) * block_size
 
     @property
     def nbytes(self) -> int:
         return self.pages.nbytes
 
     def layer(self, layer: int) -> Tensor:
-        """The pages of one layer: (num_blocks + 1, 2, block_size, kv_heads, head_dim)."""
+        """The pages of one layer: (num_blocks + 1, 2, kv_heads, block_size, head_dim)."""
         return self._layers[layer]
 
+    def slots(self, blocks: Tensor, places: Tensor) -> Tensor:
+        """Where in a layer's pages tokens lie that have these places (T,) in these pages (T,), int64.
+
+        Returns:
+            (2, T * kv_heads): of the keys and of the values of each head, token by token, in vectors.
+        """
+        size = self.kv_heads * self.block_size
+        keys = ((blocks * (2 * size) + places)[:, None] + self._heads).flatten()
+        return torch.stack((keys, keys + size))
+
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        """Store keys and values (T, kv_heads, head_dim) of one layer at the slots (2, T) of `BatchLayout`."""
-        self._slots[layer].index_copy_(0, slots[0], k)
-        self._slots[layer].index_copy_(0, slots[1], v)
+        """Store keys and values (T, kv_heads, head_dim) of one layer at the slots of `BatchLayout`."""
+        pages, dim = self._slots[layer], k.shape[-1]
+        pages.index_copy_(0, slots[0], k.reshape(-1, dim))
+        pages.index_copy_(0, slots[1], v.reshape(-1, dim))
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy pages (source, destination) in all layers: copy on write."""
@@ -124,7 +138,8 @@ class QueryGroup(Protocol):
 class BatchLayout:
     """Where the tokens of a flattened batch lie: built once per step, used by every layer.
 
-    `slots` (2, T) says where each token's keys and its values go; padding at the end goes to the null page.
+    `slots` (see `PagedKVCache.slots`) says where keys and values go, those of padding at the end to the null
+    page.
     """
 
     slots: Tensor
@@ -167,8 +182,15 @@ def build_layout(
 ) -> BatchLayout:
     """Lay out a batch. `rows` must come with single-query rows first, longest first (see `row_order`)."""
     backend = backend or SDPA
-    slots = slots_of(rows, cache)
-    slots += [cache.null_block * 2 * cache.block_size + i % cache.block_size for i in range(num_padding)]
+    size, device = cache.block_size, cache.pages.device
+    blocks: list[int] = []
+    places: list[int] = []
+    for row in rows:
+        table, tokens = row.table, range(row.start, row.length)
+        blocks += [table[t // size] for t in tokens]
+        places += [t % size for t in tokens]
+    blocks += [cache.null_block] * num_padding
+    places += [i % size for i in range(num_padding)]
     single = 0
     while single < len(rows) and rows[single].num_queries == 1:
         single += 1
@@ -177,18 +199,8 @@ def build_layout(
         groups += backend.decode(0, rows[:single], cache, windows)
     if single < len(rows):
         groups += backend.chunks(single, rows[single:], cache, windows)
-    keys = torch.tensor(slots, dtype=torch.long, device=cache.pages.device)
-    return BatchLayout(torch.stack((keys, keys + cache.block_size)), groups)
-
-
-def slots_of(rows: Sequence[Span], cache: PagedKVCache) -> list[int]:
-    """Where the keys of each token of these rows go; their values lie `block_size` slots further on."""
-    size = cache.block_size
-    slots: list[int] = []
-    for row in rows:
-        table = row.table
-        slots += [table[t // size] * 2 * size + t % size for t in range(row.start, row.length)]
-    return slots
+    where = torch.tensor([blocks, places], dtype=torch.long, device=device)
+    return BatchLayout(cache.slots(*where.unbind(0)), groups)
 
 
 def row_order(rows: Sequence[Span]) -> list[int]:
@@ -243,7 +255,8 @@ class GatheredRows:
     """Rows of one query each, in one call over pages gathered side by side.
 
     `blocks` (see `gather`) are the pages; `masks` maps a sliding window (None: no window) to what is added
-    to the scores, (rows, 1, 1, width * block_size): 0, or minus infinity where a query may not look.
+    to the scores, (rows, 1 or kv_heads, 1, width * block_size): 0, or minus infinity where a query may not
+    look.
     """
 
     first: int
@@ -252,9 +265,17 @@ class GatheredRows:
     masks: dict[int | None, Tensor]
 
     def attend(self, q: Tensor, pages: Tensor, *, scale: float, window: int | None) -> Tensor:
-        k, v = gather(pages, self.blocks, len(q))
-        folded = q.view(len(q), k.shape[1], -1, q.shape[-1])
-        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=self.masks[window], scale=scale)
+        k, v = gather(pages, self.blocks)
+        rows, kv_heads, length, dim = k.shape
+        mask = self.masks[window]
+        if _plainly(q):
+            k, v = k.view(-1, length, dim), v.view(-1, length, dim)
+            scores = torch.baddbmm(
+                mask.view(-1, 1, length), q.reshape(len(k), -1, dim), k.transpose(1, 2), alpha=scale
+            )
+            return torch.bmm(scores.softmax(-1), v).view(q.shape)
+        folded = q.view(rows, kv_heads, -1, dim)
+        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
         return out.reshape(q.shape)
 
 
@@ -269,7 +290,7 @@ class Chunk:
     masks: dict[int | None, Tensor | None]
 
     def attend(self, q: Tensor, pages: Tensor, *, scale: float, window: int | None) -> Tensor:
-        k, v = gather(pages, self.blocks, 1)
+        k, v = gather(pages, self.blocks)
         group = q.shape[1] // k.shape[1]
         k, v = (x[:, :, : self.length] for x in (k, v))
         if group > 1:  # not every kernel of PyTorch's groups queries; to repeat the keys of one row is cheap
@@ -281,20 +302,32 @@ class Chunk:
         return out[0].transpose(0, 1)
 
 
-def gather(pages: Tensor, blocks: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of so many rows, each (rows, kv_heads, L, head_dim).
+def gather(pages: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of some rows, each (rows, kv_heads, width * block_size, head_dim) and in one piece.
 
-    `blocks` (2, rows * width) are the halves of pages to take, as `halves` makes them.
+    `blocks` (2, rows, kv_heads, width) are the parts of pages to take, as `parts` makes them.
     """
-    found = pages.flatten(0, 1).index_select(0, blocks.flatten())
-    k, v = found.view(2, rows, -1, *pages.shape[-2:]).transpose(2, 3).unbind(0)
+    found = pages.flatten(0, 2).index_select(0, blocks.flatten())
+    k, v = found.view(*blocks.shape[:3], -1, pages.shape[-1]).unbind(0)
     return k, v
 
 
-def halves(table: Tensor) -> Tensor:
-    """Where the keys and the values of these pages lie, counted in halves of a page: (2, pages)."""
-    keys = 2 * table.flatten()
-    return torch.stack((keys, keys + 1))
+def parts(table: Tensor, kv_heads: int) -> Tensor:
+    """Where the keys and the values of each head lie in the pages of a block table (rows, width).
+
+    Counted in parts of a page, each (block_size, head_dim): (2, rows, kv_heads, width).
+    """
+    heads = torch.arange(kv_heads, device=table.device)[:, None]
+    keys = table[:, None] * (2 * kv_heads) + heads
+    return torch.stack((keys, keys + kv_heads))
+
+
+def _plainly(q: Tensor) -> bool:
+    """Whether to write single queries out as two batched products: on a CPU in fp32 they are faster.
+
+    PyTorch's fused kernel makes a small product of its own for each row and head there.
+    """
+    return q.device.type == "cpu" and q.dtype == torch.float32
 
 
 def additive(seen: Tensor, like: Tensor) -> Tensor:
@@ -333,8 +366,9 @@ def static_rows(
     masks = {}
     for window in windows:
         seen = at < lengths
-        masks[window] = additive(seen if window is None else seen & (at >= lengths - window), cache.pages)
-    return GatheredRows(0, len(tables), halves(tables), masks)
+        mask = additive(seen if window is None else seen & (at >= lengths - window), cache.pages)
+        masks[window] = mask.repeat(1, cache.kv_heads, 1, 1) if _plainly(mask) else mask
+    return GatheredRows(0, len(tables), parts(tables, cache.kv_heads), masks)
 
 
 def single_chunks(
@@ -344,7 +378,7 @@ def single_chunks(
     device = cache.pages.device
     chunks = []
     for row in rows:
-        blocks = halves(block_table([row], cache, -(-row.length // cache.block_size)))
+        blocks = parts(block_table([row], cache, -(-row.length // cache.block_size)), cache.kv_heads)
         keys = torch.arange(row.length, device=device)
         queries = torch.arange(row.start, row.length, device=device)[:, None]
         masks: dict[int | None, Tensor | None] = {}

@@ -100,12 +100,12 @@ def _split_kernel(
         token = first + lane
         live = token < end
         page = tl.load(tables + row * width + token // SIZE, mask=live, other=0).to(tl.int64)
-        slot = page * (2 * SIZE) + token % SIZE
-        at = pages + slot[:, :, None] * (KV_HEADS * DIM) + kv_head * DIM + dim
+        slot = (page * (2 * KV_HEADS) + kv_head) * SIZE + token % SIZE
+        at = pages + slot[:, :, None] * DIM + dim
         # What lies beyond the row's end is not even read: whatever a page held before cannot reach it.
         here = live[:, :, None] & (dim < DIM)
         k = tl.load(at, mask=here, other=0.0).to(tl.float32)
-        v = tl.load(at + SIZE * KV_HEADS * DIM, mask=here, other=0.0).to(tl.float32)
+        v = tl.load(at + KV_HEADS * SIZE * DIM, mask=here, other=0.0).to(tl.float32)
         s = tl.where(live, tl.sum(query * k, axis=2), float("-inf"))
         new = tl.maximum(m, s)
         old, p = tl.exp2(m - new), tl.exp2(s - new)
@@ -160,7 +160,7 @@ def paged_decode(
 
     Args:
         q: queries (rows, heads, head_dim), fp16, bf16 or fp32.
-        pages: of one layer (num_blocks + 1, 2, block_size, kv_heads, head_dim), in one piece, in that dtype.
+        pages: of one layer (num_blocks + 1, 2, kv_heads, block_size, head_dim), in one piece, in that dtype.
         tables: the pages of each row in order (rows, width), int32 or int64; what lies beyond a row's length
             is not looked at.
         lengths: tokens of each row, the query's own included (rows,), int32 or int64, at least 1.
@@ -181,7 +181,7 @@ def paged_decode(
     if q.stride(-1) != 1:
         q = q.contiguous()
     rows, heads, dim = q.shape
-    size, kv_heads = pages.shape[2:4]
+    kv_heads, size = pages.shape[2:4]
     group = heads // kv_heads
     group_2, dim_2 = triton.next_power_of_2(group), triton.next_power_of_2(dim)
     out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)

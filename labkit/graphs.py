@@ -166,9 +166,8 @@ class DecodeGraphs:
         @torch.inference_mode()
         def step() -> Tensor:
             page = tables.gather(1, (positions // size)[:, None])[:, 0]
-            keys = page * (2 * size) + positions % size
             group = self.backend.static(tables, positions + 1, self.cache, self.model.windows)
-            layout = BatchLayout(torch.stack((keys, keys + size)), [group])
+            layout = BatchLayout(self.cache.slots(page, positions % size), [group])
             return self.model(token_ids, positions, self.cache, layout)
 
         return step

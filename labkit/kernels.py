@@ -82,8 +82,7 @@ def static_paged_rows(
 
 def _paged(first: int, tables: Tensor, lengths: Tensor, cache: PagedKVCache) -> PagedDecode:
     rows, width = tables.shape
-    kv_heads = cache.pages.shape[-2]
-    splits = num_splits(rows * kv_heads, width * cache.block_size, _processors(tables.device))
+    splits = num_splits(rows * cache.kv_heads, width * cache.block_size, _processors(tables.device))
     return PagedDecode(first, first + rows, tables, lengths, splits)
 
 
@@ -109,9 +108,9 @@ def _processors(device: torch.device) -> int:
 class PackedChunks:
     """Rows of any number of queries in one call of FlashAttention, their tokens packed one after the other.
 
-    `slots` (2, L) say where the keys and the values of all L tokens of these rows lie, in slots of a layer's
-    pages. `query_starts` and `token_starts` (rows + 1, int32) say where each row begins, among the queries
-    and among the tokens; `most_queries` and `most_tokens` are those of the longest row.
+    `slots` (see `PagedKVCache.slots`) say where the keys and the values of all tokens of these rows lie.
+    `query_starts` and `token_starts` (rows + 1, int32) say where each row begins, among the queries and among
+    the tokens; `most_queries` and `most_tokens` are those of the longest row.
     """
 
     first: int
@@ -123,8 +122,8 @@ class PackedChunks:
     most_tokens: int
 
     def attend(self, q: Tensor, pages: Tensor, *, scale: float, window: int | None) -> Tensor:
-        found = pages.flatten(0, 2).index_select(0, self.slots.flatten())
-        k, v = found.view(2, -1, *found.shape[1:]).unbind(0)
+        found = pages.flatten(0, 3).index_select(0, self.slots.flatten())
+        k, v = found.view(2, -1, pages.shape[2], pages.shape[-1]).unbind(0)
         return varlen_attention()(
             q,
             k,
@@ -145,19 +144,20 @@ def packed_chunks(
 ) -> list[PackedChunks]:
     """One group for all rows with more than one query."""
     size, device = cache.block_size, cache.pages.device
-    slots = array("q")
+    blocks = array("q")
     queries, tokens = [0], [0]
     for row in rows:
         for page in row.table[: -(-row.length // size)]:
-            slots.extend(range(page * 2 * size, page * 2 * size + size))
+            blocks.extend([page] * size)
         queries.append(queries[-1] + row.num_queries)
         tokens.append(tokens[-1] + row.length)
-        del slots[tokens[-1] :]  # the rest of the last page
-    keys = torch.frombuffer(slots, dtype=torch.int64).to(device)
+        del blocks[tokens[-1] :]  # the rest of the last page
     starts = torch.tensor([queries, tokens], dtype=torch.int32, device=device)
     most = (max(row.num_queries for row in rows), max(row.length for row in rows))
-    both = torch.stack((keys, keys + size))
-    return [PackedChunks(first, first + queries[-1], both, starts[0], starts[1], *most)]
+    places = torch.cat([torch.arange(row.length) % size for row in rows])
+    where = torch.stack((torch.frombuffer(blocks, dtype=torch.int64), places)).to(device)
+    slots = cache.slots(*where.unbind(0))
+    return [PackedChunks(first, first + queries[-1], slots, starts[0], starts[1], *most)]
 
 
 @functools.cache

@@ -104,24 +104,26 @@ def rotate(model: Transformer) -> None:
 
 
 # -- products of whole numbers --------------------------------------------------------------------
+#
+# Each takes x (rows, in) with numbers from -1 to 1, in steps of 1/127, and gives scale_w * (x @ w.T).
 
 
 class _IntMM:
-    """`torch._int_mm`: VNNI on a CPU that has it, tensor cores on a GPU. Gives scale_w * (x @ w.T)."""
+    """`torch._int_mm`: VNNI on a CPU that has it, tensor cores on a GPU."""
 
     def __init__(self, weight: Tensor, scales: Tensor) -> None:
-        self.weight, self.scales = weight.t(), scales.t()
+        self.weight, self.scales = weight.t(), scales.t() / _LEVELS
         self.min_rows = _MIN_ROWS_CUDA if weight.is_cuda else 1
 
     def __call__(self, x: Tensor) -> Tensor:
-        x, rows = x.round().to(torch.int8), len(x)
+        x, rows = (x * _LEVELS).round().to(torch.int8), len(x)
         if rows < self.min_rows:
             x = F.pad(x, (0, 0, 0, self.min_rows - rows))
         return torch._int_mm(x, self.weight)[:rows] * self.scales
 
 
 class _Fbgemm:
-    """FBGEMM's kernel, which is fast on x86 without VNNI as well. Gives scale_w * (x @ w.T)."""
+    """FBGEMM's kernel, which is fast on x86 without VNNI as well."""
 
     def __init__(self, weight: Tensor, scales: Tensor) -> None:
         zeros = torch.zeros(len(weight), dtype=torch.long)
@@ -135,7 +137,9 @@ class _Fbgemm:
 
     def __call__(self, x: Tensor) -> Tensor:
         # Activations are unsigned there: 128 stands for zero. Rounding is done inside.
-        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1.0, 128, self.packed)
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            x, 1 / _LEVELS, 128, self.packed
+        )
 
 
 Kernel = Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]
@@ -189,9 +193,9 @@ class Int8Linear(nn.Module):
         x = x.float()
         if self.turn is not None:
             x = (x.reshape(-1, len(self.turn)) @ self.turn).view(x.shape)
-        # An infinite or NaN row stays one: its scale does.
-        scales = x.abs().amax(dim=-1, keepdim=True).mul_(1 / _LEVELS).clamp_(min=_TINY)
-        out = self.multiply(x / scales).mul_(scales)
+        # An infinite or NaN row stays one: its largest number does.
+        largest = x.abs().amax(dim=-1, keepdim=True).clamp_(min=_TINY)
+        out = self.multiply(x / largest).mul_(largest)
         return (out if self.bias is None else out.add_(self.bias)).to(dtype)
 
 

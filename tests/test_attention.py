@@ -56,8 +56,10 @@ def test_slots_follow_the_block_table_and_padding_goes_to_the_null_page() -> Non
     cache = cache_of(5, 4)
     rows = [Span(6, 1, [3, 1]), Span(2, 4, [0, 4])]
     layout = build_layout(rows, cache, num_padding=2)
-    keys = [1 * 8 + 2, 2, 3, 4 * 8, 4 * 8 + 1, 5 * 8, 5 * 8 + 1]
-    assert layout.slots.tolist() == [keys, [slot + 4 for slot in keys]]
+    page = 2 * 2 * 4  # keys and values of two heads, four tokens each
+    keys = [1 * page + 2, 2, 3, 4 * page, 4 * page + 1, 5 * page, 5 * page + 1]
+    heads = [slot + head * 4 for slot in keys for head in range(2)]
+    assert layout.slots.tolist() == [heads, [slot + 2 * 4 for slot in heads]]
 
 
 def test_decode_rows_are_grouped_by_length() -> None:

@@ -619,10 +619,12 @@ def real_folder() -> Path:
 
 
 @pytest.mark.usefixtures("no_network")
-def test_the_default_model_loads_fast_without_network(real_folder: Path) -> None:
-    started = time.process_time()  # of this process alone, whatever else the machine does
+def test_the_default_model_is_read_as_it_lies_without_network(
+    real_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for work in ("convert", "read_tokenizer"):  # it was done when the model was fetched
+        monkeypatch.delattr(gguf_convert, work)
     model = load_model(say=None)
-    assert time.process_time() - started < 3
     assert find("smollm2-135m") == real_folder
     assert (model.name, model.config.num_hidden_layers, model.config.num_key_value_heads) == (
         "smollm2-135m",

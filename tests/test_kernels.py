@@ -53,7 +53,7 @@ def filled(
     cache.pages.fill_(torch.nan)
     for row in rows:
         for token in range(row.length):
-            cache.pages[0, row.table[token // size], :, token % size] = torch.randn(2, kv_heads, dim)
+            cache.pages[0, row.table[token // size], :, :, token % size] = torch.randn(2, kv_heads, dim)
     return cache
 
 
@@ -116,7 +116,7 @@ def test_a_nan_among_the_keys_of_a_row_reaches_that_row_alone() -> None:
 
     rows, num_blocks = rows_of([40, 12], 4)
     cache = filled(rows, num_blocks, 4, 1, 8, torch.float32)
-    cache.pages[0, rows[0].table[3], 0, 2, 0, 5] = torch.nan
+    cache.pages[0, rows[0].table[3], 0, 0, 2, 5] = torch.nan
     tables, lengths = block_table(rows, cache, 10), torch.tensor([40, 12], device=DEVICE)
     for splits in (1, 4):
         q = torch.ones(2, 2, 8, device=DEVICE)
