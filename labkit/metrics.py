@@ -1,0 +1,136 @@
+"""Numbers for Prometheus, under vLLM's names, so that its dashboards work with another prefix.
+
+All of them come from the records of the steps, like the pictures do; seconds come from the clocks of the
+answers. Counters go on when the engine is replaced by another.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from labkit.live import LiveEngine
+from labkit.request import RequestOutput
+from labkit.trace import StepRecord
+
+PREFIX = "labkit:"
+_SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_LONG = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
+
+
+class Metrics:
+    """What a server counts.
+
+    Args:
+        model_name: the label that all of it carries.
+    """
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self._model = model_name
+        self._lock = threading.Lock()
+        self._live: LiveEngine | None = None
+        self._stop: Callable[[], None] = lambda: None
+        self._tokens: dict[str, int] = {}  # sampled so far, of requests under way
+
+        def gauge(name: str, what: str) -> Gauge:
+            made = Gauge(PREFIX + name, what, ["model_name"], registry=self.registry)
+            return made.labels(model_name)
+
+        def counter(name: str, what: str) -> Counter:
+            made = Counter(PREFIX + name, what, ["model_name"], registry=self.registry)
+            return made.labels(model_name)
+
+        def histogram(name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
+            made = Histogram(PREFIX + name, what, ["model_name"], registry=self.registry, buckets=buckets)
+            return made.labels(model_name)
+
+        self.running = gauge("num_requests_running", "Requests that ran in the latest step.")
+        self.waiting = gauge("num_requests_waiting", "Requests in the queue.")
+        self.kv_usage = gauge(
+            "kv_cache_usage_perc", "Share of the KV cache's pages that have an owner, 0 to 1."
+        )
+        self.queries = counter("prefix_cache_queries", "Tokens looked up in the prefix cache.")
+        self.hits = counter("prefix_cache_hits", "Tokens found in the prefix cache.")
+        self.preemptions = counter("num_preemptions", "Requests that had to give their pages back.")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests whose first token came.")
+        self.generation_tokens = counter("generation_tokens", "Tokens generated.")
+        self._success = Counter(
+            PREFIX + "request_success",
+            "Requests that ended, by how.",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+        self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", _LONG)
+        self.itl = histogram("inter_token_latency_seconds", "From one token to the next.", _SHORT)
+        self.e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", _LONG)
+        self.queue_time = histogram("request_queue_time_seconds", "From arrival to the first step.", _LONG)
+        self.prefill_time = histogram("request_prefill_time_seconds", "First step to first token.", _LONG)
+        self.decode_time = histogram("request_decode_time_seconds", "First token to last.", _LONG)
+        self.prompt_length = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
+        self.answer_length = histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
+
+    def follow(self, live: LiveEngine) -> None:
+        """Count what this engine does, from the first step that its trace holds, and no other any more."""
+        with self._lock:
+            if live is self._live:
+                return
+            self._stop()
+            self._live, self._tokens = live, {}
+            self._stop = live.listen(lambda record: self._hear(live, record))
+
+    def text(self) -> bytes:
+        """All numbers, in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _hear(self, live: LiveEngine, record: StepRecord) -> None:
+        """Count a step. Runs on the engine's thread."""
+        self.running.set(len(record.requests))
+        self.waiting.set(record.waiting)
+        self.kv_usage.set(1 - record.free_blocks / live.engine.pool.num_blocks)
+        for admission in record.admitted:
+            self.queries.inc(admission.num_looked_up)
+            if admission.num_looked_up:
+                self.hits.inc(admission.num_cached_tokens)
+        self.preemptions.inc(len(record.preempted))
+        self.generation_tokens.inc(record.total_sampled)
+        outputs = live.engine.outputs
+        for name, sampled in zip(record.requests, record.sampled, strict=True):
+            if sampled:
+                self._sampled(name, len(sampled), outputs.get(name))
+        for finish in record.finished:
+            self._tokens.pop(finish.request_id, None)
+            self._success.labels(self._model, finish.reason).inc()
+            if output := outputs.get(finish.request_id):
+                self._finished(output)
+        if not (record.waiting or set(record.requests) - {finish.request_id for finish in record.finished}):
+            self.running.set(0)  # no step comes to say so
+
+    def _sampled(self, name: str, count: int, output: RequestOutput | None) -> None:
+        before = self._tokens.get(name, 0)
+        self._tokens[name] = before + count
+        if output is None:  # finished so long ago that it was forgotten
+            return
+        if before == 0:
+            self.prompt_tokens.inc(len(output.prompt_token_ids))
+        times = output.metrics.token_times[: before + count]
+        for i in range(before, len(times)):
+            if i == 0:
+                self.ttft.observe(times[0] - output.metrics.arrival_time)
+            else:
+                self.itl.observe(times[i] - times[i - 1])
+
+    def _finished(self, output: RequestOutput) -> None:
+        metrics, times = output.metrics, output.metrics.token_times
+        self.prompt_length.observe(len(output.prompt_token_ids))
+        self.answer_length.observe(len(output.token_ids))
+        if metrics.e2e_latency is not None:
+            self.e2e.observe(metrics.e2e_latency)
+        if metrics.queue_time is not None:
+            self.queue_time.observe(metrics.queue_time)
+        if times and metrics.first_scheduled_time is not None:
+            self.prefill_time.observe(times[0] - metrics.first_scheduled_time)
+            self.decode_time.observe(times[-1] - times[0])

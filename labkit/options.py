@@ -1,0 +1,160 @@
+"""Options of the command line that the lab and the API server share, and the engine that they describe.
+
+What takes seconds to import is imported after the options are checked, so that a mistake is answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from labkit.limits import Limits
+    from labkit.live import LiveEngine
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch's words, in lower case
+
+
+class StartError(Exception):
+    """Why a server cannot start, in one sentence."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends the program with status 2 and one line on stderr for an option that cannot be."""
+
+    def error(self, message: str) -> NoReturn:
+        """One line, and not the whole usage."""
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """A number of seconds, up to an hour."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds between 0 and 3600, not {text!r}")
+    return value
+
+
+def port(text: str) -> int:
+    """A TCP port."""
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"must be a whole number between 1 and 65535, not {text!r}")
+    return int(text)
+
+
+def add_engine(parser: argparse.ArgumentParser, *, num_blocks: int | None) -> None:
+    """The options that describe an engine; `num_blocks` is the default, None what memory holds."""
+    add = parser.add_argument
+    add("--model", default="smollm2-135m", help="short name, Hub id or folder (default: %(default)s)")
+    add("--device", default="auto", help='"auto", "cpu", "cuda", ... (default: %(default)s)')
+    add("--dtype", default="auto", help='"auto", "float32", "float16", "bfloat16" (default: %(default)s)')
+    add("--quantization", choices=("int8",), help="compute in 8 bits (default: no)")
+    few = "" if num_blocks is None else "; few enough to see them fill"
+    usual = "what memory holds" if num_blocks is None else "%(default)s"
+    add(
+        "--num-blocks",
+        type=positive,
+        default=num_blocks,
+        help=f"pages of the KV cache{few} (default: {usual})",
+    )
+    add("--block-size", type=positive, default=16, help="tokens to a page (default: %(default)s)")
+    add("--max-num-seqs", type=positive, default=32, help="requests that run at once (default: %(default)s)")
+    add(
+        "--max-num-batched-tokens",
+        type=positive,
+        default=512,
+        help="token budget of a step (default: %(default)s)",
+    )
+    add(
+        "--scheduler",
+        choices=("continuous", "static", "naive"),
+        default="continuous",
+        help="default: %(default)s",
+    )
+
+
+def add_limits(group: argparse._ArgumentGroup, *, requests: int, queue: int, whose: str) -> None:
+    """The options that bound what `whose` requests may be."""
+    add = group.add_argument
+    add(
+        "--max-requests",
+        type=positive,
+        default=requests,
+        help=f"of one {whose} at a time (default: %(default)s)",
+    )
+    add("--max-queue", type=positive, default=queue, help=f"requests of all {whose}s (default: %(default)s)")
+    add("--max-prompt-tokens", type=positive, help="tokens of a prompt (default: what the engine holds)")
+    add("--max-answer-tokens", type=positive, help="tokens of an answer (default: what the engine holds)")
+
+
+def limits_of(options: argparse.Namespace) -> Limits:
+    """The bounds that `add_limits` asked for."""
+    from labkit.limits import Limits
+
+    return Limits(
+        requests=options.max_requests,
+        queue=options.max_queue,
+        prompt_tokens=options.max_prompt_tokens,
+        answer_tokens=options.max_answer_tokens,
+    )
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise `StartError` unless a server can listen there: better now than after loading a model."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise StartError(
+            f"cannot listen at {host}, port {port}: {(error.strerror or str(error)).lower()}; "
+            "choose another with --port or --host"
+        ) from None
+
+
+def load(options: argparse.Namespace, *, trace_steps: int) -> LiveEngine:
+    """Load the model and set the engine going; it remembers so many steps.
+
+    Raises:
+        StartError: if that cannot be done.
+    """
+    import torch
+
+    from labkit.config import EngineConfig
+    from labkit.engine import Engine
+    from labkit.live import LiveEngine
+
+    try:
+        config = EngineConfig(
+            model=options.model,
+            dtype=options.dtype,
+            device=options.device,
+            quantization=options.quantization,
+            block_size=options.block_size,
+            num_blocks=options.num_blocks,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            scheduler=options.scheduler,
+            max_trace_steps=trace_steps,
+        )
+        return LiveEngine(Engine(config))
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU, and on some accelerators, torch says it in the words of a plain RuntimeError.
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and not any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+            raise
+        raise StartError("too little memory: lower --num-blocks, or take a smaller --model") from None
+    except ValueError as error:
+        raise StartError(" ".join(str(error).split())) from None
