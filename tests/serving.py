@@ -1,0 +1,62 @@
+"""A server of the API in this process, for tests."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+
+from labkit.calls import Options, Server
+from labkit.config import EngineConfig
+from labkit.engine import Engine
+from labkit.live import LiveEngine
+from labkit.server import create_app
+
+MODEL = "tiny-random"
+
+
+@dataclass
+class Served:
+    """Where it listens, and what is behind it."""
+
+    url: str
+    live: LiveEngine
+    server: Server
+
+    def quiet(self) -> bool:
+        """Whether nothing is left over: no request, no page with an owner, no client counted."""
+        pool = self.live.engine.pool
+        pool.check_invariants()
+        return not (self.live.num_unfinished or pool.tables or self.server._clients)
+
+    def until_quiet(self, seconds: float = 20) -> None:
+        end = time.monotonic() + seconds
+        while not self.quiet():
+            if time.monotonic() > end:
+                raise AssertionError(
+                    f"left over: {self.live.num_unfinished} requests, {self.server._clients}"
+                )
+            time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def served(options: Options | None = None, **config: Any) -> Iterator[Served]:
+    sizes = {"num_blocks": 256, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+    with LiveEngine(Engine(EngineConfig(**({"model": MODEL} | sizes | config)))) as live:
+        app = create_app(live, options)
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", access_log=False))
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        try:
+            yield Served(f"http://127.0.0.1:{port}", live, app.state.server)
+        finally:
+            server.should_exit = server.force_exit = True
+            thread.join(10)
