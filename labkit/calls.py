@@ -7,6 +7,7 @@ thread. A reader that is slow gets its text in larger pieces, for nothing is kep
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -64,8 +65,6 @@ class Job:
     answers: Sequence[str] = ()  # of all their answers, in the order of the choices
     outputs: dict[int, RequestOutput] = field(default_factory=dict)  # the latest of each choice
     status: int = 499  # of HTTP: the client went away, unless it turns out otherwise
-    late: bool = False
-    timer: asyncio.TimerHandle | None = None
 
     @property
     def ordered(self) -> list[RequestOutput]:
@@ -139,14 +138,14 @@ class Server:
             message = f"prompt: {more} answers in one call, and {most} is the limit"
             raise RequestError(400, message, param="prompt")
         self._check_room(job.client, live.num_unfinished, more)
-        self._clients[job.client] += more
+        self._count(job.client, more)
         job.names = names = []
         try:
             for prompt, shown in zip(job.prompts, job.shown, strict=True):
                 names.append(await asyncio.to_thread(self._submit, live, prompt, params, asked.priority or 0))
                 self.file(names[-1], shown, params)
         except BaseException as error:
-            self._clients[job.client] -= more
+            self._count(job.client, -more)
             for name in names:
                 live.abort(name)
             if isinstance(error, ValueError):
@@ -156,9 +155,6 @@ class Server:
                 raise RequestError(503, str(error), code="engine_stopped") from None
             raise
         job.answers = [answer for name in names for answer in answer_ids(name, params.n)]
-        job.timer = asyncio.get_running_loop().call_later(
-            self.options.request_seconds, self._too_late, live, job
-        )
         return live
 
     def _check_room(self, client: str, everybody: int, more: int) -> None:
@@ -172,6 +168,12 @@ class Server:
             return
         raise RequestError(429, what, code="rate_limit_exceeded", retry_after=1)
 
+    def _count(self, client: str, more: int) -> None:
+        """So many requests of a client more, or fewer, are under way."""
+        self._clients[client] += more
+        if not self._clients[client]:
+            del self._clients[client]  # clients come and go for months
+
     def _submit(
         self, live: LiveEngine, prompt: str | list[int], params: SamplingParams, priority: int
     ) -> str:
@@ -181,11 +183,6 @@ class Server:
             self.options.limits.check_tokens(len(prompt), 0)
         return live.submit(prompt, params, priority=priority)
 
-    def _too_late(self, live: LiveEngine, job: Job) -> None:
-        job.late = True
-        for name in job.names:
-            live.abort(name)
-
     # -- out --------------------------------------------------------------------------------------
 
     async def follow(self, live: LiveEngine, job: Job) -> AsyncIterator[tuple[int, RequestOutput]]:
@@ -194,31 +191,28 @@ class Server:
         Raises:
             RequestError: if one fails or is ended by somebody else.
         """
-        async for index, output in _merged(live, job.answers):
-            if output.finish_reason in ("error", "abort"):
-                error = self._failed(job, output)
-                job.status = error.status
-                raise error
-            yield index, output
-
-    def _failed(self, job: Job, output: RequestOutput) -> RequestError:
-        if job.late:
-            return RequestError(
-                504, f"the answer took longer than {self.options.request_seconds:g} seconds", code="timeout"
-            )
-        if output.finish_reason == "error":
-            return RequestError(500, output.error or "the request failed", code="engine_error")
-        return RequestError(503, "the request was ended before its answer was complete", code="aborted")
+        end = job.began + self.options.request_seconds
+        async with contextlib.aclosing(_merged(live, job.answers)) as news:
+            while True:
+                try:
+                    index, output = await asyncio.wait_for(anext(news), end - time.perf_counter())
+                except StopAsyncIteration:
+                    return
+                except asyncio.TimeoutError:
+                    job.status = 504
+                    message = f"the answer took longer than {self.options.request_seconds:g} seconds"
+                    raise RequestError(504, message, code="timeout") from None
+                if output.finish_reason in ("error", "abort"):
+                    error = _failed(output)
+                    job.status = error.status
+                    raise error
+                yield index, output
 
     def let_go(self, live: LiveEngine, job: Job) -> None:
         """End what is still under way of a call, and write its line to the log."""
-        if job.timer:
-            job.timer.cancel()
         for name in job.names:
             live.abort(name)
-        self._clients[job.client] -= len(job.answers)
-        if self._clients[job.client] <= 0:
-            del self._clients[job.client]
+        self._count(job.client, -len(job.answers))
         outputs = job.ordered
         first = [output.metrics.ttft for output in outputs if output.metrics.ttft is not None]
         line = {
@@ -274,6 +268,12 @@ class Server:
         except RequestError as error:
             yield _event(error_object(error))
         yield _DONE
+
+
+def _failed(output: RequestOutput) -> RequestError:
+    if output.finish_reason == "error":
+        return RequestError(500, output.error or "the request failed", code="engine_error")
+    return RequestError(503, "the request was ended before its answer was complete", code="aborted")
 
 
 def _prompt_tokens(outputs: Sequence[RequestOutput]) -> int:

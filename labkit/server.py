@@ -229,6 +229,7 @@ class _EventStream(StreamingResponse):
         except (ClientGone, OSError):
             pass
         finally:
+            await self.body_iterator.aclose()  # type: ignore[attr-defined]
             self._done()
 
 
@@ -261,7 +262,7 @@ class _Bounded:
 def _key_check(key: str) -> Callable[[Request], None]:
     def check(request: Request) -> None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        good = hmac.compare_digest(given.strip().encode(), key.encode())  # in constant time
+        good = hmac.compare_digest(given.strip().encode("latin-1"), key.encode())  # in constant time
         if scheme.lower() != "bearer" or not good:
             raise RequestError(
                 401, "a valid API key is needed: Authorization: Bearer ...", code="invalid_api_key"

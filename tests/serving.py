@@ -34,7 +34,7 @@ class Served:
         pool.check_invariants()
         return not (self.live.num_unfinished or pool.tables or self.server._clients)
 
-    def until_quiet(self, seconds: float = 20) -> None:
+    def until_quiet(self, seconds: float = 10) -> None:
         end = time.monotonic() + seconds
         while not self.quiet():
             if time.monotonic() > end:
@@ -47,9 +47,12 @@ class Served:
 @contextlib.contextmanager
 def served(options: Options | None = None, **config: Any) -> Iterator[Served]:
     sizes = {"num_blocks": 256, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+    sizes["max_model_len"] = 200
     with LiveEngine(Engine(EngineConfig(**({"model": MODEL} | sizes | config)))) as live:
         app = create_app(live, options)
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", access_log=False))
+        server = uvicorn.Server(
+            uvicorn.Config(app, port=0, log_level="error", access_log=False, timeout_graceful_shutdown=5)
+        )
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         while not server.started:
@@ -58,5 +61,5 @@ def served(options: Options | None = None, **config: Any) -> Iterator[Served]:
         try:
             yield Served(f"http://127.0.0.1:{port}", live, app.state.server)
         finally:
-            server.should_exit = server.force_exit = True
+            server.should_exit = True
             thread.join(10)

@@ -1,0 +1,492 @@
+"""The API, used as people use it: OpenAI's own client, plain HTTP, and clients that behave badly."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from serving import MODEL, Served, served
+
+from labkit.calls import Options
+from labkit.limits import Limits
+from labkit.request import SamplingParams
+
+HELLO = "hello world, these are some words"
+TALK = [{"role": "user", "content": "say something"}]
+LONG = {"max_tokens": 150, "temperature": 0, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Served]:
+    with served() as site:
+        yield site
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "site" in request.fixturenames:
+        request.getfixturevalue("site").until_quiet()
+
+
+@pytest.fixture
+def client(site: Served) -> openai.OpenAI:
+    return openai.OpenAI(base_url=site.url + "/v1", api_key="none", max_retries=0)
+
+
+def solo(site: Served, prompt: str | list[int], **params: Any) -> Any:
+    """What the engine itself answers."""
+    *_, output = site.live.stream(site.live.submit(prompt, SamplingParams(**params)))
+    return output
+
+
+def post(site: Served, body: Any, path: str = "completions", **options: Any) -> httpx.Response:
+    return httpx.post(f"{site.url}/v1/{path}", json=body, timeout=30, **options)
+
+
+def ask(**fields: Any) -> dict[str, Any]:
+    return {"model": MODEL, "prompt": HELLO, "temperature": 0} | fields
+
+
+# -- as OpenAI's client sees it -------------------------------------------------------------------
+
+
+def test_a_completion_is_the_engines_answer(site: Served, client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=MODEL, prompt=HELLO, max_tokens=12, temperature=0)
+    alone = solo(site, HELLO, max_tokens=12)
+    (choice,) = answer.choices
+    assert (choice.text, choice.finish_reason) == (alone.text, alone.finish_reason)
+    assert answer.object == "text_completion" and answer.model == MODEL
+    used = answer.usage
+    assert (used.prompt_tokens, used.completion_tokens) == (len(alone.prompt_token_ids), len(alone.token_ids))
+    assert used.total_tokens == used.prompt_tokens + used.completion_tokens
+
+
+def test_completions_have_sixteen_tokens_unless_asked(client: openai.OpenAI) -> None:
+    body = {"ignore_eos": True}
+    answer = client.completions.create(model=MODEL, prompt=HELLO, temperature=0, extra_body=body)
+    assert answer.usage.completion_tokens == 16
+
+
+def test_chat_speaks_the_models_template_and_goes_on_to_the_end(site: Served, client: openai.OpenAI) -> None:
+    tokenizer = site.live.engine.model.tokenizer
+    text = tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
+    prompt = list(tokenizer.encode(text, add_special_tokens=False))
+    answer = client.chat.completions.create(model=MODEL, messages=TALK, temperature=0)
+    alone = solo(site, prompt, max_tokens=site.live.engine.max_model_len)
+    assert answer.choices[0].message.content == alone.text
+    assert answer.usage.prompt_tokens == len(prompt)
+    parts = [
+        {"role": "user", "content": [{"type": "text", "text": "say "}, {"type": "text", "text": "something"}]}
+    ]
+    again = client.chat.completions.create(model=MODEL, messages=parts, temperature=0)
+    assert again.choices[0].message.content == alone.text
+    short = client.chat.completions.create(model=MODEL, messages=TALK, max_completion_tokens=2, temperature=0)
+    assert short.usage.completion_tokens <= 2
+
+
+@pytest.mark.parametrize("kind", ["completions", "chat"])
+def test_a_stream_is_the_answer_in_pieces(client: openai.OpenAI, kind: str) -> None:
+    options = {"max_tokens": 20, "temperature": 0.8, "seed": 3, "n": 2}
+    if kind == "chat":
+        create = client.chat.completions.create
+        fields = {"messages": TALK, "logprobs": True, "top_logprobs": 2}
+    else:
+        create, fields = client.completions.create, {"prompt": [HELLO, "and more"], "logprobs": 2, "n": 2}
+    whole = create(model=MODEL, **(options | fields))
+    parts = list(
+        create(model=MODEL, stream=True, stream_options={"include_usage": True}, **(options | fields))
+    )
+    assert parts[-1].choices == []
+    for count in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert getattr(parts[-1].usage, count) == getattr(whole.usage, count)
+    assert all(part.usage is None for part in parts[:-1])
+    assert len({part.id for part in parts}) == 1
+    for choice in whole.choices:
+        mine = [c for part in parts for c in part.choices if c.index == choice.index]
+        assert [c.finish_reason for c in mine if c.finish_reason] == [choice.finish_reason]
+        if kind == "chat":
+            assert mine[0].delta.role == "assistant"
+            assert "".join(c.delta.content or "" for c in mine) == choice.message.content
+            tokens = [entry for c in mine if c.logprobs for entry in c.logprobs.content]
+            assert tokens == choice.logprobs.content
+            assert all(len(entry.top_logprobs) == 2 for entry in tokens)
+        else:
+            assert "".join(c.text for c in mine) == choice.text
+            tokens = [token for c in mine if c.logprobs for token in c.logprobs.tokens]
+            offsets = [offset for c in mine if c.logprobs for offset in c.logprobs.text_offset]
+            assert tokens == choice.logprobs.tokens
+            assert offsets == choice.logprobs.text_offset
+
+
+def test_prompts_of_every_kind(site: Served, client: openai.OpenAI) -> None:
+    token_ids = list(site.live.engine.model.tokenizer.encode(HELLO))
+    texts = []
+    for prompt in (HELLO, [HELLO], token_ids, [token_ids]):
+        answer = client.completions.create(model=MODEL, prompt=prompt, max_tokens=9, temperature=0)
+        texts.append([choice.text for choice in answer.choices])
+    assert texts[1:] == texts[:-1]
+    both = client.completions.create(
+        model=MODEL, prompt=[HELLO, "and"], max_tokens=9, temperature=0, echo=True
+    )
+    assert [choice.index for choice in both.choices] == [0, 1]
+    assert both.choices[0].text == HELLO + texts[0][0]
+    assert both.choices[1].text.startswith("and")
+
+
+def test_every_parameter_reaches_the_engine(site: Served, client: openai.OpenAI) -> None:
+    token = solo(site, HELLO, max_tokens=3).token_ids[2]
+    fields = {"max_tokens": 24, "temperature": 0.9, "top_p": 0.9, "seed": 11, "presence_penalty": 0.5,
+              "frequency_penalty": 0.25, "logit_bias": {str(token): 5.0}, "stop": ["zzz"]}  # fmt: skip
+    extra = {
+        "top_k": 20,
+        "min_p": 0.01,
+        "repetition_penalty": 1.1,
+        "ignore_eos": True,
+        "stop_token_ids": [token],
+    }
+    answer = client.completions.create(model=MODEL, prompt=HELLO, extra_body=extra, **fields)
+    params = fields | extra | {"logit_bias": {token: 5.0}}
+    alone = solo(site, HELLO, **params)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (alone.text, alone.finish_reason)
+    everything = client.completions.create(model=MODEL, prompt=HELLO, extra_body={"top_k": -1}, temperature=0)
+    assert everything.choices[0].text == solo(site, HELLO, max_tokens=16).text
+    word = alone.text.split()[1]
+    cut = client.completions.create(model=MODEL, prompt=HELLO, stop=word, max_tokens=24, temperature=0)
+    assert word not in cut.choices[0].text
+
+
+def test_token_bytes_are_those_of_the_tokenizer(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL, messages=TALK, max_tokens=8, temperature=0, logprobs=True
+    )
+    entries = answer.choices[0].logprobs.content
+    assert all(entry.logprob <= 0 and entry.top_logprobs == [] for entry in entries)
+    text = bytes(byte for entry in entries for byte in entry.bytes).decode()
+    assert text.startswith(answer.choices[0].message.content)
+
+
+def test_models(client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    assert (model.id, model.owned_by) == (MODEL, "labkit")
+    assert client.models.retrieve(MODEL) == model
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("some/other")
+
+
+def test_many_coroutines_at_once(site: Served) -> None:
+    async def one(client: openai.AsyncOpenAI, i: int) -> str:
+        create = client.completions.create
+        stream = await create(model=MODEL, prompt=f"number {i}", max_tokens=8, temperature=0, stream=True)
+        return "".join([part.choices[0].text async for part in stream])
+
+    async def everybody() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=site.url + "/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(one(client, i) for i in range(60)))
+
+    texts = asyncio.run(everybody())
+    assert texts == [solo(site, f"number {i}", max_tokens=8).text for i in range(60)]
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+REFUSED = [
+    (ask(model="gpt-4"), 404, "model", "model 'gpt-4' is not served here; 'tiny-random' is"),
+    (ask(prompt=""), 400, "prompt", "prompt is empty"),
+    (ask(prompt=[]), 400, "prompt", "prompt is empty"),
+    (ask(prompt=[[]]), 400, "prompt", "prompt is empty"),
+    (ask(prompt=[999999]), 400, "prompt", "prompt: a token id must be between 0 and"),
+    (ask(prompt="word " * 400), 400, "prompt", "max_model_len is"),
+    (ask(prompt=7), 422, "prompt", "prompt."),
+    (ask(max_tokens=0), 400, "max_tokens", "max_tokens must be at least 1, not 0"),
+    (ask(max_tokens=1.5), 422, "max_tokens", "valid integer"),
+    (ask(max_tokens="9"), 422, "max_tokens", "valid integer"),
+    (ask(temperature=-1), 400, "temperature", "temperature must be between 0 and 100"),
+    (ask(top_p=0), 400, "top_p", "top_p must be between"),
+    (ask(top_k=-2), 400, "top_k", "top_k must be at least 0"),
+    (ask(n=0), 400, "n", "n must be between 1 and 64"),
+    (ask(n=2), 400, "n", "n > 1 needs temperature > 0"),
+    (ask(logprobs=21), 400, "logprobs", "logprobs must be between 0 and 20"),
+    (ask(logit_bias={"x": 1}), 400, "logit_bias", "'x' is no token id"),
+    (ask(logit_bias={"3": 101}), 400, "logit_bias", "between -100 and 100"),
+    (ask(stop=[""]), 400, "stop", "not empty"),
+    (ask(seed=2**70), 400, "seed", "seed must be between"),
+    (ask(priority=2**40), 400, "priority", "priority must be between"),
+    (ask(echo=True, logprobs=1), 400, "echo", "echo with logprobs"),
+    (ask(stream_options={"include_usage": True}), 400, "stream_options", "needs stream=true"),
+    (ask(best_of=3), 400, "best_of", "best_of is not supported here"),
+    (ask(suffix="x"), 400, "suffix", "suffix is not supported here"),
+    (ask(wibble=1), 400, "wibble", "wibble is not supported here"),
+    ({"prompt": HELLO}, 422, "model", "field required"),
+    ([1], 422, None, "the body must be a JSON object"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "status", "param", "words"), REFUSED)
+def test_what_cannot_be_served_is_named(
+    site: Served, body: Any, status: int, param: str | None, words: str
+) -> None:
+    answer = post(site, body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (status, param), error
+    assert words in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"messages": []}, "messages is empty"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "role must be one of"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only parts of type text"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "tool_calls is not supported"),
+        ({"messages": TALK, "top_logprobs": 3}, "top_logprobs needs logprobs=true"),
+        ({"messages": TALK, "tools": [{"type": "function"}]}, "tools is not supported here"),
+        ({"messages": TALK, "response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({"messages": TALK, "max_tokens": 1, "max_completion_tokens": 1}, "give one of them"),
+    ],
+)  # fmt: skip
+def test_chats_that_cannot_be_served_are_named(site: Served, fields: dict[str, Any], words: str) -> None:
+    answer = post(site, {"model": MODEL} | fields, "chat/completions")
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]
+
+
+def test_fields_that_ask_for_nothing_are_let_pass(site: Served) -> None:
+    neutral = {
+        "best_of": 1,
+        "suffix": None,
+        "stop": None,
+        "n": 1,
+        "user": "me",
+        "store": False,
+        "top_k": None,
+    }
+    assert post(site, ask(**neutral)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status", "words"),
+    [
+        (b"{", "application/json", 400, "the body is no JSON"),
+        (b"[" * 100_000, "application/json", 400, ""),
+        (
+            b'{"model": "tiny-random", "prompt": "a", "temperature": NaN}',
+            "application/json",
+            400,
+            "temperature",
+        ),
+        (b"model=tiny-random", "application/x-www-form-urlencoded", 422, "sent as application/json"),
+        (b"", "application/json", 422, "must be a JSON object"),
+        (b"\xff\xfe", "application/json", 400, ""),
+        (b'{"prompt": "' + b"x" * 3_000_000 + b'"}', "application/json", 413, "the limit is 2,097,152 bytes"),
+    ],
+)
+def test_bodies_that_are_no_requests(
+    site: Served, content: bytes, kind: str, status: int, words: str
+) -> None:
+    answer = httpx.post(
+        f"{site.url}/v1/completions", content=content, headers={"Content-Type": kind}, timeout=30
+    )
+    assert answer.status_code == status
+    assert words in answer.json()["error"]["message"]
+
+
+def test_paths_and_methods_that_are_not_there(site: Served) -> None:
+    for answer, status in (
+        (httpx.get(site.url + "/nowhere"), 404),
+        (httpx.get(site.url + "/v1/completions"), 405),
+    ):
+        assert answer.status_code == status
+        assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("text", ["🙂🙃 é́ ‮abc‬ שלום", "a\0b", "￿"])
+def test_any_text_goes_in_and_comes_back(site: Served, text: str) -> None:
+    answer = post(site, ask(prompt=text, echo=True, max_tokens=3))
+    assert answer.status_code == 200
+    assert answer.json()["choices"][0]["text"].startswith(site.live.engine.model.tokenizer.decode(
+        site.live.engine.model.tokenizer.encode(text)) or text)  # fmt: skip
+
+
+def test_half_a_surrogate_pair_is_no_text(site: Served) -> None:
+    content = b'{"model": "tiny-random", "prompt": "\\ud83d"}'
+    answer = httpx.post(
+        f"{site.url}/v1/completions", content=content, headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "prompt"
+
+
+# -- keys, limits, time ---------------------------------------------------------------------------
+
+
+def test_a_key_is_asked_for_where_one_is_set() -> None:
+    with served(Options(api_key="gehéim")) as site:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic gehéim".encode()}):
+            answer = httpx.get(site.url + "/v1/models", headers=headers)
+            assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=site.url + "/v1", api_key="x").models.list()
+        right = {"Authorization": "Bearer gehéim".encode()}
+        assert httpx.get(site.url + "/v1/models", headers=right).status_code == 200
+        assert httpx.get(site.url + "/health").json()["status"] == "ok"
+
+
+def test_limits_are_those_of_a_client_and_of_all() -> None:
+    limits = Limits(requests=2, queue=8, prompt_tokens=10, answer_tokens=20)
+    with served(Options(limits=limits)) as site:
+        assert "limit of this lab is 20" in post(site, ask(max_tokens=21)).json()["error"]["message"]
+        assert "the limit is 10" in post(site, ask(prompt="word " * 12)).json()["error"]["message"]
+        assert post(site, ask(prompt=["a"] * 3)).json()["error"]["param"] == "prompt"
+        site.live.pause()
+        body = ask(prompt="a b", max_tokens=20, stream=True, ignore_eos=True)
+        with (
+            httpx.stream("POST", site.url + "/v1/completions", json=body, timeout=30) as one,
+            httpx.stream("POST", site.url + "/v1/completions", json=body, timeout=30) as two,
+        ):
+            answer = post(site, ask(prompt="a"))
+            assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
+            assert answer.json()["error"]["type"] == "rate_limit_error"
+            site.live.resume()
+            for stream in (one, two):
+                assert stream.read().endswith(b"data: [DONE]\n\n")
+        site.until_quiet()
+        assert post(site, ask(prompt="a")).status_code == 200
+        chat = post(
+            site, {"model": MODEL, "messages": [{"role": "user", "content": "a"}]}, "chat/completions"
+        )
+        assert chat.json()["usage"]["completion_tokens"] <= 20
+
+
+def test_an_answer_that_takes_too_long_is_ended() -> None:
+    with served(Options(request_seconds=0.2)) as site:
+        site.live.pause()
+        answer = post(site, ask())
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+        site.live.resume()
+        site.until_quiet()
+
+
+# -- clients that go away, and faults -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_ends_its_request_within_a_step(site: Served, stream: bool) -> None:
+    site.live.pause()
+    body = json.dumps(ask(max_tokens=150, ignore_eos=True, stream=stream)).encode()
+    host, port = site.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        while not site.live.num_unfinished:
+            time.sleep(0.01)
+        if stream:
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    while site.server._clients:  # it was noticed, though not a token was written
+        time.sleep(0.01)
+    first = site.live.engine.trace[-1].step if len(site.live.engine.trace) else -1
+    site.live.single_step()
+    site.until_quiet()
+    assert site.live.engine.trace[-1].step == first + 1
+    site.live.resume()
+
+
+def test_a_slow_reader_holds_up_nobody_and_gets_everything(site: Served) -> None:
+    body = json.dumps(ask(max_tokens=150, ignore_eos=True, stream=True, logprobs=5)).encode()
+    host, port = site.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        head = "POST /v1/completions HTTP/1.0\r\nHost: x\r\nContent-Type: application/json\r\n"
+        slow.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        alone = solo(site, HELLO, max_tokens=150, ignore_eos=True)  # others go on meanwhile
+        text = b""
+        while piece := slow.recv(2048):
+            text += piece
+    events = [json.loads(line[6:]) for line in text.decode().split("\n") if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["text"] for event in events) == alone.text
+    tokens = [
+        token for event in events for token in (event["choices"][0]["logprobs"] or {}).get("tokens", ())
+    ]
+    assert len(tokens) == 150
+
+
+def test_a_forward_that_fails_ends_its_requests_with_an_error_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    with served() as site:
+        runner = site.live.engine.runner
+        run, calls = runner.run, 0
+
+        def failing(plan: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 4:
+                raise RuntimeError("a fault of the kernel")
+            return run(plan)
+
+        monkeypatch.setattr(runner, "run", failing)
+        with httpx.stream("POST", site.url + "/v1/completions", json=ask(stream=True), timeout=30) as stream:
+            lines = [line for line in stream.iter_lines() if line]
+        error = json.loads(lines[-2].removeprefix("data: "))["error"]
+        assert "a fault of the kernel" in error["message"] and error["type"] == "server_error"
+        assert lines[-1] == "data: [DONE]"
+        site.until_quiet()
+        calls = 0
+        answer = post(site, ask())
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+        calls = 10
+        assert post(site, ask()).status_code == 200
+
+
+def test_an_engine_that_has_stopped_is_503() -> None:
+    with served() as site:
+        assert httpx.get(site.url + "/health").status_code == 200
+        site.live.close()
+        answer = post(site, ask())
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_stopped")
+
+
+def test_a_server_that_drains_takes_nothing_new() -> None:
+    with served() as site:
+        site.server.draining = True
+        answer = post(site, ask())
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+        assert httpx.get(site.url + "/health").json()["status"] == "draining"
+
+
+# -- the log --------------------------------------------------------------------------------------
+
+
+def test_the_log_has_a_line_for_each_call_and_no_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "labkit.server")
+    with served() as site:
+        post(site, ask(user="somebody\nelse", max_tokens=4, ignore_eos=True))
+        site.until_quiet()
+    (record,) = [record for record in caplog.records if record.name == "labkit.server"]
+    line = json.loads(record.message)
+    assert (line["status"], line["user"], line["output_tokens"]) == (200, "somebody\nelse", 4)
+    assert "\n" not in record.message and "hello" not in record.message
+    caplog.clear()
+    with served(Options(log_prompts=True)) as site:
+        post(site, ask())
+        site.until_quiet()
+    assert json.loads(caplog.records[-1].message)["prompts"] == [HELLO]
+
+
+def test_pages_of_other_origins_may_call_only_if_told() -> None:
+    headers = {"Origin": "http://example.org", "Access-Control-Request-Method": "POST"}
+    with served() as site:
+        assert (
+            "access-control-allow-origin"
+            not in httpx.options(site.url + "/v1/models", headers=headers).headers
+        )
+    with served(Options(cors=["http://example.org"])) as site:
+        answer = httpx.options(site.url + "/v1/completions", headers=headers)
+        assert answer.headers["access-control-allow-origin"] == "http://example.org"
