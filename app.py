@@ -204,18 +204,9 @@ def launch(engine: LiveEngine | Lab, *, share: bool | None = None, **options: An
         share: also open a public link (None: on Colab only).
         options: for `gr.Blocks.launch`.
     """
-    import gradio as gr
+    from labkit.page import serve
 
-    demo = build(engine)
-    share = on_colab() if share is None else share
-    settings: dict[str, Any] = {
-        "prevent_thread_lock": True,
-        "ssr_mode": False,
-        "footer_links": [],
-        "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-    }  # of the default theme's fonts one comes from the net
-    demo.launch(share=share, **(settings | options))
-    return demo
+    return serve(engine, share=on_colab() if share is None else share, **options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

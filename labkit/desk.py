@@ -14,21 +14,75 @@ from labkit.limits import Limits
 from labkit.live import LiveEngine, Progress
 from labkit.request import SamplingParams, check_number
 from labkit.views import style
+from labkit.visitors import mark
 
 KEEP = 200  # cards that the lab remembers, and more only while that many requests are unfinished
 MIN_SPEED = 0.5  # steps a second: slower than that, the shared engine seems to hang
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Entry:
     """A request that somebody handed in on the page."""
 
     serial: int
     visitor: str
+    owner: str  # the visitor, as others may know them
     request_id: str
     prompt: str
     max_tokens: int
     name: str  # that the visitor goes by
+    end: Progress | None = None  # once it is over
+
+
+@dataclass(frozen=True)
+class Cards:
+    """All cards as they were at one moment."""
+
+    serial: int  # of the latest
+    longest: int  # tokens that the model can hold
+    shown: tuple[tuple[_Entry, Progress], ...]
+
+    def since(self, serial: int, known: Mapping[str, int]) -> dict[str, Any]:
+        """What is new on them: those after number `serial`, and more text on others, ready for JSON.
+
+        `known` says how many characters of which unfinished card somebody has: of those only what changes is
+        told again. Those that are no more are listed under "gone": whoever looked away for long would wait in
+        vain.
+        """
+        items = []
+        for entry, progress in self.shown:
+            had = known.get(entry.request_id)
+            if had is None and entry.serial > serial:
+                items.append(self._facts(entry, progress) | _growth(progress, 0))
+            elif had is not None and (progress.finish_reason or len(progress.text) != had):
+                items.append({"id": entry.request_id} | _growth(progress, had))
+        gone = known.keys() - {entry.request_id for entry, _ in self.shown}
+        return {"since": self.serial, "items": items, "gone": list(gone)}
+
+    def _facts(self, entry: _Entry, progress: Progress) -> dict[str, Any]:
+        room = self.longest - progress.num_prompt_tokens
+        return {
+            "id": entry.request_id,
+            "serial": entry.serial,
+            "label": style.label(entry.request_id),
+            "color": style.color_index(entry.request_id),
+            "owner": entry.owner,
+            "name": entry.name,
+            "prompt": entry.prompt,
+            "max_tokens": min(entry.max_tokens, room),  # a long answer ends where the model does
+        }
+
+
+def _growth(progress: Progress, had: int) -> dict[str, Any]:
+    at = had if not progress.finish_reason and had <= len(progress.text) else 0
+    return {
+        "tokens": progress.num_tokens,
+        "at": at,  # the text begins with this character: what came before is known
+        "text": progress.text[at:],
+        "length": len(progress.text),
+        "reason": progress.finish_reason,
+        "error": progress.error,
+    }
 
 
 class Desk:
@@ -97,7 +151,7 @@ class Desk:
         with self._lock:
             self._serial += 1
             self._entries[request_id] = _Entry(
-                self._serial, visitor, request_id, prompt, params.max_tokens, name
+                self._serial, visitor, mark(visitor), request_id, prompt, params.max_tokens, name
             )
             self._evict()
         return request_id
@@ -182,47 +236,24 @@ class Desk:
             "failure": f"{type(failure).__name__}: {failure}" if failure else "",
         }
 
-    def cards(self, visitor: str, since: int, known: Mapping[str, int]) -> dict[str, Any]:
-        """What is new on the cards: those handed in after number `since`, and more text on others.
-
-        `known` says how many characters of which unfinished card the visitor has. Those of which nothing
-        is known here any more are listed under "gone": whoever looked away for long would wait in vain.
-        """
-        items = []
+    def cards(self) -> Cards:
+        """All cards as they are now."""
         serial, entries = self._all()
-        gone = list(known.keys() - {entry.request_id for entry in entries})
+        shown = []
         for entry in entries:
-            if entry.serial <= since and entry.request_id not in known:
-                continue
-            try:
-                output = self.live.progress(entry.request_id)
-            except KeyError:  # finished long ago
-                if entry.request_id in known:
-                    gone.append(entry.request_id)
-                continue
-            had = known.get(entry.request_id, 0)
-            if entry.serial > since or output.finish_reason or len(output.text) != had:
-                items.append(self._card(entry, visitor, output, had))
-        return {"since": serial, "items": items, "gone": gone}
+            progress = entry.end or self._progress(entry)
+            if progress:
+                shown.append((entry, progress))
+        return Cards(serial, self.live.engine.max_model_len, tuple(shown))
 
-    def _card(self, entry: _Entry, visitor: str, output: Progress, had: int) -> dict[str, Any]:
-        at = had if not output.finish_reason and 0 < had <= len(output.text) else 0
-        room = self.live.engine.max_model_len - output.num_prompt_tokens
-        return {
-            "id": entry.request_id,
-            "label": style.label(entry.request_id),
-            "color": style.color_index(entry.request_id),
-            "mine": bool(visitor) and entry.visitor == visitor,
-            "name": entry.name,
-            "prompt": entry.prompt,
-            "max_tokens": min(entry.max_tokens, room),  # a long answer ends where the model does
-            "tokens": output.num_tokens,
-            "at": at,  # the text begins with this character: what came before is known
-            "text": output.text[at:],
-            "length": len(output.text),
-            "reason": output.finish_reason,
-            "error": output.error,
-        }
+    def _progress(self, entry: _Entry) -> Progress | None:
+        try:
+            progress = self.live.progress(entry.request_id)
+        except KeyError:  # finished long ago
+            return None
+        if progress.finish_reason:
+            entry.end = progress
+        return progress
 
     def _all(self) -> tuple[int, list[_Entry]]:
         with self._lock:

@@ -10,7 +10,8 @@ import functools
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labkit.views import text
@@ -127,8 +128,11 @@ def setup() -> None:
     print(f"labkit: {model.name} in {dtype} on {where}. A notebook takes 1 to 3 minutes to run, 20 to read.")
 
 
-def source(*things: Callable[..., Any]) -> None:
-    """Print the engine's own source of functions or classes, and the file that each stands in."""
+def source(*things: Any) -> None:
+    """Print the engine's own source of functions, classes or properties, and the file that each stands in."""
+    root = Path(__file__).parent.parent
     for thing in things:
-        path = thing.__module__.replace(".", "/") + ".py"
-        print(f"# {path}\n{textwrap.dedent(inspect.getsource(thing))}")
+        thing = inspect.unwrap(getattr(thing, "fget", None) or thing)
+        file = Path(inspect.getsourcefile(thing) or "")
+        where = file.relative_to(root).as_posix() if file.is_relative_to(root) else thing.__module__
+        print(f"# {where}\n{textwrap.dedent(inspect.getsource(thing))}")

@@ -1,9 +1,9 @@
 """The page of the lab: a prompt box, a card for each request, and the live pictures, all on one engine.
 
-Gradio draws the form. All else is canvas and text in `gr.HTML` components: the browser asks `pull` what is
-new, ten times a second while the engine works, and gets pictures and cards from one answer. The cards in it
-are as of the latest step; the pictures may be a twentieth of a second older, because all browsers share a
-frame for so long. Nobody's question waits for the engine.
+Gradio draws the form. All else is canvas and text in `gr.HTML` components. They hear what is new from one
+broadcast for all, up to ten times a second while the engine works; on a page that was mounted into somebody's
+own app, where there is none, they ask. The cards are as of the latest step; the pictures may be a twentieth
+of a second older. Nobody ever waits for the engine.
 """
 
 from __future__ import annotations
@@ -15,15 +15,20 @@ from typing import Any
 
 import gradio as gr
 
+from labkit.broadcast import PATH, Broadcast
 from labkit.desk import params_of
 from labkit.laboratory import Lab
 from labkit.live import EngineStoppedError, LiveEngine
+from labkit.news import News
 from labkit.page_api import Api
 from labkit.presets import PRESETS
 from labkit.race_tab import build_race_tab
 from labkit.replay_tab import build_replay_tab
+from labkit.upload import MAX_BYTES
 from labkit.views.canvas import asset
+from labkit.visitors import mark
 
+QUEUE_SECONDS = 0.1  # between two looks of gradio at its queue: left alone, it takes 1,100 a second
 EXAMPLES = {
     "Why is the sky blue?": "Why is the sky blue? Explain it to a child.",
     "A list": "List ten animals that live in the sea, one per line.",
@@ -43,7 +48,10 @@ EIGHT = (
     "Tell me a story about a robot who learns to paint.",
 )
 SHARES = (0.25, 0.1, 0.6, 0.8, 1.0, 0.5, 0.4, 1.0)  # of max tokens: answers that end at different times
-SCRIPTS = ("canvas.js", "meters.js", "words.js", "side.js", "controls.js", "panel.js", "cards.js", "glue.js")
+SCRIPTS = (
+    *("canvas.js", "meters.js", "words.js", "side.js", "controls.js"),
+    *("panel.js", "follow.js", "cards.js", "glue.js"),
+)
 
 SHOW_MESSAGE = """
 const line = element.querySelector("p");
@@ -54,18 +62,40 @@ HEADER = '<header class="lk-title"><h1>labkit</h1><p class="lk-facts"></p></head
 REMEMBERED = "() => { try { return sessionStorage.getItem('labkit') || ''; } catch { return ''; } }"
 
 
-class _Page(gr.Blocks):
+class Page(gr.Blocks):
     """Lets go of the engine when it is closed: an engine outlives many pages, in a notebook for instance."""
 
-    let_go: Callable[[], None] | None = None
+    lab: Lab
+    broadcast: Broadcast
 
     def close(self, verbose: bool = True) -> None:
-        if self.let_go:
-            self.let_go()
+        self.broadcast.close()
+        self.lab.close()
         super().close(verbose)
 
 
-def build(engine: LiveEngine | Lab) -> gr.Blocks:
+def serve(engine: LiveEngine | Lab, **options: Any) -> Page:
+    """Launch the page in the background, with one broadcast for all who watch.
+
+    Args:
+        engine: to show, or a lab round one.
+        options: for `gr.Blocks.launch`.
+    """
+    page = build(engine)
+    settings: dict[str, Any] = {
+        "ssr_mode": False,
+        "footer_links": [],
+        "max_file_size": MAX_BYTES,
+        "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+    }  # of the default theme's fonts one comes from the net
+    app, _, _ = page.launch(**(settings | options | {"prevent_thread_lock": True}))
+    page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = QUEUE_SECONDS
+    if app.auth is None and app.auth_dependency is None:  # else it is gradio that knows who may look
+        app.middleware_stack = page.broadcast.before(app.middleware_stack)
+    return page
+
+
+def build(engine: LiveEngine | Lab) -> Page:
     """The page on a running engine, or on a lab round one. Launch it, or mount it into a FastAPI app.
 
     Its pictures stand still once it was closed: build another to show the engine again.
@@ -73,18 +103,20 @@ def build(engine: LiveEngine | Lab) -> gr.Blocks:
     lab = engine if isinstance(engine, Lab) else Lab(engine)
 
     def arrive(known: str | None, request: gr.Request) -> str:
-        return lab.visitors.arrive(request.session_hash or "", known or "")
+        visitor = lab.visitors.arrive(request.session_hash or "", known or "")
+        return f"{visitor} {mark(visitor)}"
 
     def leave(request: gr.Request) -> None:
         lab.visitors.leave(request.session_hash or "")
 
     styles = asset("canvas.css") + asset("page.css")
-    with _Page(title="labkit", analytics_enabled=False, fill_width=True) as demo:
-        demo.let_go = lab.close
+    news = News(lab)
+    with Page(title="labkit", analytics_enabled=False, fill_width=True) as demo:
+        demo.lab, demo.broadcast = lab, Broadcast(news)
         _html(f"<style>{styles}</style>{HEADER}")
         with gr.Tabs(elem_id="lk-tabs"):
             with gr.Tab("Live", id="live", elem_id="lk-live-tab"):
-                view = _live_tab(lab)
+                view = _live_tab(news)
             with gr.Tab("Race", id="race", elem_id="lk-race-tab"):
                 build_race_tab(lab.bench.live.engine.model, keep=lab.keep)
             with gr.Tab("Replay", id="replay", elem_id="lk-replay-tab"):
@@ -94,8 +126,9 @@ def build(engine: LiveEngine | Lab) -> gr.Blocks:
     return demo
 
 
-def _live_tab(lab: Lab) -> gr.HTML:
-    """The tab with the running engine; returns the component whose value is the visitor's secret."""
+def _live_tab(news: News) -> gr.HTML:
+    """The tab with the running engine; returns the component whose value is the visitor's secret and mark."""
+    lab = news.lab
     has_chat = bool(getattr(lab.bench.live.engine.model.tokenizer, "chat_template", None))
     with gr.Column(elem_id="lk-page"):
         with gr.Column(elem_id="lk-left", min_width=300):
@@ -129,7 +162,7 @@ def _live_tab(lab: Lab) -> gr.HTML:
         view = _html(
             asset("canvas.html"),
             js=_script(),
-            functions=Api(lab).functions,
+            functions=Api(news).functions,
             elem_id="lk-live",
         )
         _html(asset("switch.html"), elem_id="lk-switch")
@@ -146,11 +179,12 @@ def _live_tab(lab: Lab) -> gr.HTML:
 
 
 def _script() -> str:
-    """The page's JavaScript, and the presets that it offers."""
+    """The page's JavaScript, the presets that it offers, and where the broadcast is."""
     presets = [
         {"name": p.name, "title": p.title, "look": p.look, "settings": dict(p.settings)} for p in PRESETS
     ]
-    return f"const PRESETS = {json.dumps(presets)};\n" + "".join(map(asset, SCRIPTS))
+    facts = f"const PRESETS = {json.dumps(presets)}, STREAM = {json.dumps(PATH)};\n"
+    return facts + "".join(map(asset, SCRIPTS))
 
 
 def _html(

@@ -10,10 +10,9 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from labkit.laboratory import Bench, Lab
 from labkit.lens import page_facts, step_facts
 from labkit.live import EngineStoppedError
-from labkit.trace import StepRecord
+from labkit.news import Known, News, as_json
 
 MS_PER_VISITOR = 4  # between two questions of a page: fifty pages ask five times a second each
 
@@ -22,13 +21,11 @@ class Api:
     """The functions that `gr.HTML` hands to the browser.
 
     Args:
-        lab: that they ask.
+        news: of the lab that they ask.
     """
 
-    def __init__(self, lab: Lab) -> None:
-        self.lab = lab
-        self._seen: StepRecord | None = None  # the plan that was packed last
-        self._key, self._packed = 0, ""
+    def __init__(self, news: News) -> None:
+        self.news, self.lab = news, news.lab
 
     @property
     def functions(self) -> list[Callable[..., Any]]:
@@ -36,37 +33,18 @@ class Api:
         return [_plain(method) for method in methods]
 
     async def pull(self, question: dict[str, Any]) -> str:
-        """What is new since the last answer: pictures, cards, the clock, the plan, the settings."""
-        bench, lab = self.lab.bench, self.lab
-        name, after = question.get("feed"), _whole(question.get("after"), -1)
-        cards = question.get("cards") or {}
-        same = name == bench.feed.name
-        since, known = (_whole(cards.get("since"), -1), _counts(cards.get("open"))) if same else (-1, {})
-        news = bench.desk.cards(_text(question.get("visitor")), since, known)
-        answer = {
-            "cards": news | {"reset": not same or since < 0},
-            "live": bench.desk.clock(),
-            "busy": bench.live.busy,
-            "every": MS_PER_VISITOR * len(lab.visitors),
-        }
-        if question.get("lab") != lab.version:
-            answer["lab"] = lab.status() | {"version": lab.version}
-        text = json.dumps(answer, separators=(",", ":"))
-        pictures = bench.feed.snapshot_text(name if same else "", after)
-        return f'{text[:-1]},"pictures":{pictures},"plan":{self._plan(bench, question.get("plan"))}}}'
-
-    def _plan(self, bench: Bench, known: object) -> str:
-        """The plan for the next step, unless the browser has it. Packed once for all of them."""
-        record = bench.live.preview
-        if record is None:
-            return '{"key":0}'
-        if record is not self._seen:
-            packed = bench.feed.preview(record)
-            if packed is None:  # the pictures lag behind: the next answer will have it
-                return '{"key":0}'
-            self._key, self._seen = self._key + 1, record
-            self._packed = json.dumps({"key": self._key, "plan": packed}, separators=(",", ":"))
-        return f'{{"key":{self._key}}}' if known == self._key else self._packed
+        """What is new since the last answer, for a page that hears no broadcast."""
+        cards = _mapping(question.get("cards"))
+        known = Known(
+            feed=_text(question.get("feed")),
+            step=_whole(question.get("after"), -1),
+            plan=_whole(question.get("plan"), 0),
+            cards=_whole(cards.get("since"), -1),
+            open=_counts(cards.get("open")),
+            lab=_whole(question.get("lab"), -1),
+        )
+        news = self.news.now().since(known)
+        return as_json(news | {"every": MS_PER_VISITOR * len(self.lab.visitors)})
 
     async def control(self, order: dict[str, Any]) -> str:
         """Pause, resume, step, or set the speed."""

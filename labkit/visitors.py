@@ -6,12 +6,21 @@ is gone only when a while has passed without any session of theirs.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import threading
 from collections.abc import Callable
 
 GRACE = 8.0  # seconds
 MAX_NAME = 24  # characters
+_KEY = secrets.token_bytes(16)
+
+
+def mark(visitor: str) -> str:
+    """What others may know a visitor by: it cannot be turned back into the secret. "" for nobody."""
+    if not visitor:
+        return ""
+    return hashlib.blake2s(visitor.encode(errors="replace"), key=_KEY, digest_size=6).hexdigest()
 
 
 class Visitors:

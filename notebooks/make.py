@@ -24,11 +24,13 @@ from nbformat import NotebookNode
 HERE = Path(__file__).parent
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 SETUP = """\
-# On Colab this fetches labkit and leaves Colab's torch alone. Elsewhere there is nothing to fetch.
+# On Colab this fetches labkit and leaves Colab's torch alone. In a clone, labkit lies next door.
 import sys
 
 if "google.colab" in sys.modules:
     %pip install -q --no-deps git+{repository} gguf anywidget
+else:
+    sys.path.insert(0, "..")
 
 import labkit
 
@@ -52,6 +54,9 @@ def repository() -> str:
 
 def stamp(notebook: NotebookNode, name: str) -> None:
     """Put the badge, the first cell, metadata and ids into a notebook."""
+    kinds = [cell.cell_type for cell in notebook.cells[:2]]
+    if kinds != ["markdown", "code"] or not notebook.cells[0].source.startswith("# "):
+        raise SystemExit(f"{name} must begin with a title in markdown and then a code cell, for the setup")
     where = repository()
     owner = where.removeprefix("https://github.com/")
     link = f"https://colab.research.google.com/github/{owner}/blob/main/notebooks/{name}"
@@ -59,24 +64,44 @@ def stamp(notebook: NotebookNode, name: str) -> None:
     notebook.cells[0].source = "\n".join([head[0], "", f"{BADGE}({link})", *head[1:]]).replace(
         "\n\n\n", "\n\n"
     )
-    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    first.source = SETUP.format(repository=where)
-    first.metadata = {"tags": ["nbval-ignore-output"]}
-    notebook.metadata = METADATA
+    notebook.cells[1].source = SETUP.format(repository=where)
+    notebook.cells[1].metadata = {"tags": ["nbval-ignore-output"]}
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     for i, cell in enumerate(notebook.cells):
         cell.id = f"c{i:02d}"
+    tidy(notebook)
+
+
+def tidy(notebook: NotebookNode) -> None:
+    """Leave out what a run brings along that is no result, and join what arrived in pieces."""
+    notebook.metadata = METADATA
+    for cell in notebook.cells:
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        if cell.cell_type != "code":
+            continue
+        outputs: list[NotebookNode] = []
+        for output in cell.outputs:
+            last = outputs[-1] if outputs else {}
+            if output.output_type == "stream" and last.get("name") == output.name:
+                last["text"] += output.text
+            else:
+                outputs.append(output)
+        cell.outputs = outputs
+
+
+def stamped(text: str, name: str) -> str:
+    """The text of a notebook file as it stands once it is stamped; nothing is run."""
+    notebook = nbformat.reads(text, as_version=4)
+    stamp(notebook, name)
+    return nbformat.writes(notebook) + "\n"
 
 
 def run(notebook: NotebookNode) -> None:
     """Run all cells in a kernel of this environment, and keep their outputs."""
     NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": HERE}}
+        notebook, timeout=1500, kernel_name="python3", resources={"metadata": {"path": HERE}}
     ).execute()
-    notebook.metadata = METADATA
-    for cell in notebook.cells:
-        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+    tidy(notebook)
 
 
 def main() -> int:
@@ -90,19 +115,19 @@ def main() -> int:
         if options.numbers and path.name[:2] not in options.numbers:
             continue
         before = path.read_text()
-        notebook = nbformat.reads(before, as_version=4)
-        stamp(notebook, path.name)
-        began = time.perf_counter()
-        if not (options.stamp or options.check):
-            run(notebook)
-        after = nbformat.writes(notebook) + "\n"
+        after = stamped(before, path.name)
         if options.check:
             if after != before:
                 stale += 1
                 print(f"{path.name} is not as stamped: python notebooks/make.py --stamp")
-        else:
-            path.write_text(after)
-            print(f"{path.name}: {time.perf_counter() - began:.0f} s")
+            continue
+        began = time.perf_counter()
+        if not options.stamp:
+            notebook = nbformat.reads(after, as_version=4)
+            run(notebook)
+            after = nbformat.writes(notebook) + "\n"
+        path.write_text(after)
+        print(f"{path.name}: {time.perf_counter() - began:.0f} s")
     return 1 if stale else 0
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,8 @@ from labkit.benchmark.runs import (
     take_turns,
 )
 from labkit.benchmark.serving import measure
+from labkit.benchmark.watched import watched
+from labkit.benchmark.watchers import Watchers
 from labkit.benchmark.workload import Job, make_noise, make_workload
 from labkit.config import EngineConfig
 from labkit.engine import Engine
@@ -214,6 +218,50 @@ def test_a_workload_of_noise_is_seeded_and_within_its_bounds() -> None:
     assert all(0 <= token < 50 for job in jobs for token in job.prompt)
 
 
+# -- watched --------------------------------------------------------------------------------------
+
+
+def test_being_watched_changes_no_token_and_all_watchers_get_every_frame(
+    tiny: LoadedModel, jobs: list[Job]
+) -> None:
+    report = watched(tiny, jobs, count=3, seats=2, repeats=2, progress=False)
+    assert report.same_tokens.startswith("All 2 systems gave the same")
+    assert list(report.tokens_per_second) == ["not watched", "watched by 3"]
+    assert report.ratio == report.tokens_per_second["watched by 3"] / report.tokens_per_second["not watched"]
+    assert report.frames_per_second > 0 and report.bytes_per_frame > 100 and report.lost == 0
+    assert "Watched, the engine gives" in str(report) and "frames a second of" in str(report)
+    json.dumps(report.to_json())
+
+
+def test_a_watcher_counts_events_however_they_come_and_notices_the_end() -> None:
+    pieces = [b"data: 1\n\ndata: 2\n", b"\ndata: 3", b"\n\n", b"data: 4\n\n"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def answer(status: bytes) -> socket.socket:
+            connection, _ = server.accept()
+            connection.recv(1000)
+            connection.sendall(b"HTTP/1.1 " + status + b"\r\n\r\n")
+            return connection
+
+        with ThreadPoolExecutor() as pool:
+            answering = pool.submit(answer, b"200 OK")
+            watchers = Watchers(port, "/stream", 1)
+            connection = answering.result()
+            for piece in pieces:
+                seen = watchers.bytes
+                connection.sendall(piece)
+                while watchers.bytes == seen:
+                    watchers.look()
+            connection.close()
+            while not watchers.lost:
+                watchers.look()
+            assert watchers.frames == [4]
+            pool.submit(answer, b"404 Not Found")
+            with pytest.raises(ConnectionError, match=r"there is no stream: .*404"):
+                Watchers(port, "/stream", 1)
+
+
 # -- perplexity -----------------------------------------------------------------------------------
 
 
@@ -254,6 +302,7 @@ def test_perplexity_is_that_of_the_logits_and_int8_stays_near(tiny: LoadedModel)
         (["--max-num-seqs", "0"], "--max-num-seqs must be at least 1"),
         (["--max-num-seqs", "1", "8"], "several numbers only with --shapes"),
         (["--slow-seconds", "nan", "--ladder"], "--slow-seconds must be at least 1"),
+        (["--watched", "0"], "--watched must be at least 1"),
         (["--peers"], "--peers goes with --ladder"),
         (["--rungs", "int8"], "--rungs goes with --ladder"),
         (["--stream", "--figure", "x.html"], "--figure goes with --ladder"),

@@ -339,19 +339,14 @@ def test_it_does_not_grow() -> None:
     assert len(feed._lanes) == len(feed._ended) == WINDOW
 
 
-def test_the_same_question_is_answered_by_the_same_text() -> None:
+def test_a_frame_is_told_to_each_as_far_as_they_do_not_know_it() -> None:
     feed = feed_of(STORY[:3])
-    texts = [feed.snapshot_text(feed.name, 1) for _ in range(2)]
-    assert texts[0] is texts[1], "it was made twice"
-    assert json.loads(texts[0]) == json.loads(json.dumps(feed.snapshot(feed.name, 1)))
-    full = json.loads(feed.snapshot_text("another", 1))
-    assert full["full"] and full == json.loads(feed.snapshot_text("", -1))
+    frame = feed.frame()
     feed.append(STORY[3])
-    news = json.loads(feed.snapshot_text(feed.name, 1))
-    assert news["step"] == 3 and [step[0] for step in news["steps"]] == [2, 3]
-    for after in range(500):
-        feed.snapshot_text(feed.name, -after)
-    assert len(feed._texts[1]) <= 65
+    news, everything = feed.snapshot(feed.name, 1, frame), feed.snapshot("", -1, frame)
+    assert news["step"] == everything["step"] == 2 and feed.snapshot()["step"] == 3
+    assert [step[0] for step in news["steps"]] == [2] and len(everything["steps"]) == 3
+    assert news["tables"] == everything["tables"] != feed.snapshot()["tables"]
 
 
 def test_all_browsers_share_a_frame_for_a_moment() -> None:

@@ -12,6 +12,7 @@ from labkit.engine import Engine
 from labkit.limits import Limits
 from labkit.live import LiveEngine
 from labkit.request import SamplingParams
+from labkit.visitors import mark
 from labkit.weights import LoadedModel, load_model
 
 FOUR = SamplingParams(max_tokens=4)
@@ -38,16 +39,15 @@ def test_cards_say_what_was_asked_and_answered(desk: Desk) -> None:
     mine = desk.inject("me", "hello", FOUR)
     theirs = desk.inject("you", "world", FOUR)
     finish(desk, mine, theirs)
-    news = desk.cards("me", -1, {})
+    news = desk.cards().since(-1, {})
     assert news["since"] == 2
-    assert [(card["id"], card["mine"], card["prompt"]) for card in news["items"]] == [
-        (mine, True, "hello"),
-        (theirs, False, "world"),
+    assert [(card["id"], card["owner"], card["prompt"]) for card in news["items"]] == [
+        (mine, mark("me"), "hello"),
+        (theirs, mark("you"), "world"),
     ]
     card, output = news["items"][0], desk.live.output(mine)
     assert (card["text"], card["tokens"], card["max_tokens"]) == (output.text, 4, 4)
     assert (card["reason"], card["at"], card["length"]) == ("length", 0, len(output.text))
-    assert not any(card["mine"] for card in desk.cards("", -1, {})["items"])
 
 
 def test_only_the_new_end_of_a_text_is_sent_and_all_of_it_at_the_end(desk: Desk) -> None:
@@ -59,14 +59,15 @@ def test_only_the_new_end_of_a_text_is_sent_and_all_of_it_at_the_end(desk: Desk)
         desk.live.single_step()
         while len(desk.live.output(request_id).token_ids) == before:
             pass
-        news = desk.cards("me", since, {request_id: len(text)} if text else {})
+        news = desk.cards().since(since, {request_id: len(text)} if text else {})
         since = news["since"]
         for card in news["items"]:
+            assert ("prompt" in card) == (not text)  # it is known by then
             assert card["at"] == (0 if card["reason"] else len(text))
             text = text[: card["at"]] + card["text"]
         assert text == desk.live.output(request_id).text
-    assert desk.cards("me", since, {})["items"] == []  # it has the end: nothing more to say
-    assert desk.cards("me", since, {request_id: 3})["items"][0]["text"] == text  # it missed the end
+    assert desk.cards().since(since, {})["items"] == []  # it has the end: nothing more to say
+    assert desk.cards().since(since, {request_id: 3})["items"][0]["text"] == text  # it missed the end
 
 
 def test_everyone_cancels_their_own_only(desk: Desk) -> None:
@@ -157,14 +158,14 @@ def test_old_cards_are_forgotten_but_not_those_of_unfinished_requests(desk: Desk
     finish(desk, first)
     desk.live.pause()
     running = [desk.inject(f"visitor {i // 20}", "hello", one) for i in range(KEEP + 10)]
-    ids = [card["id"] for card in desk.cards("me", -1, {})["items"]]
+    ids = [card["id"] for card in desk.cards().since(-1, {})["items"]]
     assert ids == running  # the finished one went first, and then none could
     desk.cancel("visitor 0", running[0])
     desk.live.resume()
     finish(desk, *running)
     assert desk.live.output(running[0]).finish_reason == "abort"
     last = desk.inject("me", "hello", one)
-    assert [card["id"] for card in desk.cards("me", -1, {})["items"]] == [*running[11:], last]
+    assert [card["id"] for card in desk.cards().since(-1, {})["items"]] == [*running[11:], last]
 
 
 def test_cards_that_nobody_knows_any_more_are_named(model: LoadedModel) -> None:
@@ -173,10 +174,10 @@ def test_cards_that_nobody_knows_any_more_are_named(model: LoadedModel) -> None:
         forgotten, latest = desk.inject("me", "hello", FOUR), desk.inject("me", "hello", FOUR)
         finish(desk, latest)
         known = {forgotten: 3, "never heard of": 0, latest: 0}
-        news = desk.cards("me", 2, known)
+        news = desk.cards().since(2, known)
         assert [card["id"] for card in news["items"]] == [latest]
         assert set(news["gone"]) == {forgotten, "never heard of"}
-        assert desk.cards("me", -1, {})["gone"] == []  # the visitor has no such card
+        assert desk.cards().since(-1, {})["gone"] == []  # the visitor has no such card
 
 
 def test_a_prompt_beyond_measure_is_refused_unread(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,10 +207,10 @@ def test_a_card_promises_no_more_than_the_model_can_hold(desk: Desk) -> None:
     desk.live.pause()
     request_id = desk.inject("me", "hello", SamplingParams(max_tokens=100_000))
     room = desk.live.engine.max_model_len - len(desk.live.output(request_id).prompt_token_ids)
-    assert desk.cards("me", -1, {})["items"][0]["max_tokens"] == room
+    assert desk.cards().since(-1, {})["items"][0]["max_tokens"] == room
     desk.live.resume()
     finish(desk, request_id)
-    card = desk.cards("me", -1, {})["items"][0]
+    card = desk.cards().since(-1, {})["items"][0]
     if card["reason"] == "length":
         assert card["tokens"] == card["max_tokens"] == room
 
@@ -230,7 +231,7 @@ def test_the_chat_template_is_used_unless_raw(desk: Desk, model: LoadedModel) ->
 def test_an_empty_prompt(desk: Desk, prompt: str) -> None:
     with pytest.raises(ValueError, match="The prompt is empty"):
         desk.inject("me", prompt, FOUR)
-    assert desk.cards("me", -1, {}) == {"since": 0, "items": [], "gone": []}
+    assert desk.cards().since(-1, {}) == {"since": 0, "items": [], "gone": []}
 
 
 def test_numbers_of_a_form() -> None:
@@ -290,4 +291,4 @@ def test_nothing_is_taken_in_before_a_restart(desk: Desk) -> None:
 def test_a_card_says_who_by_the_name_they_chose(desk: Desk) -> None:
     desk.inject("me", "hello", FOUR, name="Ada")
     desk.inject("me", "hello", FOUR)
-    assert [card["name"] for card in desk.cards("you", -1, {})["items"]] == ["Ada", ""]
+    assert [card["name"] for card in desk.cards().since(-1, {})["items"]] == ["Ada", ""]

@@ -17,6 +17,7 @@ from labkit.benchmark.runs import reference_model
 from labkit.benchmark.serving import OURS, measure
 from labkit.benchmark.shapes import SEATS, SHAPES, config_of, random_model, random_reference
 from labkit.benchmark.stream import REQUESTS, stream
+from labkit.benchmark.watchers import WATCHERS
 from labkit.benchmark.workload import Job, make_noise, make_workload
 from labkit.weights import load_model, resolve_device
 
@@ -45,6 +46,14 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--stream", action="store_true", help="more requests than seats, in fp32 and int8")
     what.add_argument("--bookkeeping", action="store_true", help="scheduler, pool and trace alone")
     what.add_argument("--equality", action="store_true", help="half precision and int8 against fp32")
+    what.add_argument(
+        "--watched",
+        type=int,
+        nargs="?",
+        const=WATCHERS,
+        metavar="N",
+        help=f"the lab with nobody there, and with N pages that watch ({WATCHERS})",
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -77,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise `ValueError` for arguments that cannot be served, before anything is loaded."""
-    for name in ("requests", "max_num_batched_tokens", "repeats", "trace_steps", "slow_seconds"):
+    for name in ("requests", "max_num_batched_tokens", "repeats", "trace_steps", "slow_seconds", "watched"):
         value = getattr(args, name)
         if value is not None and not value >= 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
@@ -116,6 +125,12 @@ def _measure(args: argparse.Namespace) -> tuple[str, Any]:
         return str(precisions), precisions.to_json()
     load = functools.partial(load_model, args.model, dtype=args.dtype, device=args.device)
     loaded = load()
+    if args.watched:
+        from labkit.benchmark.watched import watched  # and with it gradio, which nothing else here needs
+
+        sizes = {"seats": seats[0], "budget": args.max_num_batched_tokens, "repeats": args.repeats}
+        watching = watched(loaded, jobs_of(loaded.tokenizer), count=args.watched, **sizes)
+        return str(watching), watching.to_json()
     reference = functools.partial(reference_model, model=args.model)
     jobs = jobs_of(loaded.tokenizer)
     if args.ladder:

@@ -7,8 +7,11 @@ notebook 03) and says three things: what is right, how to find out, and how the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import linecache
 import signal
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +21,9 @@ from typing import Any
 from labkit.memory import InvariantError
 from labkit.notebook import Picture, show
 
-_SECONDS = 60  # a function that has not come back by then never will
+_PATIENCE = 60.0  # seconds; a function that has not come back by then never will
 _FIRST_LINES = 3  # of what an exception says
+_UNTIL_RIGHT = "Until it is right, the cells below use the reference."
 
 
 class Wrong(Exception):
@@ -35,7 +39,12 @@ class Wrong(Exception):
         self.rule, self.example = rule, example
 
     def __str__(self) -> str:
-        return f"{self.rule}\n  {self.example}" if self.example else self.rule
+        return f"{self.rule}\n{textwrap.indent(self.example, '  ')}" if self.example else self.rule
+
+
+class _Endless(BaseException):
+    """Time is up. No `Exception`: a learner's `except Exception` must not catch it, nor the engine end a
+    request for it and go on."""
 
 
 @dataclass(frozen=True)
@@ -88,36 +97,57 @@ def find(exercise_id: str) -> Exercise:
         ValueError: if there is none; says which there are in that notebook.
     """
     number = exercise_id.partition(".")[0] if isinstance(exercise_id, str) else ""
+    home = f"labkit.exercises.e{number}"
     try:
-        known = import_module(f"labkit.exercises.e{number}").EXERCISES if number.isdecimal() else ()
-    except ModuleNotFoundError:
+        known = import_module(home).EXERCISES if number.isdecimal() else ()
+    except ModuleNotFoundError as error:
+        if error.name != home:
+            raise
         known = ()
     for exercise in known:
         if exercise.id == exercise_id:
             return exercise
-    there = f"; notebook {number} has {', '.join(e.id for e in known)}" if known else ""
-    raise ValueError(f"there is no exercise {exercise_id!r}{there}")
+    there = (
+        f"notebook {number} has {', '.join(e.id for e in known)}" if known else 'one is called "03.2", say'
+    )
+    raise ValueError(f"there is no exercise {exercise_id!r}: {there}")
 
 
-def judge(exercise_id: str, function: Callable[..., Any]) -> Verdict:
-    """Examine a function, and run it in the engine if it is right. Prints and draws nothing."""
+def judge(exercise_id: str, function: Callable[..., Any], *, patience: float = _PATIENCE) -> Verdict:
+    """Examine a function, and run it in the engine if it is right. Prints and draws nothing.
+
+    Args:
+        exercise_id: notebook and number, such as "03.2".
+        function: what the learner wrote: a function or a class.
+        patience: seconds after which a function that has not come back is stopped, where the system can.
+
+    Raises:
+        ValueError: if there is no such exercise, or nothing that can be called.
+    """
     exercise = find(exercise_id)
     title = f"{exercise.id} {exercise.title}"
     if not callable(function):
         raise ValueError(f"exercise {exercise_id} checks a function or a class, not {function!r}")
     try:
-        with _patience():
+        with _stopped_after(patience):
             exercise.examine(function)
             run = exercise.run(function) if exercise.run else Run("")
-    except NotImplementedError:
-        # One fixed line: what a notebook shows before its reader has begun.
-        return Verdict(exercise, "open", f"○ {title}: yours to write. Until then the reference is used.")
     except (Wrong, InvariantError) as error:
-        return Verdict(exercise, "wrong", f"✗ {title}: {error}")
+        why = str(error)
+    except _Endless as error:
+        why = f"it did not come back within {patience:g} seconds: does a loop never end?"
+        why += _line(_places(error, function))
+    except NotImplementedError as error:
+        if _is_stub(error, function):
+            # One fixed line: what a notebook shows before its reader has begun.
+            return Verdict(exercise, "open", f"○ {title}: yours to write. Until then the reference is used.")
+        why = _raised(error, function)
     except Exception as error:
-        return Verdict(exercise, "wrong", f"✗ {title}: {_raised(error, function)}")
-    sentence = f" {run.sentence}" if run.sentence else ""
-    return Verdict(exercise, "right", f"✓ {title}.{sentence}", run.pictures)
+        why = _raised(error, function)
+    else:
+        sentence = f" {run.sentence}" if run.sentence else ""
+        return Verdict(exercise, "right", f"✓ {title}.{sentence}", run.pictures)
+    return Verdict(exercise, "wrong", f"✗ {title}: {why}\n  {_UNTIL_RIGHT}")
 
 
 def check(exercise_id: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,14 +161,20 @@ def check(exercise_id: str, function: Callable[..., Any]) -> Callable[..., Any]:
         The function if it is right, else the reference, so that the cells that follow can go on.
 
     Raises:
-        ValueError: if there is no such exercise.
+        ValueError: if there is no such exercise, or nothing that can be called.
     """
+    exercise = find(exercise_id)
+    if function is exercise.reference:  # what an earlier check returned under the learner's name
+        print(
+            f"○ {exercise.id} {exercise.title}: this is the reference. Run the cell with your own code again."
+        )
+        return function
     verdict = judge(exercise_id, function)
     print(verdict.text)
     for caption, picture in verdict.pictures:
         print(f"\n{caption}")
         show(picture)
-    return function if verdict.state == "right" else verdict.exercise.reference
+    return function if verdict.state == "right" else exercise.reference
 
 
 def expect(condition: bool, rule: str, example: str = "") -> None:
@@ -147,31 +183,75 @@ def expect(condition: bool, rule: str, example: str = "") -> None:
         raise Wrong(rule, example)
 
 
+# -- whose fault, and where -----------------------------------------------------------------------
+
+
 def _raised(error: Exception, function: Callable[..., Any]) -> str:
-    what = "\n  ".join(f"{type(error).__name__}: {error}".splitlines()[:_FIRST_LINES])
-    place, code = "", getattr(inspect.unwrap(function), "__code__", None)
-    trace = error.__traceback__
-    while trace:  # the innermost line of the learner's own code
-        if code is not None and trace.tb_frame.f_code is code:
-            place = f" in its line {trace.tb_lineno - code.co_firstlineno + 1}"
+    """What an exception says to the learner: whether their code raised it, and in which line."""
+    name = type(error).__name__
+    said = "\n  ".join((f"{name}: {error}" if str(error) else name).splitlines()[:_FIRST_LINES])
+    if places := _places(error, function):
+        return f"it raised {said}{_line(places)}"
+    if isinstance(error, TypeError) and str(error).startswith(f"{getattr(function, '__qualname__', '')}("):
+        return f"it cannot be called as the exercise calls it\n  {said}"
+    return f"the engine cannot go on with what it returned or did\n  {said}"
+
+
+def _places(error: BaseException, function: Callable[..., Any]) -> list[tuple[str, int]]:
+    """File and line of each frame of the learner's own code that an exception passed, innermost last."""
+    files, found, trace = _files(function), [], error.__traceback__
+    while trace:
+        if (file := trace.tb_frame.f_code.co_filename) in files:
+            found.append((file, trace.tb_lineno))
         trace = trace.tb_next
-    return f"it raised{place}\n  {what}"
+    return found
+
+
+def _line(places: list[tuple[str, int]]) -> str:
+    """The innermost line, by its number in the cell and by what stands there; nothing if there is none."""
+    if not places:
+        return ""
+    file, number = places[-1]
+    source = linecache.getline(file, number).strip()
+    return f"\n  in line {number}: {source}" if source else f"\n  in line {number}"
+
+
+def _is_stub(error: NotImplementedError, function: Callable[..., Any]) -> bool:
+    """Whether the learner's own code raised it, and not torch or the engine below."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    files = _files(function)
+    return not files or (trace is not None and trace.tb_frame.f_code.co_filename in files)
+
+
+def _files(function: Callable[..., Any]) -> set[str]:
+    """The files that a function or a class is written in; each cell of a notebook is one."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if inspect.isroutine(function):
+        parts: Sequence[Any] = [function]
+    else:
+        parts = list(vars(function if isinstance(function, type) else type(function)).values())
+    bare = [getattr(part, "__func__", None) or getattr(part, "fget", None) or part for part in parts]
+    codes = [getattr(inspect.unwrap(part), "__code__", None) for part in bare if callable(part)]
+    return {code.co_filename for code in codes if code is not None}
 
 
 @contextlib.contextmanager
-def _patience() -> Iterator[None]:
+def _stopped_after(seconds: float) -> Iterator[None]:
     """Stop what never comes back, where the system can: a loop that does not end is a wrong answer."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
 
     def stop(*_: Any) -> None:
-        raise Wrong(f"it did not come back within {_SECONDS} seconds: does a loop never end?")
+        raise _Endless
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)

@@ -20,8 +20,8 @@ const labkit = (() => {
   function apply(state, snapshot) {
     if (snapshot.full) {
       const { meta, palette, window, feed } = snapshot;
+      if (feed !== state.feed) Object.assign(state, { plan: null, past: null, hover: {}, selected: {} });
       Object.assign(state, { feed, meta, palette, window, lanes: new Map(), steps: [], events: [], step: -1 });
-      Object.assign(state, { plan: null, past: null, hover: {}, selected: {} });
     }
     state.step = snapshot.step;
     if (!snapshot.steps) return false;

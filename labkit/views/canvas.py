@@ -1,14 +1,13 @@
 """What the live pictures need, read from the trace one step at a time and packed for a browser.
 
-`Feed` hears every step and keeps the last ones in a shape that `canvas.js` can draw. A browser asks "what is
-new since step 140?" and gets just that. All browsers are answered from one published frame, which is
-made at most twenty times a second, so that a class full of them costs the engine little more than one.
+`Feed` hears every step and keeps the last ones in a shape that `canvas.js` can draw. A browser is told what
+is new since step 140, say, and just that. What it is told comes from one published frame, which is made at
+most twenty times a second, so that a class full of browsers costs the engine little more than one.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 import threading
 import time
 import uuid
@@ -55,7 +54,7 @@ class _Lane:
 
 
 @dataclass(frozen=True)
-class _Frame:
+class Frame:
     """All that is known after one step. Immutable, so readers need no lock."""
 
     step: int
@@ -91,8 +90,7 @@ class Feed:
         self._events: deque[log.Event] = deque(maxlen=log.KEPT)
         self._numbers = Numbers()
         self._step = -1
-        self._texts: tuple[int, dict[int | None, str]] = (-1, {})  # answers of the latest step
-        self._frame = _Frame(-1, 0, 0.0, (), "", (), (), (), (), (), self._numbers.pack())
+        self._frame = Frame(-1, 0, 0.0, (), "", (), (), (), (), (), self._numbers.pack())
 
     def append(self, record: StepRecord) -> None:
         """Take in the next step. Quick: it runs on the engine's thread."""
@@ -163,9 +161,9 @@ class Feed:
             while lane.spans and lane.spans[0][2] <= horizon:
                 lane.spans.popleft()
 
-    def _publish(self) -> _Frame:
+    def _publish(self) -> Frame:
         with self._lock:
-            self._frame = _Frame(
+            self._frame = Frame(
                 step=self._step,
                 first=self._steps[0][0] if self._steps else 0,
                 made=time.monotonic(),
@@ -183,31 +181,20 @@ class Feed:
             )
             return self._frame
 
-    def snapshot_text(self, name: str = "", after: int = -1) -> str:
-        """`snapshot` as JSON. Browsers that know the same are sent the same text, made once."""
-        step, texts = self._texts
-        key = after if name == self.name else None
-        if step == self._step and key in texts:
-            return texts[key]
-        answer = self.snapshot(name, after)
-        text = json.dumps(answer, separators=(",", ":"))
-        if answer["step"] == self._step:  # else it is of a frame that will be followed by another
-            step, texts = self._texts
-            if step != answer["step"] or len(texts) > 64:
-                self._texts = (answer["step"], {key: text})
-            else:
-                texts[key] = text
-        return text
-
-    def snapshot(self, name: str = "", after: int = -1) -> dict[str, Any]:
-        """What is new since step `after` of the feed called `name`, ready for JSON; never waits for a step.
-
-        An unknown name, or a step that is no longer held, is answered with everything there is, marked
-        `full` and with the `meta` of the trace.
-        """
+    def frame(self) -> Frame:
+        """All there is to draw at present; never waits for a step."""
         frame = self._frame
         if frame.step != self._step and time.monotonic() - frame.made >= self._min_interval:
             frame = self._publish()
+        return frame
+
+    def snapshot(self, name: str = "", after: int = -1, frame: Frame | None = None) -> dict[str, Any]:
+        """What is new since step `after` of the feed called `name`, ready for JSON; never waits for a step.
+
+        An unknown name, or a step that is no longer held, is answered with everything there is, marked
+        `full` and with the `meta` of the trace. A `frame` from a moment ago is told in place of that of now.
+        """
+        frame = frame or self.frame()
         full = name != self.name or after > frame.step or after + 1 < frame.first
         answer: dict[str, Any] = {"feed": self.name, "step": frame.step}
         if full:

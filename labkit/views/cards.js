@@ -1,5 +1,6 @@
 // One card per request, newest first. Everything typed or generated is set as textContent, never as markup.
 Object.assign(labkit, (() => {
+  const { part } = labkit;
   const KEEP = 100; // cards on the page, and more only while that many requests run
   const ENDINGS = {
     stop: "done",
@@ -9,13 +10,14 @@ Object.assign(labkit, (() => {
     gone: "over: the lab has forgotten how it ended",
   };
 
-  // Draws into `root`; gives `labkit.mount` what it needs to ask for cards and to show them.
-  function cards(root, ask) {
+  // Draws into `root`; gives `labkit.mount` what it needs to ask for cards and to show them. `isMine(item)` says which
+  // are one's own.
+  function cards(root, ask, isMine = (item) => item.mine) {
     const list = root.querySelector(".lk-list"), none = root.querySelector(".lk-none");
     const cancelAll = root.querySelector(".lk-cancel-all"), filter = root.querySelector(".lk-filter");
     const who = root.querySelector(".lk-who-name");
     const byId = new Map();
-    let since = -1, colors = () => "", focus = () => {}, select = () => {};
+    let since = -1, feed = "", pictures = null, colors = () => "", focus = () => {}, select = () => {};
 
     cancelAll.addEventListener("click", () => ask("cancel", { request: null }));
     filter.addEventListener("change", () => root.classList.toggle("lk-only-mine", filter.checked));
@@ -39,24 +41,37 @@ Object.assign(labkit, (() => {
 
     function answer(news, state, show) {
       const { reset, since: latest, items, gone } = news.cards;
-      if (reset) {
+      pictures = state;
+      if (reset && feed !== state.feed) {
         byId.clear();
         list.replaceChildren();
         state.mine.clear();
+        since = -1;
+      } else if (reset) { // all of them once more: those that are not among them are no more
+        const there = new Set(items.map((item) => item.id));
+        gone.push(...[...byId.keys()].filter((id) => !there.has(id) && !byId.get(id).reason));
       }
-      since = latest;
+      ({ feed } = state);
       if (news.pictures.full) {
         colors = (index) => state.palette[index % state.palette.length];
         ({ focus, select } = show);
         if (!root.dataset.linked) show.onHover((request) => mark(request));
         root.dataset.linked = "yes";
       }
-      for (const item of items) update(byId.get(item.id) || create(item, state), item);
+      for (const item of items) {
+        if (byId.has(item.id)) update(byId.get(item.id), item);
+        else if (!(item.serial <= since)) update(create(item), item); // else it was dropped before
+      }
+      since = latest;
       for (const id of gone) if (byId.has(id)) end(byId.get(id), "gone");
       for (const [id, card] of byId) if (!card.reason) explain(card, state, id);
       none.hidden = byId.size > 0;
-      cancelAll.hidden = ![...byId.values()].some((card) => card.mine && !card.reason);
+      offer();
       evict();
+    }
+
+    function offer() {
+      cancelAll.hidden = ![...byId.values()].some((card) => card.mine && !card.reason);
     }
 
     // Drop the oldest finished cards, other people's before one's own. What still runs stays in sight.
@@ -69,38 +84,22 @@ Object.assign(labkit, (() => {
       }
     }
 
-    function create(item, state) {
+    function create(item) {
       const element = document.createElement("article");
       element.className = "lk-card";
       element.dataset.request = item.id;
       element.tabIndex = 0;
-      const part = (tag, name, words = "") => {
-        const made = document.createElement(tag);
-        made.className = name;
-        made.textContent = words;
-        return made;
-      };
       const head = part("header", "lk-card-head");
       const name = part("span", "lk-name", item.label);
       name.style.setProperty("--lk-whose", colors(item.color));
       const status = part("span", "lk-status"), tokens = part("span", "lk-tokens");
-      const whose = item.mine ? "yours" : item.name; // a name that somebody chose: text like any other
-      head.append(name, ...(whose ? [part("span", "lk-you", whose)] : []), status, tokens);
+      const whose = part("span", "lk-you", item.name); // a name that somebody chose: text like any other
+      whose.hidden = !item.name;
+      head.append(name, whose, status, tokens);
       const body = part("p", "lk-text"), why = part("p", "lk-why");
-      const card = { element, status, tokens, body, why, mine: item.mine, max: item.max_tokens };
+      const card = { element, head, whose, status, tokens, body, why, item, mine: false, max: item.max_tokens };
       Object.assign(card, { text: "", length: 0, reason: "" });
-      if (item.mine) {
-        element.classList.add("lk-mine");
-        state.mine.add(item.id);
-        card.cancel = part("button", "lk-cancel", "Cancel");
-        card.cancel.type = "button";
-        card.cancel.setAttribute("aria-label", `Cancel request ${item.label}`);
-        card.cancel.addEventListener("click", () => {
-          card.cancel.disabled = true;
-          ask("cancel", { request: item.id });
-        });
-        head.append(card.cancel);
-      }
+      if (isMine(item)) claim(card);
       const prompt = part("p", "lk-prompt", item.prompt);
       prompt.title = item.prompt; // it is cut off after a line
       element.append(head, prompt, why, body);
@@ -112,6 +111,24 @@ Object.assign(labkit, (() => {
       list.prepend(element);
       byId.set(item.id, card);
       return card;
+    }
+
+    function claim(card) {
+      const { id, label } = card.item;
+      card.mine = true;
+      card.element.classList.add("lk-mine");
+      card.whose.textContent = "yours";
+      card.whose.hidden = false;
+      pictures.mine.add(id);
+      if (card.reason) return; // it is over
+      card.cancel = part("button", "lk-cancel", "Cancel");
+      card.cancel.type = "button";
+      card.cancel.setAttribute("aria-label", `Cancel request ${label}`);
+      card.cancel.addEventListener("click", () => {
+        card.cancel.disabled = true;
+        ask("cancel", { request: id });
+      });
+      card.head.append(card.cancel);
     }
 
     // `at` and `length` count characters as the engine does; only the new end of the text was sent.
@@ -145,16 +162,17 @@ Object.assign(labkit, (() => {
       if (card.cancel) card.cancel.remove();
     }
 
-    // Ask for all cards anew.
-    function forget() {
-      since = -1;
+    // Now it is known which cards are one's own.
+    function recognise() {
+      for (const card of byId.values()) if (!card.mine && isMine(card.item)) claim(card);
+      offer();
     }
 
     function mark(request) {
       for (const [id, card] of byId) card.element.classList.toggle("lk-hot", id === request);
     }
 
-    return { question, answer, forget, rename, byId };
+    return { question, answer, recognise, rename, byId };
   }
 
   return { cards };

@@ -1,9 +1,11 @@
 // Puts the parts together once all of them are on the page. `server`, `props`, `watch` and `element` are what
-// gradio gives a component.
+// gradio gives a component. Its value is told on arrival: one's own secret, and the mark that others see.
+const [secret, mark] = [0, 1].map((place) => () => (props.value || "").split(" ")[place] || "");
+
 const ask = async (name, argument) => {
   const late = new Promise((resolve) => setTimeout(resolve, 10000));
   try {
-    return JSON.parse(await Promise.race([server[name]({ visitor: props.value || "", ...argument }), late]));
+    return JSON.parse(await Promise.race([server[name]({ visitor: secret(), ...argument }), late]));
   } catch (error) {
     return null; // the lab is away: the page says so and asks again
   }
@@ -52,7 +54,8 @@ function start() {
   const roots = ["#lk-requests .lk-cards", "#lk-side .lk-side", "#lk-what .lk-desk", "#lk-message p", "#lk-switch .lk-switch"];
   if (!roots.every((root) => document.querySelector(root))) return requestAnimationFrame(start);
   const [cardsRoot, sideRoot, deskRoot] = roots.map((root) => document.querySelector(root));
-  const cards = labkit.cards(cardsRoot, ask), controls = labkit.controls(deskRoot, PRESETS, ask, say);
+  const cards = labkit.cards(cardsRoot, ask, (item) => Boolean(mark()) && item.owner === mark());
+  const controls = labkit.controls(deskRoot, PRESETS, ask, say);
   let version = -1;
   const lab = {
     question: () => ({ lab: version }),
@@ -62,19 +65,19 @@ function start() {
       controls.show(news.lab);
     },
   };
-  const reveal = switcher();
+  const reveal = switcher(), home = window.gradio_config?.root; // without it, the page is part of another
   const panel = labkit.mount(element.querySelector(".lk"), ask, [cards, lab], (state, hooks) => {
     return { ...labkit.side(sideRoot, state, hooks), reveal };
-  });
+  }, { stream: home === undefined ? "" : home + STREAM });
   function greet() {
     if (!props.value) return;
-    try { sessionStorage.setItem("labkit", props.value); } catch { /* a browser that keeps nothing */ }
-    cards.forget(); // now it is known which cards are one's own
+    try { sessionStorage.setItem("labkit", secret()); } catch { /* a browser that keeps nothing */ }
+    cards.recognise();
     cards.rename();
   }
   watch("value", greet);
   greet();
   for (const deed of ["click", "keydown"]) document.querySelector("#lk-page").addEventListener(deed, panel.hurry);
-  element.labkit = { ...panel, ...labkit, visitor: () => props.value };
+  element.labkit = { ...panel, ...labkit, visitor: secret };
 }
 start();

@@ -3,7 +3,7 @@
 Object.assign(labkit, (() => {
   // -- pictures -----------------------------------------------------------------------------------
 
-  function pictures(root, state, hooks) {
+  function pictures(root, state, hooks, within) {
     const canvases = {};
     for (const name of ["pages", "timeline", "meters"]) {
       canvases[name] = root.querySelector(`canvas[data-picture="${name}"]`);
@@ -93,7 +93,7 @@ Object.assign(labkit, (() => {
         hooks.select(next);
       });
     }
-    for (const item of document.querySelectorAll("[data-hint]")) hint(item, say);
+    for (const item of within.querySelectorAll("[data-hint]")) hint(item, say);
     new ResizeObserver(redraw).observe(root);
     new MutationObserver(restyle).observe(document.body, { attributes: true, attributeFilter: ["class"] });
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", restyle);
@@ -149,7 +149,7 @@ Object.assign(labkit, (() => {
     function show(news) {
       if (!news) return;
       Object.assign(live, news);
-      pause.textContent = live.paused ? "Resume" : "Pause";
+      pause.textContent = live.paused ? pause.dataset.resume || "Resume" : "Pause";
       pause.setAttribute("aria-pressed", String(live.paused));
       root.classList.toggle("lk-paused", live.paused);
       if (document.activeElement !== speed) choose(live.speed === null ? "" : String(live.speed));
@@ -168,7 +168,7 @@ Object.assign(labkit, (() => {
   // -- what is selected ---------------------------------------------------------------------------
 
   // A request, a step, a page: selected once, marked everywhere, and told about in the side panel.
-  function selection(root, ask, state, live, show, side) {
+  function selection(root, ask, state, live, show, side, within) {
     let facts = null, asked = 0;
     const notice = root.querySelector(".lk-back");
 
@@ -223,7 +223,7 @@ Object.assign(labkit, (() => {
       ArrowDown: () => byRequest(1), Escape: () => select({}),
     };
     function press(event) {
-      if (!root.isConnected) return document.removeEventListener("keydown", press);
+      if (!root.isConnected) return within.removeEventListener("keydown", press);
       const busy = event.target.closest?.("input, textarea, select, [contenteditable], [role=tab], [role=dialog]");
       const pressed = event.key === " " && event.target.closest?.("button, a, summary");
       const plain = !(event.ctrlKey || event.metaKey || event.altKey || event.shiftKey);
@@ -231,35 +231,37 @@ Object.assign(labkit, (() => {
       event.preventDefault();
       keys[event.key]();
     }
-    document.addEventListener("keydown", press);
+    within.addEventListener("keydown", press);
     return { select, peek, refresh };
   }
 
   // -- all together -------------------------------------------------------------------------------
 
   // Keep asking what is new, one question at a time, and show it. `extras` add parts of their own to question and
-  // answer: { question(), answer(news, state, show) }. `sidePanel(hooks)` gives { update, reveal }.
-  function mount(root, ask, extras = [], sidePanel = null) {
+  // answer: { question(), answer(news, state, show) }. `sidePanel(hooks)` gives { update, reveal }. Keys and hints are
+  // those of all that is `within`; `pace(news)` says how many ms later to ask again, or null: not until `hurry`.
+  // With the address of a `stream` there is nothing to ask: the news come by themselves.
+  function mount(root, ask, extras = [], sidePanel = null, { within = document, pace = null, stream = "" } = {}) {
     const state = labkit.createState(), live = { paused: false, speed: null, failure: "" };
     const hooks = { select: (next) => chosen.select(next), focus: (request) => show.focus(request), peek: (...at) => chosen.peek(...at) };
-    const show = pictures(root, state, hooks), clock = clockControls(root, ask, live);
+    const show = pictures(root, state, hooks, within), clock = clockControls(root, ask, live);
     Object.assign(live, { toggle: clock.toggle, step: clock.step });
     const side = sidePanel ? sidePanel(state, hooks) : { update() {}, reveal() {} };
-    const chosen = selection(root, ask, state, live, show, side);
+    const chosen = selection(root, ask, state, live, show, side, within);
     show.select = hooks.select;
     const line = root.querySelector(".lk-summary"), spoken = root.querySelector(".lk-spoken");
     const numbers = [...root.querySelectorAll("[data-number]")];
-    let paused = false, said = 0, timer = 0, asking = false, eagerUntil = 0;
+    let paused = false, said = 0, timer = 0, asking = false, eagerUntil = 0, following = Boolean(stream);
 
     function take(news) {
-      const fresh = labkit.apply(state, news.pictures), before = state.plan?.key ?? 0;
+      const { feed } = state, fresh = labkit.apply(state, news.pictures), before = state.plan?.key ?? 0;
       clock.show(news.live);
       if (news.plan.key !== before && (news.plan.plan || !news.plan.key)) labkit.lookAhead(state, news.plan.plan ? { ...news.plan.plan, key: news.plan.key } : null);
       const planned = (state.plan?.key ?? 0) !== before;
       if (news.pictures.full) {
-        for (const facts of document.querySelectorAll(".lk-facts")) facts.textContent = labkit.settings(state.meta);
+        for (const facts of within.querySelectorAll(".lk-facts")) facts.textContent = labkit.settings(state.meta);
         show.restyle();
-        chosen.select({});
+        if (state.feed !== feed) chosen.select({});
       }
       if (live.paused !== paused) side.reveal(live.paused ? "step" : "");
       ({ paused } = live);
@@ -288,7 +290,7 @@ Object.assign(labkit, (() => {
         if (!document.hidden && root.offsetParent) wait = await look();
       } finally {
         asking = false;
-        if (root.isConnected) schedule(wait);
+        if (root.isConnected && wait !== null) schedule(wait);
       }
     }
 
@@ -297,16 +299,27 @@ Object.assign(labkit, (() => {
       const begin = performance.now(), question = { feed: state.feed, after: state.step, plan: state.plan?.key ?? 0 };
       for (const extra of extras) Object.assign(question, extra.question());
       const news = await ask("pull", question);
-      root.classList.toggle("lk-lost", !news);
+      lost(!news);
       if (!news) return 1000;
       take(news);
+      if (pace) return pace(news);
       const eager = (news.busy && !news.live.paused) || performance.now() < eagerUntil;
       return eager ? Math.max(50 + performance.now() - begin, news.every) : 400;
     }
 
     function schedule(wait) {
+      if (following) return;
       clearTimeout(timer);
       timer = setTimeout(pull, wait);
+    }
+
+    function lost(whether) {
+      root.classList.toggle("lk-lost", whether);
+    }
+
+    function none() {
+      following = false;
+      schedule(0);
     }
 
     // Something is about to happen: look now, and more often for a while.
@@ -317,7 +330,8 @@ Object.assign(labkit, (() => {
 
     document.addEventListener("visibilitychange", hurry);
     for (const deed of ["click", "keydown"]) root.addEventListener(deed, hurry);
-    schedule(0);
+    if (following) labkit.follow(root, stream, { hear: take, lost, none });
+    else schedule(0);
     return { state, live, show, hurry, select: hooks.select };
   }
 

@@ -6,6 +6,7 @@ than one step or block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from labkit.trace import Trace
@@ -210,16 +211,20 @@ def throughput(trace: Trace, *, window: float | None = None) -> str:
 # -- charts ---------------------------------------------------------------------------------------
 
 
+_BAR = 40  # characters of the longest bar
+_ROWS = 40  # of a table; a longer one leaves out rows
+
+
 def bars(values: Mapping[str, float], title: str, unit: str, digits: int) -> str:
-    """One bar of text for each named value."""
-    width = max(map(style.width_of, values), default=0)
-    top = max(values.values(), default=0) or 1
+    """One bar of text for each named value; its length says nothing below zero."""
+    names = [style.label(name, 60) for name in values]
+    width = max(map(style.width_of, names), default=0)
+    top = max((value for value in values.values() if math.isfinite(value)), default=0)
     rows = [title, ""]
-    for name, value in values.items():
-        bar = "█" * round(40 * max(value, 0) / top)
-        rows.append(
-            f"{name}{' ' * (width - style.width_of(name))}  {bar} {value:,.{digits}f} {unit}".rstrip()
-        )
+    for name, value in zip(names, values.values(), strict=True):
+        share = value / top if top > 0 and math.isfinite(value) else 0
+        row = [name + " " * (width - style.width_of(name)), "█" * round(_BAR * max(share, 0))]
+        rows.append(f"{'  '.join(row)} {value:,.{digits}f} {unit}".rstrip())
     return "\n".join(rows)
 
 
@@ -231,14 +236,22 @@ def lines(
     y_name: str,
     digits: int,
 ) -> str:
-    """A table: a row for each x, a column for each named series."""
-    rows = [[x_name, *ys]]
-    for i, value in enumerate(x):
+    """A table: a column for each named series, and a row for each x, or for 40 evenly chosen ones."""
+    kept = range(len(x))
+    if len(x) > _ROWS:
+        kept = [round(i * (len(x) - 1) / (_ROWS - 1)) for i in range(_ROWS)]
+    rows = [[x_name, *(style.label(name, 40) for name in ys)]]
+    for i in kept:
         shown = ("" if series[i] is None else f"{series[i]:,.{digits}f}" for series in ys.values())
-        rows.append([f"{value:,g}", *shown])
+        rows.append([f"{int(x[i]):,}" if float(x[i]).is_integer() else f"{x[i]:,.6g}", *shown])
     widths = [max(style.width_of(row[i]) for row in rows) for i in range(len(rows[0]))]
-    table = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([f"{title} ({y_name})", "", *table])
+    left_out = f"; {len(kept)} of {len(x)} rows" if len(kept) < len(x) else ""
+    return "\n".join([f"{title} ({y_name}){left_out}", "", *(_row(row, widths) for row in rows)])
+
+
+def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    pads = (" " * (width - style.width_of(cell)) for cell, width in zip(cells, widths, strict=True))
+    return "  ".join(pad + cell for pad, cell in zip(pads, cells, strict=True)).rstrip()
 
 
 def _chunks(values: Sequence[float], size: int) -> Iterable[Sequence[float]]:

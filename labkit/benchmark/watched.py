@@ -1,0 +1,186 @@
+"""What it costs to be watched: the workload on the lab, with nobody there and with many who watch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import io
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from labkit.benchmark import watchers
+from labkit.benchmark.runs import Run, System, compare_tokens, describe, short_jobs, take_turns, versions
+from labkit.benchmark.workload import Job
+from labkit.broadcast import PATH
+from labkit.config import EngineConfig
+from labkit.engine import Engine
+from labkit.laboratory import Bench, Lab
+from labkit.live import LiveEngine
+from labkit.page import serve
+from labkit.request import RequestOutput, SamplingParams
+from labkit.trace import StepRecord
+from labkit.weights import LoadedModel
+
+
+@dataclass
+class WatchedReport:
+    """Medians over the repeats; of the watchers, each one's share."""
+
+    settings: dict[str, Any]
+    same_tokens: str
+    watchers: int
+    tokens_per_second: dict[str, float]
+    ratio: float  # of the throughput when watched to that without
+    frames_per_second: float  # that a watcher got
+    bytes_per_frame: float
+    client_cpu_seconds: float  # of all watchers together, in one run
+    lost: int  # watchers who were let go, for they read too slowly
+    all_seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        lines = [", ".join(f"{key} {value}" for key, value in self.settings.items()), self.same_tokens]
+        lines.append(f"{'':18}{'tokens/s':>10}{'seconds':>9}")
+        for name, rate in self.tokens_per_second.items():
+            lines.append(f"{name:18}{rate:10.1f}{statistics.median(self.all_seconds[name]):9.1f}")
+        lines.append(f"Watched, the engine gives {self.ratio:.1%} of its tokens a second.")
+        frames = f"{self.frames_per_second:.1f} frames a second of {self.bytes_per_frame:,.0f} bytes"
+        lines.append(f"A watcher got {frames}; {self.lost} were let go.")
+        lines.append(
+            "Their process shares the cores with the engine: the "
+            f"{self.client_cpu_seconds:.2f} s of CPU that it took in a run are in the figure, too."
+        )
+        return "\n".join(lines)
+
+
+def watched(
+    loaded: LoadedModel,
+    jobs: Sequence[Job],
+    *,
+    count: int = watchers.WATCHERS,
+    seats: int = 32,
+    budget: int = 512,
+    repeats: int = 3,
+    progress: bool = True,
+) -> WatchedReport:
+    """Time the workload on the lab, its server up, in turn without anybody and with so many who watch.
+
+    Raises:
+        DifferentTokens: if, in fp32, being watched changed any token.
+        RuntimeError: if a request failed, or the watchers could not watch.
+    """
+    config = EngineConfig(model=loaded, max_num_seqs=seats, max_num_batched_tokens=max(seats, budget))
+    seen: list[dict[str, Any]] = []
+
+    def while_watched(name: str, some: Sequence[Job], bar: tqdm | None = None) -> Run:
+        with _crowd(page.server_port, count) as figures:
+            run = _answer(name, lab, some, bar)
+        seen.append(figures)
+        return run
+
+    with contextlib.redirect_stdout(io.StringIO()):  # what the engine chose and why
+        live = LiveEngine(Engine(config))
+    lab = Lab(live)
+    with live, contextlib.ExitStack() as ending:
+        page = serve(lab, share=False, quiet=True)
+        ending.callback(page.close, verbose=False)
+        alone, watching = "not watched", f"watched by {count}"
+        todo = [
+            System(alone, lambda some, bar: _answer(alone, lab, some, bar), jobs),
+            System(watching, functools.partial(while_watched, watching), jobs),
+        ]
+        for system in todo:
+            system.run(short_jobs(jobs), None)
+        seen.clear()
+        same = ""
+
+        def check(runs: dict[str, Run]) -> None:
+            nonlocal same
+            same = compare_tokens(list(runs.values()), loaded.dtype)
+
+        runs, _ = take_turns(todo, repeats, check=check, progress=progress)
+    rates = {name: statistics.median(run.rate for run in some) for name, some in runs.items()}
+    frames = sum(sum(figures["frames"]) for figures in seen)
+    return WatchedReport(
+        {**describe(loaded, jobs), "seats": seats, "medians of": repeats, **versions()},
+        same,
+        count,
+        rates,
+        rates[watching] / rates[alone],
+        statistics.median(statistics.mean(f["frames"]) / f["seconds"] for f in seen),
+        sum(figures["bytes"] for figures in seen) / max(1, frames),
+        statistics.median(figures["cpu_seconds"] for figures in seen),
+        max(figures["lost"] for figures in seen),
+        {name: [run.seconds for run in some] for name, some in runs.items()},
+    )
+
+
+@contextlib.contextmanager
+def _crowd(port: int, count: int) -> Iterator[dict[str, Any]]:
+    """A process with so many watchers, all of them there; what they saw, once it is over."""
+    command = [sys.executable, "-I", watchers.__file__, str(port), PATH, str(count)]
+    figures: dict[str, Any] = {}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            if process.stdout.readline() != "ready\n":
+                raise RuntimeError("the watchers could not watch")
+            yield figures
+            figures |= json.loads(process.communicate()[0])
+        finally:
+            process.kill()
+
+
+def _answer(name: str, lab: Lab, jobs: Sequence[Job], bar: tqdm | None) -> Run:
+    """All jobs at once through a fresh engine of the lab, as if somebody had handed them in."""
+    lab.change({}, running="cancel")
+    gc.collect()
+    bench, decode = lab.bench, lab.bench.live.engine.model.tokenizer.decode
+    bench.live.pause()
+    ids = [_submit(bench, job, decode(job.prompt)) for job in jobs]
+    outputs: dict[str, RequestOutput] = {}
+    done = threading.Event()
+
+    def hear(record: StepRecord) -> None:
+        for finish in record.finished:
+            outputs[finish.request_id] = bench.live.output(finish.request_id)
+        if bar is not None:
+            bar.update(len(record.finished))
+        if len(outputs) == len(ids):
+            done.set()
+
+    deafen = bench.live.listen(hear)
+    begin = time.perf_counter()
+    bench.live.resume()
+    while not done.wait(1) and not bench.live.failure:
+        pass
+    seconds = time.perf_counter() - begin
+    deafen()
+    for i in ids:
+        error = outputs[i].error if i in outputs else bench.live.failure
+        if error:
+            raise RuntimeError(f"request {i} failed: {error}")
+    answers = [outputs[i] for i in ids]
+    return Run(
+        name,
+        seconds,
+        [output.token_ids for output in answers],
+        [[t - begin for t in output.metrics.token_times] for output in answers],
+    )
+
+
+def _submit(bench: Bench, job: Job, words: str) -> str:
+    params = SamplingParams(max_tokens=job.max_tokens, ignore_eos=True)
+    return bench.desk.submit("somebody", words, job.prompt, params)

@@ -1,0 +1,325 @@
+"""Exercises of notebook 02: count idle seats, and put requests together so that there are fewer."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Iterable, Sequence, Sized
+from typing import Any, NamedTuple
+
+from labkit import notebook
+from labkit.baselines import StaticScheduler
+from labkit.config import EngineConfig
+from labkit.exercises import Exercise, Run, Wrong, expect
+from labkit.memory import BlockPool
+from labkit.plan import StepPlan
+from labkit.request import Request
+from labkit.trace import StepRecord, Trace
+from labkit.weights import LoadedModel, load_model
+
+SEATS = 4
+
+
+class Job(NamedTuple):
+    """A request as one who knew the future would see it: how long its prompt is, and how long its answer."""
+
+    name: str
+    prompt_tokens: int
+    answer_tokens: int
+
+
+# Prompt and answer: the lengths of prompts say nothing about those of answers.
+_LENGTHS = ((9, 6), (13, 28), (5, 4), (12, 12), (8, 32), (14, 5), (3, 8), (10, 24))
+_LENGTHS += ((6, 4), (11, 10), (4, 30), (7, 6))
+JOBS: tuple[Job, ...] = tuple(Job(str(i), *lengths) for i, lengths in enumerate(_LENGTHS))
+
+Batches = list[list[str]]
+
+
+# -- the engine ------------------------------------------------------------------------------------
+
+
+def prompt_of(job: Job, number: int) -> list[int]:
+    """Token ids for a job's prompt; no two jobs begin alike."""
+    return [300 + (37 * number + 11 * place) % 500 for place in range(job.prompt_tokens)]
+
+
+def serve(
+    jobs: Sequence[Job], *, batches: Batches | None = None, seats: int = SEATS, **config: Any
+) -> tuple[Trace, dict[str, list[int]]]:
+    """Run jobs on the real engine, with tiny-random, which gives the same tokens on every machine.
+
+    Args:
+        jobs: all of them are there before the first step.
+        batches: which run together in a static batch, one batch after the other; None leaves that to the
+            scheduler.
+        seats: `max_num_seqs`.
+        config: other fields of `EngineConfig`.
+
+    Returns:
+        The trace, and the tokens of each answer by the job's name.
+    """
+    from labkit.engine import Engine
+    from labkit.request import SamplingParams
+
+    sizes = {"num_blocks": 256, "block_size": 8, "enable_prefix_caching": False} | config
+    place = {name: i for i, batch in enumerate(batches or []) for name in batch}
+    scheduler = functools.partial(_Grouped, place=place) if batches is not None else None
+    engine = Engine(EngineConfig(model=_tiny(), max_num_seqs=seats, **sizes), scheduler=scheduler)
+    for number, job in enumerate(jobs):
+        params = SamplingParams(max_tokens=job.answer_tokens, temperature=0, ignore_eos=True)
+        # The queue goes by priority: that of the batch. Lanes in a picture keep the order of arrival.
+        engine.add_request(
+            prompt_of(job, number), params, request_id=job.name, priority=place.get(job.name, 0)
+        )
+    while engine.has_unfinished:
+        engine.step()
+    return engine.trace, {job.name: engine.outputs[job.name].token_ids for job in jobs}
+
+
+@functools.cache
+def _tiny() -> LoadedModel:
+    return load_model("tiny-random", device="cpu", say=None)
+
+
+class _Grouped(StaticScheduler):
+    """Static batching, with batches that somebody else put together.
+
+    Args:
+        place: the number of each request's batch.
+    """
+
+    def __init__(self, pool: BlockPool, *, place: dict[str, int], **limits: Any) -> None:
+        super().__init__(pool, **limits)
+        self._place = place
+
+    def _why_not(self, plan: StepPlan, request: Request, budget: int) -> str | None:
+        if self.running and self._place[request.request_id] != self._place[self.running[0].request_id]:
+            return "its batch comes later"
+        return super()._why_not(plan, request, budget)
+
+
+# -- 02.1 ------------------------------------------------------------------------------------------
+
+
+def idle_share(records: Sequence[StepRecord], seats: int) -> float:
+    """The share of all seats, over all steps, that computed nothing (0 if there is no step)."""
+    busy = sum(row.num_tokens > 0 for record in records for row in record.rows)
+    return 1 - busy / (seats * len(records)) if records else 0.0
+
+
+def _records(*steps: Sequence[tuple[int, int]]) -> list[StepRecord]:
+    """Steps from (tokens, padding) for each row."""
+    records = []
+    for number, rows in enumerate(steps):
+        kinds = "".join("i" if not tokens else "p" if not number else "d" for tokens, _ in rows)
+        names = tuple("abcdefgh"[: len(rows)])
+        tokens, padding = (tuple(column) for column in zip(*rows, strict=True))
+        start = (0,) * len(rows)
+        sampled = tuple((7,) if count else () for count in tokens)
+        records.append(StepRecord(number, names, kinds, start, tokens, sampled, padding))
+    return records
+
+
+# What it shows, the rows of each step as (tokens, padding), the seats, and the idle ones counted by hand.
+_BY_HAND: tuple[tuple[str, tuple[tuple[tuple[int, int], ...], ...], int, int], ...] = (
+    ("a seat whose request computes a token is busy", (((1, 0),),), 1, 0),
+    ("a row that computes nothing but padding is an idle seat", (((1, 0), (0, 1)),), 2, 1),
+    (
+        "a prompt fills its seat for one step, however many tokens it has",
+        (((6, 0), (6, 0)), ((1, 0), (0, 1))),
+        2,
+        1,
+    ),
+    (
+        "a prompt that is padded on its left is computed all the same: its seat is busy",
+        (((6, 0), (2, 4)),),
+        2,
+        0,
+    ),
+    ("a seat that nobody took is idle as well: count against all the seats", (((3, 0),), ((1, 0),)), 4, 6),
+    (
+        "while the chunks of a long prompt come first, a short one's seat is idle",
+        (((4, 0), (0, 4)), ((4, 0), (3, 1)), ((1, 0), (1, 0)), ((1, 0), (0, 1))),
+        2,
+        2,
+    ),
+)
+
+
+def _examine_share(function: Callable[..., Any]) -> None:
+    for rule, steps, seats, idle in _BY_HAND:
+        records = _records(*steps)
+        told = f"{_told(records)}\nseats = {seats}, so {idle} of {seats * len(records)} are idle"
+        _compare(function, records, seats, idle / (seats * len(records)), rule, told)
+    _compare(function, [], 3, 0.0, "where there is no step, the share is 0", "records = [], seats = 3")
+    for name in ("static", "continuous"):
+        records = serve(JOBS, scheduler=name)[0].records
+        share = idle_share(records, SEATS)
+        _compare(function, records, SEATS, share, "a real trace counts too", f"{name} batching of the jobs")
+
+
+def _compare(
+    function: Callable[..., Any],
+    records: Sequence[StepRecord],
+    seats: int,
+    expected: float,
+    rule: str,
+    told: str,
+) -> None:
+    got = function(list(records), seats)
+    if isinstance(got, bool) or not isinstance(got, int | float):
+        raise Wrong("it returns a number from 0 to 1", f"it returned {got!r}")
+    expect(abs(got - expected) < 1e-9, rule, f"{told}: {expected:.3f} is right, yours is {got:.3f}")
+
+
+def _told(records: Sequence[StepRecord]) -> str:
+    """Records in words, a line for each step."""
+    lines = []
+    for record in records:
+        rows = [f"{row.request_id} {row.num_tokens} + {row.padding}" for row in record.rows]
+        lines.append(f"step {record.step}, tokens + padding of each row: {', '.join(rows)}")
+    return "\n".join(lines)
+
+
+def _run_share(function: Callable[..., Any]) -> Run:
+    shares = {
+        name: function(serve(JOBS, scheduler=name)[0].records, SEATS) for name in ("static", "continuous")
+    }
+    picture = notebook.bars(
+        {name: 100 * share for name, share in shares.items()}, "Idle seats", unit="%", digits=1
+    )
+    sentence = (
+        f"On {SEATS} seats, static batching of the {len(JOBS)} requests leaves {shares['static']:.1%} idle, "
+        f"continuous batching {shares['continuous']:.1%}."
+    )
+    return Run(sentence, [("What it finds:", picture)])
+
+
+# -- 02.2 ------------------------------------------------------------------------------------------
+
+
+def make_batches(jobs: Sequence[Job], seats: int) -> Batches:
+    """The longest answers together: no other batches need fewer steps."""
+    names = [job.name for job in sorted(jobs, key=lambda job: -job.answer_tokens)]
+    return [names[i : i + seats] for i in range(0, len(names), seats)]
+
+
+def in_order(jobs: Sequence[Job], seats: int) -> Batches:
+    """Batches as the requests came."""
+    names = [job.name for job in jobs]
+    return [names[i : i + seats] for i in range(0, len(names), seats)]
+
+
+def steps_of(batches: Batches, jobs: Sequence[Job]) -> int:
+    """A batch takes as many steps as its longest answer has tokens, if one step reads its prompts."""
+    answers = {job.name: job.answer_tokens for job in jobs}
+    return sum(max(answers[name] for name in batch) for batch in batches if batch)
+
+
+def _lists() -> list[tuple[list[Job], int]]:
+    """Lists of jobs, the smallest first, and seats."""
+    answers: list[tuple[tuple[int, ...], int]] = [
+        ((3,), 1),
+        ((3,), 4),
+        ((2, 5), 2),
+        ((5, 2, 5), 1),
+        ((1, 6, 1, 6), 2),
+        ((6, 6, 1), 2),
+        ((4, 4, 4, 4, 4), 2),
+        ((6, 1, 1, 5, 2, 9, 3), 3),
+    ]
+    rng = random.Random(2)
+    answers += [(tuple(rng.randrange(1, 40) for _ in range(10 + 3 * i)), 2 + i) for i in range(6)]
+    lists = [
+        ([Job("abcdefghijklmnopqrstuvwxyz"[i], 4 + i % 3, n) for i, n in enumerate(row)], seats)
+        for row, seats in answers
+    ]
+    return [*lists, (list(JOBS), SEATS)]
+
+
+def _examine_batches(function: Callable[..., Any]) -> None:
+    for jobs, seats in _lists():
+        batches = _valid(function(list(jobs), seats), jobs, seats)
+        yours, theirs = steps_of(batches, jobs), steps_of(in_order(jobs, seats), jobs)
+        told = (
+            f"{_shown(jobs, seats)}: your batches {batches} need {yours} steps, {theirs} in order of arrival"
+        )
+        expect(
+            yours <= theirs, "your batches must never need more steps than those in order of arrival", told
+        )
+    expect(
+        yours < theirs, "on the notebook's requests, your batches must need fewer steps than in order", told
+    )
+
+
+def _valid(batches: Any, jobs: Sequence[Job], seats: int) -> Batches:
+    """The batches without empty ones, if every request is in one of them and none is too large."""
+    shown = _shown(jobs, seats)
+    try:
+        batches = [list(batch) for batch in batches if not isinstance(batch, str) or 1 / 0]
+    except (TypeError, ZeroDivisionError):
+        raise Wrong(
+            "it returns a list of batches, each a list of names", f"it returned {batches!r}"
+        ) from None
+    names = [name for batch in batches for name in batch]
+    known = {job.name for job in jobs}
+    for name in names:
+        expect(
+            isinstance(name, str) and name in known,
+            "a batch holds names of requests, and no others",
+            f"{shown}: your batches {batches} hold {name!r}",
+        )
+        expect(
+            names.count(name) == 1,
+            "no request may be in two places: it would be answered twice",
+            f"{shown}: your batches {batches} hold {name!r} {names.count(name)} times",
+        )
+    for job in jobs:
+        expect(
+            job.name in names,
+            "every request must be in a batch, or it is never answered",
+            f"{shown}: your batches {batches} do not hold {job.name!r}",
+        )
+    for batch in batches:
+        expect(
+            len(batch) <= seats,
+            "a batch has at most as many requests as there are seats",
+            f"{shown}: your batch {batch} has {len(batch)}",
+        )
+    return [batch for batch in batches if batch]
+
+
+def _listed(value: Any) -> bool:
+    return isinstance(value, Iterable) and isinstance(value, Sized) and not isinstance(value, str)
+
+
+def _shown(jobs: Sequence[Job], seats: int) -> str:
+    return f"answers {', '.join(f'{job.name}: {job.answer_tokens}' for job in jobs)} on {seats} seats"
+
+
+def _run_batches(function: Callable[..., Any]) -> Run:
+    ways = {
+        "your batches": _valid(function(list(JOBS), SEATS), JOBS, SEATS),
+        "in order of arrival": in_order(JOBS, SEATS),
+        "reference": make_batches(JOBS, SEATS),
+    }
+    said, pictures, tokens = [], [], []
+    for name, batches in ways.items():
+        trace, answers = serve(JOBS, batches=batches)
+        tokens.append(answers)
+        said.append(f"{name} {len(trace)} steps, {idle_share(trace.records, SEATS):.1%} of the seats idle")
+        pictures.append((f"{name[0].upper()}{name[1:]}:", notebook.timeline(trace)))
+    expect(
+        all(answers == tokens[0] for answers in tokens),
+        "the answers must not depend on the batch that a request is in",
+        "yours differ from those in order of arrival",
+    )
+    sentence = f"In the engine: {'; '.join(said)}. The same tokens each time."
+    return Run(sentence, [pictures[0], pictures[2]])
+
+
+EXERCISES: tuple[Exercise, ...] = (
+    Exercise("02.1", "count the idle seats", idle_share, _examine_share, _run_share),
+    Exercise("02.2", "batches with fewer idle seats", make_batches, _examine_batches, _run_batches),
+)

@@ -1,0 +1,446 @@
+"""The exercise of notebook 04: decide in each step who computes how many tokens. The engine does the rest."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from labkit import notebook
+from labkit.audit import Auditor
+from labkit.config import EngineConfig
+from labkit.exercises import Exercise, Run, Wrong, expect
+from labkit.memory import BlockPool
+from labkit.plan import StepPlan, StepResult
+from labkit.request import Request, SamplingParams
+from labkit.scheduler import Scheduler
+from labkit.trace import Admission, Trace
+from labkit.weights import LoadedModel, load_model
+
+
+class Ticket(NamedTuple):
+    """What a schedule knows of a request.
+
+    `known` counts its tokens, prompt and answer so far; of these, `computed` have their keys and values in
+    the cache. A request that waits has computed nothing, or lost it when it was preempted.
+    """
+
+    name: str
+    known: int
+    computed: int
+
+    @property
+    def missing(self) -> int:
+        """Tokens to compute before the next one can be sampled: 1 for an answer that is being written."""
+        return self.known - self.computed
+
+
+Rows = Sequence[tuple[str, int]]
+Schedule = Callable[[list[Ticket], list[Ticket], int, int, int, int], Rows]
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a schedule is called with: in order of arrival who runs and who waits, and the limits."""
+
+    running: tuple[Ticket, ...]
+    waiting: tuple[Ticket, ...]
+    seats: int
+    budget: int
+    free_pages: int
+    page_size: int
+
+    def ask(self, function: Callable[..., Any]) -> list[tuple[str, int]]:
+        """Call a schedule, and hold what it returns against the rules.
+
+        Raises:
+            Wrong: naming the rule that it breaks.
+        """
+        rows = function(
+            list(self.running), list(self.waiting), self.seats, self.budget, self.free_pages, self.page_size
+        )
+        return _Ruling(self, rows).check()
+
+    def pages(self, ticket: Ticket) -> int:
+        """Pages that a request takes when it is admitted."""
+        return -(-ticket.known // self.page_size)
+
+    def __str__(self) -> str:
+        def told(tickets: Iterable[Ticket]) -> str:
+            return ", ".join(f"{t.name} ({t.computed} of {t.known})" for t in tickets) or "nobody"
+
+        return (
+            f"running (computed of known): {told(self.running)}\nwaiting: {told(self.waiting)}\n"
+            f"seats {self.seats}, budget {self.budget}, "
+            f"free pages {self.free_pages} of {self.page_size} tokens each"
+        )
+
+
+def schedule(
+    running: list[Ticket], waiting: list[Ticket], seats: int, budget: int, free_pages: int, page_size: int
+) -> list[tuple[str, int]]:
+    """The engine's own policy: decode, then prompts that have begun, then whoever finds seat and pages."""
+    rows = []
+    for ticket in sorted(running, key=lambda t: t.missing > 1):  # stable: decode first
+        if tokens := min(ticket.missing, budget):
+            rows.append((ticket.name, tokens))
+            budget -= tokens
+    taken = len(running)
+    for ticket in waiting:
+        pages = -(-ticket.known // page_size)
+        kept = 1 if taken else 0  # for growth
+        if taken == seats or budget == 0 or pages + kept > free_pages:
+            break
+        tokens = min(ticket.known, budget)
+        rows.append((ticket.name, tokens))
+        taken, budget, free_pages = taken + 1, budget - tokens, free_pages - pages
+    return rows
+
+
+# -- the rules -------------------------------------------------------------------------------------
+
+
+class _Ruling:
+    """Is what a schedule wants allowed, and is it what everybody may expect?"""
+
+    def __init__(self, situation: Situation, rows: Any) -> None:
+        self.situation, self.rows = situation, rows
+
+    def check(self) -> list[tuple[str, int]]:
+        rows = self._read()
+        tokens = dict(rows)
+        self._check_limits(tokens)
+        self._check_decode(tokens)
+        self._check_order(tokens)
+        self._check_refill(tokens)
+        return rows
+
+    def _expect(self, condition: bool, rule: str, detail: str) -> None:
+        # Few calls break a rule, and there are many of them: words are made for those alone.
+        if not condition:
+            raise Wrong(rule, f"{self.situation}\nyours: {self.rows!r}\n{detail}")
+
+    def _read(self) -> list[tuple[str, int]]:
+        """The rows as pairs, if they are such, of requests that are there and tokens that they miss."""
+        shape = "it returns a list of pairs: a name, and how many tokens it computes"
+        try:
+            rows = [(name, tokens) for name, tokens in self.rows]
+        except (TypeError, ValueError):
+            raise Wrong(shape, f"{self.situation}\nyours: {self.rows!r}") from None
+        there = {t.name: t for t in (*self.situation.running, *self.situation.waiting)}
+        for name, tokens in rows:
+            whole = isinstance(tokens, int) and not isinstance(tokens, bool)
+            self._expect(isinstance(name, str) and whole, shape, f"{(name, tokens)!r} is no such pair")
+            self._expect(
+                name in there, "only requests that run or wait can be scheduled", f"there is no {name!r}"
+            )
+            self._expect(
+                1 <= tokens <= there[name].missing,
+                "a request computes at least one token, and no more than it misses",
+                f"{name} misses {there[name].missing}, and would compute {tokens}",
+            )
+        names = [name for name, _ in rows]
+        for name in names:
+            self._expect(
+                names.count(name) == 1,
+                "each request has one row in a step",
+                f"{name} has {names.count(name)}",
+            )
+        return rows
+
+    def _check_limits(self, tokens: dict[str, int]) -> None:
+        at, total = self.situation, sum(tokens.values())
+        self._expect(
+            total <= at.budget,
+            "a step never computes more tokens than its budget",
+            f"{total} tokens, the budget is {at.budget}",
+        )
+        admitted = self._admitted(tokens)
+        seated = len(at.running) + len(admitted)
+        self._expect(
+            seated <= at.seats or not admitted,
+            "whoever runs keeps the seat: admit only as many as there are free seats",
+            f"{len(at.running)} run, you admit {len(admitted)}, and there are {at.seats} seats",
+        )
+        pages = sum(map(at.pages, admitted))
+        self._expect(
+            pages <= at.free_pages,
+            "whoever is admitted takes pages for all tokens it knows: there must be so many free",
+            f"{_names(admitted)} would take {pages} pages, and {at.free_pages} are free",
+        )
+
+    def _check_decode(self, tokens: dict[str, int]) -> None:
+        for ticket in self.situation.running:
+            self._expect(
+                ticket.missing > 1 or ticket.name in tokens,
+                "decode goes first: an answer that is being written gets its token in every step",
+                f"{ticket.name} misses one token, and gets none",
+            )
+
+    def _check_order(self, tokens: dict[str, int]) -> None:
+        """First come, first served: nobody is passed over, and nothing is left lying."""
+        at = self.situation
+        prompts = [t for t in at.running if t.missing > 1]
+        later = [*prompts, *at.waiting]
+        for i, ticket in enumerate(later):
+            short = ticket.missing - tokens.get(ticket.name, 0)
+            behind = [t for t in later[i + 1 :] if t.name in tokens]
+            self._expect(
+                not short or not behind,
+                "first come, first served: nobody may overtake",
+                f"{ticket.name} still misses {short} tokens, and {_names(behind[:1])} behind it gets some",
+            )
+        left = at.budget - sum(tokens.values())
+        for ticket in [t for t in later if t in prompts or t.name in tokens]:
+            short = ticket.missing - tokens.get(ticket.name, 0)
+            self._expect(
+                not short or not left,
+                "who has a seat gets what is left of the budget: nobody starves beside unused tokens",
+                f"{ticket.name} still misses {short} tokens, and {left} of the budget are left",
+            )
+
+    def _check_refill(self, tokens: dict[str, int]) -> None:
+        at, admitted = self.situation, self._admitted(tokens)
+        queue = [t for t in at.waiting if t.name not in tokens]
+        seated, left = len(at.running) + len(admitted), at.budget - sum(tokens.values())
+        if not queue or seated >= at.seats or not left:
+            return
+        free, need = at.free_pages - sum(map(at.pages, admitted)), at.pages(queue[0])
+        # How many pages to keep for those that run is a choice, but more than one for each is none.
+        self._expect(
+            need + seated > free,
+            "a free seat is refilled at once",
+            f"{queue[0].name} waits for nothing: {at.seats - seated} seats and {left} tokens are left, and "
+            f"of {free} free pages it takes {need}, which leaves one for each that runs",
+        )
+
+    def _admitted(self, tokens: dict[str, int]) -> list[Ticket]:
+        return [t for t in self.situation.waiting if t.name in tokens]
+
+
+def _names(tickets: Sequence[Ticket]) -> str:
+    return ", ".join(t.name for t in tickets)
+
+
+# -- into the engine -------------------------------------------------------------------------------
+
+
+class LearnersScheduler(Scheduler):
+    """A scheduler whose decisions somebody else's function makes. Pages, seats and preemption stay here.
+
+    A running answer that needs another page gets it before the function is asked; where none is free, the
+    newest requests are preempted until there is.
+
+    Args:
+        decide: called once a step, see `schedule` for its arguments.
+    """
+
+    def __init__(self, pool: BlockPool, *, decide: Schedule, **limits: Any) -> None:
+        pool.enable_prefix_caching = False
+        super().__init__(pool, **limits)
+        self._decide = decide
+
+    def schedule(self) -> StepPlan:
+        self._end_aborted()
+        plan = StepPlan()
+        growing = [r for r in self.running if r.num_computed_tokens >= r.num_slots]
+        if growing:
+            self._grow(plan, growing)
+        if not self.requests:
+            return plan
+        rows = self._situation().ask(self._decide)
+        wanted = dict(rows)
+        for request in [r for r in self.waiting if r.request_id in wanted]:
+            self._take_seat(plan, request)
+        for name, num_tokens in rows:
+            plan.add(self.requests[name], num_tokens)
+        if (head := self.waiting.peek()) is not None:
+            full = len(self.running) >= self.max_num_seqs
+            plan.blocked = (head.request_id, "all seats are taken" if full else "the schedule let it wait")
+        return plan
+
+    def _situation(self) -> Situation:
+        return Situation(
+            tuple(map(_ticket, self.running)),
+            tuple(map(_ticket, self.waiting)),
+            self.max_num_seqs,
+            self.max_num_batched_tokens,
+            self.pool.num_free,
+            self.pool.block_size,
+        )
+
+    def _take_seat(self, plan: StepPlan, request: Request) -> None:
+        self.waiting.remove(request)
+        self.pool.share(request.request_id, [])
+        known = len(request.token_ids)
+        plan.admitted.append(Admission(request.request_id, num_looked_up=known))
+        self._seat(request, 0)
+        self._allocate(plan, request, self.pool.blocks_for(known))
+
+
+def _ticket(request: Request) -> Ticket:
+    return Ticket(request.request_id, len(request.token_ids), request.num_computed_tokens)
+
+
+class Job(NamedTuple):
+    """A request: its prompt and answer in tokens, and the step in which it arrives."""
+
+    prompt_tokens: int
+    answer_tokens: int
+    step: int = 0
+
+
+_LENGTHS = ((9, 6), (13, 28), (5, 4), (12, 12), (8, 32), (14, 5), (3, 8), (10, 24))
+_LENGTHS += ((6, 4), (11, 10), (4, 30), (7, 6))
+JOBS: tuple[Job, ...] = tuple(Job(*lengths) for lengths in _LENGTHS)
+
+
+def serve(
+    jobs: Sequence[Job] = JOBS, decide: Schedule | None = None, **config: Any
+) -> tuple[Trace, list[list[int]]]:
+    """Run jobs on the real engine with tiny-random, which gives the same tokens on every machine.
+
+    Args:
+        jobs: each joins the queue before its step.
+        decide: a schedule; None leaves the decisions to the engine.
+        config: fields of `EngineConfig`, in place of 4 seats, and of a budget and pages that never run out.
+
+    Returns:
+        The trace, and the tokens of each answer. Requests are called "0", "1" and so on.
+    """
+    from labkit.engine import Engine
+
+    sizes = {"max_num_seqs": 4, "num_blocks": 256, "block_size": 8, "enable_prefix_caching": False} | config
+    scheduler = functools.partial(LearnersScheduler, decide=decide) if decide else None
+    engine = Engine(EngineConfig(model=_tiny(), **sizes), scheduler=scheduler)
+    todo = sorted(range(len(jobs)), key=lambda i: jobs[i].step)
+    step = 0
+    while todo or engine.has_unfinished:
+        while todo and jobs[todo[0]].step <= step:
+            number = todo.pop(0)
+            params = SamplingParams(max_tokens=jobs[number].answer_tokens, temperature=0, ignore_eos=True)
+            engine.add_request(prompt_of(jobs[number], number), params, request_id=str(number))
+        if engine.has_unfinished:
+            engine.step()
+        step += 1
+    return engine.trace, [engine.outputs[str(i)].token_ids for i in range(len(jobs))]
+
+
+def prompt_of(job: Job, number: int) -> list[int]:
+    """Token ids for a job's prompt; no two jobs begin alike."""
+    return [300 + (37 * number + 11 * place) % 500 for place in range(job.prompt_tokens)]
+
+
+@functools.cache
+def _tiny() -> LoadedModel:
+    return load_model("tiny-random", device="cpu", say=None)
+
+
+# -- 04.1 ------------------------------------------------------------------------------------------
+
+
+def _situations() -> list[Situation]:
+    """The smallest first."""
+
+    def situation(running: str, waiting: str, *limits: int) -> Situation:
+        return Situation(_tickets(running, "abcd"), _tickets(waiting, "wxyz"), *limits)
+
+    return [  # running and waiting as "known/computed"; seats, budget, free pages, page size
+        situation("", "3/0", 1, 8, 8, 4),
+        situation("4/3", "", 1, 8, 8, 4),
+        situation("4/3", "3/0", 1, 8, 8, 4),  # no seat
+        situation("4/3", "3/0", 2, 8, 8, 4),  # a seat is free
+        situation("4/3 7/6 5/4", "", 4, 8, 0, 4),
+        situation("4/3 7/6", "9/0", 3, 3, 8, 4),  # one token is left for who waits
+        situation("", "9/0", 2, 4, 8, 4),  # a prompt longer than the budget
+        situation("9/4", "", 2, 4, 8, 4),  # its next chunk
+        situation("9/4 4/3", "", 2, 4, 8, 4),  # decode goes first
+        situation("9/4 4/3", "3/0", 3, 4, 8, 4),  # nothing left for who waits
+        situation("9/4 9/2", "", 2, 8, 8, 4),  # a chunk for the second
+        situation("", "3/0 3/0 3/0", 2, 8, 8, 4),  # two of three
+        situation("", "3/0 6/0 3/0", 3, 8, 8, 4),  # the second gets what is left
+        situation("", "20/0 3/0", 2, 32, 4, 4),  # too few pages for the first: nobody overtakes
+        situation("", "8/0", 2, 32, 2, 4),  # just enough
+        situation("4/3", "9/0", 2, 32, 2, 4),  # too few
+        situation("4/3", "5/0 5/0", 3, 32, 3, 4),  # pages for one of them
+        situation("4/3", "9/0 2/0", 3, 32, 6, 4),
+        situation("8/7 6/5", "12/0", 4, 4, 8, 4),  # two tokens of the budget are left
+    ]
+
+
+def _tickets(text: str, names: str) -> tuple[Ticket, ...]:
+    parts = zip(names, text.split(), strict=False)
+    return tuple(Ticket(name, *map(int, part.split("/"))) for name, part in parts)
+
+
+def _workloads() -> Iterable[tuple[list[Job], dict[str, int]]]:
+    """Jobs, and the engine's sizes; from easy to tight."""
+    rng = random.Random(4)
+    roomy = {"seats": 4, "budget": 64, "pages": 64, "page_size": 4}
+    yield list(JOBS), roomy
+    for sizes in (roomy, roomy | {"budget": 6}, roomy | {"pages": 14}, roomy | {"budget": 5, "pages": 12}):
+        for seats in (1, 4, 5):
+            jobs = [Job(rng.randrange(1, 24), rng.randrange(1, 24), rng.randrange(0, 30)) for _ in range(12)]
+            yield jobs, sizes | {"seats": seats}
+
+
+def _play(decide: Callable[..., Any], jobs: Sequence[Job], sizes: dict[str, int]) -> None:
+    """Serve jobs as the engine would, but for the model, whose tokens a schedule never sees."""
+    pool = BlockPool(sizes["pages"], sizes["page_size"])
+    limits = {"max_num_seqs": sizes["seats"], "max_num_batched_tokens": sizes["budget"]}
+    scheduler = LearnersScheduler(pool, decide=decide, **limits)
+    auditor, step = Auditor(scheduler, pool), 0
+    todo = sorted(((job.step, i) for i, job in enumerate(jobs)))
+    while todo or scheduler.has_unfinished:
+        while todo and todo[0][0] <= step:
+            i = todo.pop(0)[1]
+            params = SamplingParams(max_tokens=jobs[i].answer_tokens, ignore_eos=True)
+            scheduler.add(Request(str(i), [0] * jobs[i].prompt_tokens, params))
+        plan = scheduler.schedule()
+        auditor.check_plan(plan, sizes["budget"], sizes["seats"], list(scheduler.requests))
+        ends = [
+            start + count == len(request.token_ids)
+            for request, start, count in zip(plan.requests, plan.starts, plan.num_tokens, strict=True)
+        ]
+        result = StepResult([(0,) if end else () for end in ends])
+        scheduler.commit(plan, result)
+        auditor.check_record(scheduler.record(step, plan, result))
+        step += 1
+
+
+def _examine(function: Callable[..., Any]) -> None:
+    for situation in _situations():
+        situation.ask(function)
+    for jobs, sizes in _workloads():
+        _play(function, jobs, sizes)
+
+
+SMALL = {"num_blocks": 10, "block_size": 8, "max_num_batched_tokens": 16}
+
+
+def _run(function: Callable[..., Any]) -> Run:
+    trace, tokens = serve(JOBS, function, **SMALL)
+    reference, expected = serve(JOBS, schedule, **SMALL)
+    static, _ = serve(JOBS, scheduler="static", **SMALL)
+    expect(
+        tokens == expected, "the answers must not depend on the schedule", "yours differ from the reference's"
+    )
+    sentence = (
+        f"In the engine, {len(JOBS)} requests: yours {_score(trace)}; reference {_score(reference)}; "
+        f"static batching needs {len(static)} steps. The same {sum(map(len, tokens))} tokens."
+    )
+    return Run(
+        sentence,
+        [("Your schedule:", notebook.timeline(trace)), ("The reference:", notebook.timeline(reference))],
+    )
+
+
+def _score(trace: Trace) -> str:
+    pages = max(trace.meta.num_blocks - record.free_blocks for record in trace)
+    preempted = sum(len(record.preempted) for record in trace)
+    return f"{len(trace)} steps, at most {pages} pages, {preempted} preemption{'s' * (preempted != 1)}"
+
+
+EXERCISES: tuple[Exercise, ...] = (Exercise("04.1", "write schedule()", schedule, _examine, _run),)

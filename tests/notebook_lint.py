@@ -1,0 +1,265 @@
+"""What every notebook of the course keeps to. Each rule yields what breaks it; `broken` gathers them."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from exercising import boxes, folded
+from nbformat import NotebookNode
+
+from notebooks import make
+
+PLOTLY = "application/vnd.plotly.v1+json"
+IGNORED = "nbval-ignore-output"
+_NEVER_COMPARED = {"image/png", "image/jpeg", "application/vnd.jupyter.widget-view+json"}
+_SAYS = {"print", "display", "show", "check", "source", "setup"}  # calls that leave an output
+
+
+@dataclass(frozen=True)
+class Book:
+    """A notebook: its file's name and text, and the folder that its links start from."""
+
+    name: str
+    text: str
+    folder: Path = make.HERE
+
+    @cached_property
+    def notebook(self) -> NotebookNode:
+        return nbformat.reads(self.text, as_version=4)
+
+    @property
+    def cells(self) -> list[NotebookNode]:
+        return self.notebook.cells
+
+    @cached_property
+    def code(self) -> list[NotebookNode]:
+        return [cell for cell in self.cells if cell.cell_type == "code"]
+
+    @cached_property
+    def prose(self) -> str:
+        return "\n\n".join(cell.source for cell in self.cells if cell.cell_type == "markdown")
+
+    @property
+    def number(self) -> str:
+        return self.name[:2]
+
+
+def is_ignored(cell: NotebookNode) -> bool:
+    return IGNORED in cell.metadata.get("tags", ())
+
+
+def is_compared(cell: NotebookNode) -> bool:
+    """Whether nbval holds something of this cell against what it finds when it runs it."""
+    return not is_ignored(cell) and any(_says_something(output) for output in cell.outputs)
+
+
+def _says_something(output: NotebookNode) -> bool:
+    if output.output_type == "stream":
+        return bool(output.text.strip())
+    return output.output_type == "error" or bool(set(output.data) - _NEVER_COMPARED)
+
+
+def _should_say(source: str) -> bool:
+    """Whether a cell calls, outside of definitions, what leaves an output, or ends with a bare name."""
+    lines = (line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
+    body = ast.parse("\n".join(lines)).body
+    if body and isinstance(body[-1], ast.Expr) and isinstance(body[-1].value, ast.Name):
+        return True
+    waiting: list[ast.AST] = list(body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.Call):
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if called in _SAYS:
+                return True
+        waiting += ast.iter_child_nodes(node)
+    return False
+
+
+# -- the rules ------------------------------------------------------------------------------------
+
+
+def named(book: Book) -> Iterator[str]:
+    """The file's number is the title's."""
+    if not re.fullmatch(r"\d\d_[a-z0-9_]+\.ipynb", book.name):
+        yield "its file is not called NN_title.ipynb"
+    if not re.match(rf"# {book.number} · \S", book.cells[0].source):
+        yield f"its title does not begin with '# {book.number} · '"
+
+
+def long_enough(book: Book) -> Iterator[str]:
+    """20 to 35 cells."""
+    if not 20 <= len(book.cells) <= 35:
+        yield f"it has {len(book.cells)} cells, not 20 to 35"
+
+
+def small(book: Book) -> Iterator[str]:
+    """At most 500 KB."""
+    if (size := len(book.text.encode())) > 500_000:
+        yield f"it is {size / 1000:.0f} KB large, not at most 500"
+
+
+def as_stamped(book: Book) -> Iterator[str]:
+    """Badge, first cell, metadata and ids are those of `make.py`."""
+    if make.stamped(book.text, book.name) != book.text:
+        yield "it is not as stamped: python notebooks/make.py --stamp"
+
+
+def claims(book: Book) -> Iterator[str]:
+    """The first cell claims something, in bold."""
+    paragraphs = re.split(r"\n\s*\n", book.cells[0].source)
+    if not any(re.match(r"\*\*[^*].{10,}?\*\*", paragraph, re.DOTALL) for paragraph in paragraphs[1:]):
+        yield "no paragraph of its first cell begins with a claim in bold"
+
+
+def was_run(book: Book) -> Iterator[str]:
+    """Run once from the first cell to the last, and nothing was stripped, raised or warned of."""
+    counts = [cell.execution_count for cell in book.code]
+    if counts != list(range(1, len(counts) + 1)):
+        yield f"its cells were not run once each, in their order: {counts}"
+    for cell in book.code:
+        if not cell.outputs and _should_say(cell.source):
+            yield f"{cell.id} says something, and its output was stripped"
+        for output in cell.outputs:
+            if output.output_type == "error" and "raises-exception" not in cell.metadata.get("tags", ()):
+                yield f"{cell.id} raised {output.ename}"
+            if output.get("name") == "stderr":
+                yield f"{cell.id} warns: {output.text[:80]!r}"
+
+
+def sets_up(book: Book) -> Iterator[str]:
+    """The setup says one line."""
+    said = "".join(output.get("text", "\n\n") for output in book.code[0].outputs)
+    if not (said.startswith("labkit: ") and said.count("\n") == 1):
+        yield f"its setup says {said!r}, not one line"
+
+
+def compared(book: Book) -> Iterator[str]:
+    """At most 40% of the code cells are ignored, at least 60% compared, and only a tag can say so."""
+    ignored, share = sum(map(is_ignored, book.code)), sum(map(is_compared, book.code))
+    if ignored > 0.4 * len(book.code):
+        yield f"{ignored} of {len(book.code)} code cells are ignored, more than 40%"
+    if share < 0.6 * len(book.code):
+        yield f"{share} of {len(book.code)} code cells have an output that is compared, less than 60%"
+    for cell in book.code:
+        if re.search(r"#\s*(NBVAL|PYTEST_VALIDATE)_", cell.source):
+            yield f"{cell.id} steers nbval by a comment, not by a tag"
+        if "nbval-skip" in cell.metadata.get("tags", ()):
+            yield f"{cell.id} is skipped"
+
+
+def without_widgets(book: Book) -> Iterator[str]:
+    """No widget's state is kept."""
+    if "widgets" in book.notebook.metadata or "widget-state+json" in book.text:
+        yield "it keeps the state of widgets"
+
+
+def without_clearing(book: Book) -> Iterator[str]:
+    """No cell clears or updates what another wrote: nbval cannot follow."""
+    for cell in book.code:
+        if found := re.search(r"clear_output|update_display|display_id", cell.source):
+            yield f"{cell.id} calls {found[0]}"
+
+
+_MACHINE = re.compile(
+    r"(?<![\w./:~-])/(?:root|tmp|home|work|opt|usr|mnt|content|Users|private)\b/?\S*"
+    r"|\b[A-Z]:\\\S*|\bsite-packages\b\S*"
+)
+
+
+def without_paths(book: Book) -> Iterator[str]:
+    """No path of the machine that ran it."""
+    for cell in book.cells:
+        for text in _strings([cell.source, cell.get("outputs", [])]):
+            if found := _MACHINE.search(text):
+                yield f"{cell.id} shows a path of a machine: {found[0][:60]}"
+
+
+def _strings(thing: Any) -> Iterator[str]:
+    if isinstance(thing, str):
+        yield thing
+    elif isinstance(thing, dict):
+        for value in thing.values():
+            yield from _strings(value)
+    elif isinstance(thing, list):
+        for value in thing:
+            yield from _strings(value)
+
+
+def examines(book: Book) -> Iterator[str]:
+    """Each exercise has its number, a check of an untouched stub, and a folded solution."""
+    known = boxes(book.cells)
+    if not known:
+        yield f"it has no box '> **Exercise {book.number}.1 · title**'"
+    for name, prose in known.items():
+        if not name.startswith(f"{book.number}."):
+            yield f"exercise {name} has another notebook's number"
+        checks = [cell for cell in book.code if re.search(rf"""\bcheck\(["']{name}["'],""", cell.source)]
+        if not checks:
+            yield f"exercise {name} is never checked"
+        for cell in checks:
+            said = "".join(output.get("text", "") for output in cell.outputs)
+            if f"○ {name} " not in said or is_ignored(cell):
+                yield f"{cell.id} is not exercise {name} as a reader finds it, untouched"
+        if len(folded(prose, "Solution")) != 1:
+            yield f"exercise {name} has no folded solution, or several"
+
+
+def recapitulates(book: Book) -> Iterator[str]:
+    """Under a heading `Recap` there are five questions with folded answers."""
+    heading = re.search(r"^(#+)\s+Recap\b.*$", book.prose, re.MULTILINE)
+    if not heading:
+        yield "it has no heading '## Recap'"
+        return
+    rest = book.prose[heading.end() :]
+    after = re.search(rf"^#{{1,{len(heading[1])}}}\s", rest, re.MULTILINE)
+    count = len(re.findall(r"<details\b", rest[: after.start()] if after else rest))
+    if count != 5:
+        yield f"its recap has {count} folded answers, not 5"
+
+
+def twinned(book: Book) -> Iterator[str]:
+    """Each figure has a text beside it, and plain lists in it: plotly 5, 6 and 7 write those alike."""
+    for cell in book.code:
+        for output in cell.outputs:
+            data = output.get("data", {})
+            if PLOTLY not in data:
+                continue
+            if len(data.get("text/plain", "").splitlines()) <= 2:
+                yield f"{cell.id} has a figure without a text of more than two lines"
+            if "bdata" in str(data[PLOTLY]):
+                yield f"{cell.id} has a figure with encoded numbers, not lists"
+
+
+def linked(book: Book) -> Iterator[str]:
+    """What it links to in the repository is there."""
+    links = re.findall(r"\]\(\s*<?([^)\s>]+)", book.prose)
+    links += re.findall(r"""(?:href|src)\s*=\s*["']([^"']+)["']""", book.prose)
+    for link in links:
+        path = link.split("#")[0]
+        if path and not re.match(r"[a-z][a-z0-9+.-]*:", path) and not (book.folder / path).exists():
+            yield f"it links to {link}, which is not there"
+
+
+RULES: dict[str, Callable[[Book], Iterator[str]]] = {
+    rule.__name__: rule
+    for rule in (
+        named, long_enough, small, as_stamped, claims, was_run, sets_up, compared, without_widgets,
+        without_clearing, without_paths, examines, recapitulates, twinned, linked,
+    )
+}  # fmt: skip
+
+
+def broken(book: Book) -> dict[str, list[str]]:
+    """The rules that a notebook breaks, and what of it breaks them."""
+    found = {name: list(rule(book)) for name, rule in RULES.items()}
+    return {name: faults for name, faults in found.items() if faults}
