@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from labkit import options as opts
+from labkit.options import StartError, check_address
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -23,33 +25,19 @@ if TYPE_CHECKING:
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before anybody imports it: the lab calls nobody
 
 TRACE_STEPS = 5_000  # that the engine remembers: many times what the page draws
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch's words, in lower case
-
-
-class StartError(Exception):
-    """Why the lab cannot start, in one sentence."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, and not the whole usage."""
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options. Ends the program with status 2 and one line on stderr for one that cannot be."""
-    parser = _Parser(
+    parser = opts.Parser(
         prog="app.py", description="A page on a real LLM engine: inject requests, watch it work."
     )
+    opts.add_engine(parser, num_blocks=256)
     add = parser.add_argument
-    add("--model", default="smollm2-135m", help="short name, Hub id or folder (default: %(default)s)")
-    add("--device", default="auto", help='"auto", "cpu", "cuda", ... (default: %(default)s)')
-    add("--dtype", default="auto", help='"auto", "float32", "float16", "bfloat16" (default: %(default)s)')
-    add("--quantization", choices=("int8",), help="compute in 8 bits (default: no)")
     host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")  # a Hugging Face Space says where to listen
     port = os.environ.get("GRADIO_SERVER_PORT", "7860")
     add("--host", default=host, help="address to listen at; 0.0.0.0 for all (default: %(default)s)")
-    add("--port", type=_port, default=port, help="default: %(default)s")
+    add("--port", type=opts.port, default=port, help="default: %(default)s")
     add(
         "--share",
         action=argparse.BooleanOptionalAction,
@@ -57,34 +45,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="also open a public link through gradio.live (default: on Colab only)",
     )
     add(
-        "--num-blocks",
-        type=_positive,
-        default=256,
-        help="pages of the KV cache; few enough to see them fill (default: %(default)s)",
+        "--api",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also speak OpenAI's API, under /v1 (default: yes)",
     )
-    add("--block-size", type=_positive, default=16, help="tokens to a page (default: %(default)s)")
-    add("--max-num-seqs", type=_positive, default=32, help="requests that run at once (default: %(default)s)")
-    add(
-        "--max-num-batched-tokens",
-        type=_positive,
-        default=512,
-        help="token budget of a step (default: %(default)s)",
-    )
-    add(
-        "--scheduler",
-        choices=("continuous", "static", "naive"),
-        default="continuous",
-        help="default: %(default)s",
-    )
+    add("--api-key", default=os.environ.get("LABKIT_API_KEY"), help="that its clients must bring")
     group = parser.add_argument_group("for a class", "what visitors may do")
+    opts.add_limits(group, requests=64, queue=512, whose="visitor")
     add = group.add_argument
-    add("--max-requests", type=_positive, default=64, help="of one visitor at a time (default: %(default)s)")
-    add("--max-queue", type=_positive, default=512, help="requests of all visitors (default: %(default)s)")
-    add("--max-prompt-tokens", type=_positive, help="tokens of a prompt (default: what the engine holds)")
-    add("--max-answer-tokens", type=_positive, help="tokens of an answer (default: what the engine holds)")
     add(
         "--grace",
-        type=_seconds,
+        type=opts.seconds,
         default=8.0,
         help="seconds after which the requests of a closed tab are cancelled (default: %(default)s)",
     )
@@ -102,45 +74,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds <= 3600:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds between 0 and 3600, not {text!r}")
-    return seconds
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"must be a whole number between 1 and 65535, not {text!r}")
-    return int(text)
-
-
 def on_colab() -> bool:
     """Whether this runs in Google Colab, where a page can be seen through a public link only."""
     return "google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ
-
-
-def check_address(host: str, port: int) -> None:
-    """Raise `StartError` unless a server can listen there: better now than after loading a model."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise StartError(
-            f"cannot listen at {host}, port {port}: {(error.strerror or str(error)).lower()}; "
-            "choose another with --port or --host"
-        ) from None
 
 
 def build(engine: LiveEngine | Lab) -> gr.Blocks:
@@ -152,47 +88,14 @@ def build(engine: LiveEngine | Lab) -> gr.Blocks:
 
 def load(options: argparse.Namespace) -> LiveEngine:
     """Load the model and set the engine going. Raises `StartError` if that cannot be done."""
-    import torch
-
-    from labkit.config import EngineConfig
-    from labkit.engine import Engine
-    from labkit.live import LiveEngine
-
-    try:
-        config = EngineConfig(
-            model=options.model,
-            dtype=options.dtype,
-            device=options.device,
-            quantization=options.quantization,
-            block_size=options.block_size,
-            num_blocks=options.num_blocks,
-            max_num_seqs=options.max_num_seqs,
-            max_num_batched_tokens=options.max_num_batched_tokens,
-            scheduler=options.scheduler,
-            max_trace_steps=TRACE_STEPS,
-        )
-        return LiveEngine(Engine(config))
-    except (MemoryError, RuntimeError) as error:
-        # On a CPU, and on some accelerators, torch says it in the words of a plain RuntimeError.
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and not any(words in str(error).lower() for words in OUT_OF_MEMORY):
-            raise
-        raise StartError("too little memory: lower --num-blocks, or take a smaller --model") from None
-    except ValueError as error:
-        raise StartError(" ".join(str(error).split())) from None
+    return opts.load(options, trace_steps=TRACE_STEPS)
 
 
 def lab_of(live: LiveEngine, options: argparse.Namespace) -> Lab:
     """The lab round an engine, with the limits that the options set."""
     from labkit.laboratory import Lab
-    from labkit.limits import Limits
 
-    limits = Limits(
-        requests=options.max_requests,
-        queue=options.max_queue,
-        prompt_tokens=options.max_prompt_tokens,
-        answer_tokens=options.max_answer_tokens,
-    )
+    limits = opts.limits_of(options)
     return Lab(live, limits=limits, grace=options.grace, knobs=options.knobs, trace_file=options.trace_file)
 
 
@@ -207,6 +110,18 @@ def launch(engine: LiveEngine | Lab, *, share: bool | None = None, **options: An
     from labkit.page import serve
 
     return serve(engine, share=on_colab() if share is None else share, **options)
+
+
+def add_api(demo: gr.Blocks, lab: Lab, api_key: str | None) -> None:
+    """Speak OpenAI's API at the address of a page that is served; what comes in gets a card on it."""
+    from labkit.calls import Options
+    from labkit.server import beside, create_app
+
+    def card(request_id: str, prompt: str, params: Any) -> None:
+        lab.bench.desk.enter("", request_id, prompt, params.max_tokens, name="API")
+
+    api = create_app(lambda: lab.bench.live, Options(limits=lab.limits, api_key=api_key), file=card)
+    demo.app.middleware_stack = beside(api, demo.app.middleware_stack)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -241,6 +156,8 @@ def serve(live: LiveEngine, options: argparse.Namespace) -> None:
         demo = launch(
             lab, share=options.share, server_name=options.host, server_port=options.port, quiet=True
         )
+        if options.api:
+            add_api(demo, lab, options.api_key)
     except (OSError, ValueError) as error:  # gradio raises either
         raise StartError(" ".join(str(error).split())) from None
     # A shell that starts the lab in the background has it ignore Ctrl-C: take it back.
@@ -248,6 +165,8 @@ def serve(live: LiveEngine, options: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     shown = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
     print(f"The lab is at http://{shown}:{options.port}", flush=True)
+    if options.api:
+        print(f"OpenAI's API is at http://{shown}:{options.port}/v1", flush=True)
     if options.share:
         print(f"and, for everyone, at {demo.share_url}" if demo.share_url else "No public link could be had.")
     print("Ctrl-C ends it.", flush=True)

@@ -148,13 +148,17 @@ class Desk:
             tokens = list(self.live.engine.model.tokenizer.encode(tokens))
         self.limits.check_tokens(0 if isinstance(tokens, str) else len(tokens), params.max_tokens)
         request_id = self.live.submit(tokens, params)
+        self.enter(visitor, request_id, prompt, params.max_tokens, name=name)
+        return request_id
+
+    def enter(self, visitor: str, request_id: str, prompt: str, max_tokens: int, *, name: str = "") -> None:
+        """Make a card for a request that the engine has; one without a visitor is nobody's own."""
         with self._lock:
             self._serial += 1
             self._entries[request_id] = _Entry(
-                self._serial, visitor, mark(visitor), request_id, prompt, params.max_tokens, name
+                self._serial, visitor, mark(visitor), request_id, prompt, max_tokens, name
             )
             self._evict()
-        return request_id
 
     def _evict(self) -> None:
         """Forget the oldest cards of finished requests. One that runs stays: its owner may cancel it yet.

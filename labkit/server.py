@@ -134,6 +134,19 @@ def create_app(
     return app
 
 
+def beside(api: ASGIApp, app: ASGIApp) -> ASGIApp:
+    """An ASGI app that serves the API's paths, and leaves everything else to another app."""
+
+    async def front(scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] == "http" and (path.startswith("/v1/") or path in ("/health", "/metrics")):
+            await api({**scope, "path": path, "root_path": ""}, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return front
+
+
 def _job(
     server: Server,
     request: Request,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
@@ -175,3 +176,24 @@ def test_options_reach_the_lab(tmp_path: Path) -> None:
         assert (limits.requests, limits.queue, limits.prompt_tokens, limits.answer_tokens) == (3, 9, 50, 20)
         assert lab.visitors.grace == 1.5 and not lab.knobs and path.exists()
         lab.close()
+
+
+def test_openais_api_is_beside_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    port = free_port()
+    options = app.parse(["--model", "tiny-random", "--num-blocks", "64", "--api-key", "secret"])
+    with app.load(options) as live:
+        lab = app.lab_of(live, options)
+        demo = app.launch(lab, share=False, server_name="127.0.0.1", server_port=port, quiet=True)
+        try:
+            app.add_api(demo, lab, options.api_key)
+            url, key = f"http://127.0.0.1:{port}", {"Authorization": "Bearer secret"}
+            body = {"model": "tiny-random", "prompt": "from a script", "max_tokens": 5, "ignore_eos": True}
+            assert httpx.post(url + "/v1/completions", json=body).status_code == 401
+            answer = httpx.post(url + "/v1/completions", json=body, headers=key, timeout=60)
+            assert answer.json()["usage"]["completion_tokens"] == 5
+            assert httpx.get(url).text.startswith("<!doctype html>")
+            assert b"labkit:generation_tokens_total" in httpx.get(url + "/metrics").content
+            (card,) = lab.bench.desk.cards().since(-1, {})["items"]
+            assert (card["prompt"], card["name"], card["tokens"]) == ("from a script", "API", 5)
+        finally:
+            demo.close(verbose=False)

@@ -158,7 +158,7 @@ def test_a_wrong_foretelling_shows_the_facts_and_both_plans() -> None:
 
 def test_no_state_of_the_exercise_is_short_of_pages() -> None:
     """Preemption is not among the rules that the learner is told."""
-    engine = e00._serve(None)
+    engine = e00._serve_run(None)
     assert not any(record.preempted for record in engine.trace)
     reasons = " ".join(record.blocked[1] for record in engine.trace if record.blocked)
     assert all(word in reasons for word in ("seats", "budget", "pages")), "the run should show every limit"

@@ -7,18 +7,23 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
+from labkit.attention import SDPA, PagedKVCache, Span, reference_attention
 from labkit.benchmark.floor import Shape
 from labkit.exercises.e07 import (
+    BLIND,
     T4_BANDWIDTH,
     T4_PEAK,
     Cost,
+    answer_together,
     shape_of,
     step_cost,
     turning_point,
 )
 from labkit.trace import StepRecord
+from labkit.weights import load_model
 
 Rows = list[int]
 Answer = tuple[float, float]
@@ -252,3 +257,31 @@ def test_the_reference_is_the_smallest_by_trying(name: str, context: int) -> Non
         assert by_doubling(context, cost, T4_BANDWIDTH, T4_PEAK) is None
     else:
         assert rows == by_doubling(context, cost, T4_BANDWIDTH, T4_PEAK)
+
+
+# -- the engine that is fast and wrong ------------------------------------------------------------
+
+
+def test_the_blind_engine_is_right_for_prompts_and_wrong_in_decode() -> None:
+    model = load_model("tiny-random", device="cpu", say=None)
+    prompts = [[300 + (41 * n + 13 * i) % 600 for i in range(20)] for n in range(3)]
+    sound, blind = (
+        [output.token_ids for output in answer_together(model, prompts, 8, backend).outputs.values()]
+        for backend in (SDPA, BLIND)
+    )
+    assert [answer[0] for answer in sound] == [answer[0] for answer in blind]
+    assert all(a[1:] != b[1:] for a, b in zip(sound, blind, strict=True))
+
+
+def test_it_is_attention_over_one_token() -> None:
+    cache = PagedKVCache(1, 6, 4, 2, 8, dtype=torch.float32, device=torch.device("cpu"))
+    torch.manual_seed(0)
+    cache.pages.normal_()
+    rows = [Span(6, 1, [3, 1]), Span(2, 1, [5])]
+    q = torch.randn(2, 6, 8)
+    (group,) = BLIND.decode(0, rows, cache, [None])
+    alone = [cache.v[0, 1, 2], cache.v[0, 5, 2]]  # pages and places of the two tokens themselves
+    expected = torch.stack([v.repeat_interleave(3, dim=0) for v in alone])
+    assert torch.equal(group.attend(q, cache.layer(0), scale=1.0, window=None), expected)
+    windowed = reference_attention(q, cache, 0, rows, scale=1.0, window=1)
+    assert torch.allclose(windowed, expected, atol=1e-6)

@@ -319,7 +319,7 @@ def test_knobs_restart_the_engine_for_everyone(come: Callable[..., Visitor], lab
 def test_knobs_ask_before_they_end_what_runs(come: Callable[..., Visitor], lab: Lab) -> None:
     me, other = come(), come()
     lab.bench.live.speed = 20
-    request_id = other.inject("hello", max_tokens=30)
+    request_id = other.inject("hello", max_tokens=100)
     knob(me, "max_num_seqs", 4)
     me.page.click(".lk-apply")
     me.page.wait_for_selector(".lk-question [data-choice=leave]")
@@ -375,10 +375,10 @@ def test_names_and_limits(come: Callable[..., Visitor], lab: Lab) -> None:
     me.fill("hello", max_tokens=301)
     me.page.click("#lk-inject")
     me.until("document.querySelector('#lk-message p').textContent.includes('the limit of this lab is 300')")
-    for _ in range(4):
+    for count in (9, 17, 25, 33):
         me.fill("hello", max_tokens=4)
         me.page.click("#lk-inject-8")
-    me.until("document.querySelectorAll('.lk-card.lk-mine').length === 33")
+        me.until("document.querySelectorAll('.lk-card.lk-mine').length === it", count)
     me.page.click("#lk-inject-8")
     me.until("document.querySelector('#lk-message p').textContent.includes('40 is the limit')")
     assert lab.bench.live.num_unfinished == 33

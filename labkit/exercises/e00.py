@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from labkit import notebook
 from labkit.config import EngineConfig
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.memory import InvariantError
+from labkit.memory import BlockPool, InvariantError
 from labkit.plan import StepPlan
 from labkit.request import Request, SamplingParams
 from labkit.scheduler import Scheduler
@@ -20,6 +20,64 @@ from labkit.views.style import plural
 from labkit.weights import LoadedModel, load_model
 
 Plan = dict[str, int]
+
+SIZES: dict[str, Any] = {"num_blocks": 32, "block_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 16}
+
+
+# -- an engine to play with ------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """A request: the step before which it arrives, and the tokens of its prompt and of its answer."""
+
+    step: int
+    prompt: int
+    answer: int
+
+
+def small_engine(
+    *,
+    scheduler_class: Callable[..., Scheduler] | None = None,
+    pool: Callable[..., BlockPool] | None = None,
+    **settings: Any,
+) -> Engine:
+    """An engine of these `SIZES`, whose model knows nothing and gives the same tokens on every machine.
+
+    Args:
+        scheduler_class, pool: classes of your own, as for `Engine`.
+        settings: other fields of `EngineConfig`, and other sizes.
+    """
+    config = EngineConfig(model=_tiny(), enable_prefix_caching=False, **(SIZES | settings))
+    return Engine(config, scheduler=scheduler_class, pool=pool)
+
+
+@functools.cache
+def _tiny() -> LoadedModel:
+    return load_model("tiny-random", device="cpu", say=None)
+
+
+def inject(engine: Engine, prompt_tokens: int, answer_tokens: int, request_id: str | None = None) -> str:
+    """Hand in a request of such lengths; no two begin alike."""
+    first = 300 + 50 * len(engine.outputs)
+    prompt = list(range(first, first + prompt_tokens))
+    params = SamplingParams(max_tokens=answer_tokens, ignore_eos=True)
+    return engine.add_request(prompt, params, request_id=request_id)
+
+
+def serve(engine: Engine, jobs: Sequence[tuple[int, int, int]]) -> Engine:
+    """Hand in each job before its step, and step until all are done."""
+    last = max(step for step, _, _ in jobs)
+    step = 0
+    while step <= last or engine.has_unfinished:
+        for when, prompt_tokens, answer_tokens in jobs:
+            if when == step:
+                inject(engine, prompt_tokens, answer_tokens)
+        engine.step()
+        step += 1
+    return engine
+
+
+# -- what decides a step ---------------------------------------------------------------------------
 
 
 class Running(NamedTuple):
@@ -126,92 +184,88 @@ def next_step(facts: Facts) -> Plan:
     return plan
 
 
-class _Job(NamedTuple):
-    """A request: the step before which it arrives, and the lengths of its prompt and its answer."""
-
-    step: int
-    prompt: int
-    answer: int = 30
-
-
 @dataclass(frozen=True)
 class _Case:
     """A state of the engine, and the rule that it shows: the jobs, after so many steps."""
 
     rule: str
-    jobs: tuple[_Job, ...]
+    jobs: tuple[Job, ...]
     steps: int
     pages: int = 32
     budget: int = 16
     seats: int = 4
 
 
-_FIRST = _Job(0, 5)
+def _job(step: int, prompt: int, answer: int = 30) -> Job:
+    return Job(step, prompt, answer)
+
+
+_FIRST = _job(0, 5)
 _CASES = (
     _Case("a running request computes the tokens that it knows and has not computed", (_FIRST,), 1),
-    _Case("a step computes no more tokens than its budget", (_Job(0, 40),), 1),
-    _Case("a waiting request that finds a seat, budget and pages joins the step", (_Job(0, 6),), 0),
+    _Case("a step computes no more tokens than its budget", (_job(0, 40),), 1),
+    _Case("a waiting request that finds a seat, budget and pages joins the step", (_job(0, 6),), 0),
     _Case(
         "running requests go before waiting ones, and waiting ones join as many as there is room for",
-        (_FIRST, _Job(1, 6), _Job(1, 3)),
+        (_FIRST, _job(1, 6), _job(1, 3)),
         1,
     ),
     _Case(
         "the budget is one for the whole step: what some compute is gone for those after them",
-        (_FIRST, _Job(1, 45)),
+        (_FIRST, _job(1, 45)),
         2,
     ),
-    _Case("a newcomer computes no more than what is left of the budget", (_FIRST, _Job(1, 30)), 1),
-    _Case("nobody joins once the budget is used up", (_Job(0, 40), _Job(1, 3)), 1),
-    _Case("nobody joins while all seats are taken", (_FIRST, _FIRST, _Job(1, 3)), 1, seats=2),
-    _Case("who joins in this step takes a seat as well", (_Job(0, 3), _Job(0, 3), _Job(0, 3)), 0, seats=2),
-    _Case("who waits needs pages, or does not join", (_Job(0, 20), _Job(2, 14)), 2, pages=8),
+    _Case("a newcomer computes no more than what is left of the budget", (_FIRST, _job(1, 30)), 1),
+    _Case("nobody joins once the budget is used up", (_job(0, 40), _job(1, 3)), 1),
+    _Case("nobody joins while all seats are taken", (_FIRST, _FIRST, _job(1, 3)), 1, seats=2),
+    _Case("who joins in this step takes a seat as well", (_job(0, 3), _job(0, 3), _job(0, 3)), 0, seats=2),
+    _Case("who waits needs pages, or does not join", (_job(0, 20), _job(2, 14)), 2, pages=8),
     _Case(
         "while anyone runs, one page more than the newcomer needs must be free",
-        (_Job(0, 6, 4), _Job(1, 8, 4)),
+        (_job(0, 6, 4), _job(1, 8, 4)),
         1,
         pages=4,
     ),
-    _Case("where nobody runs, no page need be kept free", (_Job(0, 13, 3),), 0, pages=4),
-    _Case("a page that is begun is a whole page", (_Job(0, 6, 4), _Job(1, 9, 4)), 1, pages=5),
+    _Case("where nobody runs, no page need be kept free", (_job(0, 13, 3),), 0, pages=4),
+    _Case("a page that is begun is a whole page", (_job(0, 6, 4), _job(1, 9, 4)), 1, pages=5),
     _Case(
         "pages that a newcomer takes are gone for the next one",
-        (_Job(0, 10), _Job(0, 18)),
+        (_job(0, 10), _job(0, 18)),
         0,
         pages=7,
         budget=64,
     ),
     _Case(
         "who joins in this step runs as well: from then on, one page must be kept free",
-        (_Job(0, 8, 4), _Job(0, 8, 4)),
+        (_job(0, 8, 4), _job(0, 8, 4)),
         0,
         pages=4,
     ),
     _Case(
         "a newcomer needs pages for all its tokens, not only for those that it computes in this step",
-        (_FIRST, _Job(1, 23, 2)),
+        (_FIRST, _job(1, 23, 2)),
         1,
         pages=8,
         budget=8,
     ),
     _Case(
         "a running request takes a page before anyone joins, if the token it computes lies past those it has",
-        (_Job(0, 4), _Job(1, 11, 2)),
+        (_job(0, 4), _job(1, 11, 2)),
         1,
         pages=5,
     ),
     _Case(
         "a page that is half full takes more tokens: no new one is needed yet",
-        (_Job(0, 5), _Job(1, 11, 2)),
+        (_job(0, 5), _job(1, 11, 2)),
         1,
         pages=6,
     ),
     _Case("nobody overtakes: if the next in the queue cannot join, nor can those behind",
-          (_Job(0, 12), _Job(1, 18), _Job(1, 3)), 1, pages=8),
+          (_job(0, 12), _job(1, 18), _job(1, 3)), 1, pages=8),
 )  # fmt: skip
 _RUN = tuple(
-    _Job(step, prompt, answer)
-    for step, prompt, answer in (
+    Job(*numbers)
+    for numbers in (
         (0, 9, 9), (0, 21, 6), (0, 4, 14), (2, 33, 8), (3, 5, 5), (3, 12, 10), (5, 3, 3), (5, 16, 12),
         (9, 40, 4), (12, 8, 8), (12, 7, 7), (20, 6, 5),
     )
@@ -219,38 +273,23 @@ _RUN = tuple(
 _WHOLE_RUN = _Case("it must hold before every step of a whole run", _RUN, 0, pages=24)
 
 
-def _prompt(number: int, length: int) -> list[int]:
-    return [300 + (37 * number + 11 * place) % 500 for place in range(length)]
-
-
-@functools.cache
-def _tiny() -> LoadedModel:
-    return load_model("tiny-random", device="cpu", say=None)
-
-
 def _engine(case: _Case, scheduler: Callable[..., Scheduler] | None = None) -> Engine:
     """An engine with the sizes of a case, which no request has reached yet."""
-    return Engine(
-        EngineConfig(
-            model=_tiny(),
-            num_blocks=case.pages,
-            block_size=4,
-            max_num_seqs=case.seats,
-            max_num_batched_tokens=case.budget,
-            enable_prefix_caching=False,
-        ),
-        scheduler=scheduler,
+    return small_engine(
+        scheduler_class=scheduler,
+        num_blocks=case.pages,
+        max_num_batched_tokens=case.budget,
+        max_num_seqs=case.seats,
     )
 
 
-def _arrive(engine: Engine, jobs: Iterable[_Job], step: int) -> None:
-    """Hand in the jobs that arrive before a step."""
+def _arrive(engine: Engine, jobs: Iterable[Job], step: int) -> None:
+    """Hand in the jobs that arrive before a step, each under a letter."""
     for number, job in enumerate(jobs):
         if job.step == step:
             # No request may ever need more than the pool has: some answers are cut to what fits.
             fits = engine.pool.num_blocks * engine.pool.block_size - job.prompt + 1
-            params = SamplingParams(max_tokens=min(job.answer, fits), ignore_eos=True)
-            engine.add_request(_prompt(number, job.prompt), params, request_id="ABCDEFGHIJKL"[number])
+            inject(engine, job.prompt, min(job.answer, fits), "ABCDEFGHIJKL"[number])
 
 
 @functools.cache
@@ -326,7 +365,7 @@ def _planned_by(function: Callable[..., Any]) -> type[Scheduler]:
     return Foretold
 
 
-def _serve(scheduler: Callable[..., Scheduler] | None) -> Engine:
+def _serve_run(scheduler: Callable[..., Scheduler] | None) -> Engine:
     """The whole run through an engine."""
     engine, step = _engine(_WHOLE_RUN, scheduler), 0
     while step < len(_RUN) or engine.has_unfinished:
@@ -337,7 +376,7 @@ def _serve(scheduler: Callable[..., Scheduler] | None) -> Engine:
 
 
 def _run(function: Callable[..., Any]) -> Run:
-    yours, own = _serve(_planned_by(function)), _serve(None)
+    yours, own = _serve_run(_planned_by(function)), _serve_run(None)
     tokens = [[out.token_ids for out in engine.outputs.values()] for engine in (yours, own)]
     expect(tokens[0] == tokens[1], "the same plans give the same answers")
     steps = [len(engine.trace) for engine in (yours, own)]

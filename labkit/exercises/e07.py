@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from labkit import notebook
+from labkit.attention import SDPA, Backend, PagedKVCache, Span
 from labkit.benchmark.floor import Shape, Work
 from labkit.benchmark.shapes import config_of
 from labkit.config import EngineConfig
@@ -16,6 +22,7 @@ from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
 from labkit.request import SamplingParams
 from labkit.trace import StepRecord
+from labkit.weights import LoadedModel
 
 Cost = Callable[[list[int], list[int]], tuple[float, float]]
 
@@ -37,6 +44,49 @@ def shape_of(name: str = "SmolLM2-135M", *, value_bytes: int = 4) -> Shape:
     return Shape.of_config(
         config, ((None, config.num_hidden_layers),), weight_bytes=value_bytes, value_bytes=value_bytes
     )
+
+
+# -- a fast engine that is wrong --------------------------------------------------------------------
+
+
+class OnlyItself:
+    """Decoding rows, each of which looks at its own token alone: the softmax of one score is 1."""
+
+    def __init__(self, first: int, rows: Sequence[Span], cache: PagedKVCache) -> None:
+        self.first, self.last = first, first + len(rows)
+        size, device = cache.block_size, cache.pages.device
+        self.blocks = torch.tensor([row.table[row.start // size] for row in rows], device=device)
+        self.places = torch.tensor([row.start % size for row in rows], device=device)
+
+    def attend(self, q: Tensor, pages: Tensor, *, scale: float, window: int | None) -> Tensor:
+        own = pages[self.blocks, 1, :, self.places]  # its value: (rows, kv_heads, head_dim)
+        return own.repeat_interleave(q.shape[1] // own.shape[1], dim=1)
+
+
+BLIND = dataclasses.replace(
+    SDPA, name="only itself", decode=lambda first, rows, cache, windows: [OnlyItself(first, rows, cache)]
+)
+"""Attention that is right for prompts, and sees nothing of the cache in decode."""
+
+
+def answer_together(
+    model: LoadedModel, prompts: Sequence[list[int]], max_tokens: int, backend: Backend = SDPA
+) -> Engine:
+    """Answer prompts with so many tokens each, with this attention; the first is computed before the others.
+
+    So the others find in the prefix cache what they share with it.
+    """
+    config = EngineConfig(model=model, num_blocks=256, attention_backend="sdpa", cuda_graphs=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # which attention it chose
+        engine = Engine(config)
+    engine.runner.backend = backend
+    for prompt in prompts:
+        engine.add_request(prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+        if len(engine.outputs) == 1:
+            engine.step()
+    while engine.has_unfinished:
+        engine.step()
+    return engine
 
 
 # -- 07.1 -----------------------------------------------------------------------------------------

@@ -90,13 +90,11 @@ class Rounded(nn.Module):
         return F.linear(torch.round(x / scale) * scale, self.weight, self.bias)
 
 
-def plain_model(name: str = "smollm2-135m", *, device: torch.device | None = None) -> LoadedModel:
-    """A model in fp32 with plain weights, to be quantised; `quantize.rotate` may change it."""
+def plain_model(name: str = "smollm2-135m") -> LoadedModel:
+    """A model in fp32 with plain weights on the CPU, to be quantised; `quantize.rotate` may change it."""
     loaded = _tiny() if name == TINY else notebook.default_model()
     tensors = tiny_random()[1].items() if name == TINY else read_tensors(find(name, say=None))
-    module = Transformer.from_tensors(
-        loaded.config, tensors, dtype=torch.float32, device=device or loaded.device
-    )
+    module = Transformer.from_tensors(loaded.config, tensors, dtype=torch.float32, device=torch.device("cpu"))
     return LoadedModel(name, module, loaded.tokenizer, loaded.config, loaded.eos_token_ids)
 
 
