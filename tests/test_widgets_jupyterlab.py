@@ -128,7 +128,7 @@ class Notebook:
     def type(self, prompt: str, max_tokens: object) -> None:
         self.page.fill(".lkw [name=max_tokens]", str(max_tokens))
         self.page.fill(".lkw [name=prompt]", prompt)
-        self.page.keyboard.press("Enter")
+        self.page.press(".lkw [name=prompt]", "Enter")
 
     def inject(self, prompt: str, max_tokens: object = 8) -> None:
         """Hand a request in, and wait for its card, or for the sentence that says why not."""
