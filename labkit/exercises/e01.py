@@ -176,12 +176,18 @@ def without_cache(model: CachedModel, prompt: Sequence[int], max_tokens: int) ->
 
 
 def reference_for(loaded: LoadedModel) -> Decoder:
-    """What `transformers` answers, greedily, with the same weights: a function of prompt and length."""
+    """What `transformers` answers, greedily, with the same weights: a function of prompt and length.
+
+    Args:
+        loaded: a model with a short name or a Hub id.
+    """
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # of loading the weights
     try:
         model = reference_model(loaded, loaded.name)
     finally:
-        logging.enable_progress_bar()
+        if shown:
+            logging.enable_progress_bar()
 
     @functools.cache
     def answer(prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
