@@ -99,7 +99,7 @@ def stamped(text: str, name: str) -> str:
 def run(notebook: NotebookNode) -> None:
     """Run all cells in a kernel of this environment, and keep their outputs."""
     NotebookClient(
-        notebook, timeout=1500, kernel_name="python3", resources={"metadata": {"path": HERE}}
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": HERE}}
     ).execute()
     tidy(notebook)
 

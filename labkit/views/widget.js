@@ -47,11 +47,16 @@ function isDark() {
   return theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
 }
 
+// An element from the markup of one of our own files.
+function made(markup) {
+  return document.adoptNode(new DOMParser().parseFromString(markup, "text/html").body.firstElementChild);
+}
+
 function render({ model, el }) {
-  el.innerHTML = WIDGET;
-  const root = el.querySelector(".lkw"), find = (selector) => root.querySelector(selector);
-  find(".lkw-live").innerHTML = LIVE;
-  find(".lk-side").outerHTML = SIDE;
+  const root = made(WIDGET), find = (selector) => root.querySelector(selector);
+  find(".lkw-live").append(made(LIVE));
+  find(".lkw-columns").append(made(SIDE));
+  el.append(root);
   const section = find(".lk"), form = find(".lkw-form"), message = find(".lkw-message");
   const post = courier(model, (late) => root.classList.toggle("lkw-late", late)), ends = new AbortController();
   let watched = 0, running = false;
