@@ -28,7 +28,7 @@ SETUP = """\
 import sys
 
 if "google.colab" in sys.modules:
-    %pip install -q --no-deps git+{repository} gguf anywidget
+    %pip install -q --no-deps git+{repository} gguf anywidget psygnal
 else:
     sys.path.insert(0, "..")
 
@@ -81,6 +81,8 @@ def tidy(notebook: NotebookNode) -> None:
             continue
         outputs: list[NotebookNode] = []
         for output in cell.outputs:
+            # A widget lives in the kernel that made it; its text twin stays.
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
             last = outputs[-1] if outputs else {}
             if output.output_type == "stream" and last.get("name") == output.name:
                 last["text"] += output.text

@@ -11,6 +11,8 @@ import torch
 
 # Where there is no GPU, Triton's kernels run on the CPU. To be said before anything imports Triton.
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
+# Tests run side by side, and so do the notebooks' kernels: threads that wait for each other would take it all.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from transformers import (
     LlamaConfig,
@@ -98,3 +100,10 @@ def greedy(family: str, prompt: Sequence[int], max_tokens: int, *, at_most: int 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A browser beside other tests is at times too slow for what a test waits for: it gets a second try."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.flaky(reruns=2))

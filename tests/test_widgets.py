@@ -280,10 +280,10 @@ def test_a_trace_that_forgets(model: LoadedModel, steps: int) -> None:
     engine = Engine(EngineConfig(model=model, num_blocks=48, max_trace_steps=5))
     page = Page(Host(engine))
     engine.add_request("one", SamplingParams(max_tokens=60, ignore_eos=True))
+    engine.add_request("two", SamplingParams(max_tokens=6))  # gone when the page looks again
     for _ in range(4):
         engine.step()
         agrees(page.pull(), engine)
-    engine.add_request("two", SamplingParams(max_tokens=3))  # gone when the page looks again
     for _ in range(steps):
         engine.step()
     agrees(page.pull(), engine)
