@@ -11,7 +11,7 @@ import torch
 
 # Where there is no GPU, Triton's kernels run on the CPU. To be said before anything imports Triton.
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
-# Tests run side by side, and so do the notebooks' kernels: threads that wait for each other would take it all.
+# Tests run side by side, as do the notebooks' kernels: threads that wait for each other would take it all.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from transformers import (
