@@ -68,8 +68,7 @@ def _says_something(output: NotebookNode) -> bool:
 
 def _should_say(source: str) -> bool:
     """Whether a cell calls, outside of definitions, what leaves an output, or ends with a bare name."""
-    lines = (line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
-    body = ast.parse("\n".join(lines)).body
+    body = ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.MULTILINE)).body
     if body and isinstance(body[-1], ast.Expr) and isinstance(body[-1].value, ast.Name):
         return True
     waiting: list[ast.AST] = list(body)

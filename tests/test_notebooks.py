@@ -192,6 +192,10 @@ def test_a_file_without_a_number_is_refused() -> None:
     assert "its file is not called NN_title.ipynb" in broken(book(name="97 Made up.ipynb"))["named"]
 
 
+def test_a_setup_that_said_nothing_is_refused_though_it_holds_a_magic() -> None:
+    assert list(broken(book(setting(1, outputs=[])))) == ["was_run", "sets_up"]
+
+
 def test_what_is_changed_after_stamping_is_refused() -> None:
     whole = book().text
     for old, new in (("labkit.setup()", "labkit.set_up()"), ('"c05"', '"x"'), ("badge.svg", "badge.png")):
