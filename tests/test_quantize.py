@@ -84,7 +84,7 @@ def test_products_are_those_of_whole_numbers(kernel: quantize.Kernel) -> None:
     multiply = kernel(numbers, scales)
     for rows in (x, x[:1], x[5:12]):
         want = exact[:1] if len(rows) == 1 else exact[5:12] if len(rows) == 7 else exact
-        torch.testing.assert_close(multiply(rows / 127).double(), want, rtol=1e-6, atol=1e-3)
+        torch.testing.assert_close(127 * multiply(rows / 127).double(), want, rtol=1e-6, atol=1e-3)
 
 
 def test_a_layer_is_close_to_the_one_it_stands_for_and_keeps_its_bias() -> None:
