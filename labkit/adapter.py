@@ -26,7 +26,6 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from labkit.attention import (
     BatchLayout,
-    GatheredRows,
     PagedKVCache,
     Span,
     additive,
@@ -199,7 +198,7 @@ class _Pages(Cache):
         out = torch.zeros_like(q)
         for group in self.layout.groups:
             queries, mask = q[group.first : group.last], group.masks[window]
-            rows = len(queries) if isinstance(group, GatheredRows) else 1
+            rows = group.blocks.shape[1]
             n = len(queries) // rows
             if mask is None:
                 mask = additive(torch.ones(n, n, dtype=torch.bool, device=q.device).tril(), q)

@@ -7,13 +7,14 @@ what padding writes and fills block tables up to a common width.
 
 `reference_attention` says what is meant, one token at a time. `attend` computes the same for a whole
 flattened batch, cut into groups of rows; how a group is computed is its own affair, and the `Backend` says
-which kinds of group are used. Those here need nothing but PyTorch: rows with a single query are batched over
+which kinds of group are used. Those here need nothing but PyTorch: rows with few queries are batched over
 gathered pages (their heads' groups folded into the query length, so that grouped-query attention needs no
 repeated keys), longer rows go one by one. Those for a GPU are in `kernels.py`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from torch import Tensor
 
 _MAX_GROUPS = 4  # of decode rows with similar lengths
 _MIN_GROUP = 4  # rows worth a call of their own
+_FEW = 16  # queries in a row, such as drafts, with which rows still share a call
 
 
 class PagedKVCache:
@@ -180,7 +182,7 @@ def build_layout(
     windows: Sequence[int | None] = (None,),
     backend: Backend | None = None,
 ) -> BatchLayout:
-    """Lay out a batch. `rows` must come with single-query rows first, longest first (see `row_order`)."""
+    """Lay out a batch. `rows` must come in the order that `row_order` says."""
     backend = backend or SDPA
     size, device = cache.block_size, cache.pages.device
     blocks: list[int] = []
@@ -204,8 +206,8 @@ def build_layout(
 
 
 def row_order(rows: Sequence[Span]) -> list[int]:
-    """The order that `build_layout` wants: single queries by falling length, then the others."""
-    return sorted(range(len(rows)), key=lambda i: (rows[i].num_queries > 1, -rows[i].length))
+    """The order that `build_layout` wants: by the number of queries while these are few, then by length."""
+    return sorted(range(len(rows)), key=lambda i: (min(rows[i].num_queries, _FEW + 1), -rows[i].length))
 
 
 def attend(
@@ -252,11 +254,11 @@ def block_table(rows: Sequence[Span], cache: PagedKVCache, width: int) -> Tensor
 
 @dataclass
 class GatheredRows:
-    """Rows of one query each, in one call over pages gathered side by side.
+    """Rows of equally many queries, mostly one, in one call over pages gathered side by side.
 
     `blocks` (see `gather`) are the pages; `masks` maps a sliding window (None: no window) to what is added
-    to the scores, (rows, 1 or kv_heads, 1, width * block_size): 0, or minus infinity where a query may not
-    look.
+    to the scores, (rows, 1 or kv_heads, queries, width * block_size): 0, or minus infinity where a query may
+    not look.
     """
 
     first: int
@@ -268,14 +270,22 @@ class GatheredRows:
         k, v = gather(pages, self.blocks)
         rows, kv_heads, length, dim = k.shape
         mask = self.masks[window]
+        queries = mask.shape[2]
+        folded = q
+        if queries > 1:  # of a group of heads, those of each head come one after the other
+            folded = q.reshape(rows, queries, -1, dim).transpose(1, 2)
+            mask = mask.repeat(1, 1, q.shape[1] // kv_heads, 1)
+        folded = folded.reshape(rows, kv_heads, -1, dim)
         if _plainly(q):
             k, v = k.view(-1, length, dim), v.view(-1, length, dim)
             scores = torch.baddbmm(
-                mask.view(-1, 1, length), q.reshape(len(k), -1, dim), k.transpose(1, 2), alpha=scale
+                mask.view(len(k), -1, length), folded.reshape(len(k), -1, dim), k.transpose(1, 2), alpha=scale
             )
-            return torch.bmm(scores.softmax(-1), v).view(q.shape)
-        folded = q.view(rows, kv_heads, -1, dim)
-        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
+            out = torch.bmm(scores.softmax(-1), v)
+        else:
+            out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
+        if queries > 1:
+            out = out.reshape(rows, -1, queries, dim).transpose(1, 2).contiguous()
         return out.reshape(q.shape)
 
 
@@ -349,32 +359,60 @@ def gathered_rows(
     groups = []
     for begin, end in _cut([-(-row.length // size) for row in rows]):
         some = rows[begin:end]
-        tables = block_table(some, cache, -(-some[0].length // size))
-        lengths = torch.tensor([row.length for row in some], device=tables.device)
-        group = static_rows(tables, lengths, cache, windows)
-        group.first, group.last = first + begin, first + end
-        groups.append(group)
+        groups.append(_gathered(first, some, cache, windows))
+        first = groups[-1].last
     return groups
+
+
+def _gathered(
+    first: int, rows: Sequence[Span], cache: PagedKVCache, windows: Sequence[int | None]
+) -> GatheredRows:
+    """One group of rows with equally many queries, the longest row first."""
+    queries = rows[0].num_queries
+    tables = block_table(rows, cache, -(-rows[0].length // cache.block_size))
+    starts = torch.tensor([row.start for row in rows], device=tables.device)
+    positions = starts[:, None] + torch.arange(queries, device=tables.device)
+    return _group(first, tables, positions, cache, windows)
 
 
 def static_rows(
     tables: Tensor, lengths: Tensor, cache: PagedKVCache, windows: Sequence[int | None]
 ) -> GatheredRows:
     """One group of rows with a single query, from tensors on the device (see `Backend.static`)."""
+    return _group(0, tables, lengths[:, None] - 1, cache, windows)
+
+
+def _group(
+    first: int, tables: Tensor, positions: Tensor, cache: PagedKVCache, windows: Sequence[int | None]
+) -> GatheredRows:
+    """One group of rows, from their tables (rows, width) and their queries' positions (rows, queries)."""
     at = torch.arange(tables.shape[1] * cache.block_size, device=tables.device)
-    lengths = lengths[:, None, None, None]
+    positions = positions[:, None, :, None]
     masks = {}
     for window in windows:
-        seen = at < lengths
-        mask = additive(seen if window is None else seen & (at >= lengths - window), cache.pages)
+        seen = at <= positions
+        mask = additive(seen if window is None else seen & (at > positions - window), cache.pages)
         masks[window] = mask.repeat(1, cache.kv_heads, 1, 1) if _plainly(mask) else mask
-    return GatheredRows(0, len(tables), parts(tables, cache.kv_heads), masks)
+    return GatheredRows(first, first + positions.numel(), parts(tables, cache.kv_heads), masks)
 
 
-def single_chunks(
+def gathered_chunks(
+    first: int, rows: Sequence[Span], cache: PagedKVCache, windows: Sequence[int | None]
+) -> list[GatheredRows | Chunk]:
+    """Rows with more than one query: together where they have equally many and few, else one by one."""
+    groups: list[GatheredRows | Chunk] = []
+    for queries, some in itertools.groupby(rows, lambda row: row.num_queries):
+        if queries <= _FEW:
+            groups.append(_gathered(first, list(some), cache, windows))
+        else:
+            groups += _single_chunks(first, list(some), cache, windows)
+        first = groups[-1].last
+    return groups
+
+
+def _single_chunks(
     first: int, rows: Sequence[Span], cache: PagedKVCache, windows: Sequence[int | None]
 ) -> list[Chunk]:
-    """A group for each row."""
     device = cache.pages.device
     chunks = []
     for row in rows:
@@ -408,7 +446,7 @@ def _cut(widths: list[int]) -> list[tuple[int, int]]:
 
 
 SDPA = Backend(
-    "sdpa", "PyTorch's own attention over gathered pages", gathered_rows, single_chunks, static_rows
+    "sdpa", "PyTorch's own attention over gathered pages", gathered_rows, gathered_chunks, static_rows
 )
 
 

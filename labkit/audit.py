@@ -77,7 +77,11 @@ class Auditor:
             }
             if num_tokens == 0:
                 continue
-            if start != request.num_computed_tokens or not 0 < num_tokens <= len(request.token_ids) - start:
+            missing = len(request.token_ids) - start
+            drafted = len(plan.drafts.get(row, ()))
+            if drafted and num_tokens != missing + drafted:
+                raise InvariantError(f"request {name!r} guesses before it has computed all that it knows")
+            if start != request.num_computed_tokens or not 0 < num_tokens <= missing + drafted:
                 raise InvariantError(
                     f"request {name!r} has computed {request.num_computed_tokens} of "
                     f"{len(request.token_ids)} tokens: it cannot compute {num_tokens} from {start} on"

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from labkit.weights import LoadedModel
 
 KV_POLICIES = ("paged", "reserved")
+QUANTIZATIONS = ("int8",)
+DRAFTERS = ("ngram", "draft")
 ATTENTION_BACKENDS = ("auto", "sdpa", "triton")
 T4_DTYPES = ("auto", "float16", "fp16", "half")
 
@@ -41,6 +43,12 @@ class EngineConfig:
         enable_chunked_prefill: let a step mix prompts, cut to the token budget, with decode; without it a
             step computes either whole prompts or one token of each answer.
         quantization: None, or "int8" for 8-bit weights and activations.
+        speculative: None, or who drafts tokens that a step then checks: "ngram" (what followed the last few
+            tokens when they were last seen) or "draft" (a smaller model).
+        draft_model: that model, named or loaded as `model` is; None is the model itself in int8.
+        num_speculative_tokens: drafts of a request in a step, at most.
+        speculative_gate: draft only as many as pay, by what steps take on this machine and by how often
+            drafts were right.
         fused_projections: queries, keys and values in one product, and likewise gate and up.
         packed_weights: lay fp32 weights out for this CPU once, when they are loaded.
         num_threads: of PyTorch on a CPU, for the whole process; None leaves its own choice (the physical
@@ -71,6 +79,10 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     quantization: Literal["int8"] | None = None
+    speculative: Literal["ngram", "draft"] | None = None
+    draft_model: str | os.PathLike[str] | LoadedModel | None = None
+    num_speculative_tokens: int = 8
+    speculative_gate: bool = True
     fused_projections: bool = True
     packed_weights: bool = True
     num_threads: int | None = None
@@ -82,14 +94,14 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "num_speculative_tokens"):
             check_number(name, getattr(self, name), 1, math.inf, whole=True)
         lowest = {"num_blocks": 1, "max_model_len": 2, "max_trace_steps": 1, "num_threads": 1}
         for name, low in lowest.items():
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low, math.inf, whole=True)
         flags = ("enable_prefix_caching", "enable_chunked_prefill", "fused_projections", "packed_weights")
-        for name in (*flags, "cuda_graphs", "as_t4", "audit"):
+        for name in (*flags, "speculative_gate", "cuda_graphs", "as_t4", "audit"):
             check_flag(name, getattr(self, name))
         check_number("seed", self.seed, -(2**63), 2**63 - 1, whole=True)
         for name, choices in (
@@ -99,8 +111,14 @@ class EngineConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        if self.quantization not in (None, "int8"):
-            raise ValueError(f"quantization must be None or 'int8', not {self.quantization!r}")
+        for name, choices in (("quantization", QUANTIZATIONS), ("speculative", DRAFTERS)):
+            if getattr(self, name) not in (None, *choices):
+                wanted = " or ".join(map(repr, (None, *choices)))
+                raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
+        if self.speculative and self.scheduler not in ("continuous", "naive"):
+            raise ValueError(f"speculative needs scheduler continuous or naive, not {self.scheduler!r}")
+        if self.draft_model is not None and self.speculative != "draft":
+            raise ValueError(f"draft_model needs speculative 'draft', not {self.speculative!r}")
         if self.as_t4 and self.dtype not in T4_DTYPES:
             raise ValueError(f"as_t4 computes in float16: dtype must be auto or float16, not {self.dtype!r}")
         if self.max_num_seqs > self.max_num_batched_tokens:

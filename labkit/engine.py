@@ -16,6 +16,7 @@ import torch
 from labkit.audit import Auditor
 from labkit.baselines import SCHEDULERS
 from labkit.config import EngineConfig
+from labkit.drafting import draft_model, make_speculator
 from labkit.memory import BlockPool
 from labkit.plan import StepPlan, StepResult
 from labkit.request import (
@@ -76,12 +77,13 @@ class Engine:
                 f"max_model_len must be at most {module.max_model_len}, the limit of {self.model.name}, "
                 f"not {config.max_model_len}"
             )
+        draft = draft_model(config, self.model)
         backend = backend_for(module, config)
         reserve = 0  # bytes, on a GPU, for what a step computes
         if module.device.type == "cuda":
             print(f"Attention on {module.device}: {backend.name} ({backend.reason}).")
             reserve = activation_bytes(module, backend, config)
-        num_blocks = config.num_blocks or self._fitting_blocks(reserve)
+        num_blocks = config.num_blocks or self._fitting_blocks(reserve, draft)
         cache, graphs = warm_up(module, backend, config, num_blocks, reserve=reserve)
         num_blocks = cache.num_blocks  # fewer, if memory did not suffice
         self.max_model_len = config.max_model_len or min(module.max_model_len, num_blocks * config.block_size)
@@ -97,6 +99,7 @@ class Engine:
         watched = scheduler or pool or config.audit
         self._auditor = Auditor(self.scheduler, self.pool) if watched else None
         self.runner = Runner(module, cache, self.pool, backend=backend, graphs=graphs)
+        self.speculator = make_speculator(config, self.model, self.runner, draft)
         self.trace = Trace(self._meta(), max_steps=config.max_trace_steps)
         self.outputs: dict[str, RequestOutput] = {}
         self._streams: dict[str, TextStream] = {}
@@ -104,13 +107,14 @@ class Engine:
         self._numbers = itertools.count()
         self._began = time.perf_counter()
 
-    def _fitting_blocks(self, reserve: int) -> int:
+    def _fitting_blocks(self, reserve: int, draft: LoadedModel | None) -> int:
         """Pages for all seats at full length, or as many as a fair share of the free memory holds.
 
         On a GPU, `reserve` bytes are kept free.
         """
         config, module = self.config, self.model.module
-        page = module.kv_bytes_per_token() * config.block_size
+        modules = [module, draft.module] if draft else [module]
+        page = sum(each.kv_bytes_per_token() for each in modules) * config.block_size
         if module.device.type == "cuda":
             torch.cuda.empty_cache()
             budget = _GPU_POOL_SHARE * (torch.cuda.mem_get_info(module.device)[0] - reserve)
@@ -287,6 +291,8 @@ class Engine:
             interrupt = None if isinstance(error, Exception) else error
         self._read(plan, result)
         self.scheduler.commit(plan, result)
+        if self.speculator:
+            self._draft(plan, result)
         end = time.perf_counter()
         record = self.scheduler.record(self._step, plan, result, time=end - self._began, seconds=end - begin)
         self._step += 1
@@ -297,6 +303,17 @@ class Engine:
         if interrupt is not None:
             raise interrupt
         return record
+
+    def _draft(self, plan: StepPlan, result: StepResult) -> None:
+        """Drafts for the next step. Without, answers are the same: a fault here ends nobody."""
+        for request_id, _ in plan.preempted:
+            self.speculator.forget(request_id)
+        self.speculator.learn(plan, result)
+        try:
+            self.scheduler.held_back = self.speculator.propose(self.scheduler.running)
+        except Exception as error:
+            text = str(error).split("\n")[0][:300]
+            self.scheduler.held_back = f"nobody drafts: {type(error).__name__}: {text}"
 
     def preview(self) -> StepRecord:
         """What the next step would do, as a record in which nothing has been sampled yet.
@@ -340,11 +357,13 @@ class Engine:
                 output.token_ids.extend(tokens)
                 output.metrics.token_times.extend([end] * len(tokens))
                 if output.logprobs is not None:
-                    output.logprobs.extend(result.logprobs[row])
+                    output.logprobs.extend(result.logprobs[row][: len(tokens)])
                 output.text = self._streams[request.request_id].text
         stopped = {plan.requests[row].request_id for row in result.stopped}
         for finish in record.finished:
             output, stream = self.outputs.get(finish.request_id), self._streams.pop(finish.request_id)
+            if self.speculator:
+                self.speculator.forget(finish.request_id)
             if output is not None:
                 if finish.request_id not in stopped:
                     stream.finish()

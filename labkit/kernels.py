@@ -26,7 +26,7 @@ from labkit.attention import (
     QueryGroup,
     Span,
     block_table,
-    single_chunks,
+    gathered_chunks,
     static_rows,
 )
 from labkit.config import ATTENTION_BACKENDS
@@ -241,7 +241,7 @@ def choose_backend(
         return Backend("sdpa", f"{reason}; as on a T4", decode, chunks, _static_as_sm75)
     no_flash = "as on a T4" if as_t4 else _why_no_flash(device, dtype, head_dim)
     if no_flash:
-        chunks = _as_sm75(single_chunks) if as_t4 else single_chunks
+        chunks = _as_sm75(gathered_chunks) if as_t4 else gathered_chunks
         reason = f"decode reads pages in place; chunks one by one through PyTorch's kernels: {no_flash}"
     else:
         chunks = packed_chunks

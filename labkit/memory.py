@@ -101,6 +101,18 @@ class BlockPool:
             self._drop(block, request_id)
         return table
 
+    def truncate(self, request_id: str, count: int) -> list[int]:
+        """Give back all pages of a request but the first `count`; returns them, in table order.
+
+        The pages must not be known to the prefix cache: nothing that may be taken back is published.
+        """
+        table = self.tables[request_id]
+        blocks = table[count:]
+        del table[count:]
+        for block in reversed(blocks):
+            self._drop(block, request_id)
+        return blocks
+
     def _take(self) -> int:
         if self._free:
             block = self._free.pop()

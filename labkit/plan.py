@@ -16,7 +16,9 @@ class StepPlan:
     what that amounts to (see `StepRecord`); it is written for the trace, nothing is decided by it.
     `padding` (empty, or one number per row) counts wasted rows that a static batch computes as well.
     `forks` maps a row to the row whose logits it samples from: children of n > 1 start with their parent's
-    last prompt token. `copied` pages are copied before the forward pass.
+    last prompt token. `drafts` maps a row to guesses of what comes next, counted in its `num_tokens`: it
+    samples after the last token known and after each guess, as long as these are right; `held_back` says why
+    there are no more of them. `copied` pages are copied before the forward pass.
     """
 
     requests: list[Request] = field(default_factory=list)
@@ -25,13 +27,16 @@ class StepPlan:
     num_tokens: list[int] = field(default_factory=list)
     padding: list[int] = field(default_factory=list)
     forks: dict[int, int] = field(default_factory=dict)
+    drafts: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    held_back: str = ""
     admitted: list[Admission] = field(default_factory=list)
     preempted: list[Pages] = field(default_factory=list)
     taken: list[Pages] = field(default_factory=list)
     copied: list[Copy] = field(default_factory=list)
     blocked: tuple[str, str] | None = None
 
-    def add(self, request: Request, num_tokens: int) -> None:
+    def add(self, request: Request, num_tokens: int, drafts: tuple[int, ...] = ()) -> None:
+        """Add a row of `num_tokens` known tokens and, where these are all that is known, guesses."""
         start, known = request.num_computed_tokens, len(request.token_ids)
         if start >= request.num_prompt_tokens and known - start == 1 == num_tokens:
             kind = "d"
@@ -39,15 +44,19 @@ class StepPlan:
             kind = "p"
         else:
             kind = "c" if num_tokens else "i"
+        if drafts:
+            self.drafts[len(self.requests)] = drafts
         self.requests.append(request)
         self.kinds.append(kind)
         self.starts.append(start)
-        self.num_tokens.append(num_tokens)
+        self.num_tokens.append(num_tokens + len(drafts))
 
 
 @dataclass(slots=True)
 class StepResult:
     """What the runner made of a plan, row by row: the tokens sampled (none for a chunk that is not the last).
+
+    For a row with drafts these are the drafts that were right, and the token after them.
 
     `logprobs` is empty or has one entry per row; `errors` maps rows that failed to what went wrong;
     `stopped` holds the rows whose text has reached a stop string.

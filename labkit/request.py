@@ -6,6 +6,7 @@ values in the cache. Everything the scheduler does follows from the distance bet
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -147,6 +148,7 @@ class Request:
     __slots__ = (
         "arrival",
         "children",
+        "drafts",
         "error",
         "finish_reason",
         "max_len",
@@ -189,6 +191,7 @@ class Request:
         self.num_cached_tokens = 0  # found in the prefix cache at the latest admission
         self.num_slots = 0  # pages held, in tokens
         self.shares_tail = False  # its last page may be shared with the other answers of n > 1
+        self.drafts: tuple[int, ...] = ()  # guesses of what comes next, for the next step to check
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
         self.children: list[Request] = []  # the other answers of n > 1, until the prompt is computed
@@ -196,6 +199,12 @@ class Request:
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
+
+    def ahead(self, tokens: Sequence[int]) -> Request:
+        """This request as it would be if these tokens came next."""
+        twin = copy.copy(self)
+        twin.token_ids = [*self.token_ids, *tokens]
+        return twin
 
     def __repr__(self) -> str:
         return (

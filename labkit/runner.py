@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,8 +13,9 @@ from labkit.graphs import DecodeGraphs
 from labkit.memory import BlockPool
 from labkit.model import Transformer
 from labkit.plan import StepPlan, StepResult
-from labkit.request import TokenLogprobs
+from labkit.request import Request, TokenLogprobs
 from labkit.sampling import sample
+from labkit.speculation import accept
 
 
 class Runner:
@@ -23,6 +27,10 @@ class Runner:
         pool: whose block tables say where tokens lie.
         backend: how attention is computed.
         graphs: of decode steps, on the same cache; None: every step runs eagerly.
+
+    Attributes:
+        accept: called with the drafts of a row and the tokens that the model chose in their places; says how
+            many drafts, from the first on, become part of the answer.
     """
 
     def __init__(
@@ -39,6 +47,7 @@ class Runner:
         self.pool = pool
         self.backend = backend
         self.graphs = graphs
+        self.accept: Callable[[Sequence[int], Sequence[int]], int] = accept
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute every row of a plan in one forward pass, and sample where a row reaches its end."""
@@ -65,6 +74,7 @@ class Runner:
         last: list[int] = []
         for i, span in zip(rows, spans, strict=True):
             token_ids += plan.requests[i].token_ids[span.start : span.length]
+            token_ids += plan.drafts.get(i, ())
             positions += range(span.start, span.length)
             last.append(len(token_ids) - 1)
         padding = sum(plan.padding)
@@ -85,7 +95,10 @@ class Runner:
         return hidden, last
 
     def _sample(self, plan: StepPlan, result: StepResult, hidden: Tensor, last: dict[int, int]) -> None:
-        """Sample the rows that have reached the end of what they know; find the rows that went wrong."""
+        """Sample the rows that have reached the end of what they know; find the rows that went wrong.
+
+        A row with drafts is sampled after the last token that it knows and after each draft.
+        """
         rows = list(last) + list(plan.forks)
         places = [last[plan.forks.get(i, i)] for i in rows]
         ends = hidden[torch.tensor(places, device=hidden.device)]
@@ -94,27 +107,39 @@ class Runner:
         for i, fine in zip(rows, sound, strict=True):
             if not fine:
                 result.errors[i] = "the model gave NaN or infinity for this request"
-        picked = [
-            j
-            for j, i in enumerate(rows)
-            if sound[j] and plan.starts[i] + plan.num_tokens[i] == len(plan.requests[i].token_ids)
-        ]
+        picked: list[int] = []  # a row's index, once for each token that is sampled for it
+        requests: list[Request] = []
+        after: list[int] = []
+        for i, place, fine in zip(rows, places, sound, strict=True):
+            request, drafts = plan.requests[i], plan.drafts.get(i, ())
+            known = len(request.token_ids) + len(drafts)
+            if not fine or plan.starts[i] + plan.num_tokens[i] != known:
+                continue
+            picked += [i] * (1 + len(drafts))
+            after += range(place - len(drafts), place + 1)
+            requests.append(request)
+            requests += [request.ahead(drafts[:n]) for n in range(1, len(drafts) + 1)]
         if not picked:
             return
-        wanted = ends[torch.tensor(picked, device=hidden.device)]
+        wanted = hidden[torch.tensor(after, device=hidden.device)]
         # The idle seats of a static batch go through the output layer too: that is part of what it costs.
         idle = sum(p == 1 and not n for p, n in zip(plan.padding, plan.num_tokens, strict=False))
         if idle:
             wanted = torch.cat((wanted, hidden[-idle:]))
         logits = self.model.logits(wanted)[: len(picked)]
-        tokens, logprobs, fine = sample(logits, [plan.requests[rows[j]] for j in picked])
+        chosen = zip(*sample(logits, requests), strict=True)
         reported: dict[int, tuple[TokenLogprobs, ...]] = {}
-        for j, token, logprob, good in zip(picked, tokens, logprobs, fine, strict=True):
-            if not good:
-                result.errors[rows[j]] = "the logits of this request are not finite"
+        for i in dict.fromkeys(picked):
+            drafts = plan.drafts.get(i, ())
+            tokens, logprobs, good = zip(*itertools.islice(chosen, 1 + len(drafts)), strict=True)
+            right = self.accept(drafts, tokens[:-1]) if drafts else 0
+            if not all(good[: right + 1]):
+                result.errors[i] = "the logits of this request are not finite"
                 continue
-            result.sampled[rows[j]] = (token,)
-            if logprob is not None:
-                reported[rows[j]] = (logprob,)
+            tokens, stops = (*drafts[:right], tokens[right]), plan.requests[i].stop_ids
+            ends_at = next((n for n, token in enumerate(tokens, 1) if token in stops), len(tokens))
+            result.sampled[i] = tokens[:ends_at]
+            if logprobs[0] is not None:
+                reported[i] = logprobs[:ends_at]
         if reported:
             result.logprobs = [reported.get(i, ()) for i in range(len(plan.requests))]

@@ -61,6 +61,8 @@ class Scheduler:
         self._arrived: list[Arrival] = []
         self._reprioritised: list[Priority] = []
         self._finished: list[Finish] = []
+        self._returned: list[Pages] = []
+        self.held_back = ""  # why the requests have no more drafts, for the record of the next step
         # A failed admission: who, with how many pages free and published, and why.
         self._stuck: tuple[Request, int, int, str] | None = None
 
@@ -155,6 +157,7 @@ class Scheduler:
 
     def _release(self, request: Request) -> tuple[int, ...]:
         request.num_slots = 0
+        request.drafts = ()
         request.shares_tail = False
         return tuple(self.pool.release(request.request_id)) if request.status == "running" else ()
 
@@ -169,7 +172,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan one step: running requests first, then waiting ones, under one budget and one seat limit."""
         self._end_aborted()
-        plan = StepPlan()
+        plan = StepPlan(held_back=self.held_back)
         if self.enable_chunked_prefill:
             self._plan_waiting(plan, self._plan_running(plan))
             return plan
@@ -202,11 +205,30 @@ class Scheduler:
                 growing.append(request)
         if growing:
             self._grow(plan, growing)
-        budget = self.max_num_batched_tokens
-        for request in (*decoding, *prefilling):
-            if budget and request.status == "running":  # not preempted just now
+        decoding = [request for request in decoding if request.status == "running"]  # not preempted just now
+        budget = self.max_num_batched_tokens - len(decoding)
+        for request in decoding:
+            drafts = request.drafts and self._fitting(plan, request, budget)
+            if drafts:
+                plan.add(request, 1, drafts)
+                budget -= len(drafts)
+            else:
+                self._plan_row(plan, request, 1)
+        for request in prefilling:
+            if budget and request.status == "running":
                 budget -= self._plan_row(plan, request, budget)
         return budget
+
+    def _fitting(self, plan: StepPlan, request: Request, budget: int) -> tuple[int, ...]:
+        """As many drafts as the budget and the free pages allow: nobody is preempted for a guess."""
+        drafts = request.drafts[:budget]
+        room = request.num_slots - request.num_computed_tokens - 1
+        pages = self.pool.blocks_for(max(0, len(drafts) - room))
+        pages = min(pages, max(0, self.pool.num_free - self.watermark))
+        if pages:
+            self._allocate(plan, request, pages)
+            room += pages * self.pool.block_size
+        return drafts[:room]
 
     def _plan_row(self, plan: StepPlan, request: Request, budget: int) -> int:
         missing = len(request.token_ids) - request.num_computed_tokens
@@ -336,9 +358,6 @@ class Scheduler:
                 request.error = result.errors[row]
                 self.finish(request, "error")
                 continue
-            end = request.num_computed_tokens = start + num_tokens
-            if end // size > start // size:
-                self.pool.publish(request.request_id, request.token_ids, end)
             reason: FinishReason | None = "stop" if row in result.stopped else None
             for token in tokens:
                 request.token_ids.append(token)
@@ -348,8 +367,24 @@ class Scheduler:
                 if len(request.token_ids) >= request.max_len:
                     reason = reason or "length"
                     break
+            if row in plan.drafts:  # those that were wrong were computed for nothing
+                num_tokens = len(tokens)
+            end = request.num_computed_tokens = start + num_tokens
+            if end // size > start // size:
+                self.pool.publish(request.request_id, request.token_ids, end)
             if reason:
                 self.finish(request, reason)
+            elif row in plan.drafts:
+                self._take_back(request)
+
+    def _take_back(self, request: Request) -> None:
+        """Give back the pages that only wrong drafts needed."""
+        request.drafts = ()
+        keep = self.pool.blocks_for(len(request.token_ids))
+        if self.kv_policy == "paged" and keep * self.pool.block_size < request.num_slots:
+            blocks = self.pool.truncate(request.request_id, keep)
+            request.num_slots = keep * self.pool.block_size
+            self._returned.append(Pages(request.request_id, tuple(blocks)))
 
     def record(
         self, step: int, plan: StepPlan, result: StepResult, *, time: float = 0.0, seconds: float = 0.0
@@ -368,6 +403,7 @@ class Scheduler:
             tuple(plan.num_tokens),
             tuple(result.sampled),
             tuple(plan.padding) if any(plan.padding) else (),
+            tuple([plan.drafts.get(i, ()) for i in range(len(plan.requests))]) if plan.drafts else (),
             tuple(self._arrived),
             tuple(self._reprioritised),
             tuple(plan.admitted),
@@ -375,10 +411,12 @@ class Scheduler:
             tuple(plan.taken),
             tuple(plan.copied),
             tuple(self._finished),
+            tuple(self._returned),
             published,
             evicted,
             self.num_waiting,
             blocked,
+            plan.held_back,
             self.pool.num_free,
             time,
             seconds,
@@ -386,4 +424,5 @@ class Scheduler:
         self._arrived.clear()
         self._reprioritised.clear()
         self._finished.clear()
+        self._returned.clear()
         return record

@@ -81,6 +81,12 @@ class Row(NamedTuple):
     num_tokens: int
     sampled: tuple[int, ...]
     padding: int
+    drafted: tuple[int, ...] = ()
+
+    @property
+    def num_accepted(self) -> int:
+        """Drafted tokens that were right, and so are part of the answer."""
+        return max(0, len(self.sampled) - 1) if self.drafted else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +95,13 @@ class StepRecord:
 
     `kinds` has one letter each: p, the whole prompt (or all that was missing of it); c, a chunk of it;
     d, decode; i, an idle seat of a static batch. `starts` counts tokens computed before the step.
+    `drafted` has an entry per request, or none where nobody drafts: the tokens after the last one known that
+    were guessed and computed with it. Of `sampled`, all but the last are guesses that were right.
+    `held_back` says why no more was drafted.
     `waiting` counts the queue after the step was planned and `blocked` names its head and why it waits.
     `free_blocks` counts after the step, when those that finished in it have given theirs back.
-    `published` pages can be found by later requests from now on; `evicted` ones no longer.
+    `published` pages can be found by later requests from now on; `evicted` ones no longer. `returned` ones
+    were taken for drafts that were wrong: they leave their block tables after the step.
     `time` is when the step ended, in seconds since the trace began, and `seconds` how long it took: the
     only fields that differ from run to run, which is why they do not count when records are compared.
     """
@@ -103,6 +113,7 @@ class StepRecord:
     num_tokens: tuple[int, ...] = ()
     sampled: tuple[tuple[int, ...], ...] = ()
     padding: tuple[int, ...] = ()
+    drafted: tuple[tuple[int, ...], ...] = ()
     arrived: tuple[Arrival, ...] = ()
     reprioritised: tuple[Priority, ...] = ()
     admitted: tuple[Admission, ...] = ()
@@ -110,10 +121,12 @@ class StepRecord:
     taken: tuple[Pages, ...] = ()
     copied: tuple[Copy, ...] = ()
     finished: tuple[Finish, ...] = ()
+    returned: tuple[Pages, ...] = ()
     published: tuple[int, ...] = ()
     evicted: tuple[int, ...] = ()
     waiting: int = 0
     blocked: tuple[str, str] | None = None
+    held_back: str = ""
     free_blocks: int = 0
     time: float = field(default=0.0, compare=False)
     seconds: float = field(default=0.0, compare=False)
@@ -122,7 +135,8 @@ class StepRecord:
     def rows(self) -> list[Row]:
         """One `Row` per request that ran, in batch order."""
         padding = self.padding or (0,) * len(self.requests)
-        columns = (self.requests, self.kinds, self.starts, self.num_tokens, self.sampled, padding)
+        drafted = self.drafted or ((),) * len(self.requests)
+        columns = (self.requests, self.kinds, self.starts, self.num_tokens, self.sampled, padding, drafted)
         return [Row(r, KINDS[k], *rest) for r, k, *rest in zip(*columns, strict=True)]
 
     @property
@@ -134,6 +148,16 @@ class StepRecord:
     def total_sampled(self) -> int:
         """Tokens generated."""
         return sum(map(len, self.sampled))
+
+    @property
+    def total_drafted(self) -> int:
+        """Tokens guessed, right or wrong."""
+        return sum(map(len, self.drafted))
+
+    @property
+    def total_accepted(self) -> int:
+        """Guesses that were right, and so are part of an answer."""
+        return sum(row.num_accepted for row in self.rows) if self.drafted else 0
 
 
 @dataclass(frozen=True)
@@ -214,7 +238,12 @@ class PoolState:
         self.cached.update(record.published)
 
     def end(self, record: StepRecord) -> None:
-        """Apply what happens after the pass: finished requests give their pages back."""
+        """Apply what happens after the pass: wrong drafts are taken back, finished requests give up pages."""
+        for row in record.rows if record.drafted else ():
+            if row.drafted and row.request_id in self.computed:
+                self.computed[row.request_id] = row.start + len(row.sampled)
+        for request_id, blocks in record.returned:
+            del self.tables[request_id][-len(blocks) :]
         for request_id, _, _ in record.finished:
             self._release(request_id)
             self.waiting.pop(request_id, None)

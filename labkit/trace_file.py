@@ -33,6 +33,7 @@ _NESTED: dict[str, type] = {
     "taken": Pages,
     "copied": Copy,
     "finished": Finish,
+    "returned": Pages,
 }
 _SECONDS_DIGITS = 6
 _MAX_INT = 2**53  # larger whole numbers are not what they seem in a browser
@@ -119,7 +120,7 @@ def _convert(name: str, value: Any, kind: str) -> Any:
     """Lists to tuples and named tuples, with the types checked."""
     if name in _NESTED:
         return tuple(_entry(name, _NESTED[name], item) for item in _list(name, value))
-    if name == "sampled":
+    if name in ("sampled", "drafted"):
         return tuple(_ints(name, item) for item in _list(name, value))
     if name == "blocked":
         head, why = _list(name, value)
@@ -181,11 +182,12 @@ def _check_record(record: StepRecord, meta: TraceMeta, last: int, number: int) -
     columns = (record.kinds, record.starts, record.num_tokens, record.sampled)
     if any(len(column) != len(record.requests) for column in columns):
         fail("the columns requests, kinds, starts, num_tokens and sampled differ in length")
-    if record.padding and len(record.padding) != len(record.requests):
-        fail("padding must have one entry per request")
+    for name in ("padding", "drafted"):
+        if getattr(record, name) and len(getattr(record, name)) != len(record.requests):
+            fail(f"{name} must have one entry per request")
     if set(record.kinds) - KINDS.keys():
         fail(f"kinds must be made of the letters {', '.join(KINDS)}, not {record.kinds!r}")
-    pages = [*record.preempted, *record.taken]
+    pages = [*record.preempted, *record.taken, *record.returned]
     if any(len(entry.blocks) > meta.num_blocks for entry in pages):
         fail(f"more pages than the pool has ({meta.num_blocks})")
     blocks = [block for entry in pages for block in entry.blocks]
@@ -214,4 +216,7 @@ def _check_replay(state: PoolState, record: StepRecord, meta: TraceMeta, number:
                 f"line {number}: request {request_id!r} computes token {start + num_tokens - 1} "
                 f"but holds pages for {held} only"
             )
+    for request_id, blocks in record.returned:
+        if not blocks or tuple(state.tables.get(request_id, ())[-len(blocks) :]) != blocks:
+            raise TraceError(f"line {number}: request {request_id!r} returns pages that do not end its table")
     state.end(record)

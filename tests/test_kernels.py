@@ -25,7 +25,7 @@ from labkit.attention import (
     gathered_rows,
     reference_attention,
     row_order,
-    single_chunks,
+    gathered_chunks,
     static_rows,
 )
 from labkit.kernels import (
@@ -180,7 +180,7 @@ def test_a_mixed_batch_goes_through_both_kinds_of_group() -> None:
     cache = filled(rows, num_blocks + 12, 4, 2, 8, torch.float32)
     cache.pages.nan_to_num_(0)  # gathered pages are read to their end
     q = torch.randn(16, 6, 8, device=DEVICE)
-    backend = Backend("triton", "", paged_rows, single_chunks, kernels.static_paged_rows)
+    backend = Backend("triton", "", paged_rows, gathered_chunks, kernels.static_paged_rows)
     layout = build_layout(rows, cache, num_padding=2, windows=[None, 5], backend=backend)
     assert isinstance(layout.groups[0], PagedDecode)
     assert [(group.first, group.last) for group in layout.groups] == [(0, 3), (3, 9), (9, 14)]
@@ -298,7 +298,7 @@ def test_a_newer_gpu_has_triton_and_packed_chunks_in_half_precision(gpu: pytest.
         assert (backend.name, backend.decode, backend.chunks) == ("triton", paged_rows, packed_chunks)
     for dtype, dim, why in ((torch.float32, 64, "float32"), (torch.float16, 20, "head_dim of 20")):
         backend = choose_backend(CUDA, dtype, dim)
-        assert (backend.name, backend.chunks) == ("triton", single_chunks)
+        assert (backend.name, backend.chunks) == ("triton", gathered_chunks)
         assert why in backend.reason
     gpu.setattr(kernels, "varlen_attention", lambda: None)
     assert "this PyTorch has no FlashAttention" in choose_backend(CUDA, torch.float16, 64).reason
@@ -313,7 +313,7 @@ def test_a_t4_and_whatever_stands_in_for_one_has_no_kernels_of_sm_80(gpu: pytest
     assert plain.name == "sdpa" and "asked for" in plain.reason
     gpu.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     backend = choose_backend(CUDA, torch.float16, 64)
-    assert (backend.name, backend.chunks) == ("triton", single_chunks)
+    assert (backend.name, backend.chunks) == ("triton", gathered_chunks)
     assert "sm_75" in backend.reason
 
 

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from labkit.audit import Auditor
-from labkit.baselines import SCHEDULERS
+from labkit.baselines import SCHEDULERS, StaticScheduler, UncachedScheduler
 from labkit.memory import BlockPool
 from labkit.plan import StepPlan, StepResult
 from labkit.request import Request, SamplingParams
 from labkit.scheduler import Scheduler
 from labkit.trace import StepRecord, Trace, TraceMeta
+
+NEVER_DRAFT = (StaticScheduler, UncachedScheduler)
 
 
 class Bench:
@@ -61,8 +63,13 @@ class Bench:
         self.scheduler.add(request)
         return name
 
-    def step(self, *, faulty: bool = False, token: int = 1) -> StepRecord:
+    def step(self, *, faulty: bool = False, token: int = 1, drafts: int = 0, right: int = 0) -> StepRecord:
+        """One step; who decodes has so many drafts, so many of them right."""
         before = [r for r in self.scheduler.running if len(r.token_ids) - r.num_computed_tokens == 1]
+        if isinstance(self.scheduler, NEVER_DRAFT):
+            drafts = 0
+        for request in before:
+            request.drafts = (token,) * min(drafts, request.max_len - len(request.token_ids) - 1)
         plan = self.scheduler.schedule()
         self.auditor.check_plan(plan, self.budget, self.seats, list(self.scheduler.requests))
         self.pool.check_invariants()
@@ -76,7 +83,7 @@ class Bench:
             for request in before:  # no answer waits a step while it holds a seat
                 assert id(request) in running or request.status != "running"
         assert not (plan.preempted and plan.admitted)
-        result = StepResult([self._sample(plan, row, token) for row in range(len(plan.requests))])
+        result = StepResult([self._sample(plan, row, token, right) for row in range(len(plan.requests))])
         if faulty and plan.requests:
             result.errors[self.steps % len(plan.requests)] = "made up"
             result.sampled[self.steps % len(plan.requests)] = ()
@@ -97,10 +104,10 @@ class Bench:
         assert (record.blocked[0] if record.blocked else None) == (known[0] if known else None)
 
     @staticmethod
-    def _sample(plan: StepPlan, row: int, token: int) -> tuple[int, ...]:
-        request = plan.requests[row]
-        at_end = plan.starts[row] + plan.num_tokens[row] == len(request.token_ids)
-        return (token,) if at_end and request.status == "running" else ()
+    def _sample(plan: StepPlan, row: int, token: int, right: int = 0) -> tuple[int, ...]:
+        request, drafts = plan.requests[row], plan.drafts.get(row, ())
+        at_end = plan.starts[row] + plan.num_tokens[row] == len(request.token_ids) + len(drafts)
+        return (*drafts[:right], token) if at_end and request.status == "running" else ()
 
     def drain(self, limit: int = 5000) -> None:
         for _ in range(limit):
@@ -161,6 +168,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(token=st.integers(0, 1))
     def step(self, token) -> None:
         self.bench.step(token=token)
+
+    @rule(token=st.integers(0, 1), drafts=st.integers(1, 12), right=st.integers(0, 12))
+    def speculate(self, token, drafts, right) -> None:
+        self.bench.step(token=token, drafts=drafts, right=right)
 
     @rule()
     def fail(self) -> None:
@@ -392,3 +403,43 @@ def test_limits_that_cannot_work_are_refused() -> None:
     bench.count = 0
     with pytest.raises(ValueError, match="request_id '0' is already in use"):
         bench.add(3)
+
+
+def test_drafts_take_pages_for_a_step_and_give_back_those_of_the_wrong_ones() -> None:
+    bench = Bench(blocks=10, size=4, seats=2, budget=12)
+    bench.add(6, max_tokens=20)
+    bench.step()  # the prompt, and a first token
+    record = bench.step(drafts=8, right=2)
+    assert (record.num_tokens, record.drafted, record.sampled) == ((9,), ((1,) * 8,), ((1, 1, 1),))
+    assert record.kinds == "d"
+    request = bench.scheduler.requests["0"]
+    assert (request.num_computed_tokens, len(request.token_ids)) == (9, 10)
+    assert [len(pages.blocks) for pages in record.taken] == [2]  # tokens 6 to 14 lie in pages 1 to 3
+    assert [(name, len(blocks)) for name, blocks in record.returned] == [("0", 1)]
+    assert bench.trace.state(1).computed["0"] == 15
+    assert bench.trace.state(1, after=True).computed["0"] == 9
+    assert (record.total_drafted, record.total_accepted) == (8, 2)
+    bench.drain()
+
+
+def test_drafts_never_cost_anybody_a_token_a_page_or_a_seat() -> None:
+    bench = Bench(blocks=6, size=4, seats=3, budget=3)
+    bench.add(3, max_tokens=12)
+    bench.add(3, max_tokens=12)
+    for _ in range(3):
+        bench.step()
+    tight = bench.step(drafts=5, right=5)
+    assert sum(tight.num_tokens) == 3, "both decode, and one token is left of the budget"
+    assert not tight.preempted
+    bench.drain()
+
+
+def test_nothing_is_published_before_it_is_accepted() -> None:
+    bench = Bench(blocks=20, size=4, seats=2, budget=20)
+    bench.add(6, max_tokens=20)
+    bench.step()
+    record = bench.step(drafts=8, right=0)
+    assert len(record.published) == 0, "of the second page a single token is the answer's"
+    record = bench.step(drafts=8, right=8)
+    assert len(record.published) == 3, "tokens 4 to 15"
+    bench.drain()

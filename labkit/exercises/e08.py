@@ -20,8 +20,8 @@ from labkit.attention import (
     Backend,
     PagedKVCache,
     Span,
+    gathered_chunks,
     gathered_rows,
-    single_chunks,
     static_rows,
 )
 from labkit.config import EngineConfig
@@ -148,7 +148,7 @@ def backend_of(attention: PagedAttention) -> Backend:
         tables, lengths = [row.table for row in rows], [row.length for row in rows]
         return [PagedRows(first, first + len(rows), tables, lengths, cache, attention)]
 
-    return Backend("yours", "a function of a notebook", decode, single_chunks, static_rows)
+    return Backend("yours", "a function of a notebook", decode, gathered_chunks, static_rows)
 
 
 _PROMPTS = ("the sea is", "a prime number is one that", "once upon a time there was a very old house by the")
@@ -465,7 +465,7 @@ def _run_paged(function: Callable[..., Any]) -> Run:
         gathered += len(cache.pages) * bytes_moved(rows, cache)[0]
         return backend.decode(first, rows, cache, windows)
 
-    trace, answers = serve(Backend("yours", "", decode, single_chunks, static_rows))
+    trace, answers = serve(Backend("yours", "", decode, gathered_chunks, static_rows))
     _, own = serve()
     expect(answers == own, "the engine must write the same tokens with it", f"yours {answers}, its own {own}")
     picture = notebook.bars(

@@ -1,0 +1,175 @@
+"""A second, smaller model that drafts, and what steps cost: the part of speculation that needs tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+
+from labkit.config import EngineConfig
+from labkit.memory import BlockPool
+from labkit.plan import StepPlan
+from labkit.request import Request, SamplingParams
+from labkit.runner import Runner
+from labkit.speculation import Drafter, NgramDrafter, Speculator, StepCosts
+from labkit.warmup import backend_for, warm_up
+from labkit.weights import LoadedModel, load_model
+
+_PROBED = 16  # tokens of the longest step that is timed
+_TIMES = 3
+
+
+class ModelDrafter:
+    """Drafts with a model of the same vocabulary, which keeps a KV cache of its own.
+
+    It samples with the noise of the request, so that it errs only where the two models differ. It computes a
+    request's tokens when it is first asked about it, and later those that came since.
+
+    Args:
+        runner: of that model, over a pool that nobody else uses.
+        vocab_size: of the model that checks.
+        budget: tokens in a step.
+    """
+
+    def __init__(self, runner: Runner, *, vocab_size: int, budget: int) -> None:
+        self.runner = runner
+        self.pool = runner.pool
+        self._vocab_size = vocab_size
+        self._budget = budget
+        self._twins: dict[str, Request] = {}
+
+    def propose(self, wanted: Sequence[tuple[Request, int]]) -> list[tuple[int, ...]]:
+        twins = {request.request_id: (self._twin(request), count) for request, count in wanted}
+        lengths = {name: len(twin.token_ids) for name, (twin, _) in twins.items()}
+        going = {name: twin for name, (twin, count) in twins.items() if self._seat(twin, count)}
+        while going:
+            plan, budget = StepPlan(), self._budget
+            for twin in going.values():
+                count = min(len(twin.token_ids) - twin.num_computed_tokens, budget)
+                if count:
+                    plan.add(twin, count)
+                    budget -= count
+            result = self.runner.run(plan)
+            going = {}
+            for row, (twin, tokens) in enumerate(zip(plan.requests, result.sampled, strict=True)):
+                twin.num_computed_tokens += plan.num_tokens[row]
+                if not tokens or tokens[0] >= self._vocab_size:
+                    continue
+                twin.token_ids.append(tokens[0])
+                name = twin.request_id
+                if len(twin.token_ids) < lengths[name] + twins[name][1]:
+                    going[name] = twin
+        return [tuple(twin.token_ids[lengths[name] :]) for name, (twin, _) in twins.items()]
+
+    def _twin(self, request: Request) -> Request:
+        """The request as the drafting model has it: what it computed of drafts that were wrong is void."""
+        twin = self._twins.get(request.request_id)
+        if twin is None:
+            prompt = request.token_ids[: request.num_prompt_tokens]
+            params = dataclasses.replace(request.params, logprobs=None)
+            twin = self._twins[request.request_id] = Request(
+                request.request_id, prompt, params, seed=request.seed
+            )
+        agree = min(twin.num_computed_tokens, len(request.token_ids) - 1)  # one is left to sample from
+        while twin.token_ids[:agree] != request.token_ids[:agree]:
+            agree -= 1
+        twin.num_computed_tokens = agree
+        twin.token_ids = list(request.token_ids)
+        return twin
+
+    def _seat(self, twin: Request, count: int) -> bool:
+        """Pages for the tokens known and all drafts but the last; False if there are too few."""
+        held = len(self.pool.tables.get(twin.request_id, ()))
+        need = self.pool.blocks_for(len(twin.token_ids) + count - 1) - held
+        if need > self.pool.num_free:
+            return False
+        if need > 0:
+            self.pool.allocate(twin.request_id, need)
+        return True
+
+    def forget(self, request_id: str) -> None:
+        self._twins.pop(request_id, None)
+        if request_id in self.pool.tables:
+            self.pool.release(request_id)
+
+
+def make_speculator(
+    config: EngineConfig, model: LoadedModel, runner: Runner, draft: LoadedModel | None
+) -> Speculator | None:
+    """What the configuration asks for. `draft` comes from `draft_model`."""
+    if config.speculative is None:
+        return None
+    drafter: Drafter = NgramDrafter()
+    costs = [step_times(runner, config.max_num_batched_tokens)] if config.speculative_gate else []
+    if draft is not None:
+        backend = backend_for(draft.module, config)
+        cache, graphs = warm_up(draft.module, backend, config, runner.pool.num_blocks)
+        pool = BlockPool(cache.num_blocks, config.block_size, enable_prefix_caching=False)
+        drafting = Runner(draft.module, cache, pool, backend=backend, graphs=graphs)
+        drafter = ModelDrafter(
+            drafting, vocab_size=model.config.vocab_size, budget=config.max_num_batched_tokens
+        )
+        if costs:
+            costs.append(step_times(drafting, config.max_num_batched_tokens))
+    return Speculator(drafter, config.num_speculative_tokens, _together(*costs) if costs else None)
+
+
+def _together(steps: StepCosts, drafting: StepCosts | None = None) -> StepCosts:
+    if drafting is None:
+        return steps
+    return dataclasses.replace(steps, draft_base=drafting.plain_base, draft_token=drafting.token)
+
+
+def draft_model(config: EngineConfig, model: LoadedModel) -> LoadedModel | None:
+    """The model that drafts, or None if none is to.
+
+    Raises:
+        ValueError: if it cannot be found or run, or has another vocabulary.
+    """
+    if config.speculative != "draft":
+        return None
+    draft = config.draft_model
+    if draft is None:
+        if isinstance(config.model, LoadedModel) or config.quantization:
+            raise ValueError("draft_model must be named: the model is loaded already, or in int8 itself")
+        draft = load_model(config.model, device=config.device, quantization="int8")
+    elif not isinstance(draft, LoadedModel):
+        draft = load_model(draft, dtype=config.dtype, device=config.device)
+    if draft.device.type != model.device.type:
+        raise ValueError(f"draft_model is on {draft.device}, and the model is on {model.device}")
+    if draft.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        raise ValueError(f"draft_model {draft.name} has another vocabulary than {model.name}")
+    return draft
+
+
+def step_times(runner: Runner, budget: int) -> StepCosts:
+    """What a step takes here, measured on a request that is gone afterwards: medians of a few, in seconds."""
+    pool = runner.pool
+    most = min(_PROBED, budget, pool.num_blocks * pool.block_size)
+    if most < 3:
+        return StepCosts(1.0, 1.0, 1.0)  # no room for drafts
+    name = "warm-up"
+    pool.allocate(name, pool.blocks_for(most))
+    try:
+        one, two, many = (_seconds(runner, name, count) for count in (1, 2, most))
+    finally:
+        pool.release(name)
+    token = max(0.0, (many - two) / (most - 2))
+    return StepCosts(max(two - 2 * token, 0.0), token, max(one - token, 0.0))
+
+
+def _seconds(runner: Runner, name: str, count: int) -> float:
+    """Of a step that computes `count` tokens of a request, all but the first of them drafts."""
+    taken = []
+    for _ in range(1 + _TIMES):
+        plan = StepPlan()
+        plan.add(Request(name, [0], SamplingParams()), 1, (0,) * (count - 1))
+        begin = time.perf_counter()
+        runner.run(plan)
+        if runner.model.device.type == "cuda":
+            torch.cuda.synchronize(runner.model.device)
+        taken.append(time.perf_counter() - begin)
+    return statistics.median(taken[1:])
