@@ -1,0 +1,326 @@
+"""The same model under vLLM or SGLang: `python -m labkit.export [engine options]` prints the command lines.
+
+Every setting of `EngineConfig` becomes a flag, or is one that the other engine has without a flag, or is
+named as one that has no twin: none is dropped in silence. The flags are those of `vllm serve` (vLLM 0.33)
+and of `sglang.launch_server` (SGLang 0.5.23). Neither is needed here, and neither is started.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from inspect import signature
+from typing import TYPE_CHECKING
+
+from labkit import options as opts
+from labkit.config import EngineConfig
+from labkit.speculation import NgramDrafter
+
+if TYPE_CHECKING:
+    from labkit.weights import LoadedModel
+
+_SEED = "for requests that bring none; other numbers come of it than here"
+# The longer names; those that are missing are the same everywhere.
+_DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+
+
+@dataclass
+class Command:
+    """The command line of another engine.
+
+    Attributes:
+        engine: its name, and the version whose flags these are.
+        program: what the command line begins with.
+        flags: the words that follow and what they are, each group after the settings that it comes from.
+        same: settings that need no flag, and what the other engine does.
+        without_twin: settings that the other engine does not have, and why.
+    """
+
+    engine: str
+    program: tuple[str, ...]
+    flags: list[tuple[tuple[str, ...], tuple[str, ...], str]] = field(default_factory=list)
+    same: dict[str, str] = field(default_factory=dict)
+    without_twin: dict[str, str] = field(default_factory=dict)
+
+    def flag(self, settings: str, why: str, *words: object) -> None:
+        """Add the words of one flag that comes from settings of ours, none or several with spaces between."""
+        self.flags.append((tuple(settings.split()), tuple(map(str, words)), why))
+
+    @property
+    def argv(self) -> list[str]:
+        """The command line, word by word."""
+        return [*self.program, *(word for _, words, _ in self.flags for word in words)]
+
+    @property
+    def settings(self) -> set[str]:
+        """The settings that were dealt with."""
+        flagged = {setting for settings, _, _ in self.flags for setting in settings}
+        return flagged | self.same.keys() | self.without_twin.keys()
+
+    def __str__(self) -> str:
+        """The command line for a shell, after comments that say what each flag is and what was left out."""
+        width = max(len(words[0]) for _, words, _ in self.flags)
+        lines = [f"# {self.engine}"]
+        lines += [f"#   {words[0]:<{width}}  {why}" for _, words, why in self.flags]
+        for title, settings in (("without a flag", self.same), ("no twin", self.without_twin)):
+            names: dict[str, list[str]] = {}  # of the settings of which the same is to be said
+            for name, why in settings.items():
+                names.setdefault(why, []).append(name)
+            lines += [f"# {title}:", *(f"#   {', '.join(those)}: {why}" for why, those in names.items())]
+        groups = [self.program, *(words for _, words, _ in self.flags)]
+        return "\n".join(lines) + "\n" + " \\\n  ".join(shlex.join(group) for group in groups)
+
+
+def commands(config: EngineConfig) -> dict[str, Command]:
+    """The command lines that serve the same model with the same settings, as far as that goes.
+
+    Returns:
+        One command for each of "vllm" and "sglang".
+
+    Raises:
+        ValueError: for a model without files, such as "tiny-random", or one that is already loaded.
+    """
+    path, name = _path(config.model, "model")
+    out = {
+        "vllm": Command("vLLM 0.33", ("vllm", "serve", path)),
+        "sglang": Command("SGLang 0.5.23", ("python", "-m", "sglang.launch_server", "--model-path", path)),
+    }
+    own: dict[str, Callable[[EngineConfig, Command], None]] = {"vllm": _vllm, "sglang": _sglang}
+    for engine, command in out.items():
+        command.flag("model", "the name that clients say, as here", "--served-model-name", name)
+        command.flag("", "where it listens, as here", "--host", "127.0.0.1")
+        command.flag("", "and at which port", "--port", 8000)
+        own[engine](config, command)
+        _no_twin(config, command)
+        for entry in fields(config):
+            if entry.name in command.settings:
+                continue
+            if getattr(config, entry.name) == entry.default:
+                command.same[entry.name] = "off here, or left to the engine"
+            else:
+                command.without_twin[entry.name] = "no flag is known for it"
+    return out
+
+
+def _path(model: str | os.PathLike[str] | LoadedModel, what: str) -> tuple[str, str]:
+    """What the other engine loads, and the name that clients of ours know it by."""
+    from labkit.weights import HUB_IDS, TINY  # here, for it takes seconds
+
+    if not isinstance(model, str | os.PathLike):
+        raise ValueError(f"{what}: {model.name!r} is loaded already; name its Hub id or its folder")
+    model = os.fspath(model)
+    if model == TINY:
+        raise ValueError(f"{what}: {TINY!r} is made in memory and has no files for another engine")
+    folder = os.path.expanduser(model)
+    if os.path.isdir(folder):
+        return folder, os.path.basename(os.path.realpath(folder))
+    return HUB_IDS.get(model, model), model
+
+
+def _seats(config: EngineConfig) -> tuple[int, str]:
+    if config.scheduler in ("naive", "uncached"):
+        return 1, f"one request at a time, as scheduler={config.scheduler!r} has it"
+    return config.max_num_seqs, "seats: requests that run at once"
+
+
+def _dtype(config: EngineConfig) -> tuple[str, str]:
+    if config.as_t4:
+        return "float16", "what a T4 computes in"
+    if config.dtype == "auto":
+        return "auto", "that of the checkpoint, in 16 bits; labkit takes float32 on a CPU"
+    return _DTYPES.get(config.dtype, config.dtype), "of weights, activations and KV cache"
+
+
+# -- one engine at a time --------------------------------------------------------------------------
+
+
+def _vllm(config: EngineConfig, out: Command) -> None:
+    dtype, why = _dtype(config)
+    out.flag("dtype", why, "--dtype", dtype)
+    if config.device == "auto":
+        out.same["device"] = "the one that the installed vLLM was built for"
+    else:
+        out.without_twin["device"] = "the installed vLLM has one; CUDA_VISIBLE_DEVICES says which GPU"
+    odd = "" if config.block_size % 16 == 0 else "; its CUDA kernels want a multiple of 16"
+    out.flag("block_size", f"tokens to a page{odd}", "--block-size", config.block_size)
+    if config.num_blocks is None:
+        out.same["num_blocks"] = "what memory holds (--gpu-memory-utilization)"
+    else:
+        out.flag("num_blocks", "pages of the KV cache", "--num-gpu-blocks-override", config.num_blocks)
+    if config.max_model_len is not None:
+        out.flag("max_model_len", "longest prompt + answer", "--max-model-len", config.max_model_len)
+    elif config.num_blocks is not None:
+        out.flag("max_model_len", "the model's own limit, or what the pool holds", "--max-model-len", "auto")
+    else:
+        out.same["max_model_len"] = "the model's own limit"
+    seats, why = _seats(config)
+    out.flag("max_num_seqs", why, "--max-num-seqs", seats)
+    budget = config.max_num_batched_tokens
+    out.flag("max_num_batched_tokens", "token budget of a step", "--max-num-batched-tokens", budget)
+    if config.enable_chunked_prefill:
+        out.flag("enable_chunked_prefill", "prompts in pieces beside decode", "--enable-chunked-prefill")
+    else:
+        why = "whole prompts; the budget must then be no less than --max-model-len"
+        out.flag("enable_chunked_prefill", why, "--no-enable-chunked-prefill")
+    cache = "--enable-prefix-caching" if config.enable_prefix_caching else "--no-enable-prefix-caching"
+    out.flag("enable_prefix_caching", "keep pages for later prompts with the same start, or not", cache)
+    why = "requests may bring a priority, lower first, as here"
+    out.flag("", why, "--scheduling-policy", "priority")
+    if config.attention_backend == "triton":
+        out.flag("attention_backend", "a Triton kernel", "--attention-backend", "TRITON_ATTN")
+    elif config.attention_backend == "sdpa":
+        out.without_twin["attention_backend"] = "PyTorch's own attention is not among its kernels for text"
+    if not config.cuda_graphs:
+        out.flag("cuda_graphs", "no CUDA graphs, and no torch.compile either", "--enforce-eager")
+    out.flag("seed", _SEED, "--seed", config.seed)
+    if drafter := _drafter(config, out):
+        how: dict[str, object] = {"method": "draft_model", "model": drafter}
+        if drafter == "ngram":
+            sizes = signature(NgramDrafter).parameters
+            how = {"method": "ngram", "prompt_lookup_max": sizes["longest"].default}
+            how["prompt_lookup_min"] = sizes["shortest"].default
+        how["num_speculative_tokens"] = config.num_speculative_tokens
+        settings = "speculative draft_model num_speculative_tokens"
+        out.flag(settings, "who drafts, and how many tokens", "--speculative-config", json.dumps(how))
+
+
+def _sglang(config: EngineConfig, out: Command) -> None:
+    dtype, why = _dtype(config)
+    out.flag("dtype", why, "--dtype", dtype)
+    device, _, number = config.device.partition(":")
+    if device == "auto":
+        out.same["device"] = "found by itself"
+    else:
+        out.flag("device", "what it runs on", "--device", device)
+        if number:
+            out.flag("device", "which of them", "--base-gpu-id", number)
+    out.flag("block_size", "tokens to a page", "--page-size", config.block_size)
+    if config.num_blocks is None:
+        out.same["num_blocks"] = "what memory holds (--mem-fraction-static)"
+    else:
+        tokens = config.num_blocks * config.block_size
+        out.flag("num_blocks", "tokens of the KV cache: pages x page size", "--max-total-tokens", tokens)
+    if config.max_model_len is not None:
+        out.flag("max_model_len", "longest prompt + answer", "--context-length", config.max_model_len)
+    else:
+        out.same["max_model_len"] = "the model's own limit, or what the pool holds"
+    seats, why = _seats(config)
+    out.flag("max_num_seqs", why, "--max-running-requests", seats)
+    drafter = _drafter(config, out)
+    whole = not config.enable_chunked_prefill
+    budget = "--max-prefill-tokens" if whole else "--chunked-prefill-size"
+    why = "prompt tokens of a step; decode is not counted there"
+    out.flag("max_num_batched_tokens", why, budget, config.max_num_batched_tokens)
+    if whole:
+        out.flag("enable_chunked_prefill", "whole prompts", "--chunked-prefill-size", -1)
+    elif drafter == "ngram":
+        out.without_twin["enable_chunked_prefill"] = "in pieces, but not beside decode while n-grams draft"
+    else:
+        out.flag("enable_chunked_prefill", "prompts in pieces beside decode", "--enable-mixed-chunk")
+    if config.enable_prefix_caching:
+        out.same["enable_prefix_caching"] = "a radix tree, as here"
+    else:
+        out.flag("enable_prefix_caching", "no prefix cache", "--disable-radix-cache")
+    out.flag("", "requests may bring a priority, as here", "--enable-priority-scheduling")
+    out.flag("", "lower first", "--schedule-low-priority-values-first")
+    out.flag("", "and that of requests that bring none", "--default-priority-value", 0)
+    if config.attention_backend != "auto":
+        backend = {"triton": "triton", "sdpa": "torch_native"}[config.attention_backend]
+        out.flag("attention_backend", "the kernel", "--attention-backend", backend)
+    if not config.cuda_graphs:
+        out.flag("cuda_graphs", "no CUDA graphs of decode steps", "--disable-decode-cuda-graph")
+        out.flag("cuda_graphs", "nor of prompts", "--disable-prefill-cuda-graph")
+    out.flag("seed", _SEED, "--random-seed", config.seed)
+    if not drafter:
+        return
+    if drafter == "ngram":
+        out.flag("speculative", "who drafts (needs CUDA)", "--speculative-algorithm", "NGRAM")
+    else:
+        out.flag("speculative", "a smaller model drafts", "--speculative-algorithm", "STANDALONE")
+        out.flag("draft_model", "that model", "--speculative-draft-model-path", drafter)
+        steps = config.num_speculative_tokens
+        out.flag("num_speculative_tokens", "drafts in a row", "--speculative-num-steps", steps)
+        out.flag("num_speculative_tokens", "one for each place", "--speculative-eagle-topk", 1)
+    checked = config.num_speculative_tokens + 1
+    why = "tokens checked at once: the drafts, and the one that they follow"
+    out.flag("num_speculative_tokens", why, "--speculative-num-draft-tokens", checked)
+
+
+def _drafter(config: EngineConfig, out: Command) -> str | None:
+    """Who drafts: "ngram", or the path of a model; None for nobody, which is named where it was wanted."""
+    if config.speculative is None:
+        return None
+    if config.speculative_gate:
+        out.without_twin["speculative_gate"] = "it drafts whether that pays or not"
+    if config.speculative == "ngram":
+        return "ngram"
+    if config.draft_model is None:
+        out.without_twin["speculative"] = "the model itself in 8 bits drafts: name a draft_model"
+        out.without_twin["num_speculative_tokens"] = "nobody drafts there"
+        return None
+    return _path(config.draft_model, "draft_model")[0]
+
+
+def _no_twin(config: EngineConfig, out: Command) -> None:
+    """Name what neither engine has."""
+    without, same = out.without_twin, out.same
+    if config.scheduler == "continuous":
+        same["scheduler"] = "requests join and leave at every step"
+    elif config.scheduler == "static":
+        without["scheduler"] = "'static': it batches continuously, always"
+    elif config.scheduler == "uncached":
+        without["scheduler"] = "'uncached': it keeps its KV cache, always"
+    else:
+        same["scheduler"] = "'naive': one seat"
+    if config.kv_policy == "paged":
+        same["kv_policy"] = "pages as tokens come"
+    else:
+        without["kv_policy"] = f"{config.kv_policy!r}: pages are taken as tokens come, always"
+    if config.quantization is None:
+        same["quantization"] = "none, unless the checkpoint's own config asks for it"
+    else:
+        why = "not made while loading; a checkpoint that was quantised before says so itself"
+        without["quantization"] = f"{config.quantization!r}: {why}"
+    if config.fused_projections:
+        same["fused_projections"] = "always fused"
+    else:
+        without["fused_projections"] = "always fused"
+    if config.packed_weights:
+        same["packed_weights"] = "its kernels lay weights out themselves"
+    else:
+        without["packed_weights"] = "its kernels lay weights out themselves"
+    if config.num_threads is not None:
+        without["num_threads"] = f"set OMP_NUM_THREADS={config.num_threads} for it"
+    if config.as_t4:
+        without["as_t4"] = "float16 is asked for; kernels for newer GPUs are used all the same"
+    without["max_trace_steps"] = "it keeps no record of its steps; /metrics has the counts"
+    if config.audit:
+        without["audit"] = "its rules are checked by its own tests"
+
+
+# -- the program ----------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print both command lines. Returns the exit status."""
+    parser = opts.Parser(
+        prog="labkit.export", description="Command lines that serve the same model with vLLM and SGLang."
+    )
+    opts.add_engine(parser, num_blocks=None)
+    given = vars(parser.parse_args(arguments))
+    try:
+        names = {entry.name for entry in fields(EngineConfig)}
+        found = commands(EngineConfig(**{name: value for name, value in given.items() if name in names}))
+    except ValueError as error:
+        print(f"labkit.export: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print("\n\n".join(map(str, found.values())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

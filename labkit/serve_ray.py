@@ -1,0 +1,122 @@
+"""Many engines behind one address, by Ray Serve; `python -m labkit.scale` is the program.
+
+A replica is one engine and its API in a process of its own, on any machine of a Ray cluster on which labkit
+is installed. Ray does the rest: it starts them, spreads the calls, streams the answers through its proxy,
+replaces a replica whose engine has failed, follows the load, and lets a replica that it stops finish first.
+
+Calls go to the less busy of two replicas drawn at random, or, with `routing="session"`, all calls with the
+same `X-Session-Id` header to one replica, whose prefix cache then knows the talk (`ConsistentHashRouter`).
+Ray's `PrefixCacheAffinityRouter` is of no use here: it looks for the prompt in the arguments of a call from
+one deployment to another, and what the proxy hands to a deployment with routes is bytes.
+
+What a replica counts is its own: `/metrics` and `/health` answer for the one that is asked, and the limits
+are those of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ray import serve
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+
+from labkit import options as opts
+from labkit.calls import Options
+from labkit.live import EngineStoppedError
+from labkit.server import create_app
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+_SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """How many replicas, and what each has.
+
+    Args:
+        fewest: replicas; so many at the start.
+        most: replicas under load.
+        busy: calls under way in a replica above which another is added.
+        threads: cores of each.
+        gpus: of each, 0 to 1; below 1, replicas share one.
+        ongoing: calls that a replica takes at once; those beyond wait in Ray's queue.
+        queued: calls that may wait there; those beyond are answered with status 503.
+        drain_seconds: that the answers of a replica have to end when it is stopped.
+        routing: "load" or "session", see above.
+    """
+
+    fewest: int = 1
+    most: int = 1
+    busy: int = 32
+    threads: int = 1
+    gpus: float = 0.0
+    ongoing: int = 64
+    queued: int = 1024
+    drain_seconds: float = 30.0
+    routing: Literal["load", "session"] = "load"
+
+
+class _Replica:
+    """What Ray asks of a replica besides its routes; Ray's wrapper has the `app`."""
+
+    app: FastAPI
+
+    def check_health(self) -> None:
+        """Raise if the engine has stopped: Ray then puts another replica into this one's place."""
+        live = self.app.state.server.engine()
+        if live.failure is not None:
+            raise EngineStoppedError(f"the engine failed: {live.failure}")
+
+
+def application(given: argparse.Namespace, replicas: Replicas) -> serve.Application:
+    """The API on so many engines, for `serve.run`.
+
+    Args:
+        given: the options of `labkit.server`.
+        replicas: how many, and what each has.
+    """
+
+    def build() -> FastAPI:  # by each replica, in its own process
+        import torch
+
+        torch.set_num_threads(replicas.threads)
+        return create_app(opts.load(given, trace_steps=1), _options(given))
+
+    many: dict[str, Any] = {"num_replicas": replicas.fewest}
+    if replicas.most > replicas.fewest:
+        many = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=replicas.fewest,
+                max_replicas=replicas.most,
+                target_ongoing_requests=replicas.busy,
+            )
+        }
+    if replicas.routing == "session":
+        many["request_router_config"] = RequestRouterConfig(request_router_class=_SESSION_ROUTER)
+    deployment = serve.deployment(
+        serve.ingress(build)(_Replica),
+        name="engine",
+        ray_actor_options={"num_cpus": replicas.threads, "num_gpus": replicas.gpus},
+        max_ongoing_requests=replicas.ongoing,
+        max_queued_requests=replicas.queued,
+        health_check_period_s=5,
+        graceful_shutdown_wait_loop_s=1,
+        graceful_shutdown_timeout_s=replicas.drain_seconds,
+        **many,
+    )
+    return deployment.bind()
+
+
+def _options(given: argparse.Namespace) -> Options:
+    return Options(
+        limits=opts.limits_of(given),
+        api_key=given.api_key,
+        model_name=given.served_model_name,
+        request_seconds=given.request_seconds,
+        cors=given.cors,
+        log_prompts=given.log_prompts,
+    )
