@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Sequence
 
@@ -146,23 +145,25 @@ def draft_model(config: EngineConfig, model: LoadedModel) -> LoadedModel | None:
 
 
 def step_times(runner: Runner, budget: int) -> StepCosts:
-    """What a step takes here, measured on a request that is gone afterwards: medians of a few, in seconds."""
+    """What a step takes here, in seconds, measured on a request that is gone afterwards."""
     pool = runner.pool
     most = min(_PROBED, budget, pool.num_blocks * pool.block_size)
     if most < 3:
         return StepCosts(1.0, 1.0, 1.0)  # no room for drafts
+    few = 2 if runner.graphs else 1  # a step of one token may be a graph, which drafts have to leave
     name = "warm-up"
     pool.allocate(name, pool.blocks_for(most))
     try:
-        one, two, many = (_seconds(runner, name, count) for count in (1, 2, most))
+        many, some = _seconds(runner, name, most), _seconds(runner, name, few)
+        one = _seconds(runner, name, 1) if runner.graphs else some
     finally:
         pool.release(name)
-    token = max(0.0, (many - two) / (most - 2))
-    return StepCosts(max(two - 2 * token, 0.0), token, max(one - token, 0.0))
+    token = max(0.0, (many - some) / (most - few))
+    return StepCosts(max(some - few * token, 0.0), token, max(one - token, 0.0))
 
 
 def _seconds(runner: Runner, name: str, count: int) -> float:
-    """Of a step that computes `count` tokens of a request, all but the first of them drafts."""
+    """The shortest of a few steps that compute `count` tokens of a request, all but the first drafts."""
     taken = []
     for _ in range(1 + _TIMES):
         plan = StepPlan()
@@ -172,4 +173,4 @@ def _seconds(runner: Runner, name: str, count: int) -> float:
         if runner.model.device.type == "cuda":
             torch.cuda.synchronize(runner.model.device)
         taken.append(time.perf_counter() - begin)
-    return statistics.median(taken[1:])
+    return min(taken[1:])

@@ -30,14 +30,18 @@ from labkit.visitors import GRACE, Visitors
 
 logger = logging.getLogger(__name__)
 
-# The knobs of the page: a choice of words, or the least and the most that a number may be.
+# The knobs of the page: a choice of values, or the least and the most that a number may be.
 SIZES = {
     "block_size": (1, 256),
     "num_blocks": (4, 4096),
     "max_num_seqs": (1, 256),
     "max_num_batched_tokens": (1, 8192),
 }
-CHOICES = {"scheduler": ("continuous", "static", "naive"), "kv_policy": KV_POLICIES}
+CHOICES = {
+    "scheduler": ("continuous", "static", "naive"),
+    "kv_policy": KV_POLICIES,
+    "speculative": (None, "ngram"),
+}
 FLAGS = ("enable_prefix_caching", "enable_chunked_prefill")
 KEPT_TRACES = 12
 KNOBS = (*CHOICES, *SIZES, *FLAGS)
@@ -55,7 +59,7 @@ class Bench:
 
     @classmethod
     def around(cls, live: LiveEngine, limits: Limits) -> Bench:
-        feed = Feed(live.engine.trace.meta)
+        feed = Feed(live.engine.trace.meta, speculative=live.engine.config.speculative)
         desk = Desk(live, limits)
         return cls(live, feed, desk, Player(desk), live.listen(feed.append, last=WINDOW))
 
@@ -112,6 +116,7 @@ class Lab:
         self._writers = TraceWriters(trace_file) if trace_file else None
         self.bench = self._seat(live)
         self.base = self.settings  # what the lab started with
+        self._draft_model = live.engine.config.draft_model
         self.version = 0  # changes whenever `status` does, but for its counts
 
     @property
@@ -183,6 +188,7 @@ class Lab:
         of_the_model: dict[str, Any] = {"dtype": "auto", "device": "auto", "quantization": None}
         of_the_model |= {"fused_projections": True, "packed_weights": True}  # as it was loaded, in fact
         values = self.settings | dict(settings)
+        of_the_model["draft_model"] = self._draft_model if values["speculative"] == "draft" else None
         return dataclasses.replace(live.engine.config, model=live.engine.model, **of_the_model, **values)
 
     def _swap(self, config: EngineConfig, then: Callable[[Bench], None]) -> None:
@@ -244,7 +250,8 @@ class Lab:
         """Play a preset for a visitor, on the settings that it needs.
 
         The one that was played last runs on the settings as they are now, so that a knob can be turned in
-        between. Sizes that neither `settings` nor the preset name go back to what the lab started with.
+        between. Sizes and speculation that neither `settings` nor the preset name go back to what the lab
+        started with.
 
         Returns as `change` does, and raises as it and `Player.play` do.
         """
@@ -254,8 +261,8 @@ class Lab:
         wanted = dict(settings or {})
         check_settings(wanted)
         if self._played != name:
-            sizes = {knob: self.base[knob] for knob in SIZES}
-            wanted = {**sizes, **preset.settings, **wanted}
+            fresh = {knob: self.base[knob] for knob in (*SIZES, "speculative")}
+            wanted = {**fresh, **preset.settings, **wanted}
             budget = wanted["max_num_batched_tokens"]
             if "max_num_seqs" not in (settings or {}):
                 wanted["max_num_seqs"] = min(wanted["max_num_seqs"], budget)
@@ -313,7 +320,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             check_number(name, value, *SIZES[name], whole=True)
         elif name in CHOICES:
             if value not in CHOICES[name]:
-                raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, not {value!r}")
+                known = ", ".join(map(str, CHOICES[name]))
+                raise ValueError(f"{name} must be one of {known}, not {value!r}")
         elif name in FLAGS:
             check_flag(name, value)
         else:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from labkit.live import LiveEngine
-from labkit.trace import StepRecord, Trace
-from labkit.views.canvas import looks, pack_bits
+from labkit.trace import Row, StepRecord, Trace
+from labkit.views.canvas import Decode, looks, pack_bits, words_of
 
 _LOOK_BACK = 2_000  # steps, to find who had a page last
 
@@ -25,7 +25,7 @@ def step_facts(live: LiveEngine, step: int) -> dict[str, Any]:
     trace = live.engine.trace
     record, state = trace.at(step), trace.state(step)
     decode = live.engine.model.tokenizer.decode
-    return {
+    facts = {
         "step": step,
         "ms": round(1000 * record.seconds, 3),
         "rows": [
@@ -36,6 +36,7 @@ def step_facts(live: LiveEngine, step: int) -> dict[str, Any]:
                 row.start,
                 row.num_tokens,
                 decode(list(row.sampled)),
+                *_drafts(row, decode),
             ]
             for row in record.rows
         ],
@@ -49,6 +50,18 @@ def step_facts(live: LiveEngine, step: int) -> dict[str, Any]:
         "blocked": record.blocked,
         "free": record.free_blocks,
     }
+    if record.returned:
+        facts["returned"] = record.returned
+    if record.held_back:
+        facts["held_back"] = record.held_back
+    return facts
+
+
+def _drafts(row: Row, decode: Decode) -> tuple[Any, ...]:
+    """How many tokens were drafted, how many of them were right, and all of them as text."""
+    if not row.drafted:
+        return ()
+    return len(row.drafted), row.num_accepted, words_of(row.drafted, decode)
 
 
 def page_facts(live: LiveEngine, block: int, step: int | None = None) -> dict[str, Any]:
@@ -76,20 +89,26 @@ def page_facts(live: LiveEngine, block: int, step: int | None = None) -> dict[st
     cached = block in state.cached
     last = None if owners else _last_owner(trace, block, records[-1].step if step is None else step)
     known = max(owners, key=lambda owner: owner[2]) if owners else (*last, size) if last and cached else None
+    record = None if step is None else trace.at(step)
     return {
         "block": block,
         "owners": owners,
         "cached": cached,
         "last": last,
-        "tokens": _tokens(live, known[0], known[1] * size, known[2]) if known else None,
+        "tokens": _tokens(live, known[0], known[1] * size, known[2], record) if known else None,
     }
 
 
 def _last_owner(trace: Trace, block: int, step: int) -> tuple[str, int] | None:
     """Who gave this page back last, before the end of a step, and where in their table it was."""
     for record in reversed(trace.records[-_LOOK_BACK:]):
-        if record.step <= step and (owner := _gave_back(record, block)):
+        if record.step > step:
+            continue
+        if owner := _gave_back(record, block):
             return owner
+        for name, blocks in record.returned:
+            if block in blocks:
+                return name, trace.state(record.step).tables[name].index(block)
     return None
 
 
@@ -101,10 +120,16 @@ def _gave_back(record: StepRecord, block: int) -> tuple[str, int] | None:
     return None
 
 
-def _tokens(live: LiveEngine, request_id: str, start: int, count: int) -> list[str] | None:
+def _tokens(
+    live: LiveEngine, request_id: str, start: int, count: int, record: StepRecord | None
+) -> list[str] | None:
+    """The tokens of a request from `start` on, after the latest step or during that of the record."""
     try:
         output = live.output(request_id)
     except KeyError:
         return None
-    ids = (output.prompt_token_ids + output.token_ids)[start : start + count]
-    return [live.engine.model.tokenizer.decode([token]) for token in ids]
+    ids = output.prompt_token_ids + output.token_ids
+    for row in record.rows if record else ():
+        if row.request_id == request_id and row.drafted:  # what it guessed, right or wrong
+            ids = [*ids[: row.start + 1], *row.drafted]
+    return words_of(ids[start : start + count], live.engine.model.tokenizer.decode)

@@ -35,6 +35,7 @@ class Metrics:
         self._live: LiveEngine | None = None
         self._stop: Callable[[], None] = lambda: None
         self._tokens: dict[str, int] = {}  # sampled so far, of requests under way
+        self._drafts: _Drafts | None = None  # once there is an engine that drafts
 
         def gauge(name: str, what: str) -> Gauge:
             made = Gauge(PREFIX + name, what, ["model_name"], registry=self.registry)
@@ -80,6 +81,9 @@ class Metrics:
                 return
             self._stop()
             self._live, self._tokens = live, {}
+            config = live.engine.config
+            if config.speculative and self._drafts is None:
+                self._drafts = _Drafts(self.registry, self._model, config.num_speculative_tokens)
             self._stop = live.listen(lambda record: self._hear(live, record))
 
     def text(self) -> bytes:
@@ -97,6 +101,8 @@ class Metrics:
                 self.hits.inc(admission.num_cached_tokens)
         self.preemptions.inc(len(record.preempted))
         self.generation_tokens.inc(record.total_sampled)
+        if self._drafts and record.drafted:
+            self._drafts.count(record)
         outputs = live.engine.outputs
         for name, sampled in zip(record.requests, record.sampled, strict=True):
             if sampled:
@@ -116,12 +122,13 @@ class Metrics:
             return
         if before == 0:
             self.prompt_tokens.inc(len(output.prompt_token_ids))
-        times = output.metrics.token_times[: before + count]
-        for i in range(before, len(times)):
-            if i == 0:
-                self.ttft.observe(times[0] - output.metrics.arrival_time)
-            else:
-                self.itl.observe(times[i] - times[i - 1])
+        times = output.metrics.token_times
+        if before >= len(times):  # of another request, which has taken the name
+            return
+        if before == 0:
+            self.ttft.observe(times[0] - output.metrics.arrival_time)
+        else:  # once for all that come together, as in vLLM
+            self.itl.observe(times[before] - times[before - 1])
 
     def _finished(self, output: RequestOutput) -> None:
         metrics, times = output.metrics, output.metrics.token_times
@@ -134,3 +141,31 @@ class Metrics:
         if times and metrics.first_scheduled_time is not None:
             self.prefill_time.observe(times[0] - metrics.first_scheduled_time)
             self.decode_time.observe(times[-1] - times[0])
+
+
+class _Drafts:
+    """Counters of drafts, from zero on."""
+
+    def __init__(self, registry: CollectorRegistry, model: str, most: int) -> None:
+        def counter(name: str, what: str, *labels: str) -> Counter:
+            full = f"{PREFIX}spec_decode_{name}"
+            return Counter(full, what, ["model_name", *labels], registry=registry)
+
+        self._model = model
+        self.rows = counter("num_drafts", "Times that a request had drafts in a step.").labels(model)
+        self.drafted = counter("num_draft_tokens", "Tokens drafted.").labels(model)
+        self.accepted = counter("num_accepted_tokens", "Drafted tokens that were right.").labels(model)
+        self._by_place = counter(
+            "num_accepted_tokens_per_pos", "Drafted tokens that were right, by place.", "position"
+        )
+        for place in range(most):
+            self._by_place.labels(model, str(place))
+
+    def count(self, record: StepRecord) -> None:
+        for row in record.rows:
+            if row.drafted:
+                self.rows.inc()
+                self.drafted.inc(len(row.drafted))
+                self.accepted.inc(row.num_accepted)
+                for place in range(row.num_accepted):
+                    self._by_place.labels(self._model, str(place)).inc()

@@ -111,7 +111,7 @@ class News:
         if record is None:
             return 0, None
         if record is not self._foreseen:
-            packed = bench.feed.preview(record)
+            packed = bench.feed.preview(record, bench.live.engine.model.tokenizer.decode)
             if packed is None:  # the pictures lag behind: the next moment will have it
                 return 0, None
             self._key, self._foreseen, self._plan = self._key + 1, record, packed

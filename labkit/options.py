@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from labkit.limits import Limits
     from labkit.live import LiveEngine
+    from labkit.weights import LoadedModel
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch's words, in lower case
 
@@ -75,6 +76,18 @@ def add_engine(parser: argparse.ArgumentParser, *, num_blocks: int | None) -> No
         type=positive,
         default=512,
         help="token budget of a step (default: %(default)s)",
+    )
+    add(
+        "--speculative",
+        choices=("ngram", "draft"),
+        help="who drafts tokens for a step to check: the text so far, or a smaller model (default: nobody)",
+    )
+    add("--draft-model", help="that drafts, named as --model is (default: the same in 8 bits)")
+    add(
+        "--num-speculative-tokens",
+        type=positive,
+        default=8,
+        help="drafts of a request in a step, at most (default: %(default)s)",
     )
     add(
         "--scheduler",
@@ -147,6 +160,9 @@ def load(options: argparse.Namespace, *, trace_steps: int) -> LiveEngine:
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             scheduler=options.scheduler,
+            speculative=options.speculative,
+            draft_model=_draft_model(options),
+            num_speculative_tokens=options.num_speculative_tokens,
             max_trace_steps=trace_steps,
         )
         return LiveEngine(Engine(config))
@@ -158,3 +174,14 @@ def load(options: argparse.Namespace, *, trace_steps: int) -> LiveEngine:
         raise StartError("too little memory: lower --num-blocks, or take a smaller --model") from None
     except ValueError as error:
         raise StartError(" ".join(str(error).split())) from None
+
+
+def _draft_model(options: argparse.Namespace) -> LoadedModel | str | None:
+    """The model that drafts, loaded once for all engines to come; what cannot be, the engine refuses."""
+    if options.speculative != "draft" or (options.quantization and not options.draft_model):
+        return options.draft_model
+    from labkit.weights import load_model
+
+    if options.draft_model is None:
+        return load_model(options.model, device=options.device, quantization="int8")
+    return load_model(options.draft_model, dtype=options.dtype, device=options.device)

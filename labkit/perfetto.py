@@ -110,6 +110,10 @@ def _steps(trace: Trace, clock: _Clock) -> Iterator[Event]:
             "waiting": record.waiting,
             "free pages": record.free_blocks,
         }
+        if record.drafted:
+            facts |= {"tokens drafted": record.total_drafted, "drafts right": record.total_accepted}
+        if record.held_back:
+            facts["drafts held back"] = style.label(record.held_back, 200)
         if record.blocked:
             who, why = record.blocked
             facts["blocked"] = f"request {style.label(who, _MAX_NAME)}: {style.label(why, 200)}"
@@ -171,6 +175,8 @@ def _span_facts(span: Span) -> Event:
         facts["chunk"] = "more of the prompt is to come"
     if span.sampled:
         facts["tokens generated"] = len(span.sampled)
+    if span.drafted:
+        facts |= {"tokens drafted": span.drafted, "drafts right": span.accepted}
     if span.padding:
         facts["padding"] = span.padding
     return facts

@@ -69,6 +69,17 @@ _LONG = (
     "The keeper writes down the weather every morning: wind, clouds, the height of the waves and the ships "
     "that pass. In winter the path is closed by ice, and food comes by boat when the sea allows it. "
 ) * 6
+_PASSAGE = (
+    "The ferry leaves the old harbour at a quarter past seven. It carries letters, milk, two bicycles and a "
+    "dog that belongs to nobody. Halfway across, the captain blows the horn three times, because his sister "
+    "lives on the small island, and she waves from the kitchen window. At eight the ferry arrives, and the "
+    "dog is the first to go ashore."
+)
+_ANOTHER = (
+    "Every evening the librarian walks through all the rooms and turns off the lamps. She puts the books "
+    "back on their shelves, closes the windows, and feeds the grey cat that sleeps under the stairs. Then "
+    "she locks the heavy door, looks up at the stars, and goes home along the river."
+)
 _LENGTHS = (8, 96, 16, 24, 8, 64, 12, 32, 8, 48, 16, 8)
 
 PRESETS = (
@@ -128,6 +139,18 @@ PRESETS = (
         ),
         {"enable_prefix_caching": True},
         talk=True,
+    ),
+    Preset(
+        "copy",
+        "A text that copies itself",
+        "Two answers repeat what they were given, and speculation guesses what comes next from the text so "
+        "far: solid stripes along a bar are guesses that a step kept, pale ones were wrong; then set "
+        "speculation to off and play it again: the same answers, token by token.",
+        tuple(
+            Line(f"Repeat the following text word for word:\n\n{text}", tokens)
+            for text, tokens in ((_PASSAGE, 72), (_ANOTHER, 44))
+        ),
+        {"speculative": "ngram", "scheduler": "continuous", "max_num_seqs": 1},
     ),
 )
 BY_NAME = {preset.name: preset for preset in PRESETS}

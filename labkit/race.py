@@ -6,6 +6,7 @@ must give the same tokens: if they do not, the engine has a fault, and `Race.che
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -41,13 +42,18 @@ class RaceCancelled(RaceError):
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to run the requests. `max_num_batched_tokens` None takes that of the workload."""
+    """One way to run the requests. `max_num_batched_tokens` None takes that of the workload.
+
+    Drafts of `speculative` (see `EngineConfig`) are as many as may be, whether that pays or not: so a race is
+    the same on any machine.
+    """
 
     name: str
     scheduler: str = "continuous"
     kv_policy: str = "paged"
     enable_chunked_prefill: bool = True
     max_num_batched_tokens: int | None = None
+    speculative: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ class Result:
     seconds: float  # from the start to the end of the last step
     tokens: tuple[tuple[int, ...], ...]  # generated, for each request
     ttft: tuple[float, ...]  # time to the first token, from each request's arrival
-    itl: tuple[float, ...]  # all gaps between a token and the next of the same request
+    itl: tuple[float, ...]  # between a token and the next of its request; 0 if both come at once
 
     @property
     def generated(self) -> int:
@@ -143,6 +149,16 @@ class Result:
     def padding(self) -> int:
         """Slots computed for nothing, in static batches."""
         return sum(sum(record.padding) for record in self.trace)
+
+    @property
+    def drafted(self) -> int:
+        return sum(record.total_drafted for record in self.trace)
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the drafted tokens that were right; None if there were none."""
+        accepted = sum(record.total_accepted for record in self.trace)
+        return accepted / self.drafted if self.drafted else None
 
     @cached_property
     def _usage(self) -> list[tuple[int, int]]:
@@ -179,8 +195,8 @@ class Result:
 
     @property
     def itl_median(self) -> float | None:
-        """None if no answer has two tokens."""
-        return statistics.median(self.itl) if self.itl else None
+        """None if no answer has two tokens. Tokens that come together have an equal share of the gap."""
+        return statistics.median(_shared(self.itl)) if self.itl else None
 
     @property
     def itl_max(self) -> float | None:
@@ -277,6 +293,8 @@ def config_of(model: LoadedModel, workload: Workload, setting: Setting) -> Engin
         scheduler=setting.scheduler,  # type: ignore[arg-type]
         kv_policy=setting.kv_policy,  # type: ignore[arg-type]
         enable_chunked_prefill=setting.enable_chunked_prefill,
+        speculative=setting.speculative,  # type: ignore[arg-type]
+        speculative_gate=False,
     )
 
 
@@ -362,3 +380,15 @@ def _first(output: RequestOutput) -> float:
 
 def _gaps(output: RequestOutput) -> list[float]:
     return [b - a for a, b in pairwise(output.metrics.token_times)]
+
+
+def _shared(gaps: Sequence[float]) -> list[float]:
+    """Gaps in order; each one is divided among the token after it and those that came with that."""
+    shared: list[float] = []
+    together: list[float] = []
+    for gap in (*gaps, math.inf):
+        if gap and together:
+            shared += [sum(together) / len(together)] * len(together)
+            together = []
+        together.append(gap)
+    return shared

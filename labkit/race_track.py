@@ -183,15 +183,20 @@ _NUMBERS: tuple[tuple[str, Callable[[Result], float | None], str, int, str], ...
     ("Padding", lambda r: r.padding, "{:,} slots", -1, "computed for nothing, to keep a batch in step"),
     ("Preemptions", lambda r: r.preemptions, "{:,}", -1, "requests that lost their pages and began again"),
 )
+_DRAFTS: tuple[tuple[str, Callable[[Result], float | None], str, int, str], ...] = (  # if anybody drafts
+    ("Drafted", lambda r: r.drafted, "{:,} tokens", 0, "guessed, and computed to see if they are right"),
+    ("Drafts right", lambda r: r.acceptance, "{:.0%}", 0, "share of drafted tokens that an answer kept"),
+)
 
 
 def pack(race: Race, course: str) -> dict[str, Any]:
     """A race as the browser draws it: films, and numbers as text with the best of each marked."""
-    values = [[value(result) for _, value, *_ in _NUMBERS] for result in race.results]
+    compared = _NUMBERS + (_DRAFTS if any(result.drafted for result in race.results) else ())
+    values = [[value(result) for _, value, *_ in compared] for result in race.results]
     results = []
     for row, result in enumerate(race.results):
         numbers = []
-        for column, (name, _, shown, better, hint) in enumerate(_NUMBERS):
+        for column, (name, _, shown, better, hint) in enumerate(compared):
             own, all_of_it = values[row][column], [line[column] for line in values]
             known = [number for number in all_of_it if number is not None]
             text = "-" if own is None else shown.format(own)

@@ -8,6 +8,7 @@ from importlib.resources import files
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from labkit.desk import as_chat
 from labkit.race import Entry, Setting, Workload
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ CHUNK = 32  # tokens a step, for the setting that shows what small chunks do
 _LETTERS = 4_000  # of the text: more would be longer than some models allow
 
 RESERVED, WHOLE, CHUNKED = "reserved memory", "whole prompts", f"chunks of {CHUNK}"
+SPECULATION = "speculation"
+_REPEAT = "Repeat the following text word for word:\n\n"
 
 # Name to what it means, in a few words, and the setting itself.
 _ALL = (
@@ -29,6 +32,10 @@ _ALL = (
         "continuous, but a step is for whole prompts or for answers",
     ),
     (Setting(CHUNKED, max_num_batched_tokens=CHUNK), f"continuous, at most {CHUNK} tokens in a step"),
+    (
+        Setting(SPECULATION, speculative="ngram"),
+        "continuous, but a step also checks tokens that are guessed from the text so far",
+    ),
 )
 SETTINGS: Mapping[str, Setting] = MappingProxyType({setting.name: setting for setting, _ in _ALL})
 WORDS: Mapping[str, str] = MappingProxyType({setting.name: words for setting, words in _ALL})
@@ -36,7 +43,10 @@ WORDS: Mapping[str, str] = MappingProxyType({setting.name: words for setting, wo
 
 @dataclass(frozen=True)
 class Course:
-    """A workload by name: its requests as (step of arrival, prompt tokens, answer tokens), and its sizes."""
+    """A workload by name: its requests as (step of arrival, prompt tokens, answer tokens), and its sizes.
+
+    If it `repeats`, a prompt asks to repeat so many tokens of text.
+    """
 
     title: str
     look: str
@@ -44,6 +54,7 @@ class Course:
     settings: tuple[str, ...]  # that it was made for
     num_blocks: int = 40
     max_num_seqs: int = 6
+    repeats: bool = False
 
     def workload(self, tokenizer: PreTrainedTokenizerBase) -> Workload:
         """The requests, with prompts cut out of the text in the package."""
@@ -51,8 +62,16 @@ class Course:
         entries = []
         for number, (step, prompt, answer) in enumerate(self.jobs):
             start = 97 * number % (len(ids) - prompt)
-            entries.append(Entry(tuple(ids[start : start + prompt]), answer, step))
+            tokens = ids[start : start + prompt]
+            if self.repeats:
+                tokens = _asking(tokenizer, _REPEAT + tokenizer.decode(tokens).strip())
+            entries.append(Entry(tuple(tokens), answer, step))
         return Workload(tuple(entries), self.num_blocks, max_num_seqs=self.max_num_seqs)
+
+
+def _asking(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
+    prompt = as_chat(tokenizer, message)
+    return list(tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
 
 
 def _prose(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -91,6 +110,16 @@ COURSES: Mapping[str, Course] = MappingProxyType(
             "step (see the longest ITL); in chunks, everybody gets a token in every step meanwhile.",
             (*((0, 12, 30) for _ in range(4)), (6, 400, 6)),
             (WHOLE, CHUNKED),
+        ),
+        "copy": Course(
+            "A text that copies itself",
+            "Each request repeats a text, one at a time. Look for the solid stripes along the bars: tokens "
+            "that were guessed from the text so far and are right, several in a step, where others make one. "
+            "Pale ones were wrong. The answers are the same.",
+            ((0, 90, 64), (0, 110, 64)),
+            ("continuous", SPECULATION),
+            max_num_seqs=1,
+            repeats=True,
         ),
     }
 )

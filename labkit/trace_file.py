@@ -187,6 +187,8 @@ def _check_record(record: StepRecord, meta: TraceMeta, last: int, number: int) -
             fail(f"{name} must have one entry per request")
     if set(record.kinds) - KINDS.keys():
         fail(f"kinds must be made of the letters {', '.join(KINDS)}, not {record.kinds!r}")
+    if any(len(row.sampled) > len(row.drafted) + 1 for row in record.rows if record.drafted):
+        fail("a row has sampled more than its drafts and a token")
     pages = [*record.preempted, *record.taken, *record.returned]
     if any(len(entry.blocks) > meta.num_blocks for entry in pages):
         fail(f"more pages than the pool has ({meta.num_blocks})")

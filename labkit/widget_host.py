@@ -45,7 +45,7 @@ class Host:
         self._due = 0.0  # when the next step is
         self._failure = ""
         self._heard = -1  # the latest step that the feed knows
-        self._feed = Feed(engine.trace.meta, min_interval=0)
+        self._feed = self._new_feed()
         self._plan: StepRecord | None = None
         self._plan_key = 0
         self._typed: dict[str, str] = {}
@@ -90,6 +90,10 @@ class Host:
             "error": self._failure,
         }
 
+    def _new_feed(self) -> Feed:
+        engine = self.engine
+        return Feed(engine.trace.meta, min_interval=0, speculative=engine.config.speculative)
+
     def _listen(self) -> None:
         """Tell the feed of the steps that it has not heard of, whoever ran them."""
         trace = self.engine.trace
@@ -99,7 +103,7 @@ class Host:
         if not news:
             return
         if len(news) > WINDOW or (start == 0 and self._heard >= 0):  # more than it shows, or than is kept
-            self._feed = Feed(trace.meta, min_interval=0)
+            self._feed = self._new_feed()
             news = records[-WINDOW:]
             if len(records) > WINDOW:
                 before = records[-WINDOW - 1]
@@ -114,7 +118,7 @@ class Host:
         if not self.running and self.engine.has_unfinished:
             with contextlib.suppress(Exception):  # a scheduler that somebody wrote: the step will say it
                 plan = self.engine.preview()
-        packed = plan and self._feed.preview(plan)
+        packed = plan and self._feed.preview(plan, self.engine.model.tokenizer.decode)
         if plan is None or packed is None:
             return {"key": 0}
         if plan != self._plan:

@@ -40,6 +40,14 @@ def free_port() -> int:
         (["--model", "tiny-random", "--dtype", "float3"], "float3"),
         (["--model", "tiny-random", "--max-num-seqs", "9", "--max-num-batched-tokens", "8"], "max_num_seqs"),
         (["--model", "tiny-random", "--num-blocks", "9" * 12], "num_blocks=999999999999"),
+        (["--speculative", "magic"], "argument --speculative: invalid choice"),
+        (["--model", "tiny-random", "--draft-model", "tiny-random"], "draft_model needs speculative 'draft'"),
+        (["--model", "tiny-random", "--speculative", "ngram", "--scheduler", "static"], "needs scheduler"),
+        (["--num-speculative-tokens", "0"], "argument --num-speculative-tokens: must be a whole number"),
+        (
+            ["--model", "tiny-random", "--quantization", "int8", "--speculative", "draft"],
+            "draft_model must be named",
+        ),
     ],
 )
 def test_a_start_that_cannot_be_ends_with_one_line(
@@ -175,6 +183,20 @@ def test_options_reach_the_lab(tmp_path: Path) -> None:
         limits = lab.limits
         assert (limits.requests, limits.queue, limits.prompt_tokens, limits.answer_tokens) == (3, 9, 50, 20)
         assert lab.visitors.grace == 1.5 and not lab.knobs and path.exists()
+        lab.close()
+
+
+@pytest.mark.parametrize("draft", [[], ["--draft-model", "tiny-random"]])
+def test_options_for_speculation_reach_every_engine_of_the_lab(draft: list[str]) -> None:
+    arguments = ["--model", "tiny-random", "--speculative", "draft", "--num-speculative-tokens", "3", *draft]
+    options = app.parse(arguments)
+    with app.load(options) as live:
+        lab = app.lab_of(live, options)
+        first = live.engine.config
+        assert (first.speculative, first.num_speculative_tokens) == ("draft", 3)
+        lab.change({"max_num_seqs": 2})
+        second = lab.bench.live.engine.config
+        assert second.draft_model is first.draft_model and second.num_speculative_tokens == 3
         lab.close()
 
 

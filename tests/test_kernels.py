@@ -22,10 +22,10 @@ from labkit.attention import (
     attend,
     block_table,
     build_layout,
+    gathered_chunks,
     gathered_rows,
     reference_attention,
     row_order,
-    gathered_chunks,
     static_rows,
 )
 from labkit.kernels import (

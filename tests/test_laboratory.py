@@ -50,6 +50,7 @@ def test_an_idle_engine_is_swapped_at_once(lab: Lab, model: LoadedModel) -> None
     wanted = {
         "scheduler": "static", "kv_policy": "reserved", "block_size": 8, "num_blocks": 60, "max_num_seqs": 3,
         "max_num_batched_tokens": 70, "enable_prefix_caching": False, "enable_chunked_prefill": True,
+        "speculative": None,
     }  # fmt: skip
     assert lab.change(wanted) == {"done": True}
     engine = lab.bench.live.engine
@@ -120,6 +121,8 @@ def test_a_change_that_waits_can_be_given_up_or_hurried(lab: Lab) -> None:
         ({"scheduler": "magic"}, "scheduler must be one of continuous, static, naive"),
         ({"scheduler": []}, "scheduler must be one of"),
         ({"kv_policy": None}, "kv_policy must be one of paged, reserved"),
+        ({"speculative": "draft"}, "speculative must be one of None, ngram, not 'draft'"),
+        ({"speculative": "ngram", "scheduler": "static"}, "speculative needs scheduler continuous or naive"),
         ({"enable_prefix_caching": "yes"}, "enable_prefix_caching must be True or False"),
         ({"model": "/etc/passwd"}, "'model' is no setting"),
     ],
@@ -129,6 +132,28 @@ def test_settings_that_cannot_be(lab: Lab, settings: dict[str, object], message:
     with pytest.raises(ValueError, match=message):
         lab.change(settings, running="cancel")
     assert lab.bench is bench and bench.desk.inject("me", "hello", SamplingParams(max_tokens=1))
+
+
+def test_speculation_is_turned_on_and_off(lab: Lab) -> None:
+    assert lab.settings["speculative"] is None and lab.bench.live.engine.speculator is None
+    lab.change({"speculative": "ngram"})
+    assert lab.bench.live.engine.speculator and lab.bench.feed.snapshot()["speculative"] == "ngram"
+    lab.change({"max_num_seqs": 3})
+    assert lab.settings["speculative"] == "ngram"
+    lab.play("me", "uneven")
+    assert lab.settings["speculative"] is None, "a scene that does not name it begins as the lab did"
+    wait_for(lambda: not lab.bench.live.num_unfinished)
+
+
+def test_a_model_that_drafts_stays_for_those_who_come_back_to_it(model: LoadedModel) -> None:
+    config = EngineConfig(model=model, num_blocks=128, speculative="draft", draft_model=model)
+    with LiveEngine(Engine(config)) as live:
+        lab = Lab(live)
+        for settings in ({"max_num_seqs": 3}, {"speculative": "ngram"}, {"speculative": "draft"}):
+            assert lab.change(settings) == {"done": True}
+            config = lab.bench.live.engine.config
+            assert config.draft_model is (None if config.speculative == "ngram" else model)
+        lab.close()
 
 
 def test_without_room_the_old_engine_goes_on(lab: Lab) -> None:
@@ -213,6 +238,8 @@ def test_each_preset_plays_to_its_end_and_shows_what_it_says(lab: Lab, preset: o
         assert trace.prefix_hit_rate > 0.5
     if preset.name == "small":
         assert sum(len(record.preempted) for record in records) > 0
+    if preset.name == "copy":
+        assert live.engine.speculator and max(len(record.requests) for record in records) == 1
     if preset.name == "burst":
         assert len(records[0].arrived) + len(records[1].arrived) >= 16
         assert max(record.waiting for record in records) >= 8

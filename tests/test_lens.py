@@ -9,7 +9,7 @@ import pytest
 
 from labkit.config import EngineConfig
 from labkit.engine import Engine
-from labkit.lens import page_facts, step_facts
+from labkit.lens import _last_owner, page_facts, step_facts
 from labkit.live import LiveEngine
 from labkit.request import SamplingParams
 from labkit.weights import LoadedModel, load_model
@@ -93,3 +93,32 @@ def test_a_shared_page_has_several_owners(model: LoadedModel) -> None:
 def test_a_page_that_is_not_there(live: LiveEngine, block: object) -> None:
     with pytest.raises(ValueError, match="block must be between 0 and 31"):
         page_facts(live, block)  # type: ignore[arg-type]
+
+
+def test_drafts_of_a_step_and_what_they_left_in_pages(model: LoadedModel) -> None:
+    draft = load_model("tiny-random", quantization="int8", say=None)
+    common = {"num_blocks": 64, "block_size": 2, "speculative": "draft", "speculative_gate": False}
+    decode = model.tokenizer.decode
+    config = EngineConfig(model=model, draft_model=draft, num_speculative_tokens=5, **common)
+    with LiveEngine(Engine(config)) as live:
+        request_id = finish(live, [21, 22, 23, 24, 25], max_tokens=60)
+        ids = [21, 22, 23, 24, 25, *live.output(request_id).token_ids]
+        trace = live.engine.trace
+        for record in trace:
+            facts = json.loads(json.dumps(step_facts(live, record.step)))
+            (row,) = record.rows
+            (found,) = facts["rows"]
+            drafts = [decode([token]) for token in row.drafted]
+            assert found[7:] == ([len(drafts), row.num_accepted, drafts] if drafts else [])
+            assert facts.get("returned", []) == [[request_id, list(blocks)] for _, blocks in record.returned]
+            known = [*ids[: row.start + 1], *row.drafted] if row.drafted else ids
+            for number, block in enumerate(trace.state(record.step).tables[request_id]):
+                during = page_facts(live, block, step=record.step)
+                filled = during["owners"][0][2]
+                wanted = known[2 * number : 2 * number + filled]
+                assert during["tokens"] == [decode([token]) for token in wanted] and len(wanted) == filled
+        assert any(0 < row.num_accepted < len(row.drafted) for record in trace for row in record.rows)
+        left = next(record for record in trace if record.returned)
+        ((_, blocks),) = left.returned
+        place = trace.state(left.step).tables[request_id].index(blocks[0])
+        assert _last_owner(trace, blocks[0], left.step) == (request_id, place)

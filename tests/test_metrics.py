@@ -12,6 +12,8 @@ from labkit.engine import Engine
 from labkit.live import LiveEngine
 from labkit.metrics import PREFIX, Metrics
 from labkit.request import SamplingParams
+from labkit.speculation import acceptance
+from labkit.weights import load_model
 
 NAMES = {
     "num_requests_running",
@@ -113,3 +115,48 @@ def test_counters_go_on_when_the_engine_is_replaced() -> None:
                 pass
         total += 7
         assert values_of(metrics)["generation_tokens_total", ""] == total
+
+
+def drafts_of(metrics: Metrics) -> dict[str, float]:
+    families = text_string_to_metric_families(metrics.text().decode())
+    return {
+        sample.name.removeprefix(PREFIX + "spec_decode_") + sample.labels.get("position", ""): sample.value
+        for family in families
+        for sample in family.samples
+        if "spec_decode" in sample.name and sample.name.endswith("_total")
+    }
+
+
+def test_drafts_equal_a_count_of_the_trace() -> None:
+    model = load_model("tiny-random", say=None)
+    draft = load_model("tiny-random", quantization="int8", say=None)  # it errs now and then
+    common = {"num_blocks": 64, "block_size": 4, "speculative": "draft", "speculative_gate": False}
+    metrics = Metrics("tiny-random")
+    total: Counter[str] = Counter()
+    gaps = 0
+    for most in (4, 2):  # counters go on with another engine
+        config = EngineConfig(model=model, draft_model=draft, num_speculative_tokens=most, **common)
+        with LiveEngine(Engine(config)) as live:
+            metrics.follow(live)
+            assert most == 2 or drafts_of(metrics)["num_accepted_tokens_per_pos_total3"] == 0, "from zero on"
+            for name in [live.submit("once upon a time", SamplingParams(max_tokens=25)) for _ in range(3)]:
+                for _ in live.stream(name):
+                    pass
+            trace = live.engine.trace
+        rows = [row for record in trace for row in record.rows if row.drafted]
+        total["num_drafts_total"] += len(rows)
+        total["num_draft_tokens_total"] += sum(len(row.drafted) for row in rows)
+        total["num_accepted_tokens_total"] += sum(row.num_accepted for row in rows)
+        for place, (_, right) in enumerate(acceptance(trace)):
+            total[f"num_accepted_tokens_per_pos_total{place}"] += right
+        assert drafts_of(metrics) == total
+        gaps += sum(row.kind == "decode" and bool(row.sampled) for record in trace for row in record.rows)
+    assert values_of(metrics)["inter_token_latency_seconds_count", ""] == gaps, "one for all at once"
+    assert 0 < total["num_accepted_tokens_total"] < total["num_draft_tokens_total"]
+
+
+def test_an_engine_that_does_not_draft_counts_no_drafts() -> None:
+    metrics = Metrics("tiny-random")
+    with LiveEngine(Engine(EngineConfig(model="tiny-random", num_blocks=64))) as live:
+        metrics.follow(live)
+        assert drafts_of(metrics) == {}

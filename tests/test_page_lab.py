@@ -22,7 +22,8 @@ pytest_plugins = ["visiting_fixtures"]
 
 @pytest.fixture(scope="module")
 def house(model: LoadedModel) -> Iterator[tuple[Lab, str]]:
-    config = EngineConfig(model=model, num_blocks=96, max_num_seqs=8, max_num_batched_tokens=128)
+    sizes = {"num_blocks": 96, "max_num_seqs": 8, "max_num_batched_tokens": 128}
+    config = EngineConfig(model=model, speculative_gate=False, **sizes)
     with LiveEngine(Engine(config)) as live:
         lab = Lab(live, grace=0.2, limits=Limits(requests=40, answer_tokens=300))
         port = free_port()
@@ -237,7 +238,9 @@ def test_the_log_and_the_numbers(come: Callable[..., Visitor], lab: Lab) -> None
         item.get_attribute("data-number"): item.locator("dd").inner_text()
         for item in me.page.locator("[data-number]").all()
     }
-    assert list(words) == ["rate", "usage", "waste", "ttft", "itl", "hits", "preemptions"]
+    assert list(words) == ["rate", "usage", "waste", "ttft", "itl", "hits", "preemptions", "drafts"]
+    assert me.page.locator(".lk-drafts").count() == 2
+    assert me.page.locator(".lk-drafts:visible").count() == 0, "nobody drafts here"
     assert words["hits"] == f"{round(100 * lab.bench.live.engine.trace.prefix_hit_rate)}%"
     assert words["ttft"].endswith((" ms", " s")) and words["itl"].endswith((" ms", " s"))
     me.page.hover('[data-number="waste"]')
@@ -356,6 +359,58 @@ def test_a_knob_that_cannot_be_is_answered_by_a_sentence(come: Callable[..., Vis
         me.until("document.querySelector('#lk-message p').textContent.includes(it)", message)
         me.page.click(".lk-reset")
     assert lab.settings == lab.base
+
+
+# -- speculation ----------------------------------------------------------------------------------
+
+
+def test_drafts_are_shown_where_an_engine_speculates(come: Callable[..., Visitor], lab: Lab) -> None:
+    me = come()
+    knob(me, "speculative", "ngram")
+    me.page.click(".lk-apply")
+    me.until("lab.state.speculative === 'ngram'")
+    assert lab.settings["speculative"] == "ngram"
+    assert me.page.locator(".lk-drafts:visible").count() == 2
+    assert me.page.inner_text(".lk-facts").endswith("n-gram drafts")
+    assert me.page.inner_text("[data-number=drafts] dd") == "\u2013"
+    me.page.click(".lk-what >> text=Prompt")
+    me.finished(me.inject("again and again and again and again and again and again", max_tokens=40))
+    me.until("lab.state.owners.size === 0")
+    engine = lab.bench.live.engine
+    rows = [(record.step, row) for record in engine.trace for row in record.rows if row.drafted]
+    right = sum(row.num_accepted for _, row in rows)
+    drafted = sum(len(row.drafted) for _, row in rows)
+    assert me.page.inner_text("[data-number=drafts] dd") == f"{round(100 * right / drafted)}%"
+    me.page.hover("[data-number=drafts]")
+    assert me.page.inner_text(".lk-tip").startswith("The share of drafted tokens that were right")
+    step, row = rows[0]
+    me.page.mouse.move(*me.look(CELL.replace("STEP", str(step))))
+    said = f"{len(row.drafted)} drafted, {row.num_accepted} of them right"
+    assert f"computed: {said}" in me.page.inner_text(".lk-tip").replace("\n", " ")
+    me.page.mouse.click(*me.look(CELL.replace("STEP", str(step))))
+    me.until("lab.state.past?.step === it", step)
+    assert f"tokens: {said}" in step_words(me)[0]
+    tokens = me.page.locator(".lk-guesses .lk-token")
+    struck = tokens.evaluate_all("all => all.map((e) => e.tagName === 'S')")
+    assert struck == [place >= row.num_accepted for place in range(len(row.drafted))]
+    decode = engine.model.tokenizer.decode
+    shown = tokens.evaluate_all("all => all.map((e) => e.textContent)")
+    assert shown == [decode([token]).replace("\n", "↵") or "·" for token in row.drafted]
+    returned = sum(len(record.returned) for record in engine.trace)
+    assert me.page.locator('.lk-log [data-kind="return"]').count() == returned
+
+
+def test_a_bar_is_as_thick_as_drafts_were_right(come: Callable[..., Visitor], lab: Lab) -> None:
+    me = come()
+    ink = """((share) => {
+      const canvas = Object.assign(document.createElement("canvas"), { width: 20, height: 100 });
+      const ctx = canvas.getContext("2d");
+      lab.drawSpan(ctx, {}, "d", "#0072B2", 0, 0, 20, 100, share);
+      const alpha = ctx.getImageData(10, 0, 1, 100).data.filter((_, i) => i % 4 === 3);
+      return [alpha.filter((a) => a === 255).length, alpha.filter((a) => a > 0 && a < 255).length];
+    })(it ?? undefined)"""
+    assert me.look(ink) == [40, 0], "as without drafts"
+    assert [me.look(ink, share) for share in (0, 0.5, 1)] == [[40, 40], [60, 20], [80, 0]]
 
 
 # -- a class --------------------------------------------------------------------------------------

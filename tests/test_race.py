@@ -24,7 +24,8 @@ from labkit.race import (
     run_race,
 )
 from labkit.race_workloads import COURSES, SETTINGS
-from labkit.request import SamplingParams
+from labkit.request import Request, SamplingParams
+from labkit.speculation import NgramDrafter
 from labkit.trace import Trace, TraceMeta
 from labkit.weights import LoadedModel, load_model
 
@@ -148,6 +149,35 @@ def test_chunks_let_the_others_go_on(model: LoadedModel) -> None:
     assert max(record.total_tokens for record in chunked.trace) == 8
 
 
+def test_drafts_change_steps_and_no_token(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = small(entries=(Entry((5, 6, 7), 20),), num_blocks=32)
+    plain = Setting("plain")
+    answer = run_race(model, workload, [plain, Setting("again")]).results[0].tokens[0]
+
+    class Oracle(NgramDrafter):
+        """Knows the next two tokens, and not the one after them."""
+
+        def propose(self, wanted: list[tuple[Request, int]]) -> list[tuple[int, ...]]:
+            ((request, count),) = wanted
+            done = len(request.output_token_ids)
+            return [(*answer[done : done + 2], 9)[:count]]
+
+    monkeypatch.setattr("labkit.drafting.NgramDrafter", Oracle)
+    race = run_race(model, workload, [plain, Setting("drafts", speculative="ngram")])
+    without, drafts = race.results
+    assert race.check == Check(True, False, "Both gave the same 20 tokens.")
+    assert (without.drafted, without.acceptance) == (0, None)
+    right = sum(record.total_accepted for record in drafts.trace)
+    assert right == 20 - drafts.steps > 10 and drafts.acceptance == right / drafts.drafted < 0.8
+    assert without.steps == 20
+
+
+def test_tokens_that_come_together_share_the_gap(race: Race) -> None:
+    result = dataclasses.replace(race.results[0], itl=(0.3, 0.0, 0.0, 0.2, 0.2, 0.0))
+    assert (result.itl_median, result.itl_max) == (pytest.approx(0.1), 0.3)
+    assert dataclasses.replace(result, itl=()).itl_median is None
+
+
 # -- the check ------------------------------------------------------------------------------------
 
 
@@ -260,6 +290,9 @@ def test_a_named_workload_shows_what_it_says(model: LoadedModel, name: str) -> N
         reserved, paged = results.values()
         assert reserved.waste > 2 * paged.waste
         assert paged.batch > reserved.batch and paged.steps < reserved.steps
+    elif name == "copy":
+        assert results["continuous"].drafted == 0 < results["speculation"].drafted
+        assert results["speculation"].steps <= results["continuous"].steps
     else:
         whole, chunked = results.values()
         assert max(r.total_tokens for r in whole.trace) >= 400

@@ -101,6 +101,22 @@ def test_a_workload_brings_its_settings_and_what_to_look_for(visit: Callable[...
     assert me.page.inner_text(".lkr-check").startswith("✓ Both gave the same ")
 
 
+def test_drafts_have_a_legend_where_somebody_drafts(visit: Callable[..., Looker]) -> None:
+    me = visit()
+    run_race(me)
+    assert me.page.is_hidden(".lkr-drafts")
+    me.page.click(f"text={COURSES['copy'].title}")
+    me.until("document.querySelectorAll('#lkr-settings input:checked').length === 2")
+    run_race(me)
+    assert me.page.is_visible(".lkr-drafts")
+    assert me.page.locator(".lkr-track h3").all_inner_texts() == list(COURSES["copy"].settings)
+    assert me.page.inner_text(".lkr-check") == "✓ Both gave the same 128 tokens."
+    me.until(
+        "((canvas) => canvas.getContext('2d').getImageData(4, canvas.height / 2, 1, 1).data[3] === 255)"
+        "(document.querySelector('.lkr-drafts canvas'))"
+    )
+
+
 def test_too_many_settings_are_refused_in_words(visit: Callable[..., Looker]) -> None:
     me = visit()
     me.page.locator("#lkr-settings input").last.check()

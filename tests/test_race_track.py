@@ -74,10 +74,24 @@ def test_a_race_from_start_to_cards(track: RaceTrack, kept: dict[str, Trace]) ->
         assert numbers["Time"][0] == f"{result.seconds:.2f} s"
         assert numbers["Waste inside pages"][0] == f"{result.waste:.0%}"
         assert numbers["Padding"][0] == f"{result.padding} slots"
+        assert "Drafted" not in numbers
         assert card["generated"] == 169 and card["film"]["steps"]["step"] == list(range(result.steps))
     best = [[name for name, _, best, _ in card["numbers"] if best] for card in packed["results"]]
     assert "Steps" in best[2] and "Steps" not in best[0] + best[1]
     assert "Preemptions" not in [*best[0], *best[1], *best[2]], "nobody is best where all are alike"
+
+
+def test_drafts_are_on_the_cards_where_somebody_drafts(track: RaceTrack) -> None:
+    me = track.start("copy", list(COURSES["copy"].settings))
+    wait_for(lambda: not track.status(me)["running"])
+    race, packed = track.latest(), json.loads(json.dumps(track.packed(1)))
+    plain, drafting = ({name: text for name, text, *_ in card["numbers"]} for card in packed["results"])
+    assert (plain["Drafted"], plain["Drafts right"]) == ("0 tokens", "-")
+    result = race.results[1]
+    assert drafting["Drafted"] == f"{result.drafted:,} tokens" and result.drafted > 0
+    assert drafting["Drafts right"] == f"{result.acceptance:.0%}"
+    assert packed["check"]["same"] and "drafted" in packed["results"][1]["film"]["steps"]
+    assert "drafted" not in packed["results"][0]["film"]["steps"]
 
 
 def test_one_at_a_time_and_the_others_are_told_how_far_it_is(

@@ -11,6 +11,7 @@ import pytest
 from tabs import HOSTILE, Looker, browser, served  # noqa: F401
 from test_perfetto import busy, timed
 from test_views import run, story
+from test_views_drafts import story as drafting
 
 from labkit import perfetto, replay_tab
 from labkit.replay_tab import Traces, build_replay_tab
@@ -19,7 +20,12 @@ from labkit.upload import MAX_BYTES
 from labkit.views.canvas import asset
 from labkit.views.pages import pages_of
 
-TRACES = {"A busy one": busy(), "The story": story(), HOSTILE: run([(0, HOSTILE, 5, 3), (0, "b", 6, 9)])}
+TRACES = {
+    "A busy one": busy(),
+    "The story": story(),
+    HOSTILE: run([(0, HOSTILE, 5, 3), (0, "b", 6, 9)]),
+    "Drafts": drafting(),
+}
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +130,24 @@ def test_queue_reasons_events_and_block_tables(visit: Callable[..., Looker]) -> 
     assert "3 steps" not in me.page.inner_text(".lkr-headline")
 
 
+def test_drafts_are_told_where_somebody_drafts(visit: Callable[..., Looker]) -> None:
+    me = visit()
+    assert me.page.is_hidden(".lkr-drafts") and "drafted" not in me.page.inner_text(".lkr")
+    me.page.select_option(".lkr-source", "s:Drafts")
+    me.until("it.where() === 0 && it.film().drafting")
+    assert me.page.is_visible(".lkr-drafts")
+    assert "10 drafted, 5 of them right" in me.page.inner_text(".lkr-headline")
+    me.page.click(".lkr-forward")
+    agrees(me, TRACES["Drafts"], 1)
+    assert me.page.inner_text(".lkr-now").endswith("1 generated: 4 drafted, 0 of them right.")
+    assert "5 tokens: 4 drafted, 0 of them right" in me.page.inner_text(".lkr-tables")
+    assert "gives 1 page back, for its drafts were wrong" in me.page.inner_text(".lkr-events")
+    me.page.click(".lkr-last")
+    agrees(me, TRACES["Drafts"], 5)
+    assert me.page.inner_text(".lkr-now").endswith("2 tokens computed, 2 generated.")
+    assert "1 of 2 rows draft nothing" in me.page.inner_text(".lkr-events")
+
+
 def test_hover_marks_a_request(visit: Callable[..., Looker]) -> None:
     me = visit()
     me.page.locator(".lkr-tables .lkr-who").first.hover()
@@ -134,7 +158,7 @@ def test_hover_marks_a_request(visit: Callable[..., Looker]) -> None:
 
 def test_names_stay_text(visit: Callable[..., Looker]) -> None:
     me = visit()
-    me.until("document.querySelector('.lkr-source').options.length === 3")
+    me.until("document.querySelector('.lkr-source').options.length === arg", len(TRACES))
     me.page.select_option(".lkr-source", index=2)
     me.until("it.film().lanes.length === 2")
     me.until("document.querySelector('.lkr-tables').textContent.includes('<img')")
@@ -188,7 +212,7 @@ def test_a_bad_file_gets_a_sentence_and_changes_nothing(visit: Callable[..., Loo
         me.page.set_input_files("#lkr-hand-in input[type=file]", tmp_path / name)
         me.until("document.querySelector('#lkr-message p').textContent.includes(arg)", said)
         assert me.page.inner_text("#lkr-message").startswith("This file cannot be replayed. ")
-    assert me.look("document.querySelector('.lkr-source').options.length") == 3
+    assert me.look("document.querySelector('.lkr-source').options.length") == len(TRACES)
     me.page.click(".lkr-forward")
     agrees(me, TRACES["A busy one"], 1)
     me.no_markup()
@@ -258,7 +282,7 @@ def test_nonsense_is_answered(junk: Any) -> None:
         view = build_replay_tab(lambda: TRACES)
     answers = [json.loads(getattr(view, name)(junk)) for name in ("film", "frames", "save")]
     assert ["error" in answers[0], answers[1] == {"gone": True}, "error" in answers[2]] == [True] * 3
-    assert len(json.loads(view.traces(junk))) == 3
+    assert len(json.loads(view.traces(junk))) == len(TRACES)
 
 
 def test_the_files_of_both_tabs_are_safe_to_put_into_a_template() -> None:

@@ -1,4 +1,4 @@
-"""Speculation against none, in turn, on text that copies and on chat: the same tokens, in how much less time."""
+"""Speculation against none, in turn, on text that copies and on chat: the same tokens, in how much time."""
 
 from __future__ import annotations
 
@@ -97,23 +97,20 @@ class SpeculationReport:
 
 def copy_jobs(loaded: LoadedModel) -> list[Job]:
     """Requests whose answers copy from their prompts: repeat, edit, and repeat code."""
-    text = textwrap.shorten(prose(), _PASSAGE, placeholder="")
-    asked = (
-        f"Repeat the following text word for word:\n\n{text}",
-        f"Write this text again, but write Anna in place of Alice:\n\n{text}",
-        f"Repeat this code, and change nothing:\n\n{_CODE}",
+    text = prose()
+    text = textwrap.shorten(text[text.index("Alice was beginning") :], _PASSAGE, placeholder="")
+    begun = (  # and to be gone on with, for so small a model hardly follows orders
+        f"{text}\n\nOnce more, word for word:\n\n{text[:60]}",
+        f"{text}\n\nThe same text, with Anna in place of Alice:\n\n{text[:120].replace('Alice', 'Anna')}",
+        f"{_CODE}\n\n# The same function, as above:\n\n{_CODE[:80]}",
     )
-    return [_job(loaded, question, 128) for question in asked]
+    return [Job(loaded.tokenizer.encode(text), 96) for text in begun]
 
 
 def chat_jobs(loaded: LoadedModel, count: int) -> list[Job]:
     """Questions as people ask them, in turn."""
-    return [_job(loaded, _QUESTIONS[i % len(_QUESTIONS)], 96) for i in range(count)]
-
-
-def _job(loaded: LoadedModel, question: str, max_tokens: int) -> Job:
-    prompt = as_chat(loaded.tokenizer, question)
-    return Job(loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, max_tokens)
+    asked = [as_chat(loaded.tokenizer, _QUESTIONS[i % len(_QUESTIONS)]) for i in range(count)]
+    return [Job(loaded.tokenizer.encode(p) if isinstance(p, str) else p, 96) for p in asked]
 
 
 def speculate(

@@ -11,7 +11,7 @@ const labkit = (() => {
   // `plan` is the next step while the engine is paused, `past` a step that somebody looks back at, `hover` and
   // `selected` what the pointer is on and what was clicked: { request, block, step }, each if there is one.
   function createState() {
-    return { feed: "", step: -1, meta: null, palette: [], window: 200, tables: [], owners: new Map(),
+    return { feed: "", step: -1, meta: null, speculative: "", palette: [], window: 200, tables: [], owners: new Map(),
              cached: new Uint8Array(0), lanes: new Map(), steps: [], events: [], queue: [], held: new Map(),
              numbers: {}, plan: null, past: null, mine: new Set(), hover: {}, selected: {}, drawn: -1, frames: 0 };
   }
@@ -19,9 +19,9 @@ const labkit = (() => {
   // Take in a snapshot: all there is (`full`), or what is new since the last one.
   function apply(state, snapshot) {
     if (snapshot.full) {
-      const { meta, palette, window, feed } = snapshot;
+      const { meta, palette, window, feed, speculative = "" } = snapshot;
       if (feed !== state.feed) Object.assign(state, { plan: null, past: null, hover: {}, selected: {} });
-      Object.assign(state, { feed, meta, palette, window, lanes: new Map(), steps: [], events: [], step: -1 });
+      Object.assign(state, { feed, meta, palette, window, speculative, lanes: new Map(), steps: [], events: [], step: -1 });
     }
     state.step = snapshot.step;
     if (!snapshot.steps) return false;
@@ -36,8 +36,8 @@ const labkit = (() => {
     state.tables = snapshot.tables;
     state.owners = ownersOf(snapshot.tables, state.meta.block_size);
     for (const row of snapshot.steps) {
-      const [step, seconds, sampled, computed, used, running, waiting, blocked, wasted] = row;
-      state.steps.push({ step, seconds, sampled, computed, used, running, waiting, blocked, wasted });
+      const [step, seconds, sampled, computed, used, running, waiting, blocked, wasted, drafted, right] = row;
+      state.steps.push({ step, seconds, sampled, computed, used, running, waiting, blocked, wasted, drafted, right });
     }
     state.steps.splice(0, state.steps.length - state.window);
     for (const lane of snapshot.lanes) mergeLane(state, lane);
@@ -83,10 +83,10 @@ const labkit = (() => {
       state.lanes.set(id, lane);
     }
     Object.assign(lane, { ended, reason });
-    for (const [kind, from, to, tokens] of spans) {
+    for (const [kind, from, to, tokens, drafted, right] of spans) {
       const known = lane.spans.find((span) => span.from === from && span.kind === kind);
-      if (known) Object.assign(known, { to, tokens });
-      else lane.spans.push({ kind, from, to, tokens });
+      if (known) Object.assign(known, { to, tokens, drafted, right });
+      else lane.spans.push({ kind, from, to, tokens, drafted, right });
     }
     const horizon = state.step - state.window;
     while (lane.spans.length && lane.spans[0].to < horizon) lane.spans.shift();
@@ -97,6 +97,9 @@ const labkit = (() => {
   const isCached = (state, block) => ((shown(state).cached[block >> 3] >> (block & 7)) & 1) === 1;
   const focusOf = (state) => state.hover.request ?? state.selected.request;
   const colorOf = (state, theme, id) => theme.palette[state.lanes.get(id)?.color ?? 0];
+  const shareOf = ({ drafted, right }) => (drafted ? right / drafted : undefined); // of a span's drafts that were right
+  // What became of drafts, in words; nothing is known of them before their step.
+  const draftWords = (drafted, right) => `${drafted} drafted${right == null ? "" : `, ${right} of them right`}`;
   const latest = (state) => state.steps[state.steps.length - 1];
 
   function pageKind(state, block) {
@@ -348,30 +351,35 @@ const labkit = (() => {
     for (const span of lane.spans) {
       if (span.to < time.first) continue;
       const from = Math.max(span.from, time.first), x = time.x(from);
-      drawSpan(ctx, theme, span.kind, color, x, y, (span.to - from + 1) * time.pitch, height);
+      drawSpan(ctx, theme, span.kind, color, x, y, (span.to - from + 1) * time.pitch, height, shareOf(span));
     }
     if (lane.ended >= time.first) box(ctx, time.x(lane.ended + 1) - 1, y, 2, height, theme.ink);
   }
 
   // What a request will do in the next step: its shape, pale, in a dashed frame.
-  function drawNext(ctx, theme, [, , index, kind], x, y, width, height) {
+  function drawNext(ctx, theme, [, , index, kind, , , , drafted], x, y, width, height) {
     const alpha = ctx.globalAlpha;
     ctx.globalAlpha = alpha * 0.45;
-    drawSpan(ctx, theme, kind, theme.palette[index], x, y, width, height);
+    drawSpan(ctx, theme, kind, theme.palette[index], x, y, width, height, drafted && 0);
     ctx.globalAlpha = alpha;
     promise(ctx, x, y, width, height, theme.palette[index]);
   }
 
   // The shape says what: a block for prefill, hatched for a chunk, a bar for decode, hollow for idle, dots
-  // for waiting, a cross for a preemption. The colour says whose.
-  function drawSpan(ctx, theme, kind, color, x, y, width, height) {
+  // for waiting, a cross for a preemption, stripes along a bar for drafts, of which so large a share was `right`. The
+  // colour says whose.
+  function drawSpan(ctx, theme, kind, color, x, y, width, height, right) {
     const middle = y + height / 2;
     if (kind === "p") box(ctx, x, y, Math.max(2, width - 0.5), height, color);
     else if (kind === "c") {
       box(ctx, x, y, Math.max(2, width - 0.5), height, hatch(ctx, theme, color));
       outline(ctx, x, y, Math.max(2, width - 0.5), height, color, 1);
-    } else if (kind === "d") box(ctx, x, y + height * 0.3, width, Math.max(1.5, height * 0.4), color);
-    else if (kind === "i") {
+    } else if (kind === "d") {
+      box(ctx, x, y + height * 0.3, width, Math.max(1.5, height * 0.4), color);
+      if (right !== undefined) drawDrafts(ctx, color, x, y, width, height, right);
+    } else if (kind === "drafts") {
+      drawSpan(ctx, theme, "d", color, x, y, width, height, 0.5); // in a legend
+    } else if (kind === "i") {
       box(ctx, x, y + height * 0.3, width, 1, color);
       box(ctx, x, y + height * 0.7, width, 1, color);
     } else if (kind === "w") {
@@ -389,6 +397,18 @@ const labkit = (() => {
     }
   }
 
+  // Stripes above and beneath the bar: pale, and solid as far outwards as drafts were right.
+  function drawDrafts(ctx, color, x, y, width, height, right) {
+    const alpha = ctx.globalAlpha;
+    for (const [share, strength] of [[1, 0.3], [Math.min(1, right), 1]]) {
+      const stripe = height * 0.2 * share;
+      ctx.globalAlpha = alpha * strength;
+      box(ctx, x, y + height * 0.24 - stripe, width, stripe, color);
+      box(ctx, x, y + height * 0.76, width, stripe, color);
+    }
+    ctx.globalAlpha = alpha;
+  }
+
   function laneAt(state, width, height, y) {
     const rows = laneRows(state, width, height);
     return y < height - AXIS ? rows.shown[Math.floor(y / rows.pitch)] : undefined;
@@ -396,5 +416,5 @@ const labkit = (() => {
 
   return { GUTTER, RIGHT, createState, apply, lookBack, lookAhead, themeOf, context, pagesHeight, drawPages, drawPage,
            drawTimeline, drawSpan, promise, clock, crosshair, box, text, hatch, blockAt, stepAt, laneAt, pageKind, isCached,
-           ownersAt, focusOf, colorOf, latest };
+           ownersAt, focusOf, colorOf, latest, shareOf, draftWords };
 })();

@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,14 @@ from labkit.views.numbers import Numbers, wasted_slots
 
 WINDOW = 200  # steps that are kept and drawn
 WAITING, PREEMPTED, IDLE = "w", "x", "i"  # kinds of span beside the trace's p, c, d, i
+Decode = Callable[[list[int]], str]  # a tokenizer's
 
 
 class _Lane:
-    """One request's row in the timeline: spans of [kind, first step, last step, tokens computed]."""
+    """One request's row in the timeline: spans of [kind, first step, last step, tokens computed].
+
+    A span with drafts has how many there were, and how many were right, at its end.
+    """
 
     __slots__ = ("arrived", "color", "ended", "label", "num_prompt_tokens", "reason", "request_id", "spans")
 
@@ -40,13 +44,14 @@ class _Lane:
         self.reason = ""
         self.spans: deque[list[Any]] = deque()
 
-    def extend(self, kind: str, step: int, num_tokens: int = 0) -> None:
+    def extend(self, kind: str, step: int, num_tokens: int = 0, drafts: tuple[int, ...] = ()) -> None:
         last = self.spans[-1] if self.spans else None
         if last and last[0] == kind and last[2] == step - 1 and kind != PREEMPTED:
-            last[2] = step
-            last[3] += num_tokens
-        else:
-            self.spans.append([kind, step, step, num_tokens])
+            steps = step - last[1]
+            if last[4:] == [count * steps for count in drafts]:  # each step was like this one
+                last[2:] = [step, last[3] + num_tokens, *(count * (steps + 1) for count in drafts)]
+                return
+        self.spans.append([kind, step, step, num_tokens, *drafts])
 
     def pack(self) -> tuple[Any, ...]:
         facts = (self.request_id, self.label, self.color, self.arrived, self.num_prompt_tokens)
@@ -76,10 +81,14 @@ class Feed:
     Args:
         meta: of the trace whose records come in.
         min_interval: seconds between two frames; steps in between are seen in the next one.
+        speculative: who drafts, as in `EngineConfig`.
     """
 
-    def __init__(self, meta: TraceMeta, *, min_interval: float = 0.05) -> None:
+    def __init__(
+        self, meta: TraceMeta, *, min_interval: float = 0.05, speculative: str | None = None
+    ) -> None:
         self.meta = meta
+        self.speculative = speculative
         self.name = uuid.uuid4().hex[:8]  # a browser that outlives the engine notices that this changed
         self._min_interval = min_interval
         self._lock = threading.Lock()
@@ -89,6 +98,7 @@ class Feed:
         self._steps: deque[tuple[Any, ...]] = deque(maxlen=WINDOW)
         self._events: deque[log.Event] = deque(maxlen=log.KEPT)
         self._numbers = Numbers()
+        self._held_back = ""  # what was said last of why no more is drafted
         self._step = -1
         self._frame = Frame(-1, 0, 0.0, (), "", (), (), (), (), (), self._numbers.pack())
 
@@ -100,7 +110,8 @@ class Feed:
             self._state.end(record)
             self._count(record)
             self._numbers.append(record)
-            self._events.extend(log.events_of(record))
+            self._events.extend(log.events_of(record, self._held_back))
+            self._held_back = record.held_back or self._held_back
             self._step = record.step
             self._forget(record.step - WINDOW)
 
@@ -110,10 +121,10 @@ class Feed:
             lanes[arrival.request_id] = _Lane(arrival.request_id, step, arrival.num_prompt_tokens)
         for request_id, blocks in record.preempted:
             self._lane(request_id, step).extend(PREEMPTED, step, len(blocks))
-        for request_id, kind, num_tokens in zip(
-            record.requests, record.kinds, record.num_tokens, strict=True
+        for request_id, kind, num_tokens, drafts in zip(
+            record.requests, record.kinds, record.num_tokens, _drafts(record), strict=True
         ):
-            self._lane(request_id, step).extend(kind, step, num_tokens)
+            self._lane(request_id, step).extend(kind, step, num_tokens, drafts)
         ran = set(record.requests)
         for request_id in state.tables.keys() - ran:  # has a seat, and got nothing of the budget
             self._lane(request_id, step).extend(IDLE, step)
@@ -148,6 +159,7 @@ class Feed:
                 record.waiting,
                 record.blocked,
                 wasted_slots(self._state),
+                *((record.total_drafted, record.total_accepted) if record.drafted else ()),
             )
         )
 
@@ -200,6 +212,8 @@ class Feed:
         if full:
             after = -1
             answer |= {"full": True, "meta": asdict(self.meta), "palette": style.PALETTE, "window": WINDOW}
+            if self.speculative:
+                answer["speculative"] = self.speculative
         if full or frame.step > after:
             answer |= {
                 "tables": frame.tables,
@@ -213,8 +227,11 @@ class Feed:
             }
         return answer
 
-    def preview(self, record: StepRecord) -> dict[str, Any] | None:
-        """The step to come, as `Engine.preview` foresees it, for JSON; None if it is not the next one."""
+    def preview(self, record: StepRecord, decode: Decode | None = None) -> dict[str, Any] | None:
+        """The step to come, as `Engine.preview` foresees it, for JSON; None if it is not the next one.
+
+        With `decode`, drafts are told as text too.
+        """
         with self._lock:
             if record.step != self._step + 1:
                 return None
@@ -232,6 +249,7 @@ class Feed:
                 row.start,
                 row.num_tokens,
                 taken.get(row.request_id, []),
+                *((len(row.drafted), None, words_of(row.drafted, decode)) if row.drafted else ()),
             ]
             for row in record.rows
         ]
@@ -246,7 +264,20 @@ class Feed:
             "queue": [[name, *looks(name), name not in before] for name in state.queue],
             "blocked": record.blocked,
             "free": record.free_blocks,
+            **({"held_back": record.held_back} if record.held_back else {}),
         }
+
+
+def words_of(tokens: Sequence[int], decode: Decode | None) -> list[str]:
+    """Each token as text."""
+    return [decode([token]) for token in tokens] if decode else []
+
+
+def _drafts(record: StepRecord) -> list[tuple[int, ...]]:
+    """For each row how many drafts it had, and how many were right; nothing where it had none."""
+    if not record.drafted:
+        return [()] * len(record.requests)
+    return [(len(row.drafted), row.num_accepted) if row.drafted else () for row in record.rows]
 
 
 def pack_bits(blocks: Iterable[int], num_blocks: int) -> str:

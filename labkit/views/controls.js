@@ -7,6 +7,8 @@ Object.assign(labkit, (() => {
       "longest answer is done. Naive: one request at a time.", ["continuous", "static", "naive"]],
     ["kv_policy", "KV policy", "Paged: a request takes pages as its tokens come. Reserved: it takes all that it " +
       "could ever need before it starts.", ["paged", "reserved"]],
+    ["speculative", "Speculation", "n-gram: guess what comes next from how the text went before, check several guesses " +
+      "in one step, and keep those that are right. The answers are the same. It guesses where that pays.", ["off", "ngram"]],
     ["block_size", "Page size", "Tokens to a page. Large pages waste more of their last one.", "tokens"],
     ["num_blocks", "Pages", "In the KV cache. Few enough, and requests must wait or are preempted.", "pages"],
     ["max_num_seqs", "Seats", "How many requests run at once.", "requests"],
@@ -16,6 +18,9 @@ Object.assign(labkit, (() => {
       "a step reads whole prompts or decodes.", true],
   ];
 
+  const NAMES = { ngram: "n-gram" };
+  const toText = (value) => (value === null ? "off" : String(value)), fromText = (text) => (text === "off" ? null : text);
+
   // The scene and the knobs that the address asks for.
   function fromAddress(search) {
     const query = new URLSearchParams(search), settings = {};
@@ -23,7 +28,7 @@ Object.assign(labkit, (() => {
       if (!query.has(name)) continue;
       const text = query.get(name).slice(0, 40);
       if (kind === true) settings[name] = !["0", "false", "off", "no"].includes(text.toLowerCase());
-      else settings[name] = Array.isArray(kind) ? text : Number(text);
+      else settings[name] = Array.isArray(kind) ? fromText(text) : Number(text);
     }
     return { preset: query.get("preset") || "", settings };
   }
@@ -104,7 +109,7 @@ Object.assign(labkit, (() => {
       const query = new URLSearchParams({ preset: preset.name });
       for (const [name, value] of Object.entries(status?.settings || {})) {
         const normal = name in preset.settings ? preset.settings[name] : status.base[name];
-        if (status.played === preset.name && value !== normal) query.set(name, String(value));
+        if (status.played === preset.name && value !== normal) query.set(name, toText(value));
       }
       return `${location.origin}${location.pathname}?${query}`;
     }
@@ -144,7 +149,7 @@ Object.assign(labkit, (() => {
     for (const [name, title, hint, kind] of KNOBS) {
       const label = part("label", "lk-knob"), words = part("span", "lk-knob-name", title);
       const input = document.createElement(Array.isArray(kind) ? "select" : "input");
-      if (Array.isArray(kind)) for (const choice of kind) input.add(new Option(choice, choice));
+      if (Array.isArray(kind)) for (const choice of kind) input.add(new Option(NAMES[choice] || choice, choice));
       else input.type = kind === true ? "checkbox" : "number";
       if (typeof kind === "string") Object.assign(input, { min: 1, step: 1, inputMode: "numeric" });
       input.name = name;
@@ -159,7 +164,7 @@ Object.assign(labkit, (() => {
     function changed() {
       const settings = {};
       for (const [name, { input, kind }] of inputs) {
-        const value = kind === true ? input.checked : typeof kind === "string" ? Number(input.value) : input.value;
+        const value = kind === true ? input.checked : typeof kind === "string" ? Number(input.value) : fromText(input.value);
         if (status && value !== status.settings[name]) settings[name] = value;
       }
       return settings;
@@ -168,13 +173,13 @@ Object.assign(labkit, (() => {
     function fill(settings) {
       for (const [name, { input, kind }] of inputs) {
         if (!(name in settings)) continue;
-        const value = settings[name];
+        const value = toText(settings[name]);
         if (Array.isArray(kind) && ![...input.options].some((option) => option.value === value)) {
           if (settings !== status.settings) continue;
           input.add(new Option(value, value));
         }
-        if (kind === true) input.checked = value;
-        else input.value = String(value);
+        if (kind === true) input.checked = settings[name];
+        else input.value = value;
       }
       apply.disabled = !Object.keys(changed()).length || !status.knobs;
     }

@@ -15,7 +15,7 @@ from plotly.subplots import make_subplots
 
 from labkit.trace import Trace
 from labkit.views import style
-from labkit.views.style import plural
+from labkit.views.style import drafts, plural
 from labkit.views.timeline import Lane, Rates, Span, Timeline, rates_of, step_range, timeline_of
 
 _TOP, _AXIS, _LEGEND_ROW = 60, 50, 20  # pixels
@@ -65,6 +65,7 @@ def nothing(sentence: str) -> go.Figure:
 
 _HEIGHTS = {"prefill": 0.84, "chunk": 0.84, "decode": 0.44, "idle": 0.44, "waiting": 0.16}
 _NAMES = {"prefill": "prefill", "chunk": "prefill, a chunk", "decode": "decode", "idle": "idle seat, padding"}
+_DRAFTS = (0.52, 0.8)  # drafts: stripes along a decode bar, from so high to so high
 _ENDS = {"stop": "circle", "length": "square", "abort": "diamond", "error": "triangle-up"}
 _PREEMPTED = {"symbol": "x", "size": 9, "color": style.INK, "line": {"color": style.PAPER, "width": 1}}
 
@@ -81,6 +82,8 @@ def batch_timeline(trace: Trace, *, first: int | None = None, last: int | None =
     for kind in _HEIGHTS:
         lanes = enumerate(timeline.lanes)
         spans = [(row, lane, span) for row, lane in lanes for span in lane.spans if span.kind == kind]
+        if drafted := [entry for entry in spans if entry[2].drafted]:
+            figure.add_traces(_draft_bars(drafted))
         if spans:
             figure.add_traces([_span_bars(kind, spans, numbered), _kind_swatch(kind)])
     figure.add_traces(_event_marks(timeline))
@@ -124,6 +127,35 @@ def _span_bars(kind: str, spans: list[tuple[int, Lane, Span]], numbered: bool) -
     )
 
 
+def _draft_bars(spans: list[tuple[int, Lane, Span]]) -> list[go.Bar]:
+    """Stripes along the decode bars: pale, and solid as far outwards as drafts were right."""
+    colors = [style.color_of(lane.request_id) for _, lane, _ in spans]
+    inner, outer = _DRAFTS
+    places = {
+        "orientation": "h",
+        "base": [span.first - 0.5 for _, _, span in spans],
+        "x": [span.steps for _, _, span in spans],
+        "y": [row for row, _, _ in spans],
+        "customdata": [_span_facts(lane, span) for _, lane, span in spans],
+        "hovertemplate": "%{customdata}<extra></extra>",
+        "showlegend": False,
+    }
+    pale = {"color": [style.tint(color, 0.3) for color in colors], "line": {"width": 0}}
+    solid = {"color": colors, "line": {"width": 0}}
+    shares = [span.accepted / span.drafted for _, _, span in spans]
+    return [
+        go.Bar(**places, width=outer, marker=pale, name="drafted"),
+        go.Bar(
+            **places,
+            width=[round(inner + (outer - inner) * share, 3) for share in shares],
+            marker=solid,
+            name="right",
+        ),
+        go.Bar(**places, width=inner, marker={"color": style.PAPER, "line": {"width": 0}}, name="between"),
+        swatch("drafts, solid if right", {"color": style.tint(style.FAINT_INK, 0.3)}),
+    ]
+
+
 def _look(kind: str, color: Any) -> dict[str, Any]:
     """Who, as a colour; what, as a pattern or (see _HEIGHTS) a height."""
     if kind == "chunk":
@@ -153,7 +185,8 @@ def _span_facts(lane: Lane, span: Span) -> str:
         if len(span.reasons) > 4:
             lines.append(f"and {plural(len(span.reasons) - 4, 'other reason')}")
     else:
-        lines.append(f"{plural(span.num_tokens, 'token')} computed, from position {span.start} on")
+        fact = f"{plural(span.num_tokens, 'token')} computed, from position {span.start} on"
+        lines.append(fact + (f": {drafts(span.drafted, span.accepted)}" if span.drafted else ""))
     if span.sampled:
         ids = ", ".join(map(str, span.sampled[:6])) + (", …" if len(span.sampled) > 6 else "")
         lines.append(f"{plural(len(span.sampled), 'token')} sampled: {ids}")

@@ -4,10 +4,11 @@ Object.assign(labkit, (() => {
   // Ready for drawing: spans as objects, and a place for each step's number.
   function openFilm({ meta, palette, headline, steps, lanes }) {
     const place = new Map(steps.step.map((step, i) => [step, i]));
-    const film = { meta, palette, headline, steps, place, count: steps.step.length, timed: Boolean(steps.begin) };
+    const film = { meta, palette, headline, steps, place, count: steps.step.length, timed: Boolean(steps.begin),
+                   drafting: Boolean(steps.drafted) };
     film.lanes = lanes.map((lane, id) => {
-      const spans = lane.spans.map(([kind, from, to, tokens]) => ({ kind, from: placeOf(film, from, 1),
-                                                                    to: placeOf(film, to, -1), tokens }));
+      const spans = lane.spans.map(([kind, from, to, tokens, drafted, right]) => (
+        { kind, from: placeOf(film, from, 1), to: placeOf(film, to, -1), tokens, drafted, right }));
       const ends = lane.ends.map(([step, reason]) => ({ at: placeOf(film, step, -1), reason }));
       return { id, ...lane, spans, ends };
     });
@@ -68,11 +69,12 @@ Object.assign(labkit, (() => {
 
   function drawFilmLane(ctx, film, theme, lane, clock, x, y, pitch, view) {
     const height = Math.max(1, pitch - (pitch > 8 ? 3 : pitch > 3 ? 1 : 0)), color = theme.palette[lane.color];
-    for (const { kind, from, to } of lane.spans) {
+    for (const span of lane.spans) {
+      const { kind, from, to } = span;
       const begin = clock.begin(from), end = clock.end(to);
       if (end < view.from || begin > view.to) continue;
       const left = x(Math.max(begin, view.from)), right = x(Math.min(end, view.to));
-      labkit.drawSpan(ctx, theme, kind, color, left, y, Math.max(1, right - left), height);
+      labkit.drawSpan(ctx, theme, kind, color, left, y, Math.max(1, right - left), height, labkit.shareOf(span));
     }
     for (const { at } of lane.ends) labkit.box(ctx, x(clock.end(at)) - 1, y, 2, height, theme.ink);
   }

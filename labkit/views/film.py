@@ -18,7 +18,7 @@ from labkit.views.timeline import Lane, rates_of, timeline_of
 MAX_FRAMES = 32  # of one answer
 MAX_LISTED = 60  # members of the queue that a frame names
 _LETTERS = {"prefill": "p", "chunk": "c", "decode": "d", "idle": "i", "waiting": "w"}
-_NAME = 32  # columns
+_NAME, _WORDS = 32, 160  # columns
 _MAX_WORK = (
     20_000_000  # steps times pages; beyond it, memory is looked at in every second step, or third, ...
 )
@@ -30,7 +30,8 @@ def film(trace: Trace) -> dict[str, Any]:
     `steps` holds columns with an entry per step. `begin` and `end` are in seconds since the first step
     began, or None if the trace has no clock; `owned` counts pages during the step, and `filled` their slots
     that hold a token. `lanes` has one entry per request: name, place in the palette, spans of
-    [kind, first step, last step, tokens], and ends of [step, reason].
+    [kind, first step, last step, tokens], and ends of [step, reason]. Where somebody drafts, steps have
+    `drafted` and `accepted` tokens too, and spans with drafts have both at their end.
     """
     timeline, rates = timeline_of(trace), rates_of(trace)
     records = trace.records
@@ -46,6 +47,9 @@ def film(trace: Trace) -> dict[str, Any]:
         "begin": None,
         "end": None,
     }
+    if timeline and timeline.drafting:
+        columns["drafted"] = [record.total_drafted for record in records]
+        columns["accepted"] = [record.total_accepted for record in records]
     if rates and rates.per == "second":
         zero, last = records[0].time - records[0].seconds, 0.0
         begins, ends = [], []
@@ -67,7 +71,10 @@ def film(trace: Trace) -> dict[str, Any]:
 
 
 def _pack(lane: Lane) -> dict[str, Any]:
-    spans = [[_LETTERS[span.kind], span.first, span.last, span.num_tokens] for span in lane.spans]
+    spans = [
+        [_LETTERS[span.kind], span.first, span.last, span.num_tokens, *_drafts(span.drafted, span.accepted)]
+        for span in lane.spans
+    ]
     return {
         "label": style.label(lane.request_id, 6),
         "name": style.label(lane.request_id, _NAME),
@@ -75,6 +82,11 @@ def _pack(lane: Lane) -> dict[str, Any]:
         "spans": [*spans, *(["x", step, step, 0] for step in lane.preempted)],
         "ends": [[end.step - end.early, style.label(end.reason, _NAME)] for end in lane.ends],
     }
+
+
+def _drafts(drafted: int, accepted: int) -> tuple[int, ...]:
+    """What a span, or a row of a frame, has at its end: nothing where nobody drafts."""
+    return (drafted, accepted) if drafted else ()
 
 
 def usage_of(trace: Trace, *, every: int = 1) -> list[tuple[int, int]]:
@@ -138,12 +150,19 @@ def _frame(trace: Trace, lanes: dict[str, int], state: PoolState, record: StepRe
         ],
         "cached": base64.b64encode(bits).decode("ascii"),
         "batch": [
-            [number(row.request_id), _LETTERS[row.kind], row.start, row.num_tokens, row.padding]
+            [
+                number(row.request_id),
+                _LETTERS[row.kind],
+                row.start,
+                row.num_tokens,
+                row.padding,
+                *_drafts(len(row.drafted), row.num_accepted),
+            ]
             for row in record.rows
         ],
         "queue": [[number(name), _why(state, record, name)] for name in queue[:MAX_LISTED]],
         "queued": len(queue),
-        "events": [[number(name), style.label(what, 80)] for name, what in _events(record)],
+        "events": [[number(name), style.label(what, _WORDS)] for name, what in _events(record)],
     }
 
 
@@ -168,9 +187,15 @@ def _events(record: StepRecord) -> list[tuple[str, str]]:
         for name, blocks in record.preempted
     ]
     finished = [(name, f"ends: {reason}") for name, reason, _ in record.finished]
-    found = [*arrived, *preempted, *admitted, *finished][:MAX_LISTED]
+    returned = [
+        (name, f"gives {style.plural(len(blocks), 'page')} back, for its drafts were wrong")
+        for name, blocks in record.returned
+    ]
+    found = [*arrived, *preempted, *admitted, *returned, *finished][:MAX_LISTED]
     if record.evicted:
         found.append(("", f"{style.plural(len(record.evicted), 'cached page')} evicted"))
+    if record.held_back:
+        found.append(("", record.held_back))
     return found
 
 

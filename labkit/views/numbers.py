@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 from labkit.trace import PoolState, StepRecord
 
 LATEST_REQUESTS = 100  # that TTFT and the hit rate look back on
 LATEST_GAPS = 1000  # between tokens, that ITL looks back on
+LATEST_CHECKS = 200  # of a row's drafts, that their share of right ones looks back on
 
 
 class Numbers:
@@ -28,6 +30,7 @@ class Numbers:
         self._ttft: deque[float] = deque(maxlen=LATEST_REQUESTS)
         self._itl: deque[float] = deque(maxlen=LATEST_GAPS)
         self._looked_up: deque[tuple[int, int]] = deque(maxlen=LATEST_REQUESTS)
+        self._checked: deque[tuple[int, int]] = deque(maxlen=LATEST_CHECKS)
 
     def append(self, record: StepRecord) -> None:
         """Take in the next step."""
@@ -40,34 +43,44 @@ class Numbers:
             if admission.num_looked_up:
                 self._looked_up.append((admission.num_cached_tokens, admission.num_looked_up))
         for request_id, tokens in zip(record.requests, record.sampled, strict=True):
-            for _ in tokens:
-                self._token(request_id, end)
+            if tokens:
+                self._tokens(request_id, len(tokens), end)
+        for row in record.rows if record.drafted else ():
+            if row.drafted:
+                self._checked.append((row.num_accepted, len(row.drafted)))
         self.preemptions += len(record.preempted)
         self.generated += record.total_sampled
         for finish in record.finished:
             self._arrived.pop(finish.request_id, None)
             self._latest.pop(finish.request_id, None)
 
-    def _token(self, request_id: str, now: float) -> None:
-        arrived, before = self._arrived.pop(request_id, None), self._latest.get(request_id)
+    def _tokens(self, request_id: str, count: int, now: float) -> None:
+        arrived = self._arrived.pop(request_id, None)
         if arrived is not None:
             self._ttft.append(now - arrived)
-        elif before is not None:
-            self._itl.append(now - before)
+        gaps = count if request_id in self._latest else count - 1
+        if gaps:  # those that come together have an equal share each
+            self._itl.extend([(now - self._latest.get(request_id, now)) / gaps] * gaps)
         self._latest[request_id] = now
 
     def pack(self) -> dict[str, Any]:
         """The numbers, ready for JSON; None where nothing has been measured."""
-        found, looked = (
-            (sum(column) for column in zip(*self._looked_up, strict=True)) if self._looked_up else (0, 0)
-        )
-        return {
+        packed = {
             "ttft": _median(self._ttft),
             "itl": _median(self._itl),
-            "hits": found / looked if looked else None,
+            "hits": _share(self._looked_up),
             "preemptions": self.preemptions,
             "generated": self.generated,
         }
+        if self._checked:
+            packed["drafts"] = _share(self._checked)
+        return packed
+
+
+def _share(counts: Iterable[tuple[int, int]]) -> float | None:
+    """The first numbers over the second ones."""
+    part, whole = (sum(column) for column in zip((0, 0), *counts, strict=True))
+    return part / whole if whole else None
 
 
 def _median(values: deque[float]) -> float | None:

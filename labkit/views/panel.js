@@ -259,7 +259,8 @@ Object.assign(labkit, (() => {
       if (news.plan.key !== before && (news.plan.plan || !news.plan.key)) labkit.lookAhead(state, news.plan.plan ? { ...news.plan.plan, key: news.plan.key } : null);
       const planned = (state.plan?.key ?? 0) !== before;
       if (news.pictures.full) {
-        for (const facts of within.querySelectorAll(".lk-facts")) facts.textContent = labkit.settings(state.meta);
+        for (const facts of within.querySelectorAll(".lk-facts")) facts.textContent = labkit.settings(state.meta, state.speculative);
+        root.classList.toggle("lk-drafting", Boolean(state.speculative));
         show.restyle();
         if (state.feed !== feed) chosen.select({});
       }

@@ -61,7 +61,9 @@ Object.assign(labkit, (() => {
       check.dataset.check = packed.check.same ? "same" : packed.check.fault ? "fault" : "differs";
       find(".lkr-tracks").replaceChildren(...tracks.map(trackOf));
       find(".lkr-cards").replaceChildren(...tracks.map(cardOf));
+      root.classList.toggle("lkr-drafting", tracks.some(({ film }) => film.drafting));
       theme = null;
+      requestAnimationFrame(again); // the legend, too
       play(true);
     }
 
@@ -187,7 +189,7 @@ Object.assign(labkit, (() => {
 
     function swatches() {
       for (const canvas of root.querySelectorAll("canvas[data-swatch]")) {
-        if (!canvas.clientWidth) return;
+        if (!canvas.clientWidth) continue;
         const { ctx, width, height } = labkit.context(canvas);
         labkit.drawSpan(ctx, theme, canvas.dataset.swatch, theme.muted, 0, 0, width, height);
       }

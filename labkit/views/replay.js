@@ -49,6 +49,8 @@ Object.assign(labkit, (() => {
       scrub.max = Math.max(0, film.count - 1);
       drawn = -1;
       root.classList.toggle("lkr-nothing", !film.count);
+      root.classList.toggle("lkr-drafting", film.drafting);
+      requestAnimationFrame(again); // the legend, too
       go(step === undefined ? 0 : (film.place.get(step) ?? film.count - 1));
     }
 
@@ -184,12 +186,13 @@ Object.assign(labkit, (() => {
     }
 
     function words(frame) {
-      const { owned, filled, running, waiting, sampled, computed } = film.steps;
+      const { owned, filled, running, waiting, sampled, computed, drafted, accepted } = film.steps;
       const { num_blocks: blocks, block_size: size } = film.meta;
       const empty = owned[at] ? Math.round(100 * (1 - filled[at] / (owned[at] * size))) : 0;
       find(".lkr-now").textContent = `Step ${frame.step}: ${running[at]} running, ${waiting[at]} waiting; `
         + `${owned[at]} of ${count(blocks, "page")} owned, ${empty}% of their slots empty; `
-        + `${count(computed[at], "token")} computed, ${sampled[at]} generated.`;
+        + `${count(computed[at], "token")} computed, ${sampled[at]} generated`
+        + `${drafted?.[at] ? `: ${labkit.draftWords(drafted[at], accepted[at])}` : ""}.`;
       const doing = new Map(frame.batch.map((row) => [row[0], row]));
       const told = frame.events.map(([number, what]) => line(number, what));
       find(".lkr-events").replaceChildren(...(told.length ? told : [el("p", "lkr-none", "Nobody came or went.")]));
@@ -209,7 +212,8 @@ Object.assign(labkit, (() => {
 
     function tableOf([number, computed, blocks], row) {
       const made = el("div", "lkr-table"), pages = el("span", "lkr-pages");
-      const did = row ? `${WHAT[row[1]]}, ${count(row[3], "token")}` : "no token in this step";
+      const drafts = row?.[5] ? `: ${labkit.draftWords(row[5], row[6])}` : "";
+      const did = row ? `${WHAT[row[1]]}, ${count(row[3], "token")}${drafts}` : "no token in this step";
       made.append(who(number), el("span", "lkr-did", `${did}; ${computed} in the cache`), pages);
       for (const block of blocks.slice(0, 96)) pages.append(el("span", "lkr-page", block));
       if (blocks.length > 96) pages.append(el("span", "lkr-none", `and ${blocks.length - 96} more`));
@@ -271,7 +275,7 @@ Object.assign(labkit, (() => {
 
     function swatches() {
       for (const canvas of root.querySelectorAll("canvas[data-swatch]")) {
-        if (!canvas.clientWidth) return;
+        if (!canvas.clientWidth) continue;
         const { ctx, width, height } = labkit.context(canvas);
         labkit.drawSpan(ctx, theme, canvas.dataset.swatch, theme.muted, 0, 0, width, height);
       }

@@ -53,14 +53,17 @@ Object.assign(labkit, (() => {
         const shared = plan.shared.find(([id]) => id === row[0]);
         const found = shared ? `${shared[1]} tokens found in pages ${ranges(shared[2])}` : "";
         const enters = plan.admitted.includes(row[0]) ? "gets a seat: " : "";
-        items.push(line(row[0], row[1], row[2], enters + labkit.rowWords(row),
-          [found, pages(row[6])].filter(Boolean).join("; ")));
+        const extra = [found, pages(row[6])].filter(Boolean).join("; ");
+        const made = line(row[0], row[1], row[2], enters + labkit.rowWords(row), extra);
+        if (row[9]?.length) made.append(guesses("Drafts to check:", row[9]));
+        items.push(made);
       }
       if (plan.queue.length) items.push(heading("Will wait"));
       for (const [id, label, color] of plan.queue.slice(0, 50)) {
         items.push(line(id, label, color, labkit.whyWords(state, id)));
       }
       if (plan.evicted) items.push(heading(`${labkit.count(plan.evicted, "cached page")} forgotten to make room`));
+      if (plan.held_back) items.push(heading("Drafts"), part("li", "lk-line", plan.held_back));
       list.replaceChildren(...items);
     }
 
@@ -74,16 +77,27 @@ Object.assign(labkit, (() => {
         line(id, label, color, `preempted: gave ${labkit.count(blocks, "page")} back`));
       for (const row of facts.rows) {
         const text = row[6] ? ` → “${row[6]}”` : "", end = ends.has(row[0]) ? ` and ended (${ends.get(row[0])})` : "";
-        const table = facts.tables.find(([id]) => id === row[0]);
+        const table = facts.tables.find(([id]) => id === row[0]), back = facts.returned?.find(([id]) => id === row[0]);
         const held = table ? `${labkit.count(table[2].length, "page")}: ${ranges(table[2])}` : "";
-        items.push(line(row[0], row[1], row[2], labkit.rowWords(row) + text + end, held, { step: facts.step }));
+        const given = back ? `; gave back ${ranges(back[1])}, for drafts were wrong` : "";
+        const made = line(row[0], row[1], row[2], labkit.rowWords(row) + text + end, held + given, { step: facts.step });
+        if (row[9]) made.append(guesses("Drafted:", row[9], row[8]));
+        items.push(made);
       }
       if (facts.queue.length) items.push(heading("Waited"));
       facts.queue.slice(0, 50).forEach(([id, label, color], place) => {
         const first = facts.blocked && facts.blocked[0] === id ? `first in line: ${facts.blocked[1]}` : "";
         items.push(line(id, label, color, first || `number ${place + 1} of ${facts.queue.length}`, "", { step: facts.step }));
       });
+      if (facts.held_back) items.push(heading("Drafts"), part("li", "lk-line", facts.held_back));
       list.replaceChildren(...items);
+    }
+
+    // Drafted tokens, of which so many were right; the others are struck through.
+    function guesses(words, tokens, right = tokens.length) {
+      const made = part("p", "lk-extra lk-guesses", words);
+      tokens.forEach((token, place) => made.append(part(place < right ? "span" : "s", "lk-token", visible(token))));
+      return made;
     }
 
     function showPage(facts) {
@@ -100,7 +114,7 @@ Object.assign(labkit, (() => {
       });
       if (facts.tokens?.length) {
         const row = part("li", "lk-tokens-row");
-        for (const token of facts.tokens) row.append(part("span", "lk-token", token.replaceAll("\n", "↵") || "·"));
+        for (const token of facts.tokens) row.append(part("span", "lk-token", visible(token)));
         items.push(heading("Its tokens"), row);
       }
       list.replaceChildren(...items);
@@ -159,6 +173,8 @@ Object.assign(labkit, (() => {
 
     return { update };
   }
+
+  const visible = (token) => token.replaceAll("\n", "↵") || "·";
 
   // Page numbers, runs of them as one: 3–5, 9.
   function ranges(blocks) {

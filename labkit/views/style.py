@@ -29,6 +29,12 @@ MARKS = {
     "waiting": "░",
     "preempted": "x",
 }
+# The same for a decode with drafts.
+DRAFT_MARKS = {
+    "drafts, some right": "◈",
+    "drafts, all right": "◆",
+    "drafts, none right": "◇",
+}
 
 # A plotly template as plain data, so that nothing here needs plotly. White paper: dark ink stays readable
 # on a dark page.
@@ -116,3 +122,8 @@ def escape(text: str) -> str:
 def plural(count: float, noun: str) -> str:
     """A count and its noun."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def drafts(drafted: int, accepted: int) -> str:
+    """What became of drafts."""
+    return f"{drafted} drafted, {accepted} of them right"

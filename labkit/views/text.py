@@ -13,7 +13,7 @@ from labkit.trace import Trace
 from labkit.views import style
 from labkit.views.pages import Page, Pages, pages_of
 from labkit.views.style import plural
-from labkit.views.timeline import Lane, rates_of, timeline_of
+from labkit.views.timeline import Lane, Span, rates_of, timeline_of
 
 COLUMNS = 100
 _NO_STEPS = "No steps yet: nothing has run."
@@ -108,7 +108,8 @@ def _grouped(shared: list[Page]) -> list[tuple[tuple[str, ...], list[int]]]:
 
 # -- batch timeline -------------------------------------------------------------------------------
 
-_BEFORE_OTHERS = ("preempted", "prefill", "chunk", "decode", "idle", "waiting")
+_MARKS = {**style.MARKS, **style.DRAFT_MARKS}
+_BEFORE_OTHERS = ("preempted", "prefill", "chunk", *style.DRAFT_MARKS, "decode", "idle", "waiting")
 
 
 def batch_timeline(trace: Trace, *, first: int | None = None, last: int | None = None) -> str:
@@ -122,20 +123,22 @@ def batch_timeline(trace: Trace, *, first: int | None = None, last: int | None =
         return _NO_STEPS
     names = [style.label(lane.request_id) for lane in timeline.lanes]
     name_width = max(map(style.width_of, [*names, "request"]))
-    tails = [f"{lane.num_tokens:>9}{lane.num_sampled:>10}  {_ends(lane)}".rstrip() for lane in timeline.lanes]
-    room = COLUMNS - name_width - 3 - max(map(style.width_of, [*tails, " computed generated  ends"]))
+    heading = f" computed generated{'  drafts right' if timeline.drafting else ''}  ends"
+    tails = [_tail(lane, timeline.drafting) for lane in timeline.lanes]
+    room = COLUMNS - name_width - 3 - max(map(style.width_of, [*tails, heading]))
     length = timeline.last - timeline.first + 1
     per_column = -(-length // room)
     columns = -(-length // per_column)
     lines = [*_headline(timeline.headline), ""]
     ruler = _ruler(timeline.first, columns, per_column)
-    lines.append(f"{'request':<{name_width}}  {ruler}  computed generated  ends")
+    lines.append(f"{'request':<{name_width}}  {ruler} {heading}")
     for name, lane, tail in zip(names, timeline.lanes, tails, strict=True):
         pad = " " * (name_width - style.width_of(name))
         lines.append(f"{name}{pad}  {_lane_marks(lane, timeline.first, columns, per_column)} {tail}")
-    legend = [f"{mark} {what}" for what, mark in style.MARKS.items()]
+    marks = _MARKS if timeline.drafting else style.MARKS
+    legend = [f"{mark} {what}" for what, mark in marks.items()]
     if per_column > 1:
-        order = " ".join(style.MARKS[what] for what in _BEFORE_OTHERS)
+        order = " ".join(marks[what] for what in _BEFORE_OTHERS if what in marks)
         legend.append(f"each column = {per_column} steps, and shows the first of {order} among them")
     else:
         legend.append("each column = 1 step")
@@ -145,6 +148,12 @@ def batch_timeline(trace: Trace, *, first: int | None = None, last: int | None =
     if why:
         why[0] = f"the head of the queue waited: {why[0]}"
     return "\n".join([*lines, "", *_wrapped(legend), *_wrapped(why)])
+
+
+def _tail(lane: Lane, drafting: bool) -> str:
+    """What stands to the right of a lane."""
+    drafts = f"{f'{lane.num_accepted} of {lane.num_drafted}':>14}" if drafting else ""
+    return f"{lane.num_tokens:>9}{lane.num_sampled:>10}{drafts}  {_ends(lane)}".rstrip()
 
 
 def _ends(lane: Lane) -> str:
@@ -164,12 +173,20 @@ def _ruler(first: int, columns: int, per_column: int) -> str:
 def _lane_marks(lane: Lane, first: int, columns: int, per_column: int) -> str:
     marks = [" "] * columns
     for what in reversed(_BEFORE_OTHERS):  # the later overwrites
-        spans = [(span.first, span.last) for span in lane.spans if span.kind == what]
+        spans = [(span.first, span.last) for span in lane.spans if _what(span) == what]
         spans += [(step, step) for step in lane.preempted] if what == "preempted" else []
         for begin, end in spans:
             for column in range((begin - first) // per_column, (end - first) // per_column + 1):
-                marks[column] = style.MARKS[what]
+                marks[column] = _MARKS[what]
     return "".join(marks)
+
+
+def _what(span: Span) -> str:
+    """By which mark a span is shown."""
+    if not span.drafted:
+        return span.kind
+    share = "all" if span.accepted == span.drafted else "some" if span.accepted else "none"
+    return f"drafts, {share} right"
 
 
 # -- throughput -----------------------------------------------------------------------------------

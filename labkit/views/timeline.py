@@ -9,7 +9,7 @@ from itertools import accumulate, groupby
 from typing import NamedTuple
 
 from labkit.trace import Row, StepRecord, Trace
-from labkit.views.style import plural
+from labkit.views.style import drafts, plural
 
 # -- timeline -------------------------------------------------------------------------------------
 
@@ -20,6 +20,7 @@ class Span:
 
     `kind` is prefill, chunk, decode, idle or waiting. `start` counts its tokens computed before; the others
     are sums over the span. `reasons` says why it waited while it headed the queue, and for how many steps.
+    `accepted` of the `drafted` tokens were right.
     """
 
     kind: str
@@ -30,6 +31,8 @@ class Span:
     sampled: list[int] = field(default_factory=list)
     padding: int = 0
     reasons: tuple[tuple[str, int], ...] = ()
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def steps(self) -> int:
@@ -65,6 +68,14 @@ class Lane:
     def padding(self) -> int:
         return sum(span.padding for span in self.spans)
 
+    @property
+    def num_drafted(self) -> int:
+        return sum(span.drafted for span in self.spans)
+
+    @property
+    def num_accepted(self) -> int:
+        return sum(span.accepted for span in self.spans)
+
 
 @dataclass
 class Timeline:
@@ -77,6 +88,11 @@ class Timeline:
     blocked: list[tuple[str, int]]  # why the head of the queue waited, and for how many steps; most first
 
     @property
+    def drafting(self) -> bool:
+        """Whether anybody drafts."""
+        return any(lane.num_drafted for lane in self.lanes)
+
+    @property
     def headline(self) -> tuple[str, str]:
         """The numbers in words, in two sentences."""
         computed = sum(lane.num_tokens for lane in self.lanes)
@@ -86,6 +102,9 @@ class Timeline:
         first = f"{plural(len(self.lanes), 'request')} in {plural(self.num_steps, 'step')}"
         first += f" ({self.first} to {self.last})"
         second = f"{plural(computed, 'token')} computed, {sampled} generated"
+        if self.drafting:
+            drafted = sum(lane.num_drafted for lane in self.lanes)
+            second += f"; {drafts(drafted, sum(lane.num_accepted for lane in self.lanes))}"
         second += f"; {plural(padding, 'padded slot')} wasted" if padding else ""
         second += f"; {plural(preempted, 'preemption')}" if preempted else ""
         return first, second
@@ -156,9 +175,12 @@ class _Builder:
             spans[-1].num_tokens += row.num_tokens
             spans[-1].sampled += row.sampled
             spans[-1].padding += row.padding
+            spans[-1].drafted += len(row.drafted)
+            spans[-1].accepted += row.num_accepted
         else:
-            sampled = list(row.sampled)
-            spans.append(Span(row.kind, step, step, row.start, row.num_tokens, sampled, row.padding))
+            span = Span(row.kind, step, step, row.start, row.num_tokens, list(row.sampled), row.padding)
+            span.drafted, span.accepted = len(row.drafted), row.num_accepted
+            spans.append(span)
 
     def finish(self) -> Timeline:
         first, last = self.records[0].step, self.records[-1].step
@@ -175,8 +197,9 @@ def _early(request_id: str, record: StepRecord) -> bool:
 
 def _alike(span: Span, row: Row) -> bool:
     """Whether one more step does what each step of a span did."""
-    sums = (row.num_tokens * span.steps, len(row.sampled) * span.steps, row.padding * span.steps)
-    return span.kind == row.kind and sums == (span.num_tokens, len(span.sampled), span.padding)
+    each = (row.num_tokens, len(row.sampled), row.padding, len(row.drafted))
+    sums = (span.num_tokens, len(span.sampled), span.padding, span.drafted)
+    return span.kind == row.kind and tuple(count * span.steps for count in each) == sums
 
 
 # -- throughput -----------------------------------------------------------------------------------

@@ -3,11 +3,12 @@ Object.assign(labkit, (() => {
   const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 
   // What the engine runs with, in a line.
-  function settings(meta) {
+  function settings(meta, speculative) {
     const pool = `${count(meta.num_blocks, "page")} of ${count(meta.block_size, "token")}`;
     const budget = `${count(meta.max_num_batched_tokens, "token")} a step`;
     const where = meta.dtype && `${meta.dtype} on ${meta.device}`;
-    const facts = [meta.model, where, pool, count(meta.max_num_seqs, "seat"), budget, meta.scheduler];
+    const drafts = { ngram: "n-gram drafts", draft: "drafts of a model" }[speculative];
+    const facts = [meta.model, where, pool, count(meta.max_num_seqs, "seat"), budget, meta.scheduler, drafts];
     return facts.filter(Boolean).join(" · ");
   }
 
@@ -53,7 +54,9 @@ Object.assign(labkit, (() => {
       const tokens = count(span.tokens, "token");
       if (span.kind === "p") lines.push(`prefill: ${tokens} at once`);
       if (span.kind === "c") lines.push(`a chunk of its prefill: ${tokens}${steps}`);
-      if (span.kind === "d") lines.push(`decode: ${tokens}${steps}`);
+      const { drafted, right } = span;
+      if (drafted) lines.push(`decode, ${tokens} computed${steps}: ${labkit.draftWords(drafted, right)}`);
+      else if (span.kind === "d") lines.push(`decode: ${tokens}${steps}`);
       if (span.kind === "i") lines.push(`idle: holds a seat, computes nothing${steps}`);
       if (span.kind === "x") lines.push(`preempted: gave ${count(span.tokens, "page")} back`);
       if (span.kind === "w") lines.push(`waiting${steps}`);
@@ -71,9 +74,10 @@ Object.assign(labkit, (() => {
     if (place < 0) return [];
     const row = state.steps[place], rate = labkit.rates(state.steps)[place];
     const used = labkit.percent(row.used / state.meta.num_blocks);
+    const drafts = row.drafted ? `: ${labkit.draftWords(row.drafted, row.right)}` : "";
     return [
       `Step ${step}: ${(row.seconds * 1000).toPrecision(3)} ms`,
-      `${count(row.computed, "token")} computed, ${row.sampled} generated`,
+      `${count(row.computed, "token")} computed, ${row.sampled} generated${drafts}`,
       `${labkit.short(rate)} tokens/s over the last 8 steps`,
       `${row.used} of ${count(state.meta.num_blocks, "page")} in use (${used})`,
       `${row.running} running, ${row.waiting} waiting`,
@@ -110,9 +114,10 @@ Object.assign(labkit, (() => {
   const KINDS = { p: "prefill", c: "chunk", d: "decode", i: "idle" };
 
   // What a row of a batch computes.
-  function rowWords([, , , kind, start, tokens]) {
+  function rowWords([, , , kind, start, tokens, , drafted, right]) {
     if (kind === "i") return "idle";
-    return `${KINDS[kind]}, ${count(tokens, "token")}${kind === "c" ? ` from ${start} on` : ""}`;
+    const drafts = drafted ? `: ${labkit.draftWords(drafted, right)}` : "";
+    return `${KINDS[kind]}, ${count(tokens, "token")}${kind === "c" ? ` from ${start} on` : ""}${drafts}`;
   }
 
   // An event of the log.
@@ -122,6 +127,8 @@ Object.assign(labkit, (() => {
     if (kind === "hit") return `finds ${first} of its ${count(second, "token")} in the prefix cache`;
     if (kind === "preempt") return `is preempted: gives ${count(first, "page")} back`;
     if (kind === "evict") return `${count(first, "cached page")} forgotten to make room`;
+    if (kind === "hold") return word;
+    if (kind === "return") return `gives ${count(first, "page")} back, for its drafts were wrong`;
     if (kind === "abort") return first ? `is cancelled, and gives ${count(first, "page")} back` : "is cancelled";
     return `ends (${word}), and gives ${count(first, "page")} back`;
   }
@@ -140,6 +147,7 @@ Object.assign(labkit, (() => {
       itl: numbers.itl == null ? "–" : seconds(numbers.itl),
       hits: share(numbers.hits),
       preemptions: String(numbers.preemptions ?? 0),
+      drafts: share(numbers.drafts),
     };
   }
 

@@ -1,0 +1,328 @@
+"""Drafts in every picture: how many there were, how many were right, and which pages were given back."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from typing import Any
+
+import plotly.graph_objects as go
+import pytest
+
+from labkit import perfetto, views
+from labkit.baselines import SCHEDULERS
+from labkit.memory import BlockPool
+from labkit.plan import StepResult
+from labkit.request import Request, SamplingParams
+from labkit.trace import Admission, Arrival, Finish, Pages, Row, StepRecord, Trace, TraceMeta
+from labkit.views import film, log, style, text
+from labkit.views.canvas import Feed
+from labkit.views.numbers import Numbers
+from labkit.views.pages import pages_of
+from labkit.views.timeline import timeline_of
+
+WHY = "1 of 2 rows draft nothing: a draft pays if it is right 30% of the time, and theirs are {}"
+
+
+def story() -> Trace:
+    """Of a's ten drafts five are right: none of the first four, then all, all, and some. b drafts nothing."""
+    records = [
+        StepRecord(
+            0, ("a",), "p", (0,), (5,), ((50,),), arrived=(Arrival("a", 5, 11),), admitted=(Admission("a"),),
+            taken=(Pages("a", (0, 1)),), free_blocks=6,
+        ),
+        StepRecord(
+            1, ("a",), "d", (5,), (5,), ((60,),), drafted=((51, 52, 53, 54),), taken=(Pages("a", (2,)),),
+            returned=(Pages("a", (2,)),), free_blocks=6,
+        ),
+        StepRecord(
+            2, ("a",), "d", (6,), (3,), ((61, 62, 63),), drafted=((61, 62),), taken=(Pages("a", (2,)),),
+            free_blocks=5,
+        ),
+        StepRecord(
+            3, ("a", "b"), "dp", (9, 0), (3, 3), ((64, 65, 66), (80,)), drafted=((64, 65), ()),
+            arrived=(Arrival("b", 3, 3),), admitted=(Admission("b"),), taken=(Pages("b", (4,)),),
+            free_blocks=4,
+        ),
+        StepRecord(
+            4, ("a", "b"), "dd", (12, 3), (3, 1), ((67, 68), (81,)), drafted=((67, 70), ()),
+            taken=(Pages("a", (3,)),), held_back=WHY.format("15%"), free_blocks=3,
+        ),
+        StepRecord(
+            5, ("a", "b"), "dd", (14, 4), (1, 1), ((69,), (82,)), held_back=WHY.format("12% to 13%"),
+            taken=(Pages("b", (5,)),), free_blocks=8,
+            finished=(Finish("a", "length", (0, 1, 2, 3)), Finish("b", "length", (4, 5))),
+        ),
+    ]  # fmt: skip
+    return Trace(TraceMeta(8, 4, 4, 32), records)
+
+
+def run(seed: int) -> Trace:
+    """A real scheduler with too few pages, requests that draft anything, and luck that says what is right."""
+    rng = random.Random(seed)
+    pool = BlockPool(14, 4)
+    scheduler = SCHEDULERS["continuous"](pool, max_num_seqs=4, max_num_batched_tokens=20)
+    trace = Trace(TraceMeta(14, 4, 4, 20))
+    for i in range(8):
+        prompt = [rng.randrange(50) for _ in range(rng.randint(1, 9))]
+        scheduler.add(Request(str(i), prompt, SamplingParams(max_tokens=rng.randint(5, 20))))
+    for step in range(1000):
+        if not scheduler.has_unfinished:
+            return trace
+        plan = scheduler.schedule()
+        sampled: list[tuple[int, ...]] = []
+        for row, request in enumerate(plan.requests):
+            drafts = plan.drafts.get(row, ())
+            known = plan.starts[row] + plan.num_tokens[row] - len(drafts) == len(request.token_ids)
+            right = rng.choice([0, len(drafts), rng.randint(0, len(drafts))])
+            sampled.append((*drafts[:right], 200 + step) if known else ())
+        result = StepResult(sampled)
+        scheduler.commit(plan, result)
+        trace.append(scheduler.record(step, plan, result))
+        for request in scheduler.running:
+            room = request.max_len - len(request.token_ids) - 1
+            if len(request.token_ids) - request.num_computed_tokens == 1 and room > 0:
+                count = rng.choice([0, 1, min(4, room), min(4, room)])
+                request.drafts = tuple(range(100, 100 + min(count, room)))
+    raise RuntimeError("the scheduler does not come to an end")
+
+
+@pytest.fixture(params=range(6))
+def trace(request: pytest.FixtureRequest) -> Trace:
+    trace = run(request.param)
+    assert sum(record.total_accepted for record in trace) > 0 and any(record.returned for record in trace)
+    return trace
+
+
+def rows_of(trace: Trace, request_id: str) -> list[tuple[int, Row]]:
+    return [(record.step, row) for record in trace for row in record.rows if row.request_id == request_id]
+
+
+# -- the timeline ---------------------------------------------------------------------------------
+
+
+def test_equal_steps_are_one_span_and_others_are_not(trace: Trace) -> None:
+    timeline = timeline_of(trace)
+    assert timeline.drafting
+    for lane in timeline.lanes:
+        spans = [span for span in lane.spans if span.kind != "waiting"]
+        for step, row in rows_of(trace, lane.request_id):
+            (span,) = [span for span in spans if span.first <= step <= span.last]
+            assert (span.drafted, span.accepted) == (
+                len(row.drafted) * span.steps,
+                row.num_accepted * span.steps,
+            )
+        for before, after in itertools.pairwise(spans):
+            same = [(s.kind, s.drafted / s.steps, s.accepted / s.steps) for s in (before, after)]
+            assert same[0] != same[1] or before.last + 1 < after.first or before.kind != "decode"
+    drafted = sum(record.total_drafted for record in trace)
+    accepted = sum(record.total_accepted for record in trace)
+    assert f"; {drafted} drafted, {accepted} of them right" in timeline.headline[1]
+
+
+def test_the_story_as_text() -> None:
+    lines = text.batch_timeline(story()).splitlines()
+    assert lines[1] == "25 tokens computed, 14 generated; 10 drafted, 5 of them right"
+    assert lines[3].split()[-5:] == ["computed", "generated", "drafts", "right", "ends"]
+    assert lines[4].split() == ["a", "█◇◆◆◈▪", "20", "11", "5", "of", "10", "length", "5"]
+    assert lines[5].split() == ["b", "█▪▪", "5", "3", "0", "of", "0", "length", "5"]
+    legend = " ".join(lines[6:])
+    assert all(f"{mark} {what}" in legend for what, mark in style.DRAFT_MARKS.items())
+    assert max(map(style.width_of, lines)) <= text.COLUMNS
+    plain = text.batch_timeline(story(), last=0)
+    assert "draft" not in plain and not any(mark in plain for mark in style.DRAFT_MARKS.values())
+
+
+def test_long_runs_say_which_mark_comes_first() -> None:
+    decode = {"kinds": "d", "num_tokens": (3,), "drafted": ((1, 2),)}
+    records = [
+        StepRecord(i, ("a",), starts=(i,), sampled=((1, 2, 3) if i % 2 else (9,),), **decode)
+        for i in range(300)
+    ]
+    said = text.batch_timeline(Trace(TraceMeta(900, 1, 1, 8), records))
+    assert "shows the first of x █ ▓ ◈ ◆ ◇ ▪ · ░ among them" in said
+    assert said.splitlines()[4].count("◆") == 50 and max(map(len, said.splitlines())) <= text.COLUMNS
+
+
+def bars_of(figure: go.Figure, name: str) -> list[tuple[Any, ...]]:
+    (part,) = [part for part in figure.data if part.name == name and part.x != (None,)]
+    return list(zip(part.y, part.base, part.x, part.customdata, strict=True))
+
+
+def test_the_story_as_a_figure() -> None:
+    figure = views.batch_timeline(story())
+    assert "10 drafted, 5 of them right" in figure.layout.title.text
+    (pale,) = [part for part in figure.data if part.name == "drafted"]
+    (solid,) = [part for part in figure.data if part.name == "right"]
+    assert [(row, base, steps) for row, base, steps, _ in bars_of(figure, "drafted")] == [
+        (0, 0.5, 1),
+        (0, 1.5, 2),
+        (0, 3.5, 1),
+    ]
+    (plain,) = [part for part in figure.data if part.name == "decode" and part.x != (None,)]
+    (between,) = [part for part in figure.data if part.name == "between"]
+    assert plain.width < between.width < pale.width < 0.84, "stripes along the bar, lower than a prefill"
+    heights = [between.width, pale.width, (between.width + pale.width) / 2]  # none, all, and half are right
+    assert list(solid.width) == pytest.approx(heights)
+    assert solid.marker.color == tuple([style.color_of("a")] * 3) != pale.marker.color
+    names = [part.name for part in figure.data]
+    order = [names.index(name) for name in ("drafted", "right", "between", "decode")]
+    assert order == sorted(order), "they lie beneath"
+    facts = [facts for *_, facts in bars_of(figure, "decode")]
+    assert "5 tokens computed, from position 5 on: 4 drafted, 0 of them right" in facts[0]
+    assert "6 tokens computed, from position 6 on: 4 drafted, 4 of them right" in facts[1]
+    assert "drafted" not in facts[3]
+    assert "drafts, solid if right" in [part.name for part in figure.data if part.showlegend]
+    assert "draft" not in views.batch_timeline(story(), last=0).to_json()
+
+
+def test_perfetto_is_told(trace: Trace) -> None:
+    found = [event for event in perfetto.events(trace) if event["ph"] == "X"]
+    for steps in (True, False):
+        some = [event["args"] for event in found if (event["tid"] == 1) == steps]
+        assert sum(args.get("tokens drafted", 0) for args in some) == sum(r.total_drafted for r in trace)
+        assert sum(args.get("drafts right", 0) for args in some) == sum(r.total_accepted for r in trace)
+    args = [event["args"] for event in perfetto.events(story()) if event["name"] == "step 4"]
+    assert args[0]["drafts held back"] == WHY.format("15%")
+
+
+# -- the film -------------------------------------------------------------------------------------
+
+
+def test_the_story_as_a_film() -> None:
+    packed = json.loads(json.dumps(film.film(story())))
+    assert packed["steps"]["drafted"] == [0, 4, 2, 2, 2, 0]
+    assert packed["steps"]["accepted"] == [0, 0, 2, 2, 1, 0]
+    a, b = [lane["spans"] for lane in packed["lanes"]]
+    assert a == [
+        ["p", 0, 0, 5],
+        ["d", 1, 1, 5, 4, 0],
+        ["d", 2, 3, 6, 4, 4],
+        ["d", 4, 4, 3, 2, 1],
+        ["d", 5, 5, 1],
+    ]
+    assert b == [["p", 3, 3, 3], ["d", 4, 5, 2]]
+    frames = film.frames(story(), {"a": 0, "b": 1}, 0, 6)
+    assert frames[1]["batch"] == [[0, "d", 5, 5, 0, 4, 0]] and frames[5]["batch"][0] == [0, "d", 14, 1, 0]
+    assert frames[1]["events"] == [[0, "gives 1 page back, for its drafts were wrong"]]
+    assert frames[4]["events"] == [[-1, WHY.format("15%")]]
+    assert frames[1]["tables"] == [[0, 10, [0, 1, 2]]], "while the step runs, drafts are in the cache"
+    assert frames[2]["tables"] == [[0, 9, [0, 1, 2]]]
+    short = film.film(Trace(story().meta, story().records[:1]))
+    assert "drafted" not in short["steps"] and "accepted" not in short["steps"]
+
+
+def test_the_film_adds_up(trace: Trace) -> None:
+    packed = film.film(trace)
+    spans = [span for lane in packed["lanes"] for span in lane["spans"] if len(span) > 4]
+    assert sum(span[4] for span in spans) == sum(packed["steps"]["drafted"])
+    assert sum(span[5] for span in spans) == sum(packed["steps"]["accepted"]) > 0
+    for place, record in enumerate(trace):
+        pages = pages_of(trace, record.step)
+        assert packed["steps"]["owned"][place] == pages.owned
+        assert pages.owned_after == trace.meta.num_blocks - record.free_blocks
+
+
+# -- the live canvas ------------------------------------------------------------------------------
+
+
+def test_the_live_pictures_hear_of_drafts(trace: Trace) -> None:
+    feed = Feed(trace.meta, min_interval=0, speculative="ngram")
+    spans: dict[tuple[str, str, int], tuple[int, ...]] = {}
+    step, steps, events = -1, [], []
+    for record in trace:
+        feed.append(record)
+        news = feed.snapshot(feed.name, step)
+        step = news["step"]
+        steps += news["steps"]
+        events += news["events"]
+        after = trace.state(record.step, after=True)
+        assert {name: table for name, _, table in news["tables"]} == {
+            name: tuple(table) for name, table in after.tables.items()
+        }
+        assert {name: computed for name, computed, _ in news["tables"]} == after.computed
+        for name, *_, found in news["lanes"]:
+            spans |= {(name, kind, first): rest for kind, first, *rest in found}
+    for name in {name for name, *_ in spans}:
+        for at, row in rows_of(trace, name):
+            ((first, rest),) = [
+                (first, rest)
+                for (who, kind, first), rest in spans.items()
+                if who == name and kind == row.kind[0] and first <= at <= rest[0]
+            ]
+            last, _, *drafts = rest
+            each = (len(row.drafted), row.num_accepted) if row.drafted else ()
+            assert tuple(drafts) == tuple(count * (last - first + 1) for count in each)
+    assert [tuple(row[9:]) for row in steps] == [
+        (record.total_drafted, record.total_accepted) if record.drafted else () for record in trace
+    ]
+    returned = [(r.step, name, len(blocks)) for r in trace for name, blocks in r.returned]
+    assert [(at, who, count) for at, kind, who, count, *_ in events if kind == "return"] == returned
+
+
+def test_only_who_drafts_says_so() -> None:
+    plain = Feed(story().meta, min_interval=0)
+    plain.append(story()[0])
+    news = plain.snapshot()
+    assert "speculative" not in news and "drafts" not in news["numbers"] and len(news["steps"][0]) == 9
+    drafting = Feed(story().meta, min_interval=0, speculative="ngram")
+    assert drafting.snapshot()["speculative"] == "ngram"
+
+
+def test_the_step_to_come_says_how_many_drafts_it_will_check() -> None:
+    feed = Feed(story().meta, min_interval=0)
+    for record in story().records[:4]:
+        feed.append(record)
+    coming = StepRecord(
+        4, ("a", "b"), "dd", (12, 3), (3, 1), ((), ()), drafted=((67, 70), ()), taken=(Pages("a", (3,)),),
+        held_back="why", free_blocks=3,
+    )  # fmt: skip
+    plan = feed.preview(coming, lambda tokens: f"<{tokens[0]}>")
+    drafts = [2, None, ["<67>", "<70>"]]  # what becomes of them is not known yet
+    assert [row[3:] for row in plan["rows"]] == [["d", 12, 3, [3], *drafts], ["d", 3, 1, []]]
+    assert plan["held_back"] == "why"
+    assert feed.preview(coming)["rows"][0][7:] == [2, None, []]
+
+
+def test_why_nobody_drafts_is_told_when_it_changes() -> None:
+    def told(*reasons: str) -> list[str]:
+        feed = Feed(story().meta, min_interval=0)
+        for step, why in enumerate(reasons):
+            feed.append(StepRecord(step, held_back=why, free_blocks=8))
+        return [event[-1] for event in feed.snapshot()["events"] if event[1] == "hold"]
+
+    first, second = WHY.format("15%"), WHY.format("9% to 41%").replace("1 of 2", "3 of 12")
+    other = "nobody drafts: in a step of 12 rows a draft costs more than it can bring"
+    assert told("", first, "", second, other, "", other) == [first, other]
+    assert told(other, first, other) == [other, first, other]
+    assert list(log.events_of(StepRecord(0))) == []
+
+
+def test_numbers_share_a_gap_among_the_tokens_that_come_together() -> None:
+    numbers = Numbers()
+    for record in story():
+        fields = {name: getattr(record, name) for name in record.__dataclass_fields__}
+        numbers.append(StepRecord(**(fields | {"seconds": 0.3})))
+    assert sorted(numbers._itl) == pytest.approx([0.1] * 6 + [0.15] * 2 + [0.3] * 4)
+    assert numbers.pack()["drafts"] == 0.5 and numbers.pack()["itl"] == pytest.approx(0.125)
+
+
+# -- the pool -------------------------------------------------------------------------------------
+
+
+def test_pages_given_back_leave_with_the_end_of_the_step() -> None:
+    during, after = pages_of(story(), 1), pages_of(story(), 2)
+    assert during.owned == 3 and during.headline[1].endswith("; the step's end gives back 1")
+    assert "gives back" not in after.headline[1]
+    assert "gives back 1" in views.block_heatmap(story(), 1).layout.title.text
+    assert "gives back 1" in text.block_heatmap(story(), 1)
+    feed = Feed(story().meta, min_interval=0)
+    for record in story().records[:2]:
+        feed.append(record)
+    assert feed.snapshot()["tables"] == (("a", 6, (0, 1)),)
+
+
+def test_the_stories_are_traces() -> None:
+    for trace in (story(), run(1)):
+        assert Trace.from_lines(trace.lines()) == trace
