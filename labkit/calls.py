@@ -12,17 +12,18 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from labkit.limits import Limits
 from labkit.live import EngineStoppedError, LiveEngine
 from labkit.metrics import Metrics
-from labkit.protocol import Asked, ChatAsked, Format, RequestError, error_object, field_of, usage
+from labkit.protocol import Asked, Format, RequestError, error_object, field_of, usage
 from labkit.request import RequestOutput, SamplingParams, answer_ids
 
 logger = logging.getLogger("labkit.server")
+T = TypeVar("T")
 
 _DONE = b"data: [DONE]\n\n"
 
@@ -61,8 +62,9 @@ class Job:
     format: Format
     echo: bool
     began: float
-    names: Sequence[str] = ()  # of the requests in the engine, one per prompt
-    answers: Sequence[str] = ()  # of all their answers, in the order of the choices
+    names: list[str] = field(default_factory=list)  # of the requests in the engine, one per prompt
+    # All their answers by name, in the order of the choices, and how each can be heard.
+    answers: dict[str, AsyncIterator[RequestOutput]] = field(default_factory=dict)
     outputs: dict[int, RequestOutput] = field(default_factory=dict)  # the latest of each choice
     status: int = 499  # of HTTP: the client went away, unless it turns out otherwise
 
@@ -101,6 +103,11 @@ class Server:
     def model_name(self) -> str:
         return self.options.model_name or self.engine().engine.model.name
 
+    @property
+    def busy(self) -> bool:
+        """Whether a call is under way."""
+        return bool(self._clients)
+
     # -- in ---------------------------------------------------------------------------------------
 
     async def take(self, job: Job, *, max_tokens: int | None, logprobs: int | None) -> LiveEngine:
@@ -129,7 +136,7 @@ class Server:
             if limits.answer_tokens is not None and max_tokens is None:
                 params = asked.params(max_tokens=limits.answer_tokens, logprobs=logprobs)
         except ValueError as error:
-            raise RequestError(400, str(error), param=field_of(str(error))) from None
+            raise RequestError(400, str(error), param=field_of(asked, str(error), "max_tokens")) from None
         more = len(job.prompts) * params.n
         if not job.prompts:
             raise RequestError(400, "prompt is empty: it must have at least one token", param="prompt")
@@ -137,24 +144,25 @@ class Server:
         if more > most:
             message = f"prompt: {more} answers in one call, and {most} is the limit"
             raise RequestError(400, message, param="prompt")
-        self._check_room(job.client, live.num_unfinished, more)
+        # The engine does not know yet of calls whose prompts are being tokenised.
+        self._check_room(job.client, max(live.num_unfinished, self._clients.total()), more)
         self._count(job.client, more)
-        job.names = names = []
         try:
             for prompt, shown in zip(job.prompts, job.shown, strict=True):
-                names.append(await asyncio.to_thread(self._submit, live, prompt, params, asked.priority or 0))
-                self.file(names[-1], shown, params)
+                answers = await asyncio.to_thread(self._submit, live, prompt, params, asked.priority or 0)
+                job.answers |= answers
+                job.names.append(next(iter(answers)))
+                self.file(job.names[-1], shown, params)
         except BaseException as error:
             self._count(job.client, -more)
-            for name in names:
+            for name in job.names:
                 live.abort(name)
             if isinstance(error, ValueError):
-                field = field_of(str(error)) or ("messages" if isinstance(asked, ChatAsked) else "prompt")
+                field = field_of(asked, str(error), "prompt")
                 raise RequestError(400, str(error), param=field) from None
             if isinstance(error, EngineStoppedError):
                 raise RequestError(503, str(error), code="engine_stopped") from None
             raise
-        job.answers = [answer for name in names for answer in answer_ids(name, params.n)]
         return live
 
     def _check_room(self, client: str, everybody: int, more: int) -> None:
@@ -176,12 +184,14 @@ class Server:
 
     def _submit(
         self, live: LiveEngine, prompt: str | list[int], params: SamplingParams, priority: int
-    ) -> str:
+    ) -> dict[str, AsyncIterator[RequestOutput]]:
+        """Hand a prompt in. Its answers are held on to from here on, for the engine forgets finished ones."""
         if isinstance(prompt, str) and self.options.limits.prompt_tokens is not None:
             prompt = list(live.engine.model.tokenizer.encode(prompt))
         if not isinstance(prompt, str):
             self.options.limits.check_tokens(len(prompt), 0)
-        return live.submit(prompt, params, priority=priority)
+        name = live.submit(prompt, params, priority=priority)
+        return {answer: live.astream(answer) for answer in answer_ids(name, params.n)}
 
     # -- out --------------------------------------------------------------------------------------
 
@@ -192,10 +202,10 @@ class Server:
             RequestError: if one fails or is ended by somebody else.
         """
         end = job.began + self.options.request_seconds
-        async with contextlib.aclosing(_merged(live, job.answers)) as news:
+        async with contextlib.aclosing(_merged(list(job.answers.values()))) as news:
             while True:
                 try:
-                    index, output = await asyncio.wait_for(anext(news), end - time.perf_counter())
+                    index, output = await _within(end - time.perf_counter(), anext(news))
                 except StopAsyncIteration:
                     return
                 except asyncio.TimeoutError:
@@ -284,21 +294,38 @@ def _event(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
-async def _merged(live: LiveEngine, names: Sequence[str]) -> AsyncIterator[tuple[int, RequestOutput]]:
+async def _within(seconds: float, work: Awaitable[T]) -> T:
+    """`asyncio.wait_for`, but a cancellation that comes with the result is not lost (before Python 3.12)."""
+    task = asyncio.ensure_future(work)
+    try:
+        if not (await asyncio.wait({task}, timeout=max(seconds, 0)))[0]:
+            raise asyncio.TimeoutError
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # else asyncio would report one that nobody came to read
+
+
+async def _merged(
+    streams: Sequence[AsyncIterator[RequestOutput]],
+) -> AsyncIterator[tuple[int, RequestOutput]]:
     """Snapshots of several answers, as they come. Whoever reads slowly gets fewer of them."""
-    if len(names) == 1:
-        async for output in live.astream(names[0]):
+    if len(streams) == 1:
+        async for output in streams[0]:
             yield 0, output
         return
-    news: asyncio.Queue[tuple[int, RequestOutput]] = asyncio.Queue(maxsize=len(names))
+    news: asyncio.Queue[tuple[int, RequestOutput]] = asyncio.Queue(maxsize=len(streams))
 
-    async def pump(index: int, name: str) -> None:
-        async for output in live.astream(name):
+    async def pump(index: int, stream: AsyncIterator[RequestOutput]) -> None:
+        async for output in stream:
             await news.put((index, output))
 
-    pumps = [asyncio.create_task(pump(index, name)) for index, name in enumerate(names)]
+    pumps = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
     try:
-        left = len(names)
+        left = len(streams)
         while left:
             index, output = await news.get()
             left -= output.finished

@@ -13,10 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from labkit.request import RequestOutput, SamplingParams, TokenLogprobs
+from labkit.request import MAX_LOGPROBS, RequestOutput, SamplingParams, TokenLogprobs
 
 Number = StrictInt | StrictFloat
 Token = Annotated[StrictInt, Field(ge=0)]
+# A list is given up at its first mistake: a body can hold a million, and pydantic would describe each.
+Texts = Annotated[list[StrictStr], Field(fail_fast=True)]
+Tokens = Annotated[list[Token], Field(fail_fast=True)]
+# All of them are looked for after each token.
+Stop = Annotated[StrictStr, Field(max_length=256)]
+Stops = Annotated[list[Stop], Field(fail_fast=True, max_length=16)]
 
 # Fields that we do not have, with the value that asks for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -31,6 +37,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "metadata": ({},),
 }
 ROLES = ("system", "developer", "user", "assistant")
+_LONGEST_ERROR = 1000  # characters: it may repeat what was sent
 
 
 class RequestError(Exception):
@@ -56,7 +63,27 @@ def error_object(error: RequestError) -> dict[str, Any]:
     """An error as the protocol writes it."""
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kind = kinds.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+    param = None if error.param is None else _sendable(error.param)
+    return {"error": {"message": _sendable(error.message), "type": kind, "param": param, "code": error.code}}
+
+
+def _sendable(text: str) -> str:
+    """Text as UTF-8 can carry it (no half surrogate pairs), and not too long."""
+    cut = text if len(text) <= _LONGEST_ERROR else text[:_LONGEST_ERROR] + "..."
+    return cut.encode("utf-8", "backslashreplace").decode()
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """What `error_object` writes, for the schema of the API."""
+
+    error: ErrorDetail
 
 
 class StreamOptions(BaseModel):
@@ -77,17 +104,17 @@ class Asked(BaseModel):
     n: StrictInt | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: Stop | Stops | None = None
     seed: StrictInt | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: dict[str, Any] | None = None  # its numbers are checked one by one, up to the first mistake
     user: StrictStr | None = None
     # Beyond OpenAI, as vLLM names them.
     top_k: StrictInt | None = None
     min_p: Number | None = None
     repetition_penalty: Number | None = None
-    stop_token_ids: list[Token] | None = None
+    stop_token_ids: Tokens | None = None
     ignore_eos: StrictBool | None = None
     priority: StrictInt | None = None
 
@@ -120,7 +147,7 @@ class Asked(BaseModel):
 class CompletionAsked(Asked):
     """The body of `POST /v1/completions`."""
 
-    prompt: StrictStr | list[StrictStr] | list[Token] | list[list[Token]]
+    prompt: StrictStr | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
     echo: StrictBool | None = None
     logprobs: StrictInt | None = None
 
@@ -142,7 +169,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: StrictStr
-    content: StrictStr | list[Part] | None = None
+    content: StrictStr | Annotated[list[Part], Field(fail_fast=True)] | None = None
     name: StrictStr | None = None
 
     def plain(self) -> dict[str, str]:
@@ -163,6 +190,11 @@ class Message(BaseModel):
                         param="messages",
                     )  # fmt: skip
             content = "".join(part.text or "" for part in content)
+        try:
+            (content or "").encode()
+        except UnicodeEncodeError:
+            message = "messages: content is not text: it holds half a surrogate pair"
+            raise RequestError(400, message, param="messages") from None
         role = "system" if self.role == "developer" else self.role
         return {"role": role, "content": content or ""}
 
@@ -170,10 +202,10 @@ class Message(BaseModel):
 class ChatAsked(Asked):
     """The body of `POST /v1/chat/completions`."""
 
-    messages: list[Message]
-    max_completion_tokens: StrictInt | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True)]
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
-    top_logprobs: StrictInt | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     def talk(self) -> list[dict[str, str]]:
         if not self.messages:
@@ -186,11 +218,15 @@ class ChatAsked(Asked):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-def field_of(message: str) -> str | None:
-    """The field that an error of the engine is about: it begins with its name."""
+def field_of(asked: Asked, message: str, otherwise: str) -> str:
+    """The field of a call that an error of the engine is about: it begins with a name of its own."""
     name = message.split(maxsplit=1)[0].rstrip(":").partition("[")[0] if message.strip() else ""
-    known = {*CompletionAsked.model_fields, *ChatAsked.model_fields}
-    return name if name in known else None
+    if name not in {*CompletionAsked.model_fields, *ChatAsked.model_fields}:
+        name = otherwise
+    if isinstance(asked, ChatAsked):
+        longest = "max_completion_tokens" if asked.max_tokens is None else "max_tokens"
+        return {"prompt": "messages", "max_tokens": longest}.get(name, name)
+    return name
 
 
 def _token(name: str, key: str) -> int:

@@ -11,6 +11,7 @@ import contextlib
 import hmac
 import logging
 import os
+import signal
 import sys
 import time
 import uuid
@@ -21,7 +22,7 @@ import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -35,6 +36,7 @@ from labkit.protocol import (
     ChatFormat,
     CompletionAsked,
     CompletionFormat,
+    ErrorAnswer,
     MakeFormat,
     RequestError,
     Vocabulary,
@@ -44,6 +46,7 @@ from labkit.request import SamplingParams
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; chat goes on until the model ends
 _STATUSES = (400, 401, 404, 413, 422, 429, 500, 503, 504)
+_FLUSH_SECONDS = 5  # to send what is written, once the answers have ended
 
 
 def create_app(
@@ -69,9 +72,12 @@ def create_app(
     app.add_middleware(_Bounded, limit=options.body_bytes)
     _answer_errors(app)
     guard = [Depends(_key_check(options.api_key))] if options.api_key else []
-    errors = {status: {"description": "An error in OpenAI's shape."} for status in _STATUSES}
+    error = {"description": "An error in OpenAI's shape.", "model": ErrorAnswer}
+    calls = dict.fromkeys(_STATUSES, error) | {
+        200: {"description": "The answer.", "content": {"text/event-stream": {}}}
+    }
 
-    @app.post("/v1/completions", dependencies=guard, responses=errors)
+    @app.post("/v1/completions", dependencies=guard, responses=calls)
     async def completions(asked: CompletionAsked, request: Request) -> Response:
         """Continue a prompt."""
         live = server.engine()
@@ -82,10 +88,11 @@ def create_app(
         keep = asked.echo or options.log_prompts or file is not None
         shown = [_shown(prompt, tokenizer) if keep else "" for prompt in prompts]
         job = _job(server, request, asked, prompts, shown, CompletionFormat, asked.logprobs, bool(asked.echo))
-        max_tokens = _COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
+        usual = min(_COMPLETION_TOKENS, options.limits.answer_tokens or _COMPLETION_TOKENS)
+        max_tokens = usual if asked.max_tokens is None else asked.max_tokens
         return await _respond(server, request, job, max_tokens, asked.logprobs)
 
-    @app.post("/v1/chat/completions", dependencies=guard, responses=errors)
+    @app.post("/v1/chat/completions", dependencies=guard, responses=calls)
     async def chat(asked: ChatAsked, request: Request) -> Response:
         """Answer a talk, in the model's own chat format."""
         asked.refuse_unknown()
@@ -102,12 +109,12 @@ def create_app(
         max_tokens = asked.max_completion_tokens if asked.max_tokens is None else asked.max_tokens
         return await _respond(server, request, job, max_tokens, logprobs)
 
-    @app.get("/v1/models", dependencies=guard)
+    @app.get("/v1/models", dependencies=guard, responses={401: error})
     async def models() -> dict[str, Any]:
         """The model that is served."""
         return {"object": "list", "data": [_model(server)]}
 
-    @app.get("/v1/models/{name:path}", dependencies=guard, responses=errors)
+    @app.get("/v1/models/{name:path}", dependencies=guard, responses={401: error, 404: error})
     async def model(name: str) -> dict[str, Any]:
         """The model of that name."""
         if name != server.model_name:
@@ -117,7 +124,7 @@ def create_app(
             )  # fmt: skip
         return _model(server)
 
-    @app.get("/health")
+    @app.get("/health", responses={503: {"description": "Requests are not taken in."}})
     async def health() -> Response:
         """Whether requests are taken in."""
         live = server.engine()
@@ -125,7 +132,7 @@ def create_app(
         body = {"status": state, "model": server.model_name, "requests": live.num_unfinished}
         return JSONResponse(body, 200 if state == "ok" else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Numbers for Prometheus."""
         server.metrics.follow(server.engine())
@@ -303,7 +310,9 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        return respond(RequestError(error.status_code, str(error.detail)))
+        response = respond(RequestError(error.status_code, str(error.detail)))
+        response.headers.update(error.headers or {})  # with 405, what is allowed
+        return response
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -311,6 +320,10 @@ def _answer_errors(app: FastAPI) -> None:
         place = [str(part) for part in first["loc"] if part != "body"]
         if first["type"] == "json_invalid":
             return respond(RequestError(400, f"the body is no JSON: {first['ctx']['error']}"))
+        if first["type"] == "string_unicode" and not place:
+            return respond(
+                RequestError(422, "the name of a field holds half a surrogate pair: it is no text")
+            )
         if not place:
             return respond(RequestError(422, "the body must be a JSON object, sent as application/json"))
         message = f"{'.'.join(place)}: {first['msg'][0].lower()}{first['msg'][1:]}"
@@ -325,23 +338,35 @@ def _answer_errors(app: FastAPI) -> None:
 
 
 class _Draining(uvicorn.Server):
-    """Stops in three stages: no new calls; those under way may end; after a while they are aborted."""
+    """Stops in three stages: new calls are refused; those under way may end; after a while they are aborted.
+
+    A second signal ends the process at once.
+    """
 
     def __init__(self, config: uvicorn.Config, server: Server, drain_seconds: float) -> None:
         super().__init__(config)
         self._server, self._drain_seconds = server, drain_seconds
 
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Begin to stop. Uvicorn's own would raise the signal again in the end, as if it had failed."""
+        self.should_exit = True
+        for handled in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(handled, signal.SIG_DFL)
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        address = f"http://{self.config.host}:{self.config.port}/v1"
+        print(f"Ready: model {self._server.model_name!r} at {address}", flush=True)
+
     async def shutdown(self, sockets: Any = None) -> None:
         self._server.draining = True
         loop = asyncio.get_running_loop()
+        end = loop.time() + self._drain_seconds
+        while self._server.busy and loop.time() < end:  # the port stays open: whoever comes is told
+            await asyncio.sleep(0.05)
         # On a thread of its own, for it waits for the step that runs.
-        timer = loop.call_later(
-            self._drain_seconds, lambda: loop.run_in_executor(None, self._server.engine().close)
-        )
-        try:
-            await super().shutdown(sockets)
-        finally:
-            timer.cancel()
+        await loop.run_in_executor(None, self._server.engine().close)
+        await super().shutdown(sockets)
 
 
 def parse(arguments: Sequence[str] | None = None) -> Any:
@@ -393,12 +418,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             port=given.port,
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=int(given.drain_seconds) + 5,
+            timeout_graceful_shutdown=_FLUSH_SECONDS,
         )
-        name = app.state.server.model_name
-        print(f"Ready: model {name!r} at http://{given.host}:{given.port}/v1", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again once it has stopped
-            _Draining(config, app.state.server, given.drain_seconds).run()
+        _Draining(config, app.state.server, given.drain_seconds).run()
     return 0
 
 

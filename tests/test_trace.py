@@ -200,6 +200,13 @@ RUN = '"requests":["a"],"kinds":"p","starts":[0],"num_tokens":[2],"sampled":[[1]
         ([HEAD, '{"step":0,' + RUN.replace('"p"', '"z"') + "}"], "kinds must be made of the letters"),
         ([HEAD, '{"step":0,"copied":[["a",0,1]]}'], "line 2: copies a page that its request does not hold"),
         ([HEAD, '{"step":0,"waiting":-1}'], "line 2: a count is negative"),
+        ([HEAD, '{"step":0,' + RUN + ',"drafted":[]' + ',"padding":[1,2]}'], "padding must have one entry"),
+        ([HEAD, '{"step":0,' + RUN + ',"drafted":[[1],[2]]}'], "drafted must have one entry per request"),
+        ([HEAD, '{"step":0,' + RUN.replace("[[1]]", "[[1,2,3]]") + ',"drafted":[[1]]}'], "sampled more than"),
+        (
+            [HEAD, '{"step":0,"taken":[["a",[0]]],"returned":[["a",[1]]],' + RUN + "}"],
+            "line 2: request 'a' returns pages that do not end its table",
+        ),
         ([HEAD, "[" * 100_000], "line 2: not JSON"),
     ],
 )

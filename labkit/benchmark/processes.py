@@ -1,0 +1,193 @@
+"""A server, and an engine without one, each in a process of its own, so that neither shares an interpreter
+with the client that measures it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import IO, Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from labkit.benchmark.arrivals import Arrival
+from labkit.benchmark.runs import device_name
+from labkit.config import EngineConfig
+from labkit.engine import Engine
+from labkit.request import SamplingParams
+
+_START = 900.0  # seconds until a server must answer; the first time it fetches the model
+_STOP = 20.0  # seconds until it must be gone
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How both are built; the options of the server, and of `EngineConfig`."""
+
+    model: str
+    device: str
+    dtype: str
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    def arguments(self) -> list[str]:
+        """For the command line of the server."""
+        return [f"--{name.replace('_', '-')}={value}" for name, value in vars(self).items()]
+
+    def config(self) -> EngineConfig:
+        return EngineConfig(**vars(self), max_trace_steps=1)  # as the server's own
+
+
+# -- with a server --------------------------------------------------------------------------------
+
+
+class ServerProcess:
+    """A server that runs: its process, where it listens, and what it writes (opened for appending)."""
+
+    def __init__(self, command: Sequence[str], url: str, log: IO[bytes]) -> None:
+        self.url, self._log = url, log
+        here = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # it finds what we find
+        self.process = subprocess.Popen(command, env=here, stdout=log, stderr=log)
+
+    def check(self, when: str, *, patience: float = 0.0) -> None:
+        """Raise `RuntimeError` if it has ended, or does in so many seconds; `when` is for the message."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = self.process.wait(patience)
+            raise RuntimeError(f"the server ended with status {status} {when}; it said: {self.last_words()}")
+
+    def last_words(self) -> str:
+        """The last line of its log that is not about a request."""
+        self._log.seek(0)
+        lines = [line for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
+        return next((line.strip() for line in reversed(lines) if not line.startswith("{")), "nothing")
+
+    def wait(self) -> None:
+        """Until it takes requests. Raises `RuntimeError` if it does not."""
+        end = time.monotonic() + _START
+        while time.monotonic() < end:
+            self.check("before it took requests")
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/health", trust_env=False).status_code == 200:
+                    return
+            time.sleep(0.1)
+        raise RuntimeError(f"the server did not answer within {_START:g} s; it said: {self.last_words()}")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(_STOP)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@contextlib.contextmanager
+def server_process(sizes: Sizes, streams: int) -> Iterator[ServerProcess]:
+    """`python -m labkit.server` on a free port, for so many streams. Raises as `ServerProcess.wait`."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "labkit.server", "--host=127.0.0.1", f"--port={port}"]
+    limits = [f"--max-requests={streams}", f"--max-queue={streams}", "--drain-seconds=1"]
+    with tempfile.TemporaryFile("a+b") as log:
+        server = ServerProcess([*command, *limits, *sizes.arguments()], f"http://127.0.0.1:{port}", log)
+        try:
+            server.wait()
+            yield server
+        finally:
+            server.stop()
+
+
+def numbers(url: str) -> dict[str, float]:
+    """What a server says at `/metrics`, without the prefix that names it; empty if it says nothing."""
+    try:
+        response = httpx.get(f"{url.rstrip('/')}/metrics", trust_env=False, timeout=30)
+        families = list(text_string_to_metric_families(response.text)) if response.is_success else []
+    except (httpx.HTTPError, ValueError):
+        return {}
+    samples = [sample for family in families for sample in family.samples if "le" not in sample.labels]
+    return {sample.name.rpartition(":")[2]: sample.value for sample in samples}
+
+
+# -- without --------------------------------------------------------------------------------------
+
+_engine: Engine | None = None  # of the process
+
+
+class EngineProcess:
+    """An engine alone. It lives as long as the process, as that of a server does."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        self._starting = self._pool.submit(_start, sizes)
+
+    @functools.cached_property
+    def facts(self) -> dict[str, str]:
+        """Dtype and device. Raises what building the engine raised."""
+        return _result(self._starting)
+
+    def together(self, arrivals: Sequence[Arrival]) -> tuple[float, list[Answer]]:
+        """All requests at once: the seconds until the last is done, and the answers."""
+        return _result(self._pool.submit(_together, list(arrivals)))
+
+    def alone(self, arrivals: Sequence[Arrival]) -> list[Answer]:
+        """The answers one after the other."""
+        return [answers[0] for _, answers in (self.together([arrival]) for arrival in arrivals)]
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+def _result(future: Future[Any]) -> Any:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise RuntimeError("the process of the engine alone ended by itself: too little memory?") from None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What both ways must agree on."""
+
+    text: str
+    tokens: int
+
+
+def _start(sizes: Sizes) -> dict[str, str]:
+    global _engine
+    with contextlib.redirect_stdout(io.StringIO()):  # what it chose and why
+        _engine = Engine(sizes.config())
+    model = _engine.model
+    return {"dtype": str(model.dtype).removeprefix("torch."), "device": device_name(model.device)}
+
+
+def _together(arrivals: list[Arrival]) -> tuple[float, list[Answer]]:
+    engine = _engine
+    if engine is None:
+        raise RuntimeError("the engine of this process was not started")
+    begin = time.perf_counter()
+    ids = [
+        engine.add_request(arrival.prompt, SamplingParams(max_tokens=arrival.max_tokens, ignore_eos=True))
+        for arrival in arrivals
+    ]
+    while engine.has_unfinished:
+        engine.step()
+    seconds = time.perf_counter() - begin
+    outputs = [engine.outputs.pop(i) for i in ids]
+    for output in outputs:
+        if output.error:
+            raise RuntimeError(f"request {output.request_id} failed without a server: {output.error}")
+    return seconds, [Answer(output.text, len(output.token_ids)) for output in outputs]

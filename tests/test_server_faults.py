@@ -1,0 +1,158 @@
+"""What breaks in mid-stream ends whom it touches, with an error that says so, and nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from serving import MODEL, Served, served
+
+from labkit.calls import Job, Options
+from labkit.memory import BlockPool, OutOfBlocks
+from labkit.protocol import CompletionAsked, CompletionFormat
+from labkit.request import SamplingParams
+
+
+def ask(prompt: str = "a b", **fields: Any) -> dict[str, Any]:
+    return {"model": MODEL, "prompt": prompt, "temperature": 0, "max_tokens": 12, "ignore_eos": True} | fields
+
+
+def solo(site: Served, prompt: str) -> str:
+    """What the engine itself answers to `ask(prompt)`."""
+    name = site.live.submit(prompt, SamplingParams(max_tokens=12, ignore_eos=True))
+    *_, output = site.live.stream(name)
+    return output.text
+
+
+@contextlib.contextmanager
+def streams(site: Served, *prompts: str) -> Iterator[list[Iterator[dict[str, Any]]]]:
+    """The events of streams that wait for the engine, in the order of the prompts."""
+
+    def events(stream: httpx.Response) -> Iterator[dict[str, Any]]:
+        lines = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
+        assert lines.pop() == "[DONE]"
+        return map(json.loads, lines)
+
+    with contextlib.ExitStack() as stack:
+        site.live.pause()
+        opened = []
+        for number, prompt in enumerate(prompts, 1):
+            request = {"json": ask(prompt, stream=True), "timeout": 30}
+            opened.append(stack.enter_context(httpx.stream("POST", f"{site.url}/v1/completions", **request)))
+            assert site.live.num_unfinished == number
+        site.live.resume()
+        yield [events(stream) for stream in opened]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("a fault of the kernel"), "RuntimeError: a fault of the kernel"),
+        (MemoryError(), "the step failed: MemoryError"),
+        (torch.OutOfMemoryError("no room"), "the step ran out of memory: lower max_num_batched_tokens"),
+    ],
+)
+def test_a_step_that_fails_ends_those_in_it_and_the_queue_goes_on(
+    error: Exception, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(max_num_seqs=2) as site:
+        model = site.live.engine.runner.model
+        forward, calls = model.forward, 0
+        third, later = solo(site, "the third"), solo(site, "later")
+
+        def failing(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 6:
+                raise error
+            return forward(*arguments)
+
+        monkeypatch.setattr(model, "forward", failing)
+        with streams(site, "the first", "the second", "the third") as (one, two, three):
+            for events in (one, two):
+                *tokens, last = events
+                assert "".join(event["choices"][0]["text"] for event in tokens)  # it was in mid-stream
+                assert last["error"]["type"] == "server_error" and words in last["error"]["message"]
+            assert "".join(event["choices"][0]["text"] for event in three) == third
+        assert calls > 6
+        site.until_quiet()
+        answer = httpx.post(f"{site.url}/v1/completions", json=ask("later"), timeout=30)
+        assert answer.json()["choices"][0]["text"] == later
+        assert httpx.get(f"{site.url}/health").status_code == 200
+
+
+def test_a_broken_pool_stops_the_engine_and_everybody_hears_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who holds which page is unknown then: to go on would be to mix up answers."""
+    with served(max_num_seqs=2) as site:
+        allocate, calls = BlockPool.allocate, 0
+
+        def failing(pool: BlockPool, request_id: str, count: int) -> list[int]:
+            nonlocal calls
+            calls += pool is site.live.engine.pool  # and not the copy that a preview plans on
+            if calls == 4:
+                raise OutOfBlocks("a bug")
+            return allocate(pool, request_id, count)
+
+        monkeypatch.setattr(BlockPool, "allocate", failing)
+        with streams(site, "the first", "the second", "the third") as opened:
+            for events in opened:
+                *_, last = events
+                assert "OutOfBlocks: a bug" in last["error"]["message"]
+        assert calls == 4
+        health = httpx.get(f"{site.url}/health")
+        assert (health.status_code, health.json()["status"]) == (503, "failed")
+        answer = httpx.post(f"{site.url}/v1/completions", json=ask(), timeout=30)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_stopped")
+        assert not site.server.busy
+
+
+def test_an_answer_that_takes_too_long_ends_in_mid_stream() -> None:
+    with served(Options(request_seconds=0.5)) as site:
+        site.live.pause()
+        with httpx.stream("POST", f"{site.url}/v1/completions", json=ask(stream=True), timeout=30) as stream:
+            site.live.single_step()
+            *_, last, done = [line for line in stream.iter_lines() if line]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
+        assert done == "data: [DONE]"
+        site.live.resume()
+        site.until_quiet()
+
+
+def test_a_client_that_leaves_as_news_comes_is_not_followed_to_the_end() -> None:
+    """`asyncio.wait_for` before Python 3.12 loses a cancellation that comes together with the result."""
+    heard: list[int] = []
+
+    async def leave_as_news_comes(site: Served) -> None:
+        asked = CompletionAsked.model_validate(ask())
+        written = CompletionFormat("id", MODEL, 0, None)
+        job = Job("", asked, ["a b"], [""], written, False, time.perf_counter())
+        live = await site.server.take(job, max_tokens=12, logprobs=None)
+
+        async def listen() -> None:
+            async for _, output in site.server.follow(live, job):
+                heard.append(len(output.token_ids))
+
+        before = asyncio.all_tasks()
+        listening = asyncio.create_task(listen())
+        while not heard:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        (waiting,) = asyncio.all_tasks() - before - {listening}
+        waiting.add_done_callback(lambda _: listening.cancel())
+        live.single_step()
+        await asyncio.wait({listening}, timeout=30)
+        assert listening.cancelled()
+        site.server.let_go(live, job)
+
+    with served() as site:
+        site.live.pause()
+        asyncio.run(leave_as_news_comes(site))
+        site.live.resume()
+        site.until_quiet()
