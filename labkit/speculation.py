@@ -136,12 +136,14 @@ class Speculator:
         self._odds: dict[str, _Odds] = {}
 
     def learn(self, plan: StepPlan, result: StepResult) -> None:
-        """What became of the drafts in a step."""
+        """What became of the drafts in a step, once it is committed."""
         for row, drafts in plan.drafts.items():
-            if row not in result.errors and result.sampled[row]:
-                right = len(result.sampled[row]) - 1
-                self._all.add(right, right < len(drafts))
-                self._of(plan.requests[row]).add(right, right < len(drafts))
+            request = plan.requests[row]
+            if request.status != "running":  # it has ended, maybe in the middle of drafts that were right
+                continue
+            right = len(result.sampled[row]) - 1
+            self._all.add(right, right < len(drafts))
+            self._of(request).add(right, right < len(drafts))
 
     def propose(self, running: Iterable[Request]) -> str:
         """Give drafts to the requests that decode; says why not all of them have as many as may be."""

@@ -249,7 +249,7 @@ def rows_of(count: int) -> list[Request]:
     rows = []
     for i in range(count):
         request = Request(str(i), [1, 2, 3, 1, 2], SamplingParams(max_tokens=1000))
-        request.num_computed_tokens = 4
+        request.num_computed_tokens, request.status = 4, "running"
         rows.append(request)
     return rows
 
