@@ -144,7 +144,7 @@ class ForecastReport:
     def __str__(self) -> str:
         lines = [
             ", ".join(f"{key} {value}" for key, value in self.settings.items()),
-            f"A step takes {self.clock}.",
+            f"The clock: {self.clock}.",
             f"{'':34}{'tokens/s':>10}{'predicted':>11}{'':>6}{'TTFT s':>9}{'predicted':>11}{'':>6}"
             f"{'ITL ms':>9}{'predicted':>11}",
         ]
