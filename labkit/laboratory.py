@@ -195,7 +195,7 @@ class Lab:
         """Build the new engine, and only then let go of the old one."""
         old = self.bench
         try:
-            live = LiveEngine(self._make(config))
+            live = LiveEngine.build(lambda: self._make(config))
         except (MemoryError, RuntimeError) as error:
             logger.warning("no engine with these settings", exc_info=True)
             raise ValueError(

@@ -149,7 +149,7 @@ def load(options: argparse.Namespace, *, trace_steps: int) -> LiveEngine:
     from labkit.engine import Engine
     from labkit.live import LiveEngine
 
-    try:
+    def build() -> Engine:
         config = EngineConfig(
             model=options.model,
             dtype=options.dtype,
@@ -165,7 +165,10 @@ def load(options: argparse.Namespace, *, trace_steps: int) -> LiveEngine:
             num_speculative_tokens=options.num_speculative_tokens,
             max_trace_steps=trace_steps,
         )
-        return LiveEngine(Engine(config))
+        return Engine(config)
+
+    try:
+        return LiveEngine.build(build)
     except (MemoryError, RuntimeError) as error:
         # On a CPU, and on some accelerators, torch says it in the words of a plain RuntimeError.
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError))

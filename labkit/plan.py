@@ -35,8 +35,7 @@ class StepPlan:
     copied: list[Copy] = field(default_factory=list)
     blocked: tuple[str, str] | None = None
 
-    def add(self, request: Request, num_tokens: int, drafts: tuple[int, ...] = ()) -> None:
-        """Add a row of `num_tokens` known tokens and, where these are all that is known, guesses."""
+    def add(self, request: Request, num_tokens: int) -> None:
         start, known = request.num_computed_tokens, len(request.token_ids)
         if start >= request.num_prompt_tokens and known - start == 1 == num_tokens:
             kind = "d"
@@ -44,12 +43,15 @@ class StepPlan:
             kind = "p"
         else:
             kind = "c" if num_tokens else "i"
-        if drafts:
-            self.drafts[len(self.requests)] = drafts
         self.requests.append(request)
         self.kinds.append(kind)
         self.starts.append(start)
-        self.num_tokens.append(num_tokens + len(drafts))
+        self.num_tokens.append(num_tokens)
+
+    def draft(self, row: int, drafts: tuple[int, ...]) -> None:
+        """Let a row that computes all it knows check these tokens, too."""
+        self.drafts[row] = drafts
+        self.num_tokens[row] += len(drafts)
 
 
 @dataclass(slots=True)

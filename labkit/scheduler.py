@@ -205,30 +205,36 @@ class Scheduler:
                 growing.append(request)
         if growing:
             self._grow(plan, growing)
-        decoding = [request for request in decoding if request.status == "running"]  # not preempted just now
-        budget = self.max_num_batched_tokens - len(decoding)
+        budget = self.max_num_batched_tokens
         for request in decoding:
-            drafts = request.drafts and self._fitting(plan, request, budget)
-            if drafts:
-                plan.add(request, 1, drafts)
-                budget -= len(drafts)
-            else:
-                self._plan_row(plan, request, 1)
+            if request.status == "running":  # not preempted just now
+                budget -= self._plan_row(plan, request, budget)
+        budget -= self._plan_drafts(plan, budget)
         for request in prefilling:
             if budget and request.status == "running":
                 budget -= self._plan_row(plan, request, budget)
         return budget
 
-    def _fitting(self, plan: StepPlan, request: Request, budget: int) -> tuple[int, ...]:
-        """As many drafts as the budget and the free pages allow: nobody is preempted for a guess."""
-        drafts = request.drafts[:budget]
-        room = request.num_slots - request.num_computed_tokens - 1
-        pages = self.pool.blocks_for(max(0, len(drafts) - room))
-        pages = min(pages, max(0, self.pool.num_free - self.watermark))
-        if pages:
-            self._allocate(plan, request, pages)
-            room += pages * self.pool.block_size
-        return drafts[:room]
+    def _plan_drafts(self, plan: StepPlan, budget: int) -> int:
+        """Add drafts to the rows that decode, as the budget and free pages allow; returns how many tokens.
+
+        Nobody is preempted for a draft.
+        """
+        taken = 0
+        for row, request in enumerate(plan.requests):
+            if not request.drafts:
+                continue
+            drafts = request.drafts[: budget - taken]
+            room = request.num_slots - request.num_computed_tokens - 1
+            pages = self.pool.blocks_for(max(0, len(drafts) - room))
+            pages = min(pages, max(0, self.pool.num_free - self.watermark))
+            if pages:
+                self._allocate(plan, request, pages)
+                room += pages * self.pool.block_size
+            if drafts := drafts[:room]:
+                plan.draft(row, drafts)
+                taken += len(drafts)
+        return taken
 
     def _plan_row(self, plan: StepPlan, request: Request, budget: int) -> int:
         missing = len(request.token_ids) - request.num_computed_tokens

@@ -19,6 +19,7 @@ from labkit.trace import StepRecord
 
 _PRIOR = 0.6  # chance that a draft is right, before any was checked
 _WEIGHT = 2.0  # checks that a prior counts for
+_MARGIN = 1.25  # by which the chance must exceed the price: a batch ends with its slowest row, drafts or not
 _FADE = 0.85  # what an earlier check of the same request still counts
 _FADE_ALL = 0.98
 _PATIENCE = 32  # tokens without a draft before one is tried again; doubles each time that it was in vain
@@ -116,8 +117,8 @@ class StepCosts:
 class Speculator:
     """Gives requests drafts for the next step, as many as pay.
 
-    With n rows, a draft pays if the chance that it is right exceeds `StepCosts.price(n)`. The chance is
-    estimated from what became of the drafts before, of this request and of all, and falls with each place.
+    With n rows, a draft pays if the chance that it is right clearly exceeds `StepCosts.price(n)`. The chance
+    is estimated from what became of the drafts before, of this request and of all, and falls with each place.
 
     Args:
         drafter: has the ideas.
@@ -148,7 +149,7 @@ class Speculator:
     def propose(self, running: Iterable[Request]) -> str:
         """Give drafts to the requests that decode; says why not all of them have as many as may be."""
         rows = [r for r in running if len(r.token_ids) - r.num_computed_tokens == 1]
-        price = self.costs.price(len(rows)) if self.costs and rows else 0.0
+        price = _MARGIN * self.costs.price(len(rows)) if self.costs and rows else 0.0
         wanted: list[tuple[Request, int]] = []
         gains: list[float] = []
         chances: list[float] = []

@@ -110,6 +110,21 @@ def test_a_stream_grows_to_what_the_engine_would_say_alone(live: LiveEngine, mod
             assert len(after.metrics.token_times) == len(after.token_ids)
 
 
+def test_an_engine_is_built_on_a_thread_that_ends_and_what_goes_wrong_is_raised(model: LoadedModel) -> None:
+    builders = []
+
+    def build() -> Engine:
+        builders.append(threading.current_thread())
+        return Engine(EngineConfig(model=model, num_blocks=8, block_size=4))
+
+    with LiveEngine.build(build) as live:
+        assert builders[0] is not threading.current_thread()
+        assert not builders[0].is_alive()
+        list(live.stream(live.submit("one", SamplingParams(max_tokens=2))))
+    with pytest.raises(ValueError, match="num_blocks must be at least 1"):
+        LiveEngine.build(lambda: Engine(EngineConfig(model=model, num_blocks=0)))
+
+
 def test_nobody_waits_for_a_step(gated: LiveEngine) -> None:
     first = gated.submit("hello", SamplingParams(max_tokens=3))
     assert gated.engine.in_step.wait(PATIENCE)  # and there it stays

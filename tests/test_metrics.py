@@ -46,12 +46,14 @@ def values_of(metrics: Metrics) -> dict[tuple[str, str], float]:
 def run(live: LiveEngine) -> None:
     """A pool too small for all, a shared beginning, an abort, and several answers to one prompt."""
     shared = "the same words at the beginning of each "
+    live.pause()  # until all are there, so that the steps are the same every time
     names = [
         live.submit(shared + "one two three"[: 3 + i], SamplingParams(max_tokens=6 + i)) for i in range(10)
     ]
     names.append(live.submit("several answers", SamplingParams(max_tokens=5, n=3, temperature=1.0, seed=1)))
     gone = live.submit("somebody who leaves", SamplingParams(max_tokens=200, ignore_eos=True))
     live.abort(gone)
+    live.resume()
     for name in names:
         for _ in live.stream(name):
             pass

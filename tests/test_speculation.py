@@ -285,10 +285,11 @@ def test_who_drafts_badly_stops_and_tries_again_more_and_more_seldom() -> None:
         if request.drafts:
             tries.append(step)
             plan = StepPlan()
-            plan.add(request, 1, request.drafts)
+            plan.add(request, 1)
+            plan.draft(0, request.drafts)
             speculator.learn(plan, StepResult([(9,)]))  # never right
         else:
-            assert why.startswith("1 of 1 rows draft nothing: a draft pays if it is right 8% of the time")
+            assert why.startswith("1 of 1 rows draft nothing: a draft pays if it is right 10% of the time")
     first = [step for step in tries if step < 30]
     assert first == list(range(len(first))), "at first each step"
     pauses = [b - a for a, b in zip(tries[len(first) - 1 :], tries[len(first) :], strict=False)]
@@ -301,7 +302,8 @@ def test_who_drafts_well_goes_on_with_as_many_as_may_be() -> None:
     for _ in range(20):
         assert speculator.propose(rows) == ""
         plan = StepPlan()
-        plan.add(request, 1, request.drafts)
+        plan.add(request, 1)
+        plan.draft(0, request.drafts)
         speculator.learn(plan, StepResult([(*request.drafts, 7)]))
     assert len(request.drafts) == 4
 
