@@ -312,8 +312,7 @@ class Engine:
         try:
             self.scheduler.held_back = self.speculator.propose(self.scheduler.running)
         except Exception as error:
-            text = str(error).split("\n")[0][:300]
-            self.scheduler.held_back = f"nobody drafts: {type(error).__name__}: {text}"
+            self.scheduler.held_back = f"nobody drafts: {_short(error)}"
 
     def preview(self) -> StepRecord:
         """What the next step would do, as a record in which nothing has been sampled yet.
@@ -410,10 +409,15 @@ def _model_of(config: EngineConfig) -> LoadedModel:
     return model
 
 
+def _short(error: BaseException) -> str:
+    """An error in one line."""
+    text = str(error).split("\n")[0][:300]
+    return f"{type(error).__name__}: {text}"
+
+
 def _failed(plan: StepPlan, error: BaseException) -> StepResult:
     """The result of a step whose forward pass broke: every request in it ends, with the reason."""
-    text = str(error).split("\n")[0][:300]
-    what = f"the step failed: {type(error).__name__}: {text}"
+    what = f"the step failed: {_short(error)}"
     if isinstance(error, torch.OutOfMemoryError):
         what = "the step ran out of memory: lower max_num_batched_tokens or num_blocks"
     rows = range(len(plan.requests))

@@ -107,15 +107,15 @@ class Runner:
         for i, fine in zip(rows, sound, strict=True):
             if not fine:
                 result.errors[i] = "the model gave NaN or infinity for this request"
-        picked: list[int] = []  # a row's index, once for each token that is sampled for it
-        requests: list[Request] = []
+        picked: list[int] = []
+        requests: list[Request] = []  # once for each token that is sampled
         after: list[int] = []
         for i, place, fine in zip(rows, places, sound, strict=True):
             request, drafts = plan.requests[i], plan.drafts.get(i, ())
             known = len(request.token_ids) + len(drafts)
             if not fine or plan.starts[i] + plan.num_tokens[i] != known:
                 continue
-            picked += [i] * (1 + len(drafts))
+            picked.append(i)
             after += range(place - len(drafts), place + 1)
             requests.append(request)
             requests += [request.ahead(drafts[:n]) for n in range(1, len(drafts) + 1)]
@@ -126,10 +126,10 @@ class Runner:
         idle = sum(p == 1 and not n for p, n in zip(plan.padding, plan.num_tokens, strict=False))
         if idle:
             wanted = torch.cat((wanted, hidden[-idle:]))
-        logits = self.model.logits(wanted)[: len(picked)]
+        logits = self.model.logits(wanted)[: len(requests)]
         chosen = zip(*sample(logits, requests), strict=True)
         reported: dict[int, tuple[TokenLogprobs, ...]] = {}
-        for i in dict.fromkeys(picked):
+        for i in picked:
             drafts = plan.drafts.get(i, ())
             tokens, logprobs, good = zip(*itertools.islice(chosen, 1 + len(drafts)), strict=True)
             right = self.accept(drafts, tokens[:-1]) if drafts else 0

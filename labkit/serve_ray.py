@@ -23,9 +23,8 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from labkit import options as opts
-from labkit.calls import Options
 from labkit.live import EngineStoppedError
-from labkit.server import create_app
+from labkit.server import create_app, options_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -84,7 +83,7 @@ def application(given: argparse.Namespace, replicas: Replicas) -> serve.Applicat
         import torch
 
         torch.set_num_threads(replicas.threads)
-        return create_app(opts.load(given, trace_steps=1), _options(given))
+        return create_app(opts.load(given, trace_steps=1), options_of(given))
 
     many: dict[str, Any] = {"num_replicas": replicas.fewest}
     if replicas.most > replicas.fewest:
@@ -109,14 +108,3 @@ def application(given: argparse.Namespace, replicas: Replicas) -> serve.Applicat
         **many,
     )
     return deployment.bind()
-
-
-def _options(given: argparse.Namespace) -> Options:
-    return Options(
-        limits=opts.limits_of(given),
-        api_key=given.api_key,
-        model_name=given.served_model_name,
-        request_seconds=given.request_seconds,
-        cors=given.cors,
-        log_prompts=given.log_prompts,
-    )

@@ -6,6 +6,7 @@ that goes away is noticed at once, and its requests are aborted.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import hmac
@@ -391,6 +392,18 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
     return parser.parse_args(arguments)
 
 
+def options_of(given: argparse.Namespace) -> Options:
+    """What the command line allows."""
+    return Options(
+        limits=opts.limits_of(given),
+        api_key=given.api_key,
+        model_name=given.served_model_name,
+        request_seconds=given.request_seconds,
+        cors=given.cors,
+        log_prompts=given.log_prompts,
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C. Returns the exit status."""
     given = parse(arguments)
@@ -403,15 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"labkit.server: {error}", file=sys.stderr)
         return 2
     with live:
-        options = Options(
-            limits=opts.limits_of(given),
-            api_key=given.api_key,
-            model_name=given.served_model_name,
-            request_seconds=given.request_seconds,
-            cors=given.cors,
-            log_prompts=given.log_prompts,
-        )
-        app = create_app(live, options)
+        app = create_app(live, options_of(given))
         config = uvicorn.Config(
             app,
             host=given.host,
