@@ -367,6 +367,7 @@ class Engine:
                 if finish.request_id not in stopped:
                     stream.finish()
                     output.text = stream.text
+                output.error = plan.failed.get(finish.request_id, output.error)
                 output.metrics.finish_time = end
                 output.finish_reason = finish.reason
             if finish.reason == "error":

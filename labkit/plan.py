@@ -18,7 +18,8 @@ class StepPlan:
     `forks` maps a row to the row whose logits it samples from: children of n > 1 start with their parent's
     last prompt token. `drafts` maps a row to guesses of what comes next, counted in its `num_tokens`: it
     samples after the last token known and after each guess, as long as these are right; `held_back` says why
-    there are no more of them. `copied` pages are copied before the forward pass.
+    there are no more of them. `copied` pages are copied before the forward pass. `failed` says of requests
+    that got no page why they have ended.
     """
 
     requests: list[Request] = field(default_factory=list)
@@ -34,6 +35,7 @@ class StepPlan:
     taken: list[Pages] = field(default_factory=list)
     copied: list[Copy] = field(default_factory=list)
     blocked: tuple[str, str] | None = None
+    failed: dict[str, str] = field(default_factory=dict)
 
     def add(self, request: Request, num_tokens: int) -> None:
         start, known = request.num_computed_tokens, len(request.token_ids)

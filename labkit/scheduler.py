@@ -8,7 +8,10 @@ from Orca (Yu et al. 2022), chunked prefill beside decode from Sarathi-Serve (Ag
 
 from __future__ import annotations
 
-from labkit.memory import BlockPool, InvariantError
+import contextlib
+from collections.abc import Iterator
+
+from labkit.memory import BlockPool, InvariantError, OutOfBlocks
 from labkit.plan import StepPlan, StepResult
 from labkit.queue import WaitingQueue, order
 from labkit.request import FinishReason, Request
@@ -229,8 +232,9 @@ class Scheduler:
             pages = self.pool.blocks_for(max(0, len(drafts) - room))
             pages = min(pages, max(0, self.pool.num_free - self.watermark))
             if pages:
-                self._allocate(plan, request, pages)
-                room += pages * self.pool.block_size
+                with contextlib.suppress(OutOfBlocks):
+                    self._allocate(plan, request, pages)
+                    room += pages * self.pool.block_size
             if drafts := drafts[:room]:
                 plan.draft(row, drafts)
                 taken += len(drafts)
@@ -253,11 +257,12 @@ class Scheduler:
             self._preempt(plan, victim)
             growing = [request for request in growing if request is not victim]
         for request in growing:
-            start = request.num_computed_tokens
-            if start >= request.num_slots:
-                self._allocate(plan, request, 1)
-            elif pair := self.pool.make_writable(request.request_id, start // self.pool.block_size):
-                plan.copied.append(Copy(request.request_id, *pair))
+            with self._ending(plan, request):
+                start = request.num_computed_tokens
+                if start >= request.num_slots:
+                    self._allocate(plan, request, 1)
+                elif pair := self.pool.make_writable(request.request_id, start // self.pool.block_size):
+                    plan.copied.append(Copy(request.request_id, *pair))
             request.shares_tail = False
 
     def _needs_page(self, request: Request) -> bool:
@@ -271,6 +276,15 @@ class Scheduler:
         blocks = self.pool.allocate(request.request_id, count)
         request.num_slots += count * self.pool.block_size
         plan.taken.append(Pages(request.request_id, tuple(blocks)))
+
+    @contextlib.contextmanager
+    def _ending(self, plan: StepPlan, request: Request) -> Iterator[None]:
+        """A pool that has no page after all has taken none: its request ends, and the others go on."""
+        try:
+            yield
+        except OutOfBlocks as error:
+            plan.failed[request.request_id] = f"the pool gave it no page: {error}"
+            self.finish(request, "error")
 
     def _preempt(self, plan: StepPlan, victim: Request) -> None:
         """Take a request's pages and seat away; it keeps its tokens and will compute them again."""
@@ -287,7 +301,8 @@ class Scheduler:
             if reason:
                 plan.blocked = (request.request_id, reason)
                 return
-            budget -= self._plan_row(plan, request, budget)
+            if request.status == "running":  # not ended just now
+                budget -= self._plan_row(plan, request, budget)
 
     def _why_not(self, plan: StepPlan, request: Request, budget: int) -> str | None:
         """Admit the request, or say why it must wait."""
@@ -323,7 +338,8 @@ class Scheduler:
         cached = len(shared) * pool.block_size
         plan.admitted.append(Admission(request.request_id, cached, tuple(shared), len(request.token_ids)))
         self._seat(request, cached)
-        self._allocate(plan, request, count)
+        with self._ending(plan, request):
+            self._allocate(plan, request, count)
         return None
 
     def _seat(self, request: Request, num_computed_tokens: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import random
 import tracemalloc
 
@@ -12,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from labkit.audit import Auditor
 from labkit.baselines import SCHEDULERS, StaticScheduler, UncachedScheduler
-from labkit.memory import BlockPool
+from labkit.memory import BlockPool, OutOfBlocks
 from labkit.plan import StepPlan, StepResult
 from labkit.request import Request, SamplingParams
 from labkit.scheduler import Scheduler
@@ -176,6 +178,28 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def fail(self) -> None:
         self.bench.step(faulty=True)
+
+    @rule(token=st.integers(0, 1), nth=st.integers(1, 4), drafts=st.integers(0, 5))
+    def run_out(self, token, nth, drafts) -> None:
+        """The pool says no where it had pages: whoever asked ends, unless it was for a draft."""
+        pool, calls = self.bench.pool, itertools.count(1)
+
+        def failing(take, *asked):
+            if next(calls) == nth:
+                raise OutOfBlocks("made up")
+            return take(*asked)
+
+        for name in ("allocate", "make_writable"):
+            setattr(pool, name, functools.partial(failing, getattr(pool, name)))
+        try:
+            record = self.bench.step(token=token, drafts=drafts)
+        finally:
+            del pool.allocate, pool.make_writable
+        ended = [finish.request_id for finish in record.finished if finish.reason == "error"]
+        assert len(ended) <= 1
+        assert not set(ended) & {*record.requests, *self.bench.scheduler.requests} or (
+            isinstance(self.bench.scheduler, StaticScheduler)
+        )
 
     @rule(data=st.data())
     def abort(self, data) -> None:

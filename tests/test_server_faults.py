@@ -15,7 +15,7 @@ import torch
 from serving import MODEL, Served, served
 
 from labkit.calls import Job, Options
-from labkit.memory import BlockPool, OutOfBlocks
+from labkit.memory import BlockPool, InvariantError, OutOfBlocks
 from labkit.protocol import CompletionAsked, CompletionFormat
 from labkit.request import SamplingParams
 
@@ -88,24 +88,49 @@ def test_a_step_that_fails_ends_those_in_it_and_the_queue_goes_on(
         assert httpx.get(f"{site.url}/health").status_code == 200
 
 
+def fail_at(call: int, error: Exception, site: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the pool of the engine raise at one call of `allocate`."""
+    allocate, calls = BlockPool.allocate, 0
+
+    def failing(pool: BlockPool, request_id: str, count: int) -> list[int]:
+        nonlocal calls
+        calls += pool is site.live.engine.pool  # and not the copy that a preview plans on
+        if calls == call:
+            raise error
+        return allocate(pool, request_id, count)
+
+    monkeypatch.setattr(BlockPool, "allocate", failing)
+
+
+@pytest.mark.parametrize("call", [2, 4], ids=["as it comes", "in mid-stream"])
+def test_who_gets_no_page_ends_and_the_others_go_on(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = ["the first", "the second", "the third"]
+    with served(max_num_seqs=3) as site:
+        expected = [solo(site, prompt) for prompt in prompts]
+        fail_at(call, OutOfBlocks("a bug"), site, monkeypatch)
+        failed = []
+        with streams(site, *prompts) as opened:
+            for i, events in enumerate(opened):
+                *tokens, last = events
+                if "error" in last:
+                    failed.append(i)
+                    assert last["error"]["message"] == "the pool gave it no page: a bug"
+                    assert bool(tokens) == (call == 4)
+                else:
+                    assert "".join(event["choices"][0]["text"] for event in (*tokens, last)) == expected[i]
+        assert len(failed) == 1
+        site.until_quiet()
+        assert httpx.get(f"{site.url}/health").status_code == 200
+
+
 def test_a_broken_pool_stops_the_engine_and_everybody_hears_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who holds which page is unknown then: to go on would be to mix up answers."""
     with served(max_num_seqs=2) as site:
-        allocate, calls = BlockPool.allocate, 0
-
-        def failing(pool: BlockPool, request_id: str, count: int) -> list[int]:
-            nonlocal calls
-            calls += pool is site.live.engine.pool  # and not the copy that a preview plans on
-            if calls == 4:
-                raise OutOfBlocks("a bug")
-            return allocate(pool, request_id, count)
-
-        monkeypatch.setattr(BlockPool, "allocate", failing)
+        fail_at(4, InvariantError("a bug"), site, monkeypatch)
         with streams(site, "the first", "the second", "the third") as opened:
             for events in opened:
                 *_, last = events
-                assert "OutOfBlocks: a bug" in last["error"]["message"]
-        assert calls == 4
+                assert "InvariantError: a bug" in last["error"]["message"]
         health = httpx.get(f"{site.url}/health")
         assert (health.status_code, health.json()["status"]) == (503, "failed")
         answer = httpx.post(f"{site.url}/v1/completions", json=ask(), timeout=30)
