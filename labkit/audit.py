@@ -40,6 +40,8 @@ class Auditor:
         Raises:
             InvariantError: naming the rule, and the request or block.
         """
+        for name, why in plan.failed.items():
+            raise InvariantError(f"request {name!r} was promised a page, and {why}")
         total = sum(plan.num_tokens) + sum(plan.padding)
         if total > budget:
             raise InvariantError(f"over budget: the plan computes {total} tokens, the budget is {budget}")

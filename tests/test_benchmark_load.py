@@ -6,14 +6,17 @@ import asyncio
 import itertools
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from serving import MODEL, Served, served
 
@@ -519,3 +522,19 @@ def test_arguments_that_cannot_be_served(
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM there")
+def test_a_benchmark_that_is_told_to_stop_leaves_no_server_behind() -> None:
+    command = [sys.executable, "-m", "labkit.benchmark", "--serve", "--model=tiny-random"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **quiet) as benchmark:
+        servers: list[psutil.Process] = []
+        while not servers and benchmark.poll() is None:
+            children = psutil.Process(benchmark.pid).children()
+            servers = [child for child in children if "labkit.server" in child.cmdline()]
+            time.sleep(0.1)
+        benchmark.terminate()
+        assert benchmark.wait(60) == 143
+    gone, alive = psutil.wait_procs(servers, timeout=30)
+    assert len(gone) == 1 and not alive

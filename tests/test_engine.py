@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from labkit import LLM, Engine, EngineConfig, SamplingParams
-from labkit.memory import BlockPool, InvariantError
+from labkit.memory import BlockPool, InvariantError, OutOfBlocks
 from labkit.scheduler import Scheduler
 from labkit.trace import Trace
 
@@ -493,6 +493,13 @@ class GivesTwice(BlockPool):
         return blocks
 
 
+class Refuses(BlockPool):
+    def allocate(self, request_id, count):
+        if self.tables.keys() - {request_id}:
+            raise OutOfBlocks("not today")
+        return super().allocate(request_id, count)
+
+
 class FreesTwice(BlockPool):
     def release(self, request_id):
         table = super().release(request_id)
@@ -561,6 +568,7 @@ def test_a_policy_of_ones_own_runs_and_is_right() -> None:
         (dict(pool=GivesTwice), r"step 0: double free: .*block \d+ is in 2 of: free, cached, owned"),
         (dict(pool=FreesTwice), r"double free: .*block 0 of request '0'"),
         (dict(pool=Leaks), r"step \d+: leak: .*given back in this step: block 0 of request '0'"),
+        (dict(pool=Refuses), r"request '1' was promised a page, and the pool gave it no page: not today"),
         (dict(scheduler=OverBudget), r"over budget: the plan computes 27 tokens, the budget is 16"),
         (dict(scheduler=OverSeats), r"over seats: the plan runs 4 requests on 3 seats"),
         (dict(scheduler=Forgets), r"forgotten request: '\d' neither runs nor waits"),

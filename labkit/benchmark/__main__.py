@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -243,4 +244,5 @@ def _climb(args: argparse.Namespace, load: Any, jobs: list[Job], reference: Any,
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers it started end, too
     sys.exit(main())
