@@ -309,7 +309,8 @@ class Scheduler:
         if plan.preempted:
             return _PREEMPTED
         if len(self.running) >= self.max_num_seqs:
-            return f"all {self.max_num_seqs} seats are taken"
+            seats = self.max_num_seqs
+            return "the only seat is taken" if seats == 1 else f"all {seats} seats are taken"
         if budget == 0:
             return f"the token budget of {self.max_num_batched_tokens} is used up"
         if not self.enable_chunked_prefill and len(request.token_ids) > budget:

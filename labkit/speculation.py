@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from labkit.plan import StepPlan, StepResult
-from labkit.request import Request
+from labkit.request import Request, check_number
 from labkit.trace import StepRecord
 
 _PRIOR = 0.6  # chance that a draft is right, before any was checked
@@ -53,10 +53,12 @@ class NgramDrafter:
     is copied, edited or repeated is guessed well, and other text is not guessed at all.
 
     Args:
-        longest, shortest: n-grams, in tokens.
+        longest, shortest: n-grams, in tokens; at least one, and the longest not below the shortest.
     """
 
     def __init__(self, longest: int = 4, shortest: int = 2) -> None:
+        check_number("shortest", shortest, 1, 1000, whole=True)
+        check_number("longest", longest, shortest, 1000, whole=True)
         self._sizes = range(longest, shortest - 1, -1)
         # For each request, how many of its tokens are read, and what place followed an n-gram last.
         self._seen: dict[str, tuple[int, dict[tuple[int, ...], int]]] = {}

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -185,14 +186,24 @@ def test_a_llama_on_a_t4() -> None:
     assert half(one) == pytest.approx(8.03e9 / 300e9, rel=1e-3)
 
 
-def test_gpus_are_in_the_order_of_what_they_do_and_say_where_it_stands() -> None:
+def test_gpus_are_in_the_order_of_what_they_do() -> None:
     works = [StepWork(8, 8, 8, 4000, 4000), StepWork(1, 2000, 1, 2000, 2_001_000)]
     for work in works:
         seconds = [
             Roofline(GPUS[name], MODELS["smollm2-135m"])(work) for name in ("T4", "L4", "A100", "H100")
         ]
         assert seconds == sorted(seconds, reverse=True)
-    assert all("data sheet" in gpu.source for gpu in GPUS.values())
+
+
+def test_a_gpu_is_what_the_data_sheet_that_it_names_says() -> None:
+    for gpu in GPUS.values():
+        found = re.search(
+            r"data sheet \d+: ([\d,]+) TFLOPS( with sparsity)?.*, ([\d,.]+) (GB|TB)/s$", gpu.source
+        )
+        assert found, gpu.source
+        peak, sparse, speed, unit = found.groups()
+        assert gpu.flops == float(peak.replace(",", "")) * 1e12 / (2 if sparse else 1)
+        assert gpu.bandwidth == pytest.approx(float(speed.replace(",", "")) * {"GB": 1e9, "TB": 1e12}[unit])
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,16 @@ def test_a_right_answer_is_run_drawn_and_returned(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == "✓ 98.2 Count pages, without an engine.\n"
 
 
+def test_a_long_line_is_broken_between_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_run(monkeypatch, lambda fn: Run(" ".join(["word"] * 60)))
+    check("98.1", lambda tokens, size: -(-tokens // size))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and max(map(len, lines)) <= 110
+    assert lines[1].startswith("  word ") and " ".join(lines).split().count("word") == 60
+
+
 def test_an_example_of_several_lines_is_set_apart() -> None:
     assert str(Wrong("the rule", "in: 1\nout: 2")) == "the rule\n  in: 1\n  out: 2"
     assert str(Wrong("the rule")) == "the rule"

@@ -77,7 +77,7 @@ def nothing(records, seats):
         (of_rows, "a seat that nobody took is idle as well"),
         (no_records_forgotten, "it raised ZeroDivisionError"),
         (busy_share, "a seat whose request computes a token is busy"),
-        (percent, "0.500 is right, yours is 50.000"),
+        (percent, "a share is a number from 0 to 1, and no percentage"),
         (nothing, "it returns a number from 0 to 1"),
     ],
 )

@@ -48,7 +48,7 @@ def test_a_step_in_full(live: LiveEngine, model: LoadedModel) -> None:
     assert [row[0] for row in facts["rows"]] == [first] and facts["rows"][0][3:] == ["d", 6, 1, text]
     assert facts["tables"] == [[first, 7, list(range(2))]]
     assert [entry[0] for entry in facts["queue"]] == [second]
-    assert facts["blocked"] == [second, "all 1 seats are taken"] and facts["free"] == 30
+    assert facts["blocked"] == [second, "the only seat is taken"] and facts["free"] == 30
     end = step_facts(live, 3)
     assert [(entry[0], entry[3]) for entry in end["ended"]] == [(first, "length")]
     assert end["tables"][0][0] == first, "who ends in a step holds pages while it runs"

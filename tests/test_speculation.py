@@ -213,6 +213,12 @@ def test_ngram_drafts_follow_the_longest_and_latest_match(tokens: list[int], dat
             assert drafter.propose([(request, count)]) == [by_hand(tokens[:length], count)]
 
 
+@pytest.mark.parametrize(("longest", "shortest", "field"), [(2, 4, "longest"), (4, 0, "shortest")])
+def test_ngrams_of_no_size_are_refused(longest: int, shortest: int, field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} must be between"):
+        NgramDrafter(longest, shortest)
+
+
 def by_hand(tokens: list[int], count: int) -> tuple[int, ...]:
     for size in (4, 3, 2):
         end = tokens[-size:]

@@ -117,13 +117,13 @@ def test_why_a_request_waits() -> None:
     why = [bench.trace.why(name, step) for name in ("3", "0", "2", "x")]
     assert why == [
         "request 3 is running",
-        "request 0 is next, but all 1 seats are taken",
-        "request 2 is number 3 of 3; request 0 is next, but all 1 seats are taken",
+        "request 0 is next, but the only seat is taken",
+        "request 2 is number 3 of 3; request 0 is next, but the only seat is taken",
         "request x is not in the engine",
     ]
     bench.scheduler.set_priority("2", -3)
     step = bench.step().step
-    assert bench.trace.why("2", step) == "request 2 is next, but all 1 seats are taken"
+    assert bench.trace.why("2", step) == "request 2 is next, but the only seat is taken"
     assert Trace.from_lines(bench.trace.lines()).why("2", step) == bench.trace.why("2", step)
 
 

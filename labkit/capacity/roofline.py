@@ -36,14 +36,21 @@ class Gpu:
             check_number(field, getattr(self, field), 1, math.inf)
 
 
-# Where NVIDIA gives a peak "with sparsity", half of it stands here: that of dense matrices.
+# NVIDIA's data sheets, by their numbers. Where one gives a peak with sparsity alone, half of it stands here:
+# that of dense matrices. (For the T4's memory, the Turing white paper has 320 GB/s.)
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("T4", 65e12, 300e9, 16e9, "NVIDIA T4 Tensor Core GPU, data sheet of March 2019"),
-        Gpu("L4", 121e12, 300e9, 24e9, "NVIDIA L4 Tensor Core GPU, data sheet of March 2023 (242, sparse)"),
-        Gpu("A100", 312e12, 2039e9, 80e9, "NVIDIA A100 80GB SXM, data sheet of June 2021"),
-        Gpu("H100", 989.5e12, 3350e9, 80e9, "NVIDIA H100 SXM, data sheet of 2023 (1,979, sparse)"),
+        Gpu("T4", 65e12, 300e9, 16e9, "NVIDIA T4, data sheet 951643: 65 TFLOPS mixed precision, 300 GB/s"),
+        Gpu("L4", 121e12, 300e9, 24e9, "NVIDIA L4, data sheet 2595652: 242 TFLOPS with sparsity, 300 GB/s"),
+        Gpu("A100", 312e12, 2039e9, 80e9, "NVIDIA A100 80GB SXM, data sheet 2188504: 312 TFLOPS, 2,039 GB/s"),
+        Gpu(
+            "H100",
+            989.5e12,
+            3350e9,
+            80e9,
+            "NVIDIA H100 SXM, data sheet 2287922: 1,979 TFLOPS with sparsity, 3.35 TB/s",
+        ),
     )
 }
 

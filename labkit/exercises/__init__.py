@@ -174,11 +174,16 @@ def check(exercise_id: str, function: Callable[..., Any]) -> Callable[..., Any]:
         )
         return function
     verdict = judge(exercise_id, function)
-    print(verdict.text)
+    print("\n".join(map(_wrapped, verdict.text.splitlines())))
     for caption, picture in verdict.pictures:
         print(f"\n{caption}")
         show(picture)
     return function if verdict.state == "right" else exercise.reference
+
+
+def _wrapped(line: str) -> str:
+    """A line of at most 110 characters, or several: notebooks break longer ones in the middle of a word."""
+    return textwrap.fill(line, 110, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def expect(condition: bool, rule: str, example: str = "") -> None:

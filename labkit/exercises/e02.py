@@ -15,6 +15,7 @@ from labkit.memory import BlockPool
 from labkit.plan import StepPlan
 from labkit.request import Request
 from labkit.trace import StepRecord, Trace
+from labkit.views.style import plural
 from labkit.weights import LoadedModel, load_model
 
 SEATS = 4
@@ -170,6 +171,7 @@ def _compare(
     got = function(list(records), seats)
     if isinstance(got, bool) or not isinstance(got, int | float):
         raise Wrong("it returns a number from 0 to 1", f"it returned {got!r}")
+    expect(got <= 1, "a share is a number from 0 to 1, and no percentage", f"{told}: yours is {got:g}")
     expect(abs(got - expected) < 1e-9, rule, f"{told}: {expected:.3f} is right, yours is {got:.3f}")
 
 
@@ -295,7 +297,9 @@ def _listed(value: Any) -> bool:
 
 
 def _shown(jobs: Sequence[Job], seats: int) -> str:
-    return f"answers {', '.join(f'{job.name}: {job.answer_tokens}' for job in jobs)} on {seats} seats"
+    return (
+        f"answers {', '.join(f'{job.name}: {job.answer_tokens}' for job in jobs)} on {plural(seats, 'seat')}"
+    )
 
 
 def _run_batches(function: Callable[..., Any]) -> Run:

@@ -162,7 +162,7 @@ class _Ruling:
         self._expect(
             seated <= at.seats or not admitted,
             "whoever runs keeps the seat: admit only as many as there are free seats",
-            f"{len(at.running)} run, you admit {len(admitted)}, and there are {at.seats} seats",
+            f"{len(at.running)} run, you admit {len(admitted)}; seats in all: {at.seats}",
         )
         pages = sum(map(at.pages, admitted))
         self._expect(
@@ -212,7 +212,7 @@ class _Ruling:
         self._expect(
             need + seated > free,
             "a free seat is refilled at once",
-            f"{queue[0].name} waits for nothing: {at.seats - seated} seats and {left} tokens are left, and "
+            f"{queue[0].name} waits for nothing: seats left {at.seats - seated}, tokens left {left}, and "
             f"of {free} free pages it takes {need}, which leaves one for each that runs",
         )
 

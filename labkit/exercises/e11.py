@@ -193,7 +193,7 @@ def _judge(measured: list[Measured], slo: Slo, answer: Any) -> None:
     by_budget = {row.budget: row for row in measured}
     expect(
         answer is None or (type(answer) is int and answer in by_budget),
-        "return one of the budgets that were measured, or None",
+        "return one of the budgets that were measured, the number and not its row, or None",
         example,
     )
     expect(
