@@ -129,6 +129,8 @@ def test_wrong_counts_are_told_their_own_mistake(mistake: dict[str, Any], fragme
 def test_other_wrong_counts_are_told_what_is_off() -> None:
     assert_refused("07.1", lambda new, old, shape, weight: (1e8, 1e8), "the bytes of this step are off")
     assert_refused("07.1", lambda new, old, shape, weight: 5.0, "return two numbers")
+    assert_refused("07.1", lambda *step: (step_cost(*step)[0] / 1e6, step_cost(*step)[1]), "not megabytes")
+    assert_refused("07.1", lambda *step: (step_cost(*step)[0], step_cost(*step)[1] / 1e9), "not billions")
     assert_refused(
         "07.1",
         lambda new, old, shape, weight: step_cost(new, old, shape, weight)[::-1],

@@ -20,7 +20,14 @@ from labkit.exercises.e08 import (
     paged_attention,
     state_of,
 )
-from tests.exercising import assert_accepted, assert_open, assert_refused, function_from, solution
+from tests.exercising import (
+    assert_accepted,
+    assert_open,
+    assert_refused,
+    function_from,
+    notebook,
+    solution,
+)
 
 
 def weighed(one: State, other: State) -> tuple[Tensor, Tensor, Tensor]:
@@ -359,3 +366,21 @@ def test_the_largest_tensor_is_seen() -> None:
 
 def test_the_engine_writes_the_same_tokens_each_time() -> None:
     assert e08.serve()[1] == e08.serve(backend_of(paged_attention))[1]
+
+
+@pytest.mark.parametrize(
+    ("differences", "sound"),
+    [
+        ({"1": 6e-7, "4": 6e-7}, True),
+        ({}, False),
+        ({"1": 6e-7}, False),
+        ({"1": 6e-7, "4": 0.1}, False),
+        ({"1": torch.nan, "4": 0.0}, False),
+    ],
+)
+def test_the_notebook_vouches_for_the_kernel_only_if_it_ran(
+    differences: dict[str, float], sound: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (cell,) = (cell for cell in notebook("08").cells if "the kernel ran with" in cell.source)
+    exec(cell.source, {"differences": differences})
+    assert capsys.readouterr().out.strip().endswith(str(sound))

@@ -220,6 +220,7 @@ def _suspects(step: _Step) -> Iterator[tuple[str, str, float]]:
         ("keys and values have kv_heads heads: several query heads share one", moved(heads=shape.heads)),
         ("keys and values take value_bytes, whatever a weight takes", moved(value=step.weight)),
         ("keys and values are kept in every layer", weights + (moved() - weights) / shape.layers),
+        ("return bytes, not megabytes", moved() / 1e6),
     ):
         yield "bytes", rule, number
     computed = functools.partial(_computed, new, old, shape)
@@ -237,6 +238,7 @@ def _suspects(step: _Step) -> Iterator[tuple[str, str, float]]:
         ("a new token looks at the new ones before it, and at itself", computed(pairs=cache)),
         ("every query head computes, also where several share a key", computed(heads=shape.kv_heads)),
         ("attention makes two products: scores, and the sum of values", (computed() + computed(heads=0)) / 2),
+        ("return operations, not billions of them", computed() / 1e9),
     ):
         yield "operations", rule, number
 
