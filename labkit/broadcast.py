@@ -24,7 +24,7 @@ Reader = asyncio.Queue[bytes]  # what somebody has yet to read; an empty text en
 
 PATH = "/labkit/stream"
 SECONDS = 0.2  # between two moments that are told of
-FEW, SECONDS_FOR_FEW = 8, 0.1
+FEW, SECONDS_FOR_FEW = 8, 0.08
 BEHIND = 50  # texts: whoever has more of them to read is let go, comes back and gets everything
 HEARTBEAT = 15.0  # seconds of silence: whatever is between us and a browser may take longer ones for the end
 BEAT = b"event: beat\ndata: 0\n\n"

@@ -1,9 +1,9 @@
 """The page of the lab: a prompt box, a card for each request, and the live pictures, all on one engine.
 
 Gradio draws the form. All else is canvas and text in `gr.HTML` components. They hear what is new from one
-broadcast for all, up to ten times a second while the engine works; on a page that was mounted into somebody's
-own app, where there is none, they ask. The cards are as of the latest step; the pictures may be a twentieth
-of a second older. Nobody ever waits for the engine.
+broadcast for all, up to twelve times a second while the engine works; on a page that was mounted into
+somebody's own app, where there is none, they ask. The cards are as of the latest step; the pictures may be
+a twentieth of a second older. Nobody ever waits for the engine.
 """
 
 from __future__ import annotations
@@ -50,14 +50,13 @@ EIGHT = (
 SHARES = (0.25, 0.1, 0.6, 0.8, 1.0, 0.5, 0.4, 1.0)  # of max tokens: answers that end at different times
 SCRIPTS = (
     *("canvas.js", "meters.js", "words.js", "side.js", "controls.js"),
-    *("panel.js", "follow.js", "cards.js", "glue.js"),
+    *("panel.js", "follow.js", "cards.js", "questions.js", "glue.js"),
 )
 
 SHOW_MESSAGE = """
 const line = element.querySelector("p");
 watch("value", () => { line.textContent = props.value || ""; });
 """
-HEADER = '<header class="lk-title"><h1>labkit</h1><p class="lk-facts"></p></header>'
 # The browser keeps its secret for as long as the tab is open: after a reload it is the same visitor.
 REMEMBERED = "() => { try { return sessionStorage.getItem('labkit') || ''; } catch { return ''; } }"
 
@@ -113,7 +112,7 @@ def build(engine: LiveEngine | Lab) -> Page:
     news = News(lab)
     with Page(title="labkit", analytics_enabled=False, fill_width=True) as demo:
         demo.lab, demo.broadcast = lab, Broadcast(news)
-        _html(f"<style>{styles}</style>{HEADER}")
+        _html(f"<style>{styles}</style>{asset('header.html')}")
         with gr.Tabs(elem_id="lk-tabs"):
             with gr.Tab("Live", id="live", elem_id="lk-live-tab"):
                 view = _live_tab(news)

@@ -87,17 +87,22 @@ PRESETS = (
         "uneven",
         "Uneven lengths",
         "Four seats, twelve answers of 8 to 96 tokens: a free seat is taken in the very next step; then set "
-        "the scheduler to static and play it again: seats of finished rows stay idle (two thin lines) until "
-        "the longest of the batch is done.",
+        "the scheduler to static, under Engine, and play it again: seats of finished rows stay idle (two "
+        "thin lines) until the longest of the batch is done.",
         tuple(Line(_QUESTIONS[i % 8], tokens) for i, tokens in enumerate(_LENGTHS)),
         {"max_num_seqs": 4},
     ),
     Preset(
         "long",
-        "A long prompt comes in",
-        "While six answers are being written, a prompt of hundreds of tokens joins: it is read in hatched "
-        "chunks, from what the others leave of the token budget of 64, and their bars go on without a gap.",
-        (*(Line(question, 80) for question in _QUESTIONS[:6]), Line(_LONG, 24, after=10)),
+        "One more request",
+        "Six answers are being written when a short request joins, and later one with a prompt of hundreds "
+        "of tokens: that is read in hatched chunks, from what the others leave of the token budget of 64. No "
+        "bar has a gap; what each newcomer cost the others is said above the rows.",
+        (
+            *(Line(question, 80) for question in _QUESTIONS[:6]),
+            Line(_QUESTIONS[6], 24, after=15),
+            Line(_LONG, 24, after=45),
+        ),
         {"max_num_batched_tokens": 64},
     ),
     Preset(
@@ -145,7 +150,7 @@ PRESETS = (
         "A text that copies itself",
         "Two answers repeat what they were given, and speculation guesses what comes next from the text so "
         "far: solid stripes along a bar are guesses that a step kept, pale ones were wrong; then set "
-        "speculation to off and play it again: the same answers, token by token.",
+        "speculation to off, under Engine, and play it again: the same answers, token by token.",
         tuple(
             Line(f"Repeat the following text word for word:\n\n{text}", tokens)
             for text, tokens in ((_PASSAGE, 72), (_ANOTHER, 44))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -26,8 +27,10 @@ const ask = async (name, argument) => {
     return null;
   }
 };
-element.race = labkit.race(element.querySelector(".lkr"), ask, () => props.value || "");
+element.race = labkit.race(element.querySelector(".lkr"), ask);
+watch("value", () => element.race.started(props.value || ""));
 """
+ASKED = {"uneven": ("static", "continuous"), "pool": COURSES["pool"].settings}  # settings, by course
 _LINE = """
 const line = element.querySelector("p");
 const say = () => { line.textContent = props.value || ""; };
@@ -67,6 +70,9 @@ def build_race_tab(model: LoadedModel, *, keep: Callable[[str, Trace], object]) 
         except (ValueError, BusyError) as error:
             return str(error), gr.skip()
 
+    def ask(course: str, settings: Sequence[str]) -> tuple[Any, ...]:
+        return course, list(settings), COURSES[course].look, *start(course, list(settings))
+
     def suggest(course: str) -> tuple[str, list[str]]:
         chosen = COURSES.get(course)
         return (chosen.look, list(chosen.settings)) if chosen else ("", [])
@@ -82,29 +88,27 @@ def build_race_tab(model: LoadedModel, *, keep: Callable[[str, Trace], object]) 
         return which, views.batch_timeline(trace), views.throughput(trace)
 
     bare: dict[str, Any] = {"apply_default_css": False, "padding": False}
+    line = bare | {"html_template": "<p></p>", "js_on_load": _LINE}
     first = next(iter(COURSES))
-    with gr.Row(elem_id="lkr-choices", equal_height=False):
+    with gr.Column(elem_id="lkr-choices"):
         course = gr.Radio(
             [(chosen.title, name) for name, chosen in COURSES.items()],
             value=first,
             label="Workload",
             elem_id="lkr-course",
-            min_width=240,
         )
         settings = gr.CheckboxGroup(
-            [(f"{name}: {WORDS[name]}", name) for name in SETTINGS],
+            list(SETTINGS),
             value=list(COURSES[first].settings),
-            label="Settings, two or three",
+            label="Two or three settings",
             elem_id="lkr-settings",
-            min_width=320,
-            scale=2,
         )
     with gr.Row(elem_id="lkr-go", equal_height=False):
         button = gr.Button("Race", variant="primary", elem_id="lkr-start", scale=0, min_width=140)
-        look = gr.HTML(
-            COURSES[first].look, html_template="<p></p>", js_on_load=_LINE, elem_id="lkr-look", **bare
-        )
-    refused = gr.HTML(html_template='<p role="alert"></p>', js_on_load=_LINE, elem_id="lkr-refused", **bare)
+        with gr.Column(min_width=240):
+            look = gr.HTML(COURSES[first].look, elem_id="lkr-look", **line)
+            meaning = gr.HTML(_meaning(COURSES[first].settings), elem_id="lkr-meaning", **line)
+    refused = gr.HTML(elem_id="lkr-refused", **line | {"html_template": '<p role="alert"></p>'})
     scripts = ("canvas.js", "film.js", "race.js")
     view = gr.HTML(
         html_template=f"<style>{asset('replay.css')}</style>{asset('race.html')}",
@@ -121,11 +125,21 @@ def build_race_tab(model: LoadedModel, *, keep: Callable[[str, Trace], object]) 
         rates = gr.Plot(label="Throughput", show_label=False)
     quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_name": False}
     button.click(start, [course, settings], [refused, view], **quick)
-    course.change(suggest, course, [look, settings], **quick)
+    course.input(suggest, course, [look, settings], **quick)
+    for name, names in ASKED.items():  # pressed by a button elsewhere on the page
+        asked = gr.Button(name, elem_id=f"lkr-ask-{name}", elem_classes="lkr-asked")
+        chosen = [course, settings, look, refused, view]
+        asked.click(partial(ask, name, names), None, chosen, **quick)
+    settings.change(_meaning, settings, meaning, **quick)
     drawn: dict[str, Any] = {"inputs": which, "outputs": [which, timeline, rates], "concurrency_limit": 2}
     again.click(draw, api_name=False, **drawn)
     which.input(draw, api_name=False, **drawn)
     return view
+
+
+def _meaning(names: Sequence[str] | None) -> str:
+    """What the chosen settings mean, in a line."""
+    return " · ".join(f"{name}: {WORDS[name]}" for name in SETTINGS if name in (names or ()))
 
 
 def _answer(value: Any) -> str:

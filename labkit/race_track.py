@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from labkit.race import MAX_SETTINGS, Progress, Race, RaceCancelled, RaceError, Result, run_race
+from labkit.race_verdict import verdict
 from labkit.race_workloads import COURSES, SETTINGS, WORDS
 from labkit.trace import Trace
 from labkit.views.film import film
@@ -45,7 +46,7 @@ class RaceTrack:
         self._keep = keep
         self._lock = threading.Lock()  # of all that follows
         self._owner = ""  # of the race under way; "" if there is none
-        self._heard = 0.0
+        self._heard = self._began = 0.0
         self._stop = False
         self._progress: Progress | None = None
         self._title = ""
@@ -74,7 +75,8 @@ class RaceTrack:
                     "is over."
                 )
             self._owner = owner = secrets.token_hex(8)
-            self._heard, self._stop, self._progress = time.monotonic(), False, None
+            self._heard = self._began = time.monotonic()
+            self._stop, self._progress = False, None
             self._title, self._failure = COURSES[course].title, ("", "")
         threading.Thread(target=self._run, args=(owner, course, chosen), name="race", daemon=True).start()
         return owner
@@ -144,9 +146,15 @@ class RaceTrack:
                 "mine": mine,
                 "title": self._title,
                 "progress": asdict(self._progress) if self._owner and self._progress else None,
+                "left": self._left(),
                 "failure": why if owner and owner == whose else "",
                 "race": self._count if self._count in self._races else 0,
             }
+
+    def _left(self) -> float | None:
+        """Seconds that the race may still take, if the rest goes as what is done; None: too early to say."""
+        share = self._progress.share if self._owner and self._progress else 0.0
+        return (time.monotonic() - self._began) * (1 - share) / share if share >= 0.05 else None
 
     def packed(self, number: int) -> dict[str, Any] | None:
         """A race for the browser, or None if it is forgotten."""
@@ -216,5 +224,6 @@ def pack(race: Race, course: str) -> dict[str, Any]:
         "title": COURSES[course].title,
         "look": COURSES[course].look,
         "check": asdict(race.check),
+        "verdict": [] if race.check.fault else verdict(race.results),
         "results": results,
     }

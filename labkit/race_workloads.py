@@ -105,7 +105,7 @@ COURSES: Mapping[str, Course] = MappingProxyType(
             max_num_seqs=8,
         ),
         "long": Course(
-            "A long prompt into a running batch",
+            "A long prompt joins",
             "Four answers run when a prompt of 400 tokens arrives. Computed whole, it stops them for a long "
             "step (see the longest ITL); in chunks, everybody gets a token in every step meanwhile.",
             (*((0, 12, 30) for _ in range(4)), (6, 400, 6)),

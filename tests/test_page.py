@@ -80,7 +80,7 @@ def test_examples_settings_and_chat(visit: Callable[..., Visitor], live: LiveEng
     me.page.click("text=Why is the sky blue?")
     assert me.page.input_value("#lk-prompt textarea").startswith("Why is the sky blue?")
     with_template = me.inject("hello", max_tokens=2)
-    me.page.click("text=More")
+    me.page.click("#lk-more >> text=More")
     me.page.check("#lk-more input[type=checkbox]")
     without = me.inject("hello", max_tokens=2)
     decode = live.engine.model.tokenizer.decode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -509,3 +510,46 @@ def test_a_thousand_pages_and_sixteen_requests_are_drawn_often(
     record_property("frames per second", round(frames, 1))
     print(f"{frames:.1f} frames a second")
     assert frames > 2  # ten where nothing else runs on the machine
+
+
+# -- three questions ------------------------------------------------------------------------------
+
+
+def test_two_questions_start_a_race_each(come: Callable[..., Visitor]) -> None:
+    me = come(width=1280, height=800)
+    seen = "document.querySelector('.lkr-verdict')?.textContent.startsWith(it)"
+    labels = "[...document.querySelectorAll('#lkr-choices label:has(:checked)')]"
+    chosen = f"{labels}.map((label) => label.innerText.trim()).join()"
+    me.page.click("[data-course=uneven]")
+    me.until(seen, "Static batching took ")
+    me.until(f"{chosen} === it", "Uneven lengths,static,continuous")
+    me.page.click("[data-course=pool]")
+    me.until(seen, "Of the memory that requests held, ")
+    me.until(f"{chosen} === it", "A pool too small,continuous,reserved memory")
+    box = me.page.locator(".lkr-verdict").bounding_box()
+    last = me.page.locator(".lkr-track").last.bounding_box()
+    assert box["y"] > 0 and last["y"] + last["height"] <= 800, "the answer and both pictures need no scroll"
+
+
+def test_the_third_question_says_what_a_request_costs_the_others(
+    come: Callable[..., Visitor], lab: Lab
+) -> None:
+    me = come()
+    me.page.click("[role=tab]:has-text('Race')")
+    me.page.click(".lk-questions [data-preset=long]")
+    me.until("document.querySelector('.lk-joined').textContent.includes('Since then each waits')")
+    wait_for(lambda: lab.bench.desk._serial == 8 and not lab.bench.live.busy)
+    records = lab.bench.live.records()
+    me.until("lab.state.step === it", records[-1].step)
+    read = [r for r in records if "6" in r.requests and r.kinds[r.requests.index("6")] != "d"]
+    tokens = sum(r.num_tokens[r.requests.index("6")] for r in read)
+    before = [r for r in records if r.step < read[0].step][-8:]
+    assert {r.kinds for r in before} == {"dddddd"} and len(read) == 1
+    said = me.page.inner_text(".lk-joined")
+    assert said.startswith(f"Request 6 joined 6 others in step {read[0].step}.")
+    assert f"Reading its prompt ({tokens} tokens) made that step " in said
+    shown = re.search(r"instead of ([0-9.]+) ms", said)
+    usual = sorted(r.seconds for r in before)[4]
+    assert shown and float(shown[1]) == pytest.approx(1000 * usual, rel=0.06)
+    me.look("lab.select({ request: '0' })")  # which joined nobody: the latest is told of
+    me.until("document.querySelector('.lk-joined').textContent.startsWith('When a request joins')")

@@ -69,6 +69,23 @@ def test_choose_race_and_compare(visit: Callable[..., Looker]) -> None:
     assert all(text.startswith("done after ") and text.endswith("s, 169 tokens") for text in ends)
 
 
+def test_nothing_plays_by_itself_for_those_who_want_no_motion(visit: Callable[..., Looker]) -> None:
+    me = visit(reduced_motion="reduce")
+    if not me.look("it.shown()"):
+        run_race(me)
+    me.until("it.shown() && it.now() === it.length()")
+    assert me.page.inner_text(".lkr-play") == "Play"
+
+
+def test_the_verdict_stands_above_the_pictures(visit: Callable[..., Looker]) -> None:
+    me = visit()
+    run_race(me)
+    said = me.page.inner_text(".lkr-verdict p >> nth=0")
+    assert said.startswith("Static batching took 62 steps (") and " Why: In static batches, " in said
+    tops = [me.page.locator(name).first.bounding_box()["y"] for name in (".lkr-verdict", ".lkr-track")]
+    assert tops == sorted(tops)
+
+
 def test_one_clock_for_all(visit: Callable[..., Looker]) -> None:
     me = visit()
     if not me.look("it.shown()"):
@@ -131,9 +148,9 @@ def test_two_people_and_one_race(visit: Callable[..., Looker], monkeypatch: pyte
     me.page.click("#lkr-start")
     me.page.wait_for_selector(".lkr-stop:visible")
     me.until("document.querySelector('.lkr-progress').value === 0.4")
-    assert me.page.inner_text(".lkr-words") == (
-        "Uneven lengths: static (2 of 3), step 17, 5 of 12 requests answered"
-    )
+    words = me.page.inner_text(".lkr-words")
+    assert words.startswith("Uneven lengths: static (2 of 3), step 17, 5 of 12 requests answered, about ")
+    assert words.endswith(" s left")
     other.until("it.status().running")
     other.until("!document.querySelector('.lkr-running').hidden")
     assert other.page.inner_text(".lkr-words").startswith("Somebody's race is being run. Uneven")

@@ -13,7 +13,7 @@ const labkit = (() => {
   function createState() {
     return { feed: "", step: -1, meta: null, speculative: "", palette: [], window: 200, tables: [], owners: new Map(),
              cached: new Uint8Array(0), lanes: new Map(), steps: [], events: [], queue: [], held: new Map(),
-             numbers: {}, plan: null, past: null, mine: new Set(), hover: {}, selected: {}, drawn: -1, frames: 0 };
+             numbers: {}, busy: false, plan: null, past: null, mine: new Set(), hover: {}, selected: {}, drawn: -1, frames: 0 };
   }
 
   // Take in a snapshot: all there is (`full`), or what is new since the last one.
@@ -384,6 +384,8 @@ const labkit = (() => {
       box(ctx, x, y + height * 0.7, width, 1, color);
     } else if (kind === "w") {
       for (let dot = x + 1; dot < x + width - 1; dot += 4) box(ctx, dot, middle - 0.75, 1.5, 1.5, theme.waiting);
+    } else if (kind === "e") {
+      box(ctx, x + width / 2 - 1, y, 2, height, theme.ink); // in a legend
     } else if (kind === "x") {
       const arm = Math.min(4, height / 2), center = x + width / 2;
       ctx.strokeStyle = theme.ink;

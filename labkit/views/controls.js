@@ -124,20 +124,29 @@ Object.assign(labkit, (() => {
       }
     }
 
+    function start(name) {
+      const settings = wanted.preset === name ? wanted.settings : {};
+      act("play", { preset: name, settings });
+      wanted.preset = ""; // the link has been followed; from now on the knobs decide
+    }
+
+    // From elsewhere on the page.
+    function play(name) {
+      turn("scenes");
+      choose(name);
+      start(name);
+    }
+
     for (const preset of presets) {
       const item = part("li", ""), open = part("button", "lk-scene", preset.title), more = part("div", "lk-scene-more");
       item.dataset.preset = preset.name;
       open.type = "button";
       open.addEventListener("click", () => choose(chosen === preset.name ? "" : preset.name));
-      const play = part("button", "lk-play", "Play"), link = part("a", "lk-link", "Link to this");
-      play.type = "button";
-      play.addEventListener("click", () => {
-        const settings = wanted.preset === preset.name ? wanted.settings : {};
-        act("play", { preset: preset.name, settings });
-        wanted.preset = ""; // the link has been followed; from now on the knobs decide
-      });
+      const button = part("button", "lk-play", "Play"), link = part("a", "lk-link", "Link to this");
+      button.type = "button";
+      button.addEventListener("click", () => start(preset.name));
       const row = part("div", "lk-scene-row");
-      row.append(play, link);
+      row.append(button, link);
       more.append(part("p", "lk-look", preset.look), row);
       item.append(open, more);
       scenes.append(item);
@@ -222,7 +231,7 @@ Object.assign(labkit, (() => {
     }
 
     turn("prompt");
-    return { show, turn, choose };
+    return { show, turn, choose, play };
   }
 
   return { controls, fromAddress };

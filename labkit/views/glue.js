@@ -78,6 +78,8 @@ function start() {
   watch("value", greet);
   greet();
   for (const deed of ["click", "keydown"]) document.querySelector("#lk-page").addEventListener(deed, panel.hurry);
+  const header = document.querySelector(".lk-questions");
+  if (header) labkit.questions(header, controls.play);
   element.labkit = { ...panel, ...labkit, visitor: secret };
 }
 start();

@@ -170,7 +170,7 @@ Object.assign(labkit, (() => {
   // A request, a step, a page: selected once, marked everywhere, and told about in the side panel.
   function selection(root, ask, state, live, show, side, within) {
     let facts = null, asked = 0;
-    const notice = root.querySelector(".lk-back");
+    const notice = root.querySelector(".lk-back"), effect = root.querySelector(".lk-joined");
 
     async function select(next) {
       state.selected = next;
@@ -192,9 +192,16 @@ Object.assign(labkit, (() => {
       notice.hidden = !state.past;
       if (state.past) notice.firstElementChild.textContent = `Pages as they were in step ${state.past.step}. `;
       side.update(facts, error);
+      tell();
       show.redraw();
     }
     notice.querySelector("button").addEventListener("click", () => select({}));
+
+    // What the selected request, or the latest, cost those whom it joined.
+    function tell() {
+      const words = labkit.joinWords(state, state.selected.request) || effect.dataset.none;
+      if (effect.textContent !== words) effect.textContent = words;
+    }
 
     // The tokens of a page, a moment after the pointer came to rest on it.
     let resting = 0;
@@ -267,8 +274,10 @@ Object.assign(labkit, (() => {
       if (live.paused !== paused) side.reveal(live.paused ? "step" : "");
       ({ paused } = live);
       for (const extra of extras) extra.answer(news, state, show);
-      if (!fresh && !news.pictures.full && !planned) return;
-      root.classList.toggle("lk-cold", !state.steps.length && !state.plan);
+      const woken = Boolean(news.busy) !== state.busy;
+      state.busy = Boolean(news.busy);
+      if (!fresh && !news.pictures.full && !planned && !woken) return;
+      root.classList.toggle("lk-cold", !state.steps.length && !state.plan && !state.busy);
       line.textContent = labkit.summary(state);
       const words = labkit.numberWords(state);
       for (const item of numbers) item.querySelector("dd").textContent = words[item.dataset.number];

@@ -1,24 +1,37 @@
 // A race on one clock: a track for each setting, and a card with what came of it. `ask(name, argument)` reaches
-// the lab; `visitor()` is the secret of whoever started a race.
+// the lab. Whoever starts a race is told a secret, by which they are known.
 Object.assign(labkit, (() => {
-  const AXIS = 18, MEMORY = 34, LANE = 13;
+  const AXIS = 18, MEMORY = 28, LANE = 10;
   const { el } = labkit;
 
-  function race(root, ask, visitor) {
+  function race(root, ask) {
     const find = (selector) => root.querySelector(selector);
     const scrub = find(".lkr-scrub"), state = labkit.createState();
     let shown = 0, tracks = [], now = Infinity, playing = 0, theme = null, unit = "seconds", status = null;
+    let owner = "", timer = 0, asking = false;
 
     // -- the race under way -----------------------------------------------------------------------
 
     async function pull() {
-      const owner = visitor();
-      if (owner || (root.clientWidth && !document.hidden)) {
-        const answer = await ask("status", { owner });
-        if (answer) await follow(answer);
-        else say(".lkr-failure", status ? "The lab does not answer; trying again." : "");
+      if (asking) return;
+      asking = true;
+      clearTimeout(timer);
+      try {
+        if (owner || (root.clientWidth && !document.hidden)) {
+          const answer = await ask("status", { owner });
+          if (answer) await follow(answer);
+          else say(".lkr-failure", status ? "The lab does not answer; trying again." : "");
+        }
+      } finally {
+        asking = false;
+        timer = setTimeout(pull, status?.running ? 250 : 1000);
       }
-      setTimeout(pull, status?.running ? 250 : 1000);
+    }
+
+    // A race was started by this page.
+    function started(secret) {
+      owner = secret;
+      pull();
     }
 
     async function follow(answer) {
@@ -31,7 +44,8 @@ Object.assign(labkit, (() => {
         const which = progress && `${progress.setting} (${progress.number + 1} of ${progress.settings}), step `
           + `${progress.step}, ${progress.answered} of ${progress.requests} requests answered`;
         const whose = status.mine ? "" : "Somebody's race is being run. ";
-        find(".lkr-words").textContent = `${whose}${status.title}: ${which || "warming up"}`;
+        const left = status.left == null ? "" : `, about ${Math.max(1, Math.round(status.left))} s left`;
+        find(".lkr-words").textContent = `${whose}${status.title}: ${which || "warming up"}${left}`;
         find(".lkr-progress").value = progress ? progress.share : 0;
       }
       if (status.race && status.race !== shown) {
@@ -58,13 +72,19 @@ Object.assign(labkit, (() => {
       find(".lkr-title").textContent = known ? packed.title : `${packed.title}. ${packed.look}`;
       const check = find(".lkr-check");
       check.textContent = `${packed.check.same ? "\u2713" : "\u2717"} ${packed.check.sentence}`;
+      find(".lkr-verdict").replaceChildren(...packed.verdict.map(([seen, why]) => {
+        const line = el("p");
+        line.append(el("strong", "", seen), ` Why: ${why}`);
+        return line;
+      }));
       check.dataset.check = packed.check.same ? "same" : packed.check.fault ? "fault" : "differs";
       find(".lkr-tracks").replaceChildren(...tracks.map(trackOf));
       find(".lkr-cards").replaceChildren(...tracks.map(cardOf));
       root.classList.toggle("lkr-drafting", tracks.some(({ film }) => film.drafting));
       theme = null;
       requestAnimationFrame(again); // the legend, too
-      play(true);
+      if (matchMedia("(prefers-reduced-motion: reduce)").matches) go(length());
+      else play(true);
     }
 
     function trackOf(track) {
@@ -73,7 +93,7 @@ Object.assign(labkit, (() => {
       track.canvas.dataset.picture = "track";
       track.canvas.setAttribute("role", "img");
       track.canvas.setAttribute("aria-label", `${track.name}: ${track.numbers.slice(0, 3).map((n) => n[1]).join(", ")}`);
-      track.canvas.style.height = `${track.film.lanes.length * LANE + MEMORY + AXIS + 12}px`;
+      track.canvas.style.height = `${track.film.lanes.length * LANE + MEMORY + AXIS + 10}px`;
       track.figures = el("p", "lkr-numbers");
       caption.append(el("h3", "", track.name), el("p", "lkr-meaning", track.words), track.figures);
       figure.append(caption, track.canvas);
@@ -180,7 +200,7 @@ Object.assign(labkit, (() => {
       unit = target.value;
       go(share * length());
     };
-    find(".lkr-stop").onclick = () => ask("stop", { owner: visitor() });
+    find(".lkr-stop").onclick = () => ask("stop", { owner });
     root.addEventListener("keydown", (event) => {
       const { tagName } = event.target;
       if (!tracks.length || tagName === "SELECT" || tagName === "BUTTON") return;
@@ -201,7 +221,7 @@ Object.assign(labkit, (() => {
     new MutationObserver(() => { if (dark() !== was) { was = dark(); again(); } })
       .observe(document.body, { attributes: true, attributeFilter: ["class"] });
     pull();
-    return { tracks: () => tracks, now: () => now, length, go, play, status: () => status, shown: () => shown };
+    return { tracks: () => tracks, now: () => now, length, go, play, started, status: () => status, shown: () => shown };
   }
 
   return { race };

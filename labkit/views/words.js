@@ -17,6 +17,7 @@ Object.assign(labkit, (() => {
     const now = labkit.latest(state), { meta } = state;
     const pool = count(meta.num_blocks, "page");
     const size = count(meta.block_size, "token"), seats = count(meta.max_num_seqs, "seat");
+    if (!now && state.busy) return `The first step is being computed. ${pool} of ${size}; ${seats}.`;
     if (!now) return `Idle. ${pool} of ${size}, all free; ${seats}.`;
     const counts = { free: 0, cached: 0, owned: 0, shared: 0 };
     for (let block = 0; block < meta.num_blocks; block++) counts[labkit.pageKind(state, block)] += 1;
@@ -135,12 +136,62 @@ Object.assign(labkit, (() => {
 
   const seconds = (value) => (value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(1)} s`);
 
+  const median = (values) => [...values].sort((a, b) => a - b)[values.length >> 1];
+
+  // What it cost the others that a request joined a batch which was running, from the steps before, in which its
+  // prompt was read, and since; "" if it joined nobody, or too little is known. Of the latest, if `id` is not given.
+  function joinWords(state, id) {
+    const reads = (span) => span.kind === "p" || span.kind === "c", reading = new Set();
+    for (const { spans } of state.lanes.values()) {
+      for (const { from, to } of spans.filter(reads)) for (let step = from; step <= to; step++) reading.add(step);
+    }
+    const lanes = id === undefined ? [...state.lanes.values()].reverse() : [state.lanes.get(id)].filter(Boolean);
+    for (const lane of lanes) {
+      const words = joined(state, lane, reads, reading);
+      if (words) return words;
+    }
+    return "";
+  }
+
+  function joined(state, lane, reads, reading) {
+    const first = lane.spans.findIndex((span) => span.kind !== "w"), start = lane.spans[first];
+    if (!start || !reads(start)) return "";
+    const parts = [];
+    for (let i = first; lane.spans[i] && reads(lane.spans[i]); i++) parts.push(lane.spans[i]);
+    const end = parts.at(-1).to, { steps } = state, place = steps.findIndex((row) => row.step === start.from);
+    // Steps of one size beside it, up to eight, in which nobody's prompt was read.
+    const calm = (from, move) => {
+      const found = [];
+      for (let i = from; steps[i] && found.length < 8; i += move) {
+        if (reading.has(steps[i].step) || steps[i].running !== steps[from].running) break;
+        if (steps[i].sampled) found.push(steps[i]);
+      }
+      return found;
+    };
+    const before = place > 0 ? calm(place - 1, -1) : [];
+    const came = [...state.lanes.values()].filter((other) => other.spans.some((span) => span.from === start.from && reads(span)));
+    const others = (steps[place]?.running ?? 0) - came.length;
+    if (before.length < 3 || others < 1) return "";
+    const during = steps.filter((row) => row.step >= start.from && row.step <= end);
+    const after = steps.findIndex((row) => row.step > end), since = after < 0 ? [] : calm(after, 1);
+    const exact = (value) => (value < 0.01 ? `${(1000 * value).toPrecision(2)} ms` : seconds(value));
+    const length = (rows) => exact(median(rows.map((row) => row.seconds)));
+    const rate = (rows) => labkit.short(rows.reduce((sum, row) => sum + row.sampled, 0) / rows.reduce((sum, row) => sum + row.seconds, 0));
+    const tokens = parts.reduce((sum, span) => sum + span.tokens, 0);
+    const took = during.length > 1 ? `took ${during.length} steps, of ${length(during)} each` : `made that step ${length(during)} long`;
+    const story = `Request ${lane.id} joined ${count(others, "other")} in step ${start.from}. Reading its prompt (${count(tokens, "token")}) `
+      + `${took}, instead of ${length(before)}.`;
+    if (since.length < 3) return story;
+    return `${story} Since then each waits ${length(since)} for a token (${length(before)} before), and all together `
+      + `get ${rate(since)} tokens/s (${rate(before)} before).`;
+  }
+
   // The numbers beside the pictures, as text by name; "–" where nothing was measured.
   function numberWords(state) {
     const now = labkit.latest(state), rate = labkit.rates(state.steps).at(-1), { numbers, meta } = state;
     const busy = state.tables.length || now?.waiting, share = (part) => (part == null ? "–" : labkit.percent(part));
     return {
-      rate: busy && rate !== undefined ? labkit.short(rate) : "idle",
+      rate: busy && rate !== undefined ? labkit.short(rate) : state.busy ? "–" : "idle",
       usage: share(now ? now.used / meta.num_blocks : 0),
       waste: share(now && now.used ? now.wasted / (now.used * meta.block_size) : null),
       ttft: numbers.ttft == null ? "–" : seconds(numbers.ttft),
@@ -151,5 +202,5 @@ Object.assign(labkit, (() => {
     };
   }
 
-  return { seconds, settings, summary, pageWords, laneWords, meterWords, whyWords, rowWords, eventWords, numberWords, count };
+  return { seconds, settings, summary, pageWords, laneWords, meterWords, whyWords, rowWords, eventWords, numberWords, joinWords, count };
 })());
