@@ -36,7 +36,7 @@ def visit(browser: Any, address: str) -> Iterator[Callable[..., Looker]]:  # noq
 
     def arrive(**options: Any) -> Looker:
         people.append(Looker(browser, address, "race", **options))
-        people[-1].until("it.status()")
+        people[-1].until("it.status() && it.shown() === it.status().race")  # the last race, if there was one
         return people[-1]
 
     yield arrive
