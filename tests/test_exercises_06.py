@@ -350,8 +350,8 @@ def nothing(parent_hash: int, tokens: tuple[int, ...]) -> None:
         (polynomial, "a weighted sum has collisions"),
         (few_bits, "it must have enough bits"),
         (checksum, "it must have enough bits"),
-        (a_list, "a number that a dictionary can have as its key"),
-        (nothing, "a number that a dictionary can have as its key"),
+        (a_list, "something else that a dictionary can have as its key"),
+        (nothing, "something else that a dictionary can have as its key"),
     ],
 )
 def test_a_wrong_hash_is_refused_for_its_own_reason(function: Callable[..., object], rule: str) -> None:

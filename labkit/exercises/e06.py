@@ -284,7 +284,7 @@ def _examine_hash(function: Callable[..., Any]) -> None:
         first = None
     if first is None:
         raise Wrong(
-            "it returns a number that a dictionary can have as its key",
+            "it returns a number, or something else that a dictionary can have as its key",
             f"block_hash(0, (5, 6, 7, 8)) returned {function(NO_PARENT, (5, 6, 7, 8))!r}",
         )
     # Other objects with the same contents, both alive. Large numbers, which Python does not keep only once.

@@ -164,16 +164,16 @@ def _cell_names(pages: Pages, grid: _Grid) -> go.Scatter:
 
 def _legend(pages: Pages) -> list[go.Bar]:
     owners = list(pages.requests.items())
-    if len(owners) <= _MAX_OWNERS_NAMED:
-        entries = [
-            swatch(
-                f"{shown(owner, 10)}: {plural(blocks, 'block')}, {plural(tokens, 'token')}",
-                {"color": style.color_of(owner)},
-            )
-            for owner, (blocks, tokens) in owners
-        ]
-    else:
-        entries = [swatch(f"{len(owners)} requests: see hover", {"color": style.PALETTE[0]})]
+    named = owners if len(owners) <= _MAX_OWNERS_NAMED else owners[: _MAX_OWNERS_NAMED - 1]
+    entries = [
+        swatch(
+            f"{shown(owner, 10)}: {plural(blocks, 'block')}, {plural(tokens, 'token')}",
+            {"color": style.color_of(owner)},
+        )
+        for owner, (blocks, tokens) in named
+    ]
+    if others := len(owners) - len(named):
+        entries.append(swatch(f"and {others} more: point at a block", {"color": "rgba(0,0,0,0)"}))
     looks = {"shared": _SHARED, "cached": _CACHED, "free": {"color": style.FREE}}
     names = {"shared": "shared (3x: by 3 requests)", "cached": "cached and free", "free": "free"}
     return entries + [swatch(names[kind], looks[kind]) for kind in looks if pages.count(kind)]
