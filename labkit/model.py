@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from labkit.attention import BatchLayout, PagedKVCache, attend
 
@@ -108,7 +108,8 @@ class Transformer(nn.Module):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Weights are yet to come: to draw random ones first would take torch a second, for its compiler.
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -131,8 +132,8 @@ class Transformer(nn.Module):
             model = cls(config)
         model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
         # Rotary frequencies are few and want fp32, whatever the weights are.
-        rope = LlamaRotaryEmbedding(config)
-        model.inv_freq, model.rope_scaling = rope.inv_freq.float().to(device), rope.attention_scaling
+        frequencies, model.rope_scaling = _rotary(config)
+        model.inv_freq = frequencies.float().to(device)
         return model
 
     @classmethod
@@ -251,6 +252,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _rotary(config: PreTrainedConfig) -> tuple[Tensor, float]:
+    """Rotary frequencies (head_dim / 2,), in radians per position, and a factor for cosine and sine."""
+    rope = config.rope_parameters
+    if rope["rope_type"] != "default":  # stretched for longer texts, in one of several ways
+        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, None)
+    dim = _head_dim(config)
+    return 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2).float() / dim), 1.0
 
 
 def _window(config: PreTrainedConfig, layer: int) -> int | None:

@@ -275,33 +275,50 @@ def altered(notebook: NotebookNode) -> tuple[NotebookNode, int, str, str]:
     raise LookupError("no compared cell says a number")
 
 
-def nbval(notebook: NotebookNode, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run nbval as the tests do, on a copy in another folder."""
-    (folder / "copy.ipynb").write_text(text_of(notebook))
+def nbval(folder: Path, **notebooks: NotebookNode) -> str:
+    """What nbval reports, run as the tests do, of copies in another folder."""
+    for name, notebook in notebooks.items():
+        (folder / f"{name}.ipynb").write_text(text_of(notebook))
     (folder / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-vv", "-rA", "--color=no"]
-    return subprocess.run(
-        [*command, "-p", "no:cacheprovider", "copy.ipynb"],
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider"],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
+    )
+    assert done.returncode == 1, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def alterations() -> dict[Path, tuple[NotebookNode, int, str, str]]:
+    return {path: altered(nbformat.read(path, as_version=4)) for path in PATHS}
+
+
+@pytest.fixture(scope="module")
+def report(alterations: dict, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """nbval's, of all of them in one go."""
+    return nbval(
+        tmp_path_factory.mktemp("altered"), **{path.stem: copy for path, (copy, *_) in alterations.items()}
     )
 
 
 @each_notebook
-def test_a_number_that_is_not_what_it_was_fails_its_cell_and_no_other(path: Path, tmp_path: Path) -> None:
-    notebook, cell, before, after = altered(nbformat.read(path, as_version=4))
-    done = nbval(notebook, tmp_path)
-    assert done.returncode == 1, done.stdout
-    assert re.findall(r"^FAILED copy\.ipynb::Cell (\d+)", done.stdout, re.MULTILINE) == [str(cell)], (
-        done.stdout
-    )
-    assert len(re.findall(r"^PASSED copy\.ipynb::Cell ", done.stdout, re.MULTILINE)) == cell
-    assert "Cell outputs differ" in done.stdout and "mismatch" in done.stdout
+def test_a_number_that_is_not_what_it_was_fails_its_cell_and_no_other(
+    path: Path, alterations: dict, report: str
+) -> None:
+    _, cell, before, after = alterations[path]
+    ended = re.findall(rf"^(PASSED|FAILED) {path.stem}\.ipynb::Cell (\d+)", report, re.MULTILINE)
+    assert sorted(ended, key=lambda end: int(end[1])) == [
+        *(("PASSED", str(i)) for i in range(cell)), ("FAILED", str(cell)),
+    ], report  # fmt: skip
+    told = report.split(f"{path.stem}.ipynb::Cell {cell} ____")[1].split(".ipynb::Cell ")[0]
+    assert "Cell outputs differ" in told and "mismatch" in told
     for line in (before, after):  # both stand in the report, as they are written in Python
-        assert repr(line)[1:-1] in done.stdout or line in done.stdout, done.stdout
+        assert repr(line)[1:-1] in told or line in told, told
 
 
 def test_nbval_passes_what_is_right_and_fails_a_figure_by_one_number(tmp_path: Path) -> None:
@@ -311,7 +328,7 @@ def test_nbval_passes_what_is_right_and_fails_a_figure_by_one_number(tmp_path: P
     cells = [
         new_code_cell(figure % (PLOTLY, n), outputs=copy.deepcopy(three), execution_count=1) for n in (3, 4)
     ]
-    done = nbval(new_notebook(cells=cells), tmp_path)
-    assert re.findall(r"^(PASSED|FAILED) copy\.ipynb::Cell (\d)", done.stdout, re.MULTILINE) == [
+    told = nbval(tmp_path, copy=new_notebook(cells=cells))
+    assert re.findall(r"^(PASSED|FAILED) copy\.ipynb::Cell (\d)", told, re.MULTILINE) == [
         ("PASSED", "0"), ("FAILED", "1"),
-    ], done.stdout  # fmt: skip
+    ], told  # fmt: skip

@@ -354,7 +354,8 @@ def test_long_runs_stay_light() -> None:
 
 @pytest.mark.parametrize(("requests", "more"), [(12, []), (13, ["and 2 more: point at a block"])])
 def test_the_heatmap_names_as_many_owners_as_fit(requests: int, more: list[str]) -> None:
-    trace = run([(0, name, 4, 2) for name in "abcdefghijklm"[:requests]], seats=requests, num_blocks=64, budget=64)
+    jobs = [(0, name, 4, 2) for name in "abcdefghijklm"[:requests]]
+    trace = run(jobs, seats=requests, num_blocks=64, budget=64)
     legend = [part.name for part in views.block_heatmap(trace, 0).data if part.showlegend]
     owners = [f"{name}: 1 block, 4 tokens" for name in "abcdefghijkl"[: 12 - len(more)]]
     assert legend == [*owners, *more, "free"]
