@@ -43,13 +43,12 @@ class Looker:
         self.page.on("console", self._listen)
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("dialog", lambda dialog: (self.problems.append(dialog.message), dialog.dismiss()))
-        self.page.route(lambda url: not url.startswith((address, "blob:")), lambda route: route.abort())
         self._find = f"const it = [...document.querySelectorAll('*')].find((e) => e.{handle})?.{handle};"
         self.page.goto(address)
         self.until("it")
 
     def _listen(self, message: Any) -> None:
-        elsewhere = "net::ERR_FAILED" in message.text or "https://" in message.text
+        elsewhere = "net::ERR_NAME_NOT_RESOLVED" in message.text or "https://" in message.text
         if message.type == "error" and not elsewhere:
             self.problems.append(message.text)
 
