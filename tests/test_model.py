@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import VOCAB, loaded, reference
@@ -129,3 +133,12 @@ def test_sizes_for_the_pool() -> None:
     cache = module.new_cache(3, 4)
     assert cache.nbytes == (3 + 1) * 4 * module.kv_bytes_per_token()
     assert module.max_model_len == 512
+
+
+def test_an_engine_starts_without_the_modelling_code_of_transformers() -> None:
+    """Which takes two seconds to import, in every process."""
+    start = "from labkit import Engine, EngineConfig; Engine(EngineConfig('tiny-random', device='cpu'))"
+    look = "import sys; print('transformers.models.llama.modeling_llama' in sys.modules)"
+    command = [sys.executable, "-c", f"{start}; {look}"]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
