@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
-from visiting import HOSTILE, PATIENCE, free_port
+from visiting import HOSTILE, Person, free_port
 from visiting_fixtures import browser
 
 from labkit.views.canvas import asset
@@ -31,26 +31,15 @@ def served(build: Callable[[], object]) -> Iterator[str]:
         demo.close(verbose=False)
 
 
-class Looker:
+class Looker(Person):
     """A person with the page open. `handle` is the property under which the tab's own state is found."""
 
     def __init__(self, browser: Any, address: str, handle: str, **options: Any) -> None:
         options = {"viewport": {"width": 1280, "height": 900}, **options}
-        self.context = browser.new_context(**options)
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(PATIENCE * 1000)
-        self.problems: list[str] = []
-        self.page.on("console", self._listen)
-        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
-        self.page.on("dialog", lambda dialog: (self.problems.append(dialog.message), dialog.dismiss()))
+        super().__init__(browser.new_context(**options))
         self._find = f"const it = [...document.querySelectorAll('*')].find((e) => e.{handle})?.{handle};"
         self.page.goto(address)
         self.until("it")
-
-    def _listen(self, message: Any) -> None:
-        elsewhere = "net::ERR_NAME_NOT_RESOLVED" in message.text or "https://" in message.text
-        if message.type == "error" and not elsewhere:
-            self.problems.append(message.text)
 
     def until(self, condition: str, argument: Any = None) -> None:
         """Wait until a JavaScript condition over `it` (what the tab keeps) and `arg` holds."""

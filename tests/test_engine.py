@@ -63,14 +63,14 @@ SIZES = [(1, 110), (4, 28), (16, 7)]
     [
         (family, *way, *size, caching)
         for family, way, size, caching in itertools.product(FAMILIES, WAYS, SIZES, (True, False))
-        # One model in every way. The others, which differ in a layer only, with every layout of a step.
+        # One model in every way. The others, which differ in a layer, in all of continuous batching.
         if family == "llama" or way[0] == "continuous" or (size == (4, 28) and caching and way[1] != 512)
     ],
 )
 def test_tokens_equal_transformers(
     family: str, scheduler: str, budget: int, block_size: int, num_blocks: int, caching: bool
 ) -> None:
-    """Small pools (so that some are preempted), page boundaries, shared prefixes, three ways to arrive."""
+    """Small pools (so that some are preempted), page boundaries, shared prefixes, two ways to arrive."""
     rng = random.Random(0)
     common = random_prompt(rng, 20)
     lengths = [n for k in (1, 2) for n in (16 * k - 1, 16 * k, 16 * k + 1)]

@@ -276,7 +276,7 @@ def altered(notebook: NotebookNode) -> tuple[NotebookNode, int, str, str]:
 
 
 def nbval(folder: Path, **notebooks: NotebookNode) -> str:
-    """What nbval reports, run as the tests do, of copies in another folder."""
+    """What nbval reports, run as the tests do, of copies in another folder that hold a fault."""
     for name, notebook in notebooks.items():
         (folder / f"{name}.ipynb").write_text(text_of(notebook))
     (folder / "pytest.ini").write_text("[pytest]\n")

@@ -53,10 +53,10 @@ def chromium() -> str:
     pytest.skip(reason)
 
 
-class Visitor:
-    """A person with the page open, who types, clicks and looks."""
+class Person:
+    """Somebody with a page open, who remembers whatever goes wrong on it."""
 
-    def __init__(self, context: Any, address: str) -> None:
+    def __init__(self, context: Any) -> None:
         self.context = context
         self.page = context.new_page()
         self.page.set_default_timeout(PATIENCE * 1000)
@@ -64,13 +64,20 @@ class Visitor:
         self.page.on("console", self._listen)
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("dialog", lambda dialog: (self.problems.append(dialog.message), dialog.dismiss()))
-        self.page.goto(address)
-        self.until("lab?.state.meta && lab.visitor()")
 
     def _listen(self, message: Any) -> None:
         elsewhere = "net::ERR_NAME_NOT_RESOLVED" in message.text or "https://" in message.text
         if message.type == "error" and not elsewhere:
             self.problems.append(message.text)
+
+
+class Visitor(Person):
+    """A person with the lab open, who types, clicks and looks."""
+
+    def __init__(self, context: Any, address: str) -> None:
+        super().__init__(context)
+        self.page.goto(address)
+        self.until("lab?.state.meta && lab.visitor()")
 
     def until(self, condition: str, argument: Any = None) -> None:
         """Wait until a JavaScript condition over `lab` (what the page keeps) and `it` holds."""
