@@ -13,7 +13,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from labkit.limits import Limits
@@ -215,6 +215,7 @@ class Server:
                 if output.finish_reason in ("error", "abort"):
                     error = _failed(output)
                     job.status = error.status
+                    yield index, replace(output, finish_reason=None)  # what a slow reader has not seen yet
                     raise error
                 yield index, output
 
