@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from labkit.llm import LLM
     from labkit.notebook import setup
     from labkit.request import SamplingParams
-    from labkit.trace import Trace
+    from labkit.trace.trace import Trace
     from labkit.widgets import lab
 
 __all__ = ["LLM", "Engine", "EngineConfig", "SamplingParams", "Trace", "check", "lab", "setup"]
@@ -25,7 +25,7 @@ _HOMES = {
     "Engine": "labkit.engine",
     "EngineConfig": "labkit.config",
     "SamplingParams": "labkit.request",
-    "Trace": "labkit.trace",
+    "Trace": "labkit.trace.trace",
     "check": "labkit.exercises",
     "lab": "labkit.widgets",
     "setup": "labkit.notebook",

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from labkit.memory import BlockPool, InvariantError
 from labkit.plan import StepPlan
 from labkit.scheduler import Scheduler
-from labkit.trace import Finish, PoolState, StepRecord
+from labkit.trace.trace import Finish, PoolState, StepRecord
 
 _IDLE_STEPS = 1000  # empty plans in a row, while somebody waits, that count as never
 

@@ -32,7 +32,7 @@ from labkit.runner import Runner
 from labkit.sampling import mix
 from labkit.scheduler import Scheduler
 from labkit.text import TextStream
-from labkit.trace import StepRecord, Trace, TraceMeta
+from labkit.trace.trace import StepRecord, Trace, TraceMeta
 from labkit.warmup import activation_bytes, backend_for, warm_up
 from labkit.weights import LoadedModel, load_model, resolve_device, resolve_dtype
 

@@ -23,8 +23,8 @@ from labkit.live import LiveEngine
 from labkit.presets import BY_NAME
 from labkit.request import check_flag, check_number
 from labkit.script import Player
-from labkit.trace import Trace
-from labkit.trace_writer import TraceWriters
+from labkit.trace.trace import Trace
+from labkit.trace.writer import TraceWriters
 from labkit.views.canvas import WINDOW, Feed
 from labkit.visitors import GRACE, Visitors
 

@@ -26,7 +26,7 @@ from labkit.request import (
     answer_ids,
     check_number,
 )
-from labkit.trace import StepRecord
+from labkit.trace.trace import StepRecord
 
 if TYPE_CHECKING:
     from labkit.engine import Engine

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from labkit.live import LiveEngine
 from labkit.request import RequestOutput
-from labkit.trace import StepRecord
+from labkit.trace.trace import StepRecord
 
 PREFIX = "labkit:"
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)

@@ -13,7 +13,7 @@ from typing import Any
 
 from labkit.desk import Cards
 from labkit.laboratory import Bench, Lab
-from labkit.trace import StepRecord
+from labkit.trace.trace import StepRecord
 from labkit.views.canvas import Frame
 
 

@@ -19,7 +19,7 @@ from labkit.views import text
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from labkit.trace import Trace
+    from labkit.trace.trace import Trace
     from labkit.weights import LoadedModel
 
 _MIMETYPE = "application/vnd.plotly.v1+json"

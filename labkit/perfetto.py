@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any
 
-from labkit.trace import Trace
+from labkit.trace.trace import Trace
 from labkit.views import style
 from labkit.views.timeline import Lane, Rates, Span, rates_of, timeline_of
 

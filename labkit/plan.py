@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from labkit.request import Request, TokenLogprobs
-from labkit.trace import Admission, Copy, Pages
+from labkit.trace.trace import Admission, Copy, Pages
 
 
 @dataclass(slots=True)

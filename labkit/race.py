@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from labkit.request import RequestOutput, SamplingParams, check_number
-from labkit.trace import Trace
+from labkit.trace.trace import Trace
 from labkit.views.film import usage_of
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import gradio as gr
 from labkit import views
 from labkit.race_track import BusyError, RaceTrack
 from labkit.race_workloads import COURSES, SETTINGS, WORDS
-from labkit.trace import Trace
+from labkit.trace.trace import Trace
 from labkit.views.canvas import asset
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from labkit.race import MAX_SETTINGS, Progress, Race, RaceCancelled, RaceError, Result, run_race
 from labkit.race_verdict import verdict
 from labkit.race_workloads import COURSES, SETTINGS, WORDS
-from labkit.trace import Trace
+from labkit.trace.trace import Trace
 from labkit.views.film import film
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any
 import gradio as gr
 
 from labkit import perfetto
-from labkit.trace import Trace, TraceError
+from labkit.trace.trace import Trace, TraceError
 from labkit.upload import MAX_BYTES, read_upload
 from labkit.views import film, style
 from labkit.views.canvas import asset

@@ -15,7 +15,7 @@ from labkit.memory import BlockPool, InvariantError, OutOfBlocks
 from labkit.plan import StepPlan, StepResult
 from labkit.queue import WaitingQueue, order
 from labkit.request import FinishReason, Request
-from labkit.trace import Admission, Arrival, Copy, Finish, Pages, Priority, StepRecord
+from labkit.trace.trace import Admission, Arrival, Copy, Finish, Pages, Priority, StepRecord
 
 _PREEMPTED = "nobody is admitted in a step that preempted"
 

@@ -14,7 +14,7 @@ from labkit.desk import Desk, as_chat
 from labkit.live import EngineStoppedError, LiveEngine
 from labkit.presets import Line, Preset
 from labkit.request import SamplingParams
-from labkit.trace import StepRecord
+from labkit.trace.trace import StepRecord
 
 logger = logging.getLogger(__name__)
 

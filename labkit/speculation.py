@@ -15,7 +15,7 @@ from typing import Protocol
 
 from labkit.plan import StepPlan, StepResult
 from labkit.request import Request, check_number
-from labkit.trace import StepRecord
+from labkit.trace.trace import StepRecord
 
 _PRIOR = 0.6  # chance that a draft is right, before any was checked
 _WEIGHT = 2.0  # checks that a prior counts for

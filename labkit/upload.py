@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from labkit.trace import PoolState, StepRecord, Trace, TraceError, TraceMeta
+from labkit.trace.trace import PoolState, StepRecord, Trace, TraceError, TraceMeta
 
 MAX_BYTES = 16 * 2**20
 MAX_LINE = 128 * 2**10  # bytes of one step
@@ -50,7 +50,7 @@ def read_upload(path: str | os.PathLike[str]) -> Trace:
 
 
 def _read(path: str | os.PathLike[str]) -> Trace:
-    from labkit import trace_file
+    from labkit.trace import jsonl as trace_file
 
     deadline = time.monotonic() + MAX_SECONDS
     steps = arrived = 0

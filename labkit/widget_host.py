@@ -22,7 +22,7 @@ from labkit.views.canvas import WINDOW, Feed
 if TYPE_CHECKING:
     from labkit.engine import Engine
     from labkit.request import RequestOutput
-    from labkit.trace import StepRecord
+    from labkit.trace.trace import StepRecord
 
 SLICE = 0.08  # seconds of stepping in one answer, after which cells get their turn
 KEEP = 100  # cards, the latest

@@ -32,7 +32,7 @@ from labkit.benchmark.watchers import Watchers
 from labkit.benchmark.workload import Job, make_noise, make_workload
 from labkit.config import EngineConfig
 from labkit.engine import Engine
-from labkit.trace import StepRecord
+from labkit.trace.trace import StepRecord
 from labkit.weights import LoadedModel, load_model
 
 SIZES = dict(

@@ -28,7 +28,7 @@ from labkit.news import Known, News
 from labkit.page import build, serve
 from labkit.plan import StepResult
 from labkit.request import Request, SamplingParams
-from labkit.trace import StepRecord
+from labkit.trace.trace import StepRecord
 from labkit.upload import MAX_BYTES
 from labkit.views.canvas import WINDOW
 from labkit.visitors import mark

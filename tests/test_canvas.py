@@ -14,7 +14,7 @@ from labkit.baselines import SCHEDULERS
 from labkit.memory import BlockPool
 from labkit.plan import StepResult
 from labkit.request import Request, SamplingParams
-from labkit.trace import Admission, Arrival, Finish, Pages, StepRecord, Trace, TraceMeta
+from labkit.trace.trace import Admission, Arrival, Finish, Pages, StepRecord, Trace, TraceMeta
 from labkit.views import canvas, style
 from labkit.views.canvas import WINDOW, Feed, asset
 

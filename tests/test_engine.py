@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from labkit import LLM, Engine, EngineConfig, SamplingParams
 from labkit.memory import BlockPool, InvariantError, OutOfBlocks
 from labkit.scheduler import Scheduler
-from labkit.trace import Trace
+from labkit.trace.trace import Trace
 
 
 def engine_of(family: str = "llama", **config) -> Engine:

@@ -12,7 +12,7 @@ from exercising import assert_accepted, assert_open, assert_refused, function_fr
 
 from labkit.exercises import Wrong
 from labkit.exercises.e04 import JOBS, SMALL, Job, Situation, Ticket, schedule, serve
-from labkit.trace import Trace
+from labkit.trace.trace import Trace
 
 
 def written(

@@ -22,7 +22,7 @@ from labkit.exercises.e07 import (
     step_cost,
     turning_point,
 )
-from labkit.trace import StepRecord
+from labkit.trace.trace import StepRecord
 from labkit.weights import load_model
 
 Rows = list[int]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from test_perfetto import busy, timed
 from test_views import HOSTILE, run, story, trace_of, traces
 
-from labkit.trace import Trace
+from labkit.trace.trace import Trace
 from labkit.views import film
 from labkit.views.pages import pages_of
 

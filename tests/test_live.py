@@ -15,7 +15,7 @@ from labkit.config import EngineConfig
 from labkit.engine import Engine
 from labkit.live import EngineStoppedError, LiveEngine
 from labkit.request import RequestOutput, SamplingParams
-from labkit.trace import PoolState, StepRecord
+from labkit.trace.trace import PoolState, StepRecord
 from labkit.weights import LoadedModel, load_model
 
 PATIENCE = 60  # seconds until a test gives up; nothing is decided by it

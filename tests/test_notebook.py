@@ -17,7 +17,7 @@ from labkit.memory import BlockPool
 from labkit.notebook import Picture
 from labkit.request import SamplingParams
 from labkit.scheduler import Scheduler
-from labkit.trace import Trace
+from labkit.trace.trace import Trace
 from labkit.views import text
 
 PLOTLY = "application/vnd.plotly.v1+json"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from labkit.trace import Admission, Arrival, Finish, Pages, PoolState, StepRecord
+from labkit.trace.trace import Admission, Arrival, Finish, Pages, PoolState, StepRecord
 from labkit.views.log import events_of
 from labkit.views.numbers import LATEST_GAPS, LATEST_REQUESTS, Numbers, wasted_slots
 

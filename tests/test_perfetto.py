@@ -17,7 +17,7 @@ from test_views import HOSTILE, run, story, trace_of, traces
 from trace_processor import TraceProcessor, folder
 
 from labkit import perfetto
-from labkit.trace import StepRecord, Trace
+from labkit.trace.trace import StepRecord, Trace
 
 SPANS = {"prefill", "decode", "idle", "waiting", "preempted"}
 

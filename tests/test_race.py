@@ -26,7 +26,7 @@ from labkit.race import (
 from labkit.race_workloads import COURSES, SETTINGS
 from labkit.request import Request, SamplingParams
 from labkit.speculation import NgramDrafter
-from labkit.trace import Trace, TraceMeta
+from labkit.trace.trace import Trace, TraceMeta
 from labkit.weights import LoadedModel, load_model
 
 THREE = [SETTINGS[name] for name in ("naive", "static", "continuous")]

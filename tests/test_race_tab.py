@@ -13,7 +13,7 @@ from test_race_track import SlowRace
 
 from labkit.race_tab import build_race_tab
 from labkit.race_workloads import COURSES, SETTINGS
-from labkit.trace import Trace
+from labkit.trace.trace import Trace
 from labkit.weights import LoadedModel, load_model
 
 KEPT: dict[str, Trace] = {}

@@ -14,7 +14,7 @@ from labkit import race_track
 from labkit.race import Progress, RaceCancelled, RaceError
 from labkit.race_track import BusyError, RaceTrack
 from labkit.race_workloads import COURSES
-from labkit.trace import Trace
+from labkit.trace.trace import Trace
 from labkit.weights import LoadedModel, load_model
 
 THREE = ["naive", "static", "continuous"]

@@ -10,7 +10,7 @@ import pytest
 from labkit.config import EngineConfig
 from labkit.engine import Engine
 from labkit.request import SamplingParams
-from labkit.trace import Trace
+from labkit.trace.trace import Trace
 from labkit.views.rails import rails_of, text_twin, token_rails, worst_gap
 
 

@@ -15,7 +15,7 @@ from test_views_drafts import story as drafting
 
 from labkit import perfetto, replay_tab
 from labkit.replay_tab import Traces, build_replay_tab
-from labkit.trace import Trace, TraceError
+from labkit.trace.trace import Trace, TraceError
 from labkit.upload import MAX_BYTES
 from labkit.views.canvas import asset
 from labkit.views.pages import pages_of

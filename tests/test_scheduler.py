@@ -18,7 +18,7 @@ from labkit.memory import BlockPool, OutOfBlocks
 from labkit.plan import StepPlan, StepResult
 from labkit.request import Request, SamplingParams
 from labkit.scheduler import Scheduler
-from labkit.trace import StepRecord, Trace, TraceMeta
+from labkit.trace.trace import StepRecord, Trace, TraceMeta
 
 NEVER_DRAFT = (StaticScheduler, UncachedScheduler)
 

@@ -12,7 +12,7 @@ import pytest
 from test_views import run
 
 from labkit import upload
-from labkit.trace import Trace, TraceError
+from labkit.trace.trace import Trace, TraceError
 from labkit.upload import read_upload
 
 HEAD = {

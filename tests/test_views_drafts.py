@@ -15,7 +15,7 @@ from labkit.baselines import SCHEDULERS
 from labkit.memory import BlockPool
 from labkit.plan import StepResult
 from labkit.request import Request, SamplingParams
-from labkit.trace import Admission, Arrival, Finish, Pages, Row, StepRecord, Trace, TraceMeta
+from labkit.trace.trace import Admission, Arrival, Finish, Pages, Row, StepRecord, Trace, TraceMeta
 from labkit.views import film, log, style, text
 from labkit.views.canvas import Feed
 from labkit.views.numbers import Numbers

@@ -17,7 +17,7 @@ import labkit
 from labkit import Engine, EngineConfig, SamplingParams, notebook, widgets
 from labkit.desk import as_chat
 from labkit.scheduler import Scheduler
-from labkit.trace import PoolState
+from labkit.trace.trace import PoolState
 from labkit.views import text
 from labkit.views.canvas import WINDOW, asset
 from labkit.weights import LoadedModel, load_model

@@ -15,7 +15,7 @@ from labkit.memory import BlockPool
 from labkit.plan import StepPlan, StepResult
 from labkit.request import Request, SamplingParams
 from labkit.scheduler import Scheduler
-from labkit.trace import Trace, TraceMeta
+from labkit.trace.trace import Trace, TraceMeta
 
 RUNNING = (32, 256, 1024)
 WAITING = (100, 10_000, 100_000)

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from labkit.model import Transformer
 from labkit.quantize import pick_kernel
-from labkit.trace import StepRecord
+from labkit.trace.trace import StepRecord
 from labkit.weights import LoadedModel
 
 _SCALE_BYTES = 4  # int8 weights have one fp32 scale for each output

@@ -26,7 +26,7 @@ from labkit.capacity import Demand, FittedClock, Settings, draw_demands, fit, re
 from labkit.config import EngineConfig
 from labkit.engine import Engine
 from labkit.request import SamplingParams
-from labkit.trace import StepRecord
+from labkit.trace.trace import StepRecord
 from labkit.views import style
 from labkit.weights import LoadedModel
 

@@ -24,7 +24,7 @@ from labkit.config import EngineConfig
 from labkit.engine import Engine
 from labkit.request import SamplingParams
 from labkit.tiny import tiny_random
-from labkit.trace import StepRecord
+from labkit.trace.trace import StepRecord
 from labkit.weights import TINY, LoadedModel, find
 
 REFERENCE = "transformers"

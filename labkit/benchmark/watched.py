@@ -29,7 +29,7 @@ from labkit.laboratory import Bench, Lab
 from labkit.live import LiveEngine
 from labkit.page import serve
 from labkit.request import RequestOutput, SamplingParams
-from labkit.trace import StepRecord
+from labkit.trace.trace import StepRecord
 from labkit.weights import LoadedModel
 
 

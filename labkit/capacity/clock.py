@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from labkit.request import check_number
-from labkit.trace import StepRecord
+from labkit.trace.trace import StepRecord
 
 TERMS = ("step", "tokens", "keys", "sampled", "rows", "pairs")
 _ROUNDS = 30  # of reweighting; it settles after a few

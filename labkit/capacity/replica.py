@@ -11,7 +11,7 @@ from labkit.memory import BlockPool
 from labkit.plan import StepPlan, StepResult
 from labkit.request import Request, check_number
 from labkit.scheduler import Scheduler
-from labkit.trace import Trace, TraceMeta
+from labkit.trace.trace import Trace, TraceMeta
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from labkit.memory import BlockPool, InvariantError
 from labkit.plan import StepPlan
 from labkit.request import Request, SamplingParams
 from labkit.scheduler import Scheduler
-from labkit.trace import StepRecord
+from labkit.trace.trace import StepRecord
 from labkit.views.style import plural
 from labkit.weights import LoadedModel, load_model
 

@@ -14,7 +14,7 @@ from labkit.exercises import Exercise, Run, Wrong, expect
 from labkit.memory import BlockPool
 from labkit.plan import StepPlan
 from labkit.request import Request
-from labkit.trace import StepRecord, Trace
+from labkit.trace.trace import StepRecord, Trace
 from labkit.views.style import plural
 from labkit.weights import LoadedModel, load_model
 

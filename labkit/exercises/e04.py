@@ -16,7 +16,7 @@ from labkit.memory import BlockPool
 from labkit.plan import StepPlan, StepResult
 from labkit.request import Request, SamplingParams
 from labkit.scheduler import Scheduler
-from labkit.trace import Admission, Trace
+from labkit.trace.trace import Admission, Trace
 from labkit.weights import LoadedModel, load_model
 
 

@@ -18,7 +18,7 @@ from labkit.plan import StepPlan
 from labkit.queue import order
 from labkit.request import Request, SamplingParams
 from labkit.scheduler import Scheduler
-from labkit.trace import Trace
+from labkit.trace.trace import Trace
 from labkit.weights import LoadedModel, load_model
 
 BLOCK_SIZE, SEATS = 4, 6

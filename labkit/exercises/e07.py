@@ -21,7 +21,7 @@ from labkit.config import EngineConfig
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
 from labkit.request import SamplingParams
-from labkit.trace import StepRecord
+from labkit.trace.trace import StepRecord
 from labkit.weights import LoadedModel
 
 Cost = Callable[[list[int], list[int]], tuple[float, float]]

@@ -26,7 +26,7 @@ from labkit.attention import (
 )
 from labkit.config import EngineConfig
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.trace import Trace
+from labkit.trace.trace import Trace
 from labkit.weights import LoadedModel, load_model
 
 State = tuple[Tensor, Tensor, Tensor]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import labkit.views.text as text
-from labkit.trace import Trace
+from labkit.trace.trace import Trace
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from labkit.trace import PoolState, StepRecord, TraceMeta
+from labkit.trace.trace import PoolState, StepRecord, TraceMeta
 from labkit.views import log, style
 from labkit.views.numbers import Numbers, wasted_slots
 

@@ -13,7 +13,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from labkit.trace import Trace
+from labkit.trace.trace import Trace
 from labkit.views import style
 from labkit.views.style import drafts, plural
 from labkit.views.timeline import Lane, Rates, Span, Timeline, rates_of, step_range, timeline_of

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
-from labkit.trace import PoolState, StepRecord, Trace
+from labkit.trace.trace import PoolState, StepRecord, Trace
 from labkit.views import style
 from labkit.views.timeline import Lane, rates_of, timeline_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import plotly.graph_objects as go
 
-from labkit.trace import Trace
+from labkit.trace.trace import Trace
 from labkit.views import style
 from labkit.views.figures import lay_out, nothing, shown, swatch
 from labkit.views.pages import Page, Pages, pages_of

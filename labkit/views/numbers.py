@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-from labkit.trace import PoolState, StepRecord
+from labkit.trace.trace import PoolState, StepRecord
 
 LATEST_REQUESTS = 100  # that TTFT and the hit rate look back on
 LATEST_GAPS = 1000  # between tokens, that ITL looks back on

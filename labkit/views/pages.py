@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from labkit.trace import Trace
+from labkit.trace.trace import Trace
 from labkit.views.style import plural
 
 

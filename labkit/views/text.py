@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from labkit.trace import Trace
+from labkit.trace.trace import Trace
 from labkit.views import style
 from labkit.views.pages import Page, Pages, pages_of
 from labkit.views.style import plural

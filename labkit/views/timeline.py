@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
-from labkit.trace import Row, StepRecord, Trace
+from labkit.trace.trace import Row, StepRecord, Trace
 from labkit.views.style import drafts, plural
 
 # -- timeline -------------------------------------------------------------------------------------

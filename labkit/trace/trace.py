@@ -418,7 +418,7 @@ class Trace:
 
     def lines(self) -> Iterator[str]:
         """The trace as JSON Lines: a header, then one step a line. Fields at their default are left out."""
-        from labkit import trace_file
+        from labkit.trace import jsonl as trace_file
 
         return trace_file.write_lines(self)
 
@@ -443,7 +443,7 @@ class Trace:
     @classmethod
     def from_lines(cls, lines: Iterable[str]) -> Trace:
         """Read a trace from JSON Lines. Raises `TraceError` as `load` does."""
-        from labkit import trace_file
+        from labkit.trace import jsonl as trace_file
 
         return trace_file.read_lines(lines)
 

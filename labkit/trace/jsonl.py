@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
-from labkit.trace import (
+from labkit.trace.trace import (
     KINDS,
     Admission,
     Arrival,

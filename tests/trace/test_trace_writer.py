@@ -11,7 +11,7 @@ from labkit.engine import Engine
 from labkit.laboratory import Lab
 from labkit.live import LiveEngine
 from labkit.request import SamplingParams
-from labkit.trace import Trace
+from labkit.trace.trace import Trace
 from labkit.weights import load_model
 
 

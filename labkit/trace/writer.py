@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from labkit.live import LiveEngine
-from labkit.trace import StepRecord, Trace
+from labkit.trace.trace import StepRecord, Trace
 
 
 class TraceWriters:

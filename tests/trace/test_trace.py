@@ -11,7 +11,7 @@ import pytest
 from test_scheduler import Bench
 
 from labkit.baselines import SCHEDULERS
-from labkit.trace import Finish, StepRecord, Trace, TraceError, TraceMeta
+from labkit.trace.trace import Finish, StepRecord, Trace, TraceError, TraceMeta
 
 
 def played(kind: str = "continuous", *, seed: int = 0, max_steps: int | None = None) -> Bench:
