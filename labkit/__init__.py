@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from labkit.config import EngineConfig
+    from labkit.core.request import SamplingParams
     from labkit.engine import Engine
     from labkit.exercises import check
     from labkit.llm import LLM
     from labkit.notebook import setup
-    from labkit.request import SamplingParams
     from labkit.trace.trace import Trace
     from labkit.widgets import lab
 
@@ -24,7 +24,7 @@ _HOMES = {
     "LLM": "labkit.llm",
     "Engine": "labkit.engine",
     "EngineConfig": "labkit.config",
-    "SamplingParams": "labkit.request",
+    "SamplingParams": "labkit.core.request",
     "Trace": "labkit.trace.trace",
     "check": "labkit.exercises",
     "lab": "labkit.widgets",

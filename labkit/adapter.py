@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from labkit.attention import (
+from labkit.core.attention import (
     BatchLayout,
     PagedKVCache,
     Span,

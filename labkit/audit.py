@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from labkit.memory import BlockPool, InvariantError
-from labkit.plan import StepPlan
-from labkit.scheduler import Scheduler
+from labkit.core.block_pool import BlockPool, InvariantError
+from labkit.core.plan import StepPlan
+from labkit.core.scheduler import Scheduler
 from labkit.trace.trace import Finish, PoolState, StepRecord
 
 _IDLE_STEPS = 1000  # empty plans in a row, while somebody waits, that count as never

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from labkit.memory import BlockPool
-from labkit.plan import StepPlan, StepResult
-from labkit.request import Request
-from labkit.scheduler import Scheduler
+from labkit.core.block_pool import BlockPool
+from labkit.core.plan import StepPlan, StepResult
+from labkit.core.request import Request
+from labkit.core.scheduler import Scheduler
 
 
 class StaticScheduler(Scheduler):

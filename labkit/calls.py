@@ -16,11 +16,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from labkit.core.request import RequestOutput, SamplingParams, answer_ids
 from labkit.limits import Limits
 from labkit.live import EngineStoppedError, LiveEngine
 from labkit.metrics import Metrics
 from labkit.protocol import Asked, Format, RequestError, error_object, field_of, usage
-from labkit.request import RequestOutput, SamplingParams, answer_ids
 
 logger = logging.getLogger("labkit.server")
 T = TypeVar("T")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from labkit.baselines import SCHEDULERS
-from labkit.request import check_flag, check_number
+from labkit.core.request import check_flag, check_number
 
 if TYPE_CHECKING:
     from labkit.weights import LoadedModel

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from labkit.core.request import SamplingParams, check_number
 from labkit.limits import Limits
 from labkit.live import LiveEngine, Progress
-from labkit.request import SamplingParams, check_number
 from labkit.views import style
 from labkit.visitors import mark
 

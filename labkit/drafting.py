@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 
 from labkit.config import EngineConfig
-from labkit.memory import BlockPool
-from labkit.plan import StepPlan
-from labkit.request import Request, SamplingParams
-from labkit.runner import Runner
+from labkit.core.block_pool import BlockPool
+from labkit.core.model_runner import Runner
+from labkit.core.plan import StepPlan
+from labkit.core.request import Request, SamplingParams
 from labkit.speculation import Drafter, NgramDrafter, Speculator, StepCosts
 from labkit.warmup import backend_for, warm_up
 from labkit.weights import LoadedModel, load_model

@@ -16,10 +16,10 @@ import torch
 from labkit.audit import Auditor
 from labkit.baselines import SCHEDULERS
 from labkit.config import EngineConfig
-from labkit.drafting import draft_model, make_speculator
-from labkit.memory import BlockPool
-from labkit.plan import StepPlan, StepResult
-from labkit.request import (
+from labkit.core.block_pool import BlockPool
+from labkit.core.model_runner import Runner
+from labkit.core.plan import StepPlan, StepResult
+from labkit.core.request import (
     MAX_N,
     Request,
     RequestMetrics,
@@ -28,9 +28,9 @@ from labkit.request import (
     answer_ids,
     check_number,
 )
-from labkit.runner import Runner
-from labkit.sampling import mix
-from labkit.scheduler import Scheduler
+from labkit.core.sampler import mix
+from labkit.core.scheduler import Scheduler
+from labkit.drafting import draft_model, make_speculator
 from labkit.text import TextStream
 from labkit.trace.trace import StepRecord, Trace, TraceMeta
 from labkit.warmup import activation_bytes, backend_for, warm_up

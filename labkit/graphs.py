@@ -29,8 +29,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from labkit.attention import Backend, BatchLayout, PagedKVCache, Span
-from labkit.model import Transformer
+from labkit.core.attention import Backend, BatchLayout, PagedKVCache, Span
+from labkit.core.model import Transformer
 
 _MIN_WIDTH = 16  # pages of the narrowest bucket
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from labkit.attention import (
+from labkit.config import ATTENTION_BACKENDS
+from labkit.core.attention import (
     SDPA,
     Backend,
     MakeGroups,
@@ -29,7 +30,6 @@ from labkit.attention import (
     gathered_chunks,
     static_rows,
 )
-from labkit.config import ATTENTION_BACKENDS
 
 _TRITON_SINCE = (7, 5)  # the oldest GPUs that Triton makes code for
 _FLASH_SINCE = (8, 0)

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from labkit.config import KV_POLICIES, EngineConfig
+from labkit.core.request import check_flag, check_number
 from labkit.desk import Desk
 from labkit.engine import Engine
 from labkit.limits import Limits
 from labkit.live import LiveEngine
 from labkit.presets import BY_NAME
-from labkit.request import check_flag, check_number
 from labkit.script import Player
 from labkit.trace.trace import Trace
 from labkit.trace.writer import TraceWriters

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit.model import Transformer
+from labkit.core.model import Transformer
 
 _PACKED_ROWS = 32  # a hint for the layout; any number of rows is right
 

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from labkit.request import (
+from labkit.core.request import (
     MAX_N,
     RequestMetrics,
     RequestOutput,
@@ -29,8 +29,8 @@ from labkit.request import (
 from labkit.trace.trace import StepRecord
 
 if TYPE_CHECKING:
+    from labkit.core.request import FinishReason, Request
     from labkit.engine import Engine
-    from labkit.request import FinishReason, Request
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from labkit.config import EngineConfig
+from labkit.core.request import RequestOutput, SamplingParams
 from labkit.engine import Engine, Prompt
-from labkit.request import RequestOutput, SamplingParams
 
 
 class LLM:

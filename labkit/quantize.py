@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from labkit.model import Transformer
+from labkit.core.model import Transformer
 
 _LEVELS = 127
 _TINY = torch.finfo(torch.float32).tiny  # the scale of a row of zeros

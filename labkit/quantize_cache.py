@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from labkit.core.model import Transformer
 from labkit.gguf_fallback import cache_dir
-from labkit.model import Transformer
 from labkit.quantize import from_quantized, pick_kernel, quantize
 
 _VERSION = 1  # of what `quantize` makes

@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from labkit.request import RequestOutput, SamplingParams, check_number
+from labkit.core.request import RequestOutput, SamplingParams, check_number
 from labkit.trace.trace import Trace
 from labkit.views.film import usage_of
 

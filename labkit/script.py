@@ -10,10 +10,10 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from labkit.core.request import SamplingParams
 from labkit.desk import Desk, as_chat
 from labkit.live import EngineStoppedError, LiveEngine
 from labkit.presets import Line, Preset
-from labkit.request import SamplingParams
 from labkit.trace.trace import StepRecord
 
 logger = logging.getLogger(__name__)

@@ -29,6 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from labkit import options as opts
 from labkit.calls import Job, Options, Server
+from labkit.core.request import SamplingParams
 from labkit.desk import as_chat
 from labkit.live import LiveEngine
 from labkit.protocol import (
@@ -43,7 +44,6 @@ from labkit.protocol import (
     Vocabulary,
     error_object,
 )
-from labkit.request import SamplingParams
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; chat goes on until the model ends
 _STATUSES = (400, 401, 404, 413, 422, 429, 500, 503, 504)

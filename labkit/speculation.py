@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from labkit.plan import StepPlan, StepResult
-from labkit.request import Request, check_number
+from labkit.core.plan import StepPlan, StepResult
+from labkit.core.request import Request, check_number
 from labkit.trace.trace import StepRecord
 
 _PRIOR = 0.6  # chance that a draft is right, before any was checked

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from labkit.attention import SDPA, Backend, PagedKVCache, Span, build_layout
 from labkit.config import EngineConfig
+from labkit.core.attention import SDPA, Backend, PagedKVCache, Span, build_layout
+from labkit.core.model import Transformer
 from labkit.graphs import Capture, DecodeGraphs
 from labkit.kernels import choose_backend
-from labkit.model import Transformer
 
 if TYPE_CHECKING:
     from labkit.adapter import AdaptedModel

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from labkit import gguf_fallback, linear
-from labkit.model import Transformer
+from labkit.core.model import Transformer
 from labkit.quantize_cache import int8_model
 from labkit.tiny import tiny_random
 

@@ -12,16 +12,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from labkit.core.request import SamplingParams, check_number
 from labkit.desk import as_chat
 from labkit.lens import page_facts, step_facts
 from labkit.limits import Limits
-from labkit.request import SamplingParams, check_number
 from labkit.views import style
 from labkit.views.canvas import WINDOW, Feed
 
 if TYPE_CHECKING:
+    from labkit.core.request import RequestOutput
     from labkit.engine import Engine
-    from labkit.request import RequestOutput
     from labkit.trace.trace import StepRecord
 
 SLICE = 0.08  # seconds of stepping in one answer, after which cells get their turn

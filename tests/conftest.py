@@ -26,7 +26,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from labkit.model import Transformer
+from labkit.core.model import Transformer
 from labkit.tiny import tiny_tokenizer
 from labkit.weights import LoadedModel
 

@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from labkit import LLM, Engine, EngineConfig, SamplingParams
 from labkit.adapter import adapt
-from labkit.attention import Span, build_layout
+from labkit.core.attention import Span, build_layout
 from labkit.tiny import tiny_tokenizer
 from labkit.weights import LoadedModel, ModelError, load_model
 

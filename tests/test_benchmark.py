@@ -12,7 +12,6 @@ import torch
 from conftest import loaded
 from transformers import LlamaConfig
 
-from labkit import runner
 from labkit.benchmark import perplexity
 from labkit.benchmark.__main__ import main
 from labkit.benchmark.floor import Ceiling, Shape, Work, _keys_read, _keys_seen, measure_ceiling
@@ -31,6 +30,7 @@ from labkit.benchmark.watched import watched
 from labkit.benchmark.watchers import Watchers
 from labkit.benchmark.workload import Job, make_noise, make_workload
 from labkit.config import EngineConfig
+from labkit.core import model_runner as runner
 from labkit.engine import Engine
 from labkit.trace.trace import StepRecord
 from labkit.weights import LoadedModel, load_model

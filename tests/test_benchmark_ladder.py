@@ -22,7 +22,7 @@ from labkit.benchmark.runs import DifferentTokens, Run, reference_model, run_ref
 from labkit.benchmark.shapes import SHAPES, config_of, random_model, random_reference
 from labkit.benchmark.stream import stream
 from labkit.benchmark.workload import Job, make_noise, make_workload
-from labkit.model import Transformer
+from labkit.core.model import Transformer
 from labkit.tiny import tiny_random
 from labkit.weights import LoadedModel, load_model
 

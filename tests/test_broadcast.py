@@ -19,15 +19,15 @@ from labkit import broadcast
 from labkit.baselines import SCHEDULERS
 from labkit.broadcast import AGAIN, BEAT, BEHIND, PATH, Broadcast
 from labkit.config import EngineConfig
+from labkit.core.block_pool import BlockPool
+from labkit.core.plan import StepResult
+from labkit.core.request import Request, SamplingParams
 from labkit.desk import KEEP
 from labkit.engine import Engine
 from labkit.laboratory import Lab
 from labkit.live import LiveEngine
-from labkit.memory import BlockPool
 from labkit.news import Known, News
 from labkit.page import build, serve
-from labkit.plan import StepResult
-from labkit.request import Request, SamplingParams
 from labkit.trace.trace import StepRecord
 from labkit.upload import MAX_BYTES
 from labkit.views.canvas import WINDOW

@@ -35,8 +35,8 @@ from labkit.capacity import (
 from labkit.capacity.decode_run import DecodeRun
 from labkit.capacity.replay import ROUTERS, _request
 from labkit.config import EngineConfig
+from labkit.core.request import SamplingParams
 from labkit.engine import Engine
-from labkit.request import SamplingParams
 from labkit.trace.trace import StepRecord
 from labkit.weights import load_model
 

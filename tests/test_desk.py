@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 
 from labkit.config import EngineConfig
+from labkit.core.request import SamplingParams
 from labkit.desk import KEEP, Desk, as_chat, params_of
 from labkit.engine import Engine
 from labkit.limits import Limits
 from labkit.live import LiveEngine
-from labkit.request import SamplingParams
 from labkit.visitors import mark
 from labkit.weights import LoadedModel, load_model
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from labkit import LLM, Engine, EngineConfig, SamplingParams
-from labkit.memory import BlockPool, InvariantError, OutOfBlocks
-from labkit.scheduler import Scheduler
+from labkit.core.block_pool import BlockPool, InvariantError, OutOfBlocks
+from labkit.core.scheduler import Scheduler
 from labkit.trace.trace import Trace
 
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 import pytest
 from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
+from labkit.core.block_pool import InvariantError, OutOfBlocks
 from labkit.exercises import e03
 from labkit.exercises.e03 import Pool, engine_pool, make_engine, slot_mapping
-from labkit.memory import InvariantError, OutOfBlocks
 
 # -- 03.1, a pool of pages ------------------------------------------------------------------------
 

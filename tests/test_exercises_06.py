@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
+from labkit.core.request import Request
+from labkit.core.waiting_queue import order
 from labkit.exercises import e06, elsewhere
 from labkit.exercises.e06 import (
     ask_all,
@@ -24,8 +26,6 @@ from labkit.exercises.e06 import (
     recomputed,
     victim_scheduler,
 )
-from labkit.queue import order
-from labkit.request import Request
 
 # -- 06.1, whose pages to take --------------------------------------------------------------------
 

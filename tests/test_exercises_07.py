@@ -10,8 +10,8 @@ import pytest
 import torch
 from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
-from labkit.attention import SDPA, PagedKVCache, Span, reference_attention
 from labkit.benchmark.floor import Shape
+from labkit.core.attention import SDPA, PagedKVCache, Span, reference_attention
 from labkit.exercises.e07 import (
     BLIND,
     T4_BANDWIDTH,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from labkit.attention import PagedKVCache, Span, attend, build_layout, reference_attention
+from labkit.core.attention import PagedKVCache, Span, attend, build_layout, reference_attention
 from labkit.exercises import e08, judge
 from labkit.exercises.e08 import (
     LargestTensor,

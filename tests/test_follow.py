@@ -14,11 +14,11 @@ from fastapi import FastAPI
 from visiting import Visitor, free_port, wait_for
 
 from labkit.config import EngineConfig
+from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.laboratory import Lab
 from labkit.live import LiveEngine
 from labkit.page import Page, build, serve
-from labkit.request import SamplingParams
 from labkit.weights import LoadedModel
 
 pytest_plugins = ["visiting_fixtures"]

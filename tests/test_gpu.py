@@ -14,12 +14,12 @@ import torch
 from conftest import VOCAB, greedy, loaded, reference
 from torch import Tensor
 
-from labkit.attention import SDPA, Backend, Span, block_table, build_layout
 from labkit.config import EngineConfig
+from labkit.core.attention import SDPA, Backend, Span, block_table, build_layout
+from labkit.core.model import Transformer
+from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.kernels import PackedChunks, PagedDecode, choose_backend, paged_rows, varlen_attention
-from labkit.model import Transformer
-from labkit.request import SamplingParams
 from labkit.tiny import tiny_tokenizer
 from labkit.weights import LoadedModel
 
@@ -144,7 +144,7 @@ def test_packed_chunks_equal_single_ones(window: int | None, dtype: torch.dtype)
 def test_the_kernel_equals_gathered_attention_over_thousands_of_tokens(
     dtype: torch.dtype, group: int, dim: int
 ) -> None:
-    from labkit.attention import PagedKVCache
+    from labkit.core.attention import PagedKVCache
 
     torch.manual_seed(0)
     cache = PagedKVCache(1, 700, 16, 2, dim, dtype=dtype, device=CUDA)

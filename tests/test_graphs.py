@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from labkit import kernels
-from labkit.attention import SDPA, Backend, PagedKVCache, Span, build_layout, gathered_rows, row_order
 from labkit.config import EngineConfig
+from labkit.core.attention import SDPA, Backend, PagedKVCache, Span, build_layout, gathered_rows, row_order
+from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.graphs import DecodeGraphs, buckets
-from labkit.request import SamplingParams
 from labkit.warmup import activation_bytes, backend_for, warm_up
 
 # What waits for the device, or brings numbers from the host: a graph can hold neither.

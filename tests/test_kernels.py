@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from labkit import kernels
-from labkit.attention import (
+from labkit.core.attention import (
     SDPA,
     Backend,
     PagedKVCache,

@@ -10,7 +10,7 @@ from test_engine import drain, engine_of, random_prompt
 from test_scheduler import Bench
 
 from labkit import SamplingParams
-from labkit.plan import StepResult
+from labkit.core.plan import StepResult
 from labkit.text import TextStream
 from labkit.tiny import tiny_tokenizer
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from labkit.config import EngineConfig
+from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.laboratory import KNOBS, Lab
 from labkit.limits import Limits
 from labkit.live import LiveEngine
 from labkit.presets import PRESETS
-from labkit.request import SamplingParams
 from labkit.weights import LoadedModel, load_model
 
 PATIENCE = 60  # seconds until a test gives up; nothing is decided by it

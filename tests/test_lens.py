@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import pytest
 
 from labkit.config import EngineConfig
+from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.lens import _last_owner, page_facts, step_facts
 from labkit.live import LiveEngine
-from labkit.request import SamplingParams
 from labkit.weights import LoadedModel, load_model
 
 

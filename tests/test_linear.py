@@ -8,7 +8,7 @@ from torch import nn
 
 from labkit import linear
 from labkit.benchmark.equality import teacher_forced
-from labkit.model import Transformer
+from labkit.core.model import Transformer
 from tests.conftest import loaded, reference
 
 TOKENS = list(range(50))

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from labkit.config import EngineConfig
+from labkit.core.request import RequestOutput, SamplingParams
 from labkit.engine import Engine
 from labkit.live import EngineStoppedError, LiveEngine
-from labkit.request import RequestOutput, SamplingParams
 from labkit.trace.trace import PoolState, StepRecord
 from labkit.weights import LoadedModel, load_model
 

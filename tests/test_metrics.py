@@ -8,10 +8,10 @@ from collections import Counter
 from prometheus_client.parser import text_string_to_metric_families
 
 from labkit.config import EngineConfig
+from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.live import LiveEngine
 from labkit.metrics import PREFIX, Metrics
-from labkit.request import SamplingParams
 from labkit.speculation import acceptance
 from labkit.weights import load_model
 

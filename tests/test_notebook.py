@@ -13,10 +13,10 @@ from IPython.core.formatters import DisplayFormatter
 
 import labkit
 from labkit import exercises, notebook
-from labkit.memory import BlockPool
+from labkit.core.block_pool import BlockPool
+from labkit.core.request import SamplingParams
+from labkit.core.scheduler import Scheduler
 from labkit.notebook import Picture
-from labkit.request import SamplingParams
-from labkit.scheduler import Scheduler
 from labkit.trace.trace import Trace
 from labkit.views import text
 
@@ -138,11 +138,11 @@ def test_the_shared_model_is_loaded_once_and_silently(
 def test_source_prints_the_engines_own_lines_under_their_file(capsys: pytest.CaptureFixture[str]) -> None:
     notebook.source(BlockPool.allocate)
     out = capsys.readouterr().out
-    assert out.startswith("# labkit/memory.py\ndef allocate(self")  # not indented as in its class
+    assert out.startswith("# labkit/core/block_pool.py\ndef allocate(self")  # not indented as in its class
     notebook.source(Scheduler, exercises.find)
     out = capsys.readouterr().out
     assert (
-        out.startswith("# labkit/scheduler.py\nclass Scheduler")
+        out.startswith("# labkit/core/scheduler.py\nclass Scheduler")
         and "\n# labkit/exercises/__init__.py\ndef " in out
     )
 
@@ -150,7 +150,7 @@ def test_source_prints_the_engines_own_lines_under_their_file(capsys: pytest.Cap
 def test_source_prints_a_property_and_what_is_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
     notebook.source(Scheduler.has_unfinished, notebook.default_model)
     out = capsys.readouterr().out
-    assert "# labkit/scheduler.py\n@property\ndef has_unfinished" in out
+    assert "# labkit/core/scheduler.py\n@property\ndef has_unfinished" in out
     assert "# labkit/notebook.py\n@functools.cache\ndef default_model" in out
 
 

@@ -44,7 +44,7 @@ TITLE = """\
 
 **Pages that nobody holds are free to all.**
 
-What follows is made up. See [the pool](../labkit/memory.py#L10) and [a paper](https://arxiv.org/abs/2309.06180)."""
+What follows is made up. See [the pool](../labkit/core/block_pool.py#L10) and [a paper](https://arxiv.org/abs/2309.06180)."""
 BOX = "> **Exercise 97.1 · Count pages** · difficulty ●○○ · ~5 minutes"
 STUB = """\
 def pages(tokens, size):

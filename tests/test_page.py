@@ -10,9 +10,9 @@ from visiting import FIND, HOSTILE, Visitor, free_port, wait_for
 
 import app
 from labkit.config import EngineConfig
+from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.live import LiveEngine
-from labkit.request import SamplingParams
 from labkit.weights import LoadedModel
 
 pytest_plugins = ["visiting_fixtures"]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from labkit.config import EngineConfig
+from labkit.core.request import SamplingParams
 from labkit.engine import Engine
-from labkit.request import SamplingParams
 from labkit.weights import LoadedModel, load_model
 
 PLANNED = ("step", "requests", "kinds", "starts", "num_tokens", "padding", "arrived", "admitted", "preempted")

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 
+from labkit.core.request import Request, SamplingParams
 from labkit.engine import Engine
 from labkit.race import (
     MAX_ANSWER,
@@ -24,7 +25,6 @@ from labkit.race import (
     run_race,
 )
 from labkit.race_workloads import COURSES, SETTINGS
-from labkit.request import Request, SamplingParams
 from labkit.speculation import NgramDrafter
 from labkit.trace.trace import Trace, TraceMeta
 from labkit.weights import LoadedModel, load_model
@@ -268,7 +268,7 @@ def test_a_failing_request_ends_the_race(model: LoadedModel, monkeypatch: pytest
         raise RuntimeError("out of luck")
 
     race_settings = THREE[:2]
-    monkeypatch.setattr("labkit.runner.Runner.run", broken)
+    monkeypatch.setattr("labkit.core.model_runner.Runner.run", broken)
     with pytest.raises(RaceError, match=r"naive: request 0 failed: .*out of luck"):
         run_race(model, small(), race_settings)
 

@@ -16,8 +16,8 @@ import pytest
 from serving import MODEL, Served, served
 
 from labkit.calls import Options
+from labkit.core.request import SamplingParams
 from labkit.limits import Limits
-from labkit.request import SamplingParams
 
 HELLO = "hello world, these are some words"
 TALK = [{"role": "user", "content": "say something"}]

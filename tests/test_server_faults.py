@@ -15,9 +15,9 @@ import torch
 from serving import MODEL, Served, served
 
 from labkit.calls import Job, Options
-from labkit.memory import BlockPool, InvariantError, OutOfBlocks
+from labkit.core.block_pool import BlockPool, InvariantError, OutOfBlocks
+from labkit.core.request import SamplingParams
 from labkit.protocol import CompletionAsked, CompletionFormat
-from labkit.request import SamplingParams
 
 
 def ask(prompt: str = "a b", **fields: Any) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labkit import Engine, EngineConfig, SamplingParams
+from labkit.core.plan import StepPlan, StepResult
+from labkit.core.request import Request
 from labkit.drafting import ModelDrafter
-from labkit.plan import StepPlan, StepResult
-from labkit.request import Request
 from labkit.speculation import NgramDrafter, Speculator, StepCosts, accept, acceptance
 
 

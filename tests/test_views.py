@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from labkit import views
 from labkit.baselines import SCHEDULERS
-from labkit.memory import BlockPool
-from labkit.plan import StepResult
-from labkit.request import Request, SamplingParams
+from labkit.core.block_pool import BlockPool
+from labkit.core.plan import StepResult
+from labkit.core.request import Request, SamplingParams
 from labkit.trace.trace import Admission, Arrival, Finish, Pages, StepRecord, Trace, TraceMeta
 from labkit.views import style, text
 

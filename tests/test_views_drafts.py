@@ -12,9 +12,9 @@ import pytest
 
 from labkit import perfetto, views
 from labkit.baselines import SCHEDULERS
-from labkit.memory import BlockPool
-from labkit.plan import StepResult
-from labkit.request import Request, SamplingParams
+from labkit.core.block_pool import BlockPool
+from labkit.core.plan import StepResult
+from labkit.core.request import Request, SamplingParams
 from labkit.trace.trace import Admission, Arrival, Finish, Pages, Row, StepRecord, Trace, TraceMeta
 from labkit.views import film, log, style, text
 from labkit.views.canvas import Feed

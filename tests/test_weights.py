@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from labkit import adapter, gguf_fallback, weights
-from labkit.model import Transformer
+from labkit.core.model import Transformer
 from labkit.tiny import tiny_tokenizer
 from labkit.weights import ModelError, find, load_model, read_tensors, resolve_device, resolve_dtype
 

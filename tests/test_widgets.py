@@ -15,8 +15,8 @@ import pytest
 
 import labkit
 from labkit import Engine, EngineConfig, SamplingParams, notebook, widgets
+from labkit.core.scheduler import Scheduler
 from labkit.desk import as_chat
-from labkit.scheduler import Scheduler
 from labkit.trace.trace import PoolState
 from labkit.views import text
 from labkit.views.canvas import WINDOW, asset

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from labkit.benchmark.workload import prose
-from labkit.request import check_number
+from labkit.core.request import check_number
 from labkit.tiny import tiny_tokenizer
 from labkit.weights import TINY, find
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from labkit.memory import BlockPool
-from labkit.plan import StepPlan, StepResult
-from labkit.request import Request, SamplingParams
-from labkit.scheduler import Scheduler
+from labkit.core.block_pool import BlockPool
+from labkit.core.plan import StepPlan, StepResult
+from labkit.core.request import Request, SamplingParams
+from labkit.core.scheduler import Scheduler
 from labkit.trace.trace import Trace, TraceMeta
 
 RUNNING = (32, 256, 1024)

@@ -20,9 +20,9 @@ from labkit.benchmark import perplexity
 from labkit.benchmark.forcing import teacher_forced
 from labkit.benchmark.workload import Job, prose
 from labkit.config import EngineConfig
+from labkit.core.model import Transformer
+from labkit.core.request import SamplingParams
 from labkit.engine import Engine
-from labkit.model import Transformer
-from labkit.request import SamplingParams
 from labkit.weights import LoadedModel, load_model
 
 DTYPES = ("bfloat16", "float16")

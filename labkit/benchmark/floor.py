@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
-from labkit.model import Transformer
+from labkit.core.model import Transformer
 from labkit.quantize import pick_kernel
 from labkit.trace.trace import StepRecord
 from labkit.weights import LoadedModel

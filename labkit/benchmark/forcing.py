@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from labkit.attention import Span, build_layout
-from labkit.model import Transformer
+from labkit.core.attention import Span, build_layout
+from labkit.core.model import Transformer
 
 
 def teacher_forced(module: Transformer, token_ids: Sequence[int], *, block_size: int = 16) -> Tensor:

@@ -24,8 +24,8 @@ from labkit.benchmark.runs import device_name, versions
 from labkit.benchmark.workload import Job, make_workload
 from labkit.capacity import Demand, FittedClock, Settings, draw_demands, fit, replay
 from labkit.config import EngineConfig
+from labkit.core.request import SamplingParams
 from labkit.engine import Engine
-from labkit.request import SamplingParams
 from labkit.trace.trace import StepRecord
 from labkit.views import style
 from labkit.weights import LoadedModel

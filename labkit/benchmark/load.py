@@ -23,7 +23,7 @@ import httpx
 
 from labkit.benchmark.arrivals import Arrival
 from labkit.benchmark.measures import Measure, Slo, summary
-from labkit.request import check_number
+from labkit.core.request import check_number
 
 __all__ = ["EXTRAS", "Measure", "ServerError", "Slo", "follow", "run", "summary", "supported"]
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from labkit import runner as runner_module
 from labkit.benchmark.floor import synchronize
+from labkit.core import model_runner as runner_module
 from labkit.engine import Engine
 
 

@@ -21,8 +21,8 @@ from transformers.generation.streamers import BaseStreamer
 from labkit.benchmark.meter import Meter
 from labkit.benchmark.workload import Job
 from labkit.config import EngineConfig
+from labkit.core.request import SamplingParams
 from labkit.engine import Engine
-from labkit.request import SamplingParams
 from labkit.tiny import tiny_random
 from labkit.trace.trace import StepRecord
 from labkit.weights import TINY, LoadedModel, find

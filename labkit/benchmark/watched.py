@@ -24,11 +24,11 @@ from labkit.benchmark.runs import Run, System, compare_tokens, describe, short_j
 from labkit.benchmark.workload import Job
 from labkit.broadcast import PATH
 from labkit.config import EngineConfig
+from labkit.core.request import RequestOutput, SamplingParams
 from labkit.engine import Engine
 from labkit.laboratory import Bench, Lab
 from labkit.live import LiveEngine
 from labkit.page import serve
-from labkit.request import RequestOutput, SamplingParams
 from labkit.trace.trace import StepRecord
 from labkit.weights import LoadedModel
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from labkit.request import check_number
+from labkit.core.request import check_number
 from labkit.trace.trace import StepRecord
 
 TERMS = ("step", "tokens", "keys", "sampled", "rows", "pairs")

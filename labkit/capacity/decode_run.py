@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from labkit.capacity.clock import StepWork
-from labkit.request import Request
-from labkit.scheduler import Scheduler
+from labkit.core.request import Request
+from labkit.core.scheduler import Scheduler
 
 
 class DecodeRun:

@@ -17,7 +17,7 @@ import numpy as np
 
 from labkit.capacity.clock import Clock
 from labkit.capacity.replica import Replica, Settings
-from labkit.request import Request, SamplingParams, check_number
+from labkit.core.request import Request, SamplingParams, check_number
 from labkit.trace.trace import Trace
 
 

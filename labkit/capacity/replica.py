@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from labkit.capacity.clock import Clock, StepWork
 from labkit.capacity.decode_run import DecodeRun
-from labkit.memory import BlockPool
-from labkit.plan import StepPlan, StepResult
-from labkit.request import Request, check_number
-from labkit.scheduler import Scheduler
+from labkit.core.block_pool import BlockPool
+from labkit.core.plan import StepPlan, StepResult
+from labkit.core.request import Request, check_number
+from labkit.core.scheduler import Scheduler
 from labkit.trace.trace import Trace, TraceMeta
 
 

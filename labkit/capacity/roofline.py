@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from labkit.capacity.clock import StepWork
-from labkit.request import check_number
+from labkit.core.request import check_number
 
 
 @dataclass(frozen=True)

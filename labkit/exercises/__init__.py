@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from labkit.memory import InvariantError
+from labkit.core.block_pool import InvariantError
 from labkit.notebook import Picture, show
 
 _PATIENCE = 60.0  # seconds of computing; a function that has not come back by then never will

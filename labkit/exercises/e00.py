@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from labkit import notebook
 from labkit.config import EngineConfig
+from labkit.core.block_pool import BlockPool, InvariantError
+from labkit.core.plan import StepPlan
+from labkit.core.request import Request, SamplingParams
+from labkit.core.scheduler import Scheduler
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.memory import BlockPool, InvariantError
-from labkit.plan import StepPlan
-from labkit.request import Request, SamplingParams
-from labkit.scheduler import Scheduler
 from labkit.trace.trace import StepRecord
 from labkit.views.style import plural
 from labkit.weights import LoadedModel, load_model

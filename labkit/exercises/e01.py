@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers.utils import logging
 
 from labkit import notebook
-from labkit.attention import Span, build_layout
 from labkit.benchmark.runs import reference_model
 from labkit.benchmark.workload import prose
 from labkit.config import EngineConfig
+from labkit.core.attention import Span, build_layout
+from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.request import SamplingParams
 from labkit.weights import LoadedModel, load_model
 
 Decoder = Callable[[list[int], int], list[int]]  # prompt and length of the answer -> answer

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from labkit import notebook
 from labkit.baselines import StaticScheduler
 from labkit.config import EngineConfig
+from labkit.core.block_pool import BlockPool
+from labkit.core.plan import StepPlan
+from labkit.core.request import Request
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.memory import BlockPool
-from labkit.plan import StepPlan
-from labkit.request import Request
 from labkit.trace.trace import StepRecord, Trace
 from labkit.views.style import plural
 from labkit.weights import LoadedModel, load_model
@@ -60,8 +60,8 @@ def serve(
     Returns:
         The trace, and the tokens of each answer by the job's name.
     """
+    from labkit.core.request import SamplingParams
     from labkit.engine import Engine
-    from labkit.request import SamplingParams
 
     sizes = {"num_blocks": 256, "block_size": 8, "enable_prefix_caching": False} | config
     place = {name: i for i, batch in enumerate(batches or []) for name in batch}

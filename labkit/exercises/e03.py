@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from labkit import notebook
-from labkit.attention import PagedKVCache, Span, row_order
 from labkit.config import EngineConfig
+from labkit.core.attention import PagedKVCache, Span, row_order
+from labkit.core.block_pool import BlockPool, InvariantError, OutOfBlocks
+from labkit.core.model_runner import Runner
+from labkit.core.plan import StepPlan, StepResult
+from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.memory import BlockPool, InvariantError, OutOfBlocks
-from labkit.plan import StepPlan, StepResult
-from labkit.request import SamplingParams
-from labkit.runner import Runner
 from labkit.views.style import plural
 from labkit.weights import LoadedModel, load_model
 

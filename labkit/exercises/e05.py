@@ -11,11 +11,11 @@ from typing import Any
 
 from labkit import notebook
 from labkit.config import EngineConfig
+from labkit.core.plan import StepPlan
+from labkit.core.request import Request, SamplingParams
+from labkit.core.scheduler import Scheduler
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.plan import StepPlan
-from labkit.request import Request, SamplingParams
-from labkit.scheduler import Scheduler
 from labkit.views.rails import rails_of, token_rails, worst_gap
 from labkit.views.rails import text_twin as rails_text
 from labkit.weights import LoadedModel, load_model

@@ -10,14 +10,14 @@ from typing import Any
 
 from labkit import notebook
 from labkit.config import EngineConfig
+from labkit.core.block_pool import BlockPool
+from labkit.core.plan import StepPlan
+from labkit.core.request import Request, SamplingParams
+from labkit.core.scheduler import Scheduler
+from labkit.core.waiting_queue import order
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
 from labkit.exercises.elsewhere import call_elsewhere
-from labkit.memory import BlockPool
-from labkit.plan import StepPlan
-from labkit.queue import order
-from labkit.request import Request, SamplingParams
-from labkit.scheduler import Scheduler
 from labkit.trace.trace import Trace
 from labkit.weights import LoadedModel, load_model
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from labkit import notebook
-from labkit.attention import SDPA, Backend, PagedKVCache, Span
 from labkit.benchmark.floor import Shape, Work
 from labkit.benchmark.shapes import config_of
 from labkit.config import EngineConfig
+from labkit.core.attention import SDPA, Backend, PagedKVCache, Span
+from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.request import SamplingParams
 from labkit.trace.trace import StepRecord
 from labkit.weights import LoadedModel
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from labkit import notebook
-from labkit.attention import (
+from labkit.config import EngineConfig
+from labkit.core.attention import (
     SDPA,
     Backend,
     PagedKVCache,
@@ -24,7 +25,6 @@ from labkit.attention import (
     gathered_rows,
     static_rows,
 )
-from labkit.config import EngineConfig
 from labkit.exercises import Exercise, Run, Wrong, expect
 from labkit.trace.trace import Trace
 from labkit.weights import LoadedModel, load_model
@@ -162,8 +162,8 @@ def serve(backend: Backend = SDPA) -> tuple[Trace, dict[str, list[int]]]:
     Returns:
         The trace, and the tokens of each answer by the request's name.
     """
+    from labkit.core.request import SamplingParams
     from labkit.engine import Engine
-    from labkit.request import SamplingParams
 
     engine = Engine(EngineConfig(model=_tiny(), num_blocks=64, block_size=_SIZE))
     engine.runner.backend = backend

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from labkit import notebook, quantize
 from labkit.benchmark.forcing import teacher_forced
 from labkit.config import EngineConfig
+from labkit.core.model import Transformer
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.model import Transformer
 from labkit.tiny import tiny_random
 from labkit.weights import TINY, LoadedModel, find, load_model, read_tensors
 
@@ -145,8 +145,8 @@ _PROMPTS = ("the sea is", "a prime number is one that", "once upon a time there 
 
 def _serve(model: LoadedModel, prompts: tuple[str, ...] = _PROMPTS) -> list[list[int]]:
     """Greedy answers of the real engine to some prompts, computed together."""
+    from labkit.core.request import SamplingParams
     from labkit.engine import Engine
-    from labkit.request import SamplingParams
 
     engine = Engine(EngineConfig(model=model, num_blocks=64, block_size=8))
     params = SamplingParams(max_tokens=24, ignore_eos=True)

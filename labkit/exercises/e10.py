@@ -14,10 +14,10 @@ from torch import Tensor
 from labkit import notebook
 from labkit.benchmark.forcing import teacher_forced
 from labkit.config import EngineConfig
+from labkit.core.request import SamplingParams
+from labkit.core.sampler import gumbel_noise, mix
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.request import SamplingParams
-from labkit.sampling import gumbel_noise, mix
 from labkit.speculation import accept
 from labkit.weights import LoadedModel, load_model
 

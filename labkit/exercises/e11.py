@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from labkit import notebook
 from labkit.benchmark.measures import Measure, Slo, summary
 from labkit.capacity import Clock, Demand, FittedClock, Replica, Settings, draw_demands
+from labkit.core.request import Request, SamplingParams, check_number
 from labkit.exercises import Exercise, Run, expect
-from labkit.request import Request, SamplingParams, check_number
 from labkit.trace.trace import Trace
 from labkit.views.rails import text_twin as rails_text
 from labkit.views.rails import token_rails

@@ -9,8 +9,8 @@ from typing import Any
 from labkit import notebook
 from labkit.capacity import GPUS, MODELS, Replay, Roofline, Settings, draw_demands, replay
 from labkit.capacity.replay import SLACK, prefix_aware
+from labkit.core.request import Request, SamplingParams
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.request import Request, SamplingParams
 
 Route = Callable[[Request, Sequence[Any]], int]
 

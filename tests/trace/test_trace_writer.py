@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from labkit.config import EngineConfig
+from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.laboratory import Lab
 from labkit.live import LiveEngine
-from labkit.request import SamplingParams
 from labkit.trace.trace import Trace
 from labkit.weights import load_model
 

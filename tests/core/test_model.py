@@ -11,8 +11,8 @@ import torch
 from conftest import VOCAB, loaded, reference
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
-from labkit.attention import Span, build_layout
-from labkit.model import Transformer
+from labkit.core.attention import Span, build_layout
+from labkit.core.model import Transformer
 
 CPU = torch.device("cpu")
 

@@ -14,10 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from labkit.audit import Auditor
 from labkit.baselines import SCHEDULERS, StaticScheduler, UncachedScheduler
-from labkit.memory import BlockPool, OutOfBlocks
-from labkit.plan import StepPlan, StepResult
-from labkit.request import Request, SamplingParams
-from labkit.scheduler import Scheduler
+from labkit.core.block_pool import BlockPool, OutOfBlocks
+from labkit.core.plan import StepPlan, StepResult
+from labkit.core.request import Request, SamplingParams
+from labkit.core.scheduler import Scheduler
 from labkit.trace.trace import StepRecord, Trace, TraceMeta
 
 NEVER_DRAFT = (StaticScheduler, UncachedScheduler)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from labkit.memory import BlockPool, InvariantError, OutOfBlocks
-from labkit.plan import StepPlan, StepResult
-from labkit.queue import WaitingQueue, order
-from labkit.request import FinishReason, Request
+from labkit.core.block_pool import BlockPool, InvariantError, OutOfBlocks
+from labkit.core.plan import StepPlan, StepResult
+from labkit.core.request import FinishReason, Request
+from labkit.core.waiting_queue import WaitingQueue, order
 from labkit.trace.trace import Admission, Arrival, Copy, Finish, Pages, Priority, StepRecord
 
 _PREEMPTED = "nobody is admitted in a step that preempted"

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from labkit.memory import BlockPool, InvariantError, OutOfBlocks
+from labkit.core.block_pool import BlockPool, InvariantError, OutOfBlocks
 
 BLOCKS, SIZE = 12, 3
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from labkit.attention import SDPA, Backend, PagedKVCache, Span, build_layout, row_order
+from labkit.core.attention import SDPA, Backend, PagedKVCache, Span, build_layout, row_order
+from labkit.core.block_pool import BlockPool
+from labkit.core.model import Transformer
+from labkit.core.plan import StepPlan, StepResult
+from labkit.core.request import Request, TokenLogprobs
+from labkit.core.sampler import sample
 from labkit.graphs import DecodeGraphs
-from labkit.memory import BlockPool
-from labkit.model import Transformer
-from labkit.plan import StepPlan, StepResult
-from labkit.request import Request, TokenLogprobs
-from labkit.sampling import sample
 from labkit.speculation import accept
 
 

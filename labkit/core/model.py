@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from labkit.attention import BatchLayout, PagedKVCache, attend
+from labkit.core.attention import BatchLayout, PagedKVCache, attend
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not change with length

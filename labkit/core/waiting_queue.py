@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 
-from labkit.request import Request
+from labkit.core.request import Request
 
 
 def order(request: Request) -> tuple[int, int]:

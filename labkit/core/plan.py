@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from labkit.request import Request, TokenLogprobs
+from labkit.core.request import Request, TokenLogprobs
 from labkit.trace.trace import Admission, Copy, Pages
 
 

@@ -7,7 +7,15 @@ import random
 import pytest
 import torch
 
-from labkit.attention import PagedKVCache, Span, _cut, attend, build_layout, reference_attention, row_order
+from labkit.core.attention import (
+    PagedKVCache,
+    Span,
+    _cut,
+    attend,
+    build_layout,
+    reference_attention,
+    row_order,
+)
 
 CPU = torch.device("cpu")
 

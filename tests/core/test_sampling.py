@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
-from labkit.request import Request, SamplingParams
-from labkit.sampling import gumbel_noise, mix, sample
+from labkit.core.request import Request, SamplingParams
+from labkit.core.sampler import gumbel_noise, mix, sample
 
 VOCAB = 50
 LOGITS = torch.randn(VOCAB, generator=torch.Generator().manual_seed(5)) * 2

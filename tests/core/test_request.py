@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from labkit.config import EngineConfig
-from labkit.request import RequestMetrics, SamplingParams
+from labkit.core.request import RequestMetrics, SamplingParams
 
 NAN = float("nan")
 
