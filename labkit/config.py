@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from labkit.baselines import SCHEDULERS
 from labkit.core.request import check_flag, check_number
+from labkit.schedulers.static import SCHEDULERS
 
 if TYPE_CHECKING:
     from labkit.weights import LoadedModel

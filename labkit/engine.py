@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 import psutil
 import torch
 
-from labkit.audit import Auditor
-from labkit.baselines import SCHEDULERS
 from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
 from labkit.core.model_runner import Runner
@@ -31,6 +29,8 @@ from labkit.core.request import (
 from labkit.core.sampler import mix
 from labkit.core.scheduler import Scheduler
 from labkit.drafting import draft_model, make_speculator
+from labkit.schedulers.audit import Auditor
+from labkit.schedulers.static import SCHEDULERS
 from labkit.text import TextStream
 from labkit.trace.trace import StepRecord, Trace, TraceMeta
 from labkit.warmup import activation_bytes, backend_for, warm_up

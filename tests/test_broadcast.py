@@ -16,7 +16,6 @@ from fastapi import FastAPI
 from test_laboratory import wait_for
 
 from labkit import broadcast
-from labkit.baselines import SCHEDULERS
 from labkit.broadcast import AGAIN, BEAT, BEHIND, PATH, Broadcast
 from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
@@ -28,6 +27,7 @@ from labkit.laboratory import Lab
 from labkit.live import LiveEngine
 from labkit.news import Known, News
 from labkit.page import build, serve
+from labkit.schedulers.static import SCHEDULERS
 from labkit.trace.trace import StepRecord
 from labkit.upload import MAX_BYTES
 from labkit.views.canvas import WINDOW

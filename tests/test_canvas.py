@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from labkit.baselines import SCHEDULERS
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepResult
 from labkit.core.request import Request, SamplingParams
+from labkit.schedulers.static import SCHEDULERS
 from labkit.trace.trace import Admission, Arrival, Finish, Pages, StepRecord, Trace, TraceMeta
 from labkit.views import canvas, style
 from labkit.views.canvas import WINDOW, Feed, asset

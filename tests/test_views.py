@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit import views
-from labkit.baselines import SCHEDULERS
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepResult
 from labkit.core.request import Request, SamplingParams
+from labkit.schedulers.static import SCHEDULERS
 from labkit.trace.trace import Admission, Arrival, Finish, Pages, StepRecord, Trace, TraceMeta
 from labkit.views import style, text
 

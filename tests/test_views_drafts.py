@@ -11,10 +11,10 @@ import plotly.graph_objects as go
 import pytest
 
 from labkit import perfetto, views
-from labkit.baselines import SCHEDULERS
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepResult
 from labkit.core.request import Request, SamplingParams
+from labkit.schedulers.static import SCHEDULERS
 from labkit.trace.trace import Admission, Arrival, Finish, Pages, Row, StepRecord, Trace, TraceMeta
 from labkit.views import film, log, style, text
 from labkit.views.canvas import Feed

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Any, NamedTuple
 
 from labkit import notebook
-from labkit.baselines import StaticScheduler
 from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepPlan
 from labkit.core.request import Request
 from labkit.exercises import Exercise, Run, Wrong, expect
+from labkit.schedulers.static import StaticScheduler
 from labkit.trace.trace import StepRecord, Trace
 from labkit.views.style import plural
 from labkit.weights import LoadedModel, load_model

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from labkit import notebook
-from labkit.audit import Auditor
 from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import Request, SamplingParams
 from labkit.core.scheduler import Scheduler
 from labkit.exercises import Exercise, Run, Wrong, expect
+from labkit.schedulers.audit import Auditor
 from labkit.trace.trace import Admission, Trace
 from labkit.weights import LoadedModel, load_model
 

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from labkit.audit import Auditor
-from labkit.baselines import SCHEDULERS, StaticScheduler, UncachedScheduler
 from labkit.core.block_pool import BlockPool, OutOfBlocks
 from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import Request, SamplingParams
 from labkit.core.scheduler import Scheduler
+from labkit.schedulers.audit import Auditor
+from labkit.schedulers.static import SCHEDULERS, StaticScheduler, UncachedScheduler
 from labkit.trace.trace import StepRecord, Trace, TraceMeta
 
 NEVER_DRAFT = (StaticScheduler, UncachedScheduler)

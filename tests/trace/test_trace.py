@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_scheduler import Bench
 
-from labkit.baselines import SCHEDULERS
+from labkit.schedulers.static import SCHEDULERS
 from labkit.trace.trace import Finish, StepRecord, Trace, TraceError, TraceMeta
 
 
