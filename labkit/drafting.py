@@ -13,8 +13,8 @@ from labkit.core.block_pool import BlockPool
 from labkit.core.model_runner import Runner
 from labkit.core.plan import StepPlan
 from labkit.core.request import Request, SamplingParams
+from labkit.kernels.warmup import backend_for, warm_up
 from labkit.speculation import Drafter, NgramDrafter, Speculator, StepCosts
-from labkit.warmup import backend_for, warm_up
 from labkit.weights import LoadedModel, load_model
 
 _PROBED = 16  # tokens of the longest step that is timed

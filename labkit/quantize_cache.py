@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from labkit.core.model import Transformer
 from labkit.gguf_fallback import cache_dir
-from labkit.quantize import from_quantized, pick_kernel, quantize
+from labkit.kernels.int8 import from_quantized, pick_kernel, quantize
 
 _VERSION = 1  # of what `quantize` makes
 

@@ -21,8 +21,9 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from labkit import gguf_fallback, linear
+from labkit import gguf_fallback
 from labkit.core.model import Transformer
+from labkit.kernels import packed_linear as linear
 from labkit.quantize_cache import int8_model
 from labkit.tiny import tiny_random
 

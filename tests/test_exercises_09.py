@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from labkit import quantize
 from labkit.benchmark.forcing import teacher_forced
 from labkit.exercises import e09, judge
 from labkit.exercises.e09 import int8_product, one_scale, plain_model, quantize_rows, rounded
+from labkit.kernels import int8 as quantize
 from tests.exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 TEXT = [(7 * i) % 200 + 300 for i in range(60)]

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from labkit.core.model import Transformer
-from labkit.quantize import pick_kernel
+from labkit.kernels.int8 import pick_kernel
 from labkit.trace.trace import StepRecord
 from labkit.weights import LoadedModel
 

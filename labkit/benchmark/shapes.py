@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
-from labkit import linear
 from labkit.core.model import Transformer
+from labkit.kernels import packed_linear as linear
 from labkit.quantize_cache import int8_model
 from labkit.tiny import tiny_tokenizer
 from labkit.weights import LoadedModel, ModelError, Say, resolve_device, resolve_dtype

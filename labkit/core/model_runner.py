@@ -14,7 +14,7 @@ from labkit.core.model import Transformer
 from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import Request, TokenLogprobs
 from labkit.core.sampler import sample
-from labkit.graphs import DecodeGraphs
+from labkit.kernels.cuda_graphs import DecodeGraphs
 from labkit.speculation import accept
 
 

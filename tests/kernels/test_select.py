@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from labkit import kernels
 from labkit.core.attention import (
     SDPA,
     Backend,
@@ -28,7 +27,8 @@ from labkit.core.attention import (
     row_order,
     static_rows,
 )
-from labkit.kernels import (
+from labkit.kernels import select as kernels
+from labkit.kernels.select import (
     PackedChunks,
     PagedDecode,
     Sm75,
@@ -89,7 +89,7 @@ def rows_of(lengths: list[int], size: int, seed: int = 0) -> tuple[list[Span], i
 def test_the_kernel_equals_the_reference(
     size: int, kv_heads: int, group: int, dim: int, splits: int, window: int | None, dtype: torch.dtype
 ) -> None:
-    from labkit.flash_decoding import paged_decode
+    from labkit.kernels.flash_decoding import paged_decode
 
     torch.manual_seed(0)
     n = 2 if size > 1 else 30
@@ -112,7 +112,7 @@ def test_the_kernel_equals_the_reference(
 
 @needs_triton
 def test_a_nan_among_the_keys_of_a_row_reaches_that_row_alone() -> None:
-    from labkit.flash_decoding import paged_decode
+    from labkit.kernels.flash_decoding import paged_decode
 
     rows, num_blocks = rows_of([40, 12], 4)
     cache = filled(rows, num_blocks, 4, 1, 8, torch.float32)
@@ -126,7 +126,7 @@ def test_a_nan_among_the_keys_of_a_row_reaches_that_row_alone() -> None:
 
 @needs_triton
 def test_the_kernel_says_what_it_cannot_take() -> None:
-    from labkit.flash_decoding import paged_decode
+    from labkit.kernels.flash_decoding import paged_decode
 
     q, pages = torch.ones(1, 2, 8, device=DEVICE), torch.ones(2, 2, 4, 1, 8, device=DEVICE)
     tables, lengths = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE), torch.ones(1, device=DEVICE)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from labkit import linear
 from labkit.benchmark.equality import teacher_forced
 from labkit.core.model import Transformer
+from labkit.kernels import packed_linear as linear
 from tests.conftest import loaded, reference
 
 TOKENS = list(range(50))

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from labkit import kernels
 from labkit.config import EngineConfig
 from labkit.core.attention import SDPA, Backend, PagedKVCache, Span, build_layout, gathered_rows, row_order
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
-from labkit.graphs import DecodeGraphs, buckets
-from labkit.warmup import activation_bytes, backend_for, warm_up
+from labkit.kernels import select as kernels
+from labkit.kernels.cuda_graphs import DecodeGraphs, buckets
+from labkit.kernels.warmup import activation_bytes, backend_for, warm_up
 
 # What waits for the device, or brings numbers from the host: a graph can hold neither.
 FORBIDDEN = {"item", "_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "unique"}
@@ -200,7 +200,7 @@ def test_the_tape_notices_what_a_graph_cannot_hold() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernel itself is captured")
 def test_the_triton_backend_equals_plain_attention_under_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from labkit import flash_decoding
+    from labkit.kernels import flash_decoding
 
     kernel = _as_operator(flash_decoding.paged_decode)
     monkeypatch.setattr(flash_decoding, "paged_decode", kernel)

@@ -14,8 +14,8 @@ import torch
 from labkit.config import EngineConfig
 from labkit.core.attention import SDPA, Backend, PagedKVCache, Span, build_layout
 from labkit.core.model import Transformer
-from labkit.graphs import Capture, DecodeGraphs
-from labkit.kernels import choose_backend
+from labkit.kernels.cuda_graphs import Capture, DecodeGraphs
+from labkit.kernels.select import choose_backend
 
 if TYPE_CHECKING:
     from labkit.adapter import AdaptedModel

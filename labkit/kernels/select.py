@@ -57,7 +57,7 @@ class PagedDecode:
     splits: int
 
     def attend(self, q: Tensor, pages: Tensor, *, scale: float, window: int | None) -> Tensor:
-        from labkit.flash_decoding import paged_decode  # here, for it needs Triton
+        from labkit.kernels.flash_decoding import paged_decode  # here, for it needs Triton
 
         return paged_decode(
             q, pages, self.tables, self.lengths, scale=scale, window=window, splits=self.splits

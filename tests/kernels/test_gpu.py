@@ -19,7 +19,7 @@ from labkit.core.attention import SDPA, Backend, Span, block_table, build_layout
 from labkit.core.model import Transformer
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
-from labkit.kernels import PackedChunks, PagedDecode, choose_backend, paged_rows, varlen_attention
+from labkit.kernels.select import PackedChunks, PagedDecode, choose_backend, paged_rows, varlen_attention
 from labkit.tiny import tiny_tokenizer
 from labkit.weights import LoadedModel
 

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labkit import EngineConfig, quantize
+from labkit import EngineConfig
 from labkit.benchmark.equality import teacher_forced
 from labkit.core.model import Transformer
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
+from labkit.kernels import int8 as quantize
 from labkit.tiny import tiny_tokenizer
 from labkit.weights import LoadedModel, ModelError, load_model
 from tests.conftest import loaded, reference
