@@ -11,7 +11,7 @@ from labkit.core.request import check_flag, check_number
 from labkit.schedulers.static import SCHEDULERS
 
 if TYPE_CHECKING:
-    from labkit.weights import LoadedModel
+    from labkit.models.load import LoadedModel
 
 KV_POLICIES = ("paged", "reserved")
 QUANTIZATIONS = ("int8",)

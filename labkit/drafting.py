@@ -14,8 +14,8 @@ from labkit.core.model_runner import Runner
 from labkit.core.plan import StepPlan
 from labkit.core.request import Request, SamplingParams
 from labkit.kernels.warmup import backend_for, warm_up
+from labkit.models.load import LoadedModel, load_model
 from labkit.speculation import Drafter, NgramDrafter, Speculator, StepCosts
-from labkit.weights import LoadedModel, load_model
 
 _PROBED = 16  # tokens of the longest step that is timed
 _TIMES = 3

@@ -30,11 +30,11 @@ from labkit.core.sampler import mix
 from labkit.core.scheduler import Scheduler
 from labkit.drafting import draft_model, make_speculator
 from labkit.kernels.warmup import activation_bytes, backend_for, warm_up
+from labkit.models.detokenizer import TextStream
+from labkit.models.load import LoadedModel, load_model, resolve_device, resolve_dtype
 from labkit.schedulers.audit import Auditor
 from labkit.schedulers.static import SCHEDULERS
-from labkit.text import TextStream
 from labkit.trace.trace import StepRecord, Trace, TraceMeta
-from labkit.weights import LoadedModel, load_model, resolve_device, resolve_dtype
 
 Prompt = str | Sequence[int]
 

@@ -19,8 +19,8 @@ from labkit.views import text
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+    from labkit.models.load import LoadedModel
     from labkit.trace.trace import Trace
-    from labkit.weights import LoadedModel
 
 _MIMETYPE = "application/vnd.plotly.v1+json"
 
@@ -109,7 +109,7 @@ def lines(
 @functools.cache
 def default_model() -> LoadedModel:
     """The model that all engines of a notebook share: SmolLM2-135M, on the best device here."""
-    from labkit.weights import load_model
+    from labkit.models.load import load_model
 
     return load_model(say=None)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from labkit.limits import Limits
     from labkit.live import LiveEngine
-    from labkit.weights import LoadedModel
+    from labkit.models.load import LoadedModel
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch's words, in lower case
 
@@ -183,7 +183,7 @@ def _draft_model(options: argparse.Namespace) -> LoadedModel | str | None:
     """The model that drafts, loaded once for all engines to come; what cannot be, the engine refuses."""
     if options.speculative != "draft" or (options.quantization and not options.draft_model):
         return options.draft_model
-    from labkit.weights import load_model
+    from labkit.models.load import load_model
 
     if options.draft_model is None:
         return load_model(options.model, device=options.device, quantization="int8")

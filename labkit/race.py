@@ -22,7 +22,7 @@ from labkit.views.film import usage_of
 if TYPE_CHECKING:
     from labkit.config import EngineConfig
     from labkit.engine import Engine
-    from labkit.weights import LoadedModel
+    from labkit.models.load import LoadedModel
 
 MAX_SETTINGS = 3
 MAX_REQUESTS = 32

@@ -16,7 +16,7 @@ from labkit.trace.trace import Trace
 from labkit.views.canvas import asset
 
 if TYPE_CHECKING:
-    from labkit.weights import LoadedModel
+    from labkit.models.load import LoadedModel
 
 _GLUE = """
 const ask = async (name, argument) => {

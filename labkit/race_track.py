@@ -21,7 +21,7 @@ from labkit.trace.trace import Trace
 from labkit.views.film import film
 
 if TYPE_CHECKING:
-    from labkit.weights import LoadedModel
+    from labkit.models.load import LoadedModel
 
 logger = logging.getLogger(__name__)
 

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from labkit.core.model import Transformer
-from labkit.tiny import tiny_tokenizer
-from labkit.weights import LoadedModel
+from labkit.models.load import LoadedModel
+from labkit.models.tiny import tiny_tokenizer
 
 torch.set_num_threads(1)
 

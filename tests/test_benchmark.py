@@ -32,8 +32,8 @@ from labkit.benchmark.workload import Job, make_noise, make_workload
 from labkit.config import EngineConfig
 from labkit.core import model_runner as runner
 from labkit.engine import Engine
+from labkit.models.load import LoadedModel, load_model
 from labkit.trace.trace import StepRecord
-from labkit.weights import LoadedModel, load_model
 
 SIZES = dict(
     vocab_size=10,

@@ -23,8 +23,8 @@ from labkit.benchmark.shapes import SHAPES, config_of, random_model, random_refe
 from labkit.benchmark.stream import stream
 from labkit.benchmark.workload import Job, make_noise, make_workload
 from labkit.core.model import Transformer
-from labkit.tiny import tiny_random
-from labkit.weights import LoadedModel, load_model
+from labkit.models.load import LoadedModel, load_model
+from labkit.models.tiny import tiny_random
 
 CEILING = Ceiling(1e10, {"float32": 1e11, "int8": 4e11})
 load = functools.partial(load_model, "tiny-random", device="cpu", say=None)

@@ -29,7 +29,7 @@ from labkit.benchmark.measures import Measure, Slo, Spread, summary
 from labkit.benchmark.processes import Answer, ServerProcess, numbers
 from labkit.benchmark.runs import DifferentTokens
 from labkit.core.request import SamplingParams
-from labkit.tiny import tiny_tokenizer
+from labkit.models.tiny import tiny_tokenizer
 
 SHORT = {"prompts": Lengths(10, 0.5, 6, 30), "answers": Lengths(6, 0.5, 3, 12)}
 

@@ -25,6 +25,7 @@ from labkit.desk import KEEP
 from labkit.engine import Engine
 from labkit.laboratory import Lab
 from labkit.live import LiveEngine
+from labkit.models.load import LoadedModel, load_model
 from labkit.news import Known, News
 from labkit.page import build, serve
 from labkit.schedulers.static import SCHEDULERS
@@ -32,7 +33,6 @@ from labkit.trace.trace import StepRecord
 from labkit.upload import MAX_BYTES
 from labkit.views.canvas import WINDOW
 from labkit.visitors import mark
-from labkit.weights import LoadedModel, load_model
 
 PATIENCE = 60  # seconds until a test gives up; nothing is decided by it
 FOUR = SamplingParams(max_tokens=4, ignore_eos=True)

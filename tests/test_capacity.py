@@ -37,8 +37,8 @@ from labkit.capacity.replay import ROUTERS, _request
 from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
+from labkit.models.load import load_model
 from labkit.trace.trace import StepRecord
-from labkit.weights import load_model
 
 PRICES = FittedClock(step=0.03, tokens=2e-3, keys=5e-6, sampled=1e-3, rows=4e-4, pairs=2e-7)
 

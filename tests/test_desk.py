@@ -12,8 +12,8 @@ from labkit.desk import KEEP, Desk, as_chat, params_of
 from labkit.engine import Engine
 from labkit.limits import Limits
 from labkit.live import LiveEngine
+from labkit.models.load import LoadedModel, load_model
 from labkit.visitors import mark
-from labkit.weights import LoadedModel, load_model
 
 FOUR = SamplingParams(max_tokens=4)
 

@@ -11,7 +11,7 @@ from exercising import assert_accepted, assert_open, assert_refused, function_fr
 
 from labkit.exercises import e01
 from labkit.exercises.e01 import CachedModel, Decoder, generate, is_faulty, without_cache
-from labkit.weights import load_model
+from labkit.models.load import load_model
 
 # -- 01.1 ------------------------------------------------------------------------------------------
 

@@ -22,8 +22,8 @@ from labkit.exercises.e07 import (
     step_cost,
     turning_point,
 )
+from labkit.models.load import load_model
 from labkit.trace.trace import StepRecord
-from labkit.weights import load_model
 
 Rows = list[int]
 Answer = tuple[float, float]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from labkit.benchmark.forcing import teacher_forced
 from labkit.exercises import e09, judge
 from labkit.exercises.e09 import int8_product, one_scale, plain_model, quantize_rows, rounded
 from labkit.kernels import int8 as quantize
+from labkit.models.teacher_forcing import teacher_forced
 from tests.exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 TEXT = [(7 * i) % 200 + 300 for i in range(60)]
@@ -259,7 +259,7 @@ def test_a_rounded_model_leaves_the_plain_one_alone_and_is_close_to_it() -> None
 
 def test_a_rounded_model_in_floats_is_the_engines_in_whole_numbers() -> None:
     """With the engine's own rows, what `Rounded` gives is what its integer products give."""
-    from labkit.weights import load_model
+    from labkit.models.load import load_model
 
     engine = load_model("tiny-random", quantization="int8", device="cpu", say=None)
     plain = plain_model("tiny-random")

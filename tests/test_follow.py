@@ -18,8 +18,8 @@ from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.laboratory import Lab
 from labkit.live import LiveEngine
+from labkit.models.load import LoadedModel
 from labkit.page import Page, build, serve
-from labkit.weights import LoadedModel
 
 pytest_plugins = ["visiting_fixtures"]
 

@@ -11,8 +11,8 @@ from test_scheduler import Bench
 
 from labkit import SamplingParams
 from labkit.core.plan import StepResult
-from labkit.text import TextStream
-from labkit.tiny import tiny_tokenizer
+from labkit.models.detokenizer import TextStream
+from labkit.models.tiny import tiny_tokenizer
 
 PROMPT = random_prompt(random.Random(0), 21)
 

@@ -14,8 +14,8 @@ from labkit.engine import Engine
 from labkit.laboratory import KNOBS, Lab
 from labkit.limits import Limits
 from labkit.live import LiveEngine
+from labkit.models.load import LoadedModel, load_model
 from labkit.presets import PRESETS
-from labkit.weights import LoadedModel, load_model
 
 PATIENCE = 60  # seconds until a test gives up; nothing is decided by it
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)

@@ -12,7 +12,7 @@ from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.lens import _last_owner, page_facts, step_facts
 from labkit.live import LiveEngine
-from labkit.weights import LoadedModel, load_model
+from labkit.models.load import LoadedModel, load_model
 
 
 @pytest.fixture(scope="module")

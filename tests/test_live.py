@@ -15,8 +15,8 @@ from labkit.config import EngineConfig
 from labkit.core.request import RequestOutput, SamplingParams
 from labkit.engine import Engine
 from labkit.live import EngineStoppedError, LiveEngine
+from labkit.models.load import LoadedModel, load_model
 from labkit.trace.trace import PoolState, StepRecord
-from labkit.weights import LoadedModel, load_model
 
 PATIENCE = 60  # seconds until a test gives up; nothing is decided by it
 PROMPTS = ["The quick brown fox", "What is the capital of France?", "One, two, three", "hello world"]

@@ -12,8 +12,8 @@ from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.live import LiveEngine
 from labkit.metrics import PREFIX, Metrics
+from labkit.models.load import load_model
 from labkit.speculation import acceptance
-from labkit.weights import load_model
 
 NAMES = {
     "num_requests_running",

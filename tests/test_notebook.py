@@ -126,7 +126,9 @@ def test_the_shared_model_is_loaded_once_and_silently(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[dict[str, Any]] = []
-    monkeypatch.setattr("labkit.weights.load_model", lambda *_, **options: calls.append(options) or object())
+    monkeypatch.setattr(
+        "labkit.models.load.load_model", lambda *_, **options: calls.append(options) or object()
+    )
     notebook.default_model.cache_clear()
     try:
         assert notebook.default_model() is notebook.default_model()

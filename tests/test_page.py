@@ -13,7 +13,7 @@ from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.live import LiveEngine
-from labkit.weights import LoadedModel
+from labkit.models.load import LoadedModel
 
 pytest_plugins = ["visiting_fixtures"]
 

@@ -15,8 +15,8 @@ from labkit.engine import Engine
 from labkit.laboratory import Lab
 from labkit.limits import Limits
 from labkit.live import LiveEngine
+from labkit.models.load import LoadedModel
 from labkit.presets import PRESETS
-from labkit.weights import LoadedModel
 
 pytest_plugins = ["visiting_fixtures"]
 

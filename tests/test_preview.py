@@ -10,7 +10,7 @@ import pytest
 from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
-from labkit.weights import LoadedModel, load_model
+from labkit.models.load import LoadedModel, load_model
 
 PLANNED = ("step", "requests", "kinds", "starts", "num_tokens", "padding", "arrived", "admitted", "preempted")
 ALSO = ("taken", "copied", "evicted")

@@ -9,6 +9,7 @@ import pytest
 
 from labkit.core.request import Request, SamplingParams
 from labkit.engine import Engine
+from labkit.models.load import LoadedModel, load_model
 from labkit.race import (
     MAX_ANSWER,
     MAX_PROMPT,
@@ -27,7 +28,6 @@ from labkit.race import (
 from labkit.race_workloads import COURSES, SETTINGS
 from labkit.speculation import NgramDrafter
 from labkit.trace.trace import Trace, TraceMeta
-from labkit.weights import LoadedModel, load_model
 
 THREE = [SETTINGS[name] for name in ("naive", "static", "continuous")]
 

@@ -11,10 +11,10 @@ import pytest
 from tabs import Looker, browser, served  # noqa: F401
 from test_race_track import SlowRace
 
+from labkit.models.load import LoadedModel, load_model
 from labkit.race_tab import build_race_tab
 from labkit.race_workloads import COURSES, SETTINGS
 from labkit.trace.trace import Trace
-from labkit.weights import LoadedModel, load_model
 
 KEPT: dict[str, Trace] = {}
 

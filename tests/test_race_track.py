@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from labkit import race_track
+from labkit.models.load import LoadedModel, load_model
 from labkit.race import Progress, RaceCancelled, RaceError
 from labkit.race_track import BusyError, RaceTrack
 from labkit.race_workloads import COURSES
 from labkit.trace.trace import Trace
-from labkit.weights import LoadedModel, load_model
 
 THREE = ["naive", "static", "continuous"]
 

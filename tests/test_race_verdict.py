@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
+from labkit.models.load import LoadedModel, load_model
 from labkit.race import Race, run_race
 from labkit.race_verdict import verdict
 from labkit.race_workloads import CHUNKED, COURSES, RESERVED, SETTINGS, SPECULATION, WHOLE
-from labkit.weights import LoadedModel, load_model
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from labkit.config import EngineConfig
 from labkit.engine import Engine
 from labkit.laboratory import Lab
 from labkit.live import LiveEngine
-from labkit.weights import LoadedModel, load_model
+from labkit.models.load import LoadedModel, load_model
 
 
 @pytest.fixture(scope="module")

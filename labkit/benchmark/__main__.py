@@ -23,7 +23,7 @@ from labkit.benchmark.speculative import speculate
 from labkit.benchmark.stream import REQUESTS, stream
 from labkit.benchmark.watchers import WATCHERS
 from labkit.benchmark.workload import Job, make_noise, make_workload
-from labkit.weights import load_model, resolve_device
+from labkit.models.load import load_model, resolve_device
 
 _LOAD = ("rates", "rate_seconds", "streams", "slo_ttft", "slo_itl", "url", "url_model")  # with --serve
 _FROM = "mixed prefill, decode"  # where the ladder begins on shapes: those below differ by policy alone

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from labkit.benchmark.workload import prose
 from labkit.core.request import check_number
-from labkit.tiny import tiny_tokenizer
-from labkit.weights import TINY, find
+from labkit.models.load import TINY, find
+from labkit.models.tiny import tiny_tokenizer
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from labkit.benchmark import perplexity
-from labkit.benchmark.forcing import teacher_forced
 from labkit.benchmark.workload import Job, prose
 from labkit.config import EngineConfig
 from labkit.core.model import Transformer
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
-from labkit.weights import LoadedModel, load_model
+from labkit.models.load import LoadedModel, load_model
+from labkit.models.teacher_forcing import teacher_forced
 
 DTYPES = ("bfloat16", "float16")
 # The mean error of a logit, as a share of the logits' standard deviation. A mistake in the model's code is

@@ -26,9 +26,9 @@ from labkit.capacity import Demand, FittedClock, Settings, draw_demands, fit, re
 from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
+from labkit.models.load import LoadedModel
 from labkit.trace.trace import StepRecord
 from labkit.views import style
-from labkit.weights import LoadedModel
 
 TERMS = ("step", "tokens", "keys")
 LOAD = 0.7  # of what the clock says can be served: how fast the requests of the open loop come

@@ -39,7 +39,7 @@ from labkit.benchmark.runs import (
     versions,
 )
 from labkit.benchmark.workload import Job
-from labkit.weights import LoadedModel
+from labkit.models.load import LoadedModel
 
 SLOW_SECONDS = 60.0  # what answers one at a time runs on as many of the first jobs as take about so long
 _FEWEST = 4  # but on no fewer than that

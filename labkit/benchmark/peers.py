@@ -21,7 +21,7 @@ from labkit.benchmark.runs import Clock, Run, System, agreement, middle, run_eng
 from labkit.benchmark.serving import percentile
 from labkit.benchmark.workload import Job
 from labkit.config import EngineConfig
-from labkit.weights import LoadedModel
+from labkit.models.load import LoadedModel
 
 BATCHES = (8, 32)
 _PAGE = 256  # tokens; the size that generate_batch takes by itself

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from labkit.benchmark.forcing import teacher_forced
-from labkit.weights import LoadedModel
+from labkit.models.load import LoadedModel
+from labkit.models.teacher_forcing import teacher_forced
 
 PIECE = 512  # tokens; what comes before a piece is not seen
 TARGET = 0.02  # a perplexity so much above fp32's is good enough

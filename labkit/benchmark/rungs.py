@@ -10,7 +10,7 @@ from typing import Any
 
 from labkit.benchmark.workload import Job
 from labkit.config import EngineConfig
-from labkit.weights import LoadedModel
+from labkit.models.load import LoadedModel
 
 _BLOCK_SIZE = 16
 

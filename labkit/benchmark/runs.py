@@ -23,9 +23,9 @@ from labkit.benchmark.workload import Job
 from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
-from labkit.tiny import tiny_random
+from labkit.models.load import TINY, LoadedModel, find
+from labkit.models.tiny import tiny_random
 from labkit.trace.trace import StepRecord
-from labkit.weights import TINY, LoadedModel, find
 
 REFERENCE = "transformers"
 

@@ -32,7 +32,7 @@ from labkit.benchmark.runs import (
 )
 from labkit.benchmark.workload import Job
 from labkit.config import EngineConfig
-from labkit.weights import LoadedModel
+from labkit.models.load import LoadedModel
 
 OURS = ("naive", "static", "continuous")
 

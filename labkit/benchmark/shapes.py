@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from labkit.core.model import Transformer
 from labkit.kernels import packed_linear as linear
-from labkit.quantize_cache import int8_model
-from labkit.tiny import tiny_tokenizer
-from labkit.weights import LoadedModel, ModelError, Say, resolve_device, resolve_dtype
+from labkit.models.int8_cache import int8_model
+from labkit.models.load import LoadedModel, ModelError, Say, resolve_device, resolve_dtype
+from labkit.models.tiny import tiny_tokenizer
 
 SEATS = (1, 8, 32, 128)
 _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {

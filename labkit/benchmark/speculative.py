@@ -23,8 +23,8 @@ from labkit.benchmark.runs import (
 from labkit.benchmark.workload import Job, prose
 from labkit.config import EngineConfig
 from labkit.desk import as_chat
+from labkit.models.load import LoadedModel
 from labkit.speculation import acceptance
-from labkit.weights import LoadedModel
 
 SEATS = (1, 8, 32)
 _PASSAGE = 700  # characters

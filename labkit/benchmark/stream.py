@@ -24,7 +24,7 @@ from labkit.benchmark.runs import (
     versions,
 )
 from labkit.benchmark.workload import Job
-from labkit.weights import LoadedModel
+from labkit.models.load import LoadedModel
 
 REQUESTS = 128
 REFERENCE_REQUESTS = 16  # one by one takes long, and does not change

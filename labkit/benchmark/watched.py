@@ -28,9 +28,9 @@ from labkit.core.request import RequestOutput, SamplingParams
 from labkit.engine import Engine
 from labkit.laboratory import Bench, Lab
 from labkit.live import LiveEngine
+from labkit.models.load import LoadedModel
 from labkit.page import serve
 from labkit.trace.trace import StepRecord
-from labkit.weights import LoadedModel
 
 
 @dataclass

@@ -15,9 +15,9 @@ from labkit.core.request import Request, SamplingParams
 from labkit.core.scheduler import Scheduler
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
+from labkit.models.load import LoadedModel, load_model
 from labkit.trace.trace import StepRecord
 from labkit.views.style import plural
-from labkit.weights import LoadedModel, load_model
 
 Plan = dict[str, int]
 

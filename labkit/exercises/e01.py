@@ -20,7 +20,7 @@ from labkit.core.attention import Span, build_layout
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.weights import LoadedModel, load_model
+from labkit.models.load import LoadedModel, load_model
 
 Decoder = Callable[[list[int], int], list[int]]  # prompt and length of the answer -> answer
 

@@ -13,10 +13,10 @@ from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepPlan
 from labkit.core.request import Request
 from labkit.exercises import Exercise, Run, Wrong, expect
+from labkit.models.load import LoadedModel, load_model
 from labkit.schedulers.static import StaticScheduler
 from labkit.trace.trace import StepRecord, Trace
 from labkit.views.style import plural
-from labkit.weights import LoadedModel, load_model
 
 SEATS = 4
 

@@ -19,8 +19,8 @@ from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
+from labkit.models.load import LoadedModel, load_model
 from labkit.views.style import plural
-from labkit.weights import LoadedModel, load_model
 
 NUM_BLOCKS, BLOCK_SIZE, SEATS = 32, 4, 6
 JOBS = ((9, 14), (5, 30), (12, 4), (3, 12), (7, 26), (16, 6), (4, 8), (10, 18), (6, 10), (11, 5))

@@ -15,9 +15,9 @@ from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import Request, SamplingParams
 from labkit.core.scheduler import Scheduler
 from labkit.exercises import Exercise, Run, Wrong, expect
+from labkit.models.load import LoadedModel, load_model
 from labkit.schedulers.audit import Auditor
 from labkit.trace.trace import Admission, Trace
-from labkit.weights import LoadedModel, load_model
 
 
 class Ticket(NamedTuple):

@@ -16,9 +16,9 @@ from labkit.core.request import Request, SamplingParams
 from labkit.core.scheduler import Scheduler
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
+from labkit.models.load import LoadedModel, load_model
 from labkit.views.rails import rails_of, token_rails, worst_gap
 from labkit.views.rails import text_twin as rails_text
-from labkit.weights import LoadedModel, load_model
 
 Split = Callable[[int, list[int], list[int]], tuple[Sequence[int], Sequence[int]]]
 

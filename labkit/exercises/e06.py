@@ -18,8 +18,8 @@ from labkit.core.waiting_queue import order
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
 from labkit.exercises.elsewhere import call_elsewhere
+from labkit.models.load import LoadedModel, load_model
 from labkit.trace.trace import Trace
-from labkit.weights import LoadedModel, load_model
 
 BLOCK_SIZE, SEATS = 4, 6
 _MAX_STEPS = 5000  # of a run that takes some hundred

@@ -21,8 +21,8 @@ from labkit.core.attention import SDPA, Backend, PagedKVCache, Span
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
+from labkit.models.load import LoadedModel
 from labkit.trace.trace import StepRecord
-from labkit.weights import LoadedModel
 
 Cost = Callable[[list[int], list[int]], tuple[float, float]]
 

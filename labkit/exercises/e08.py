@@ -26,8 +26,8 @@ from labkit.core.attention import (
     static_rows,
 )
 from labkit.exercises import Exercise, Run, Wrong, expect
+from labkit.models.load import LoadedModel, load_model
 from labkit.trace.trace import Trace
-from labkit.weights import LoadedModel, load_model
 
 State = tuple[Tensor, Tensor, Tensor]
 Read = Callable[[int], tuple[Tensor, Tensor]]

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit import notebook
-from labkit.benchmark.forcing import teacher_forced
 from labkit.config import EngineConfig
 from labkit.core.model import Transformer
 from labkit.exercises import Exercise, Run, Wrong, expect
 from labkit.kernels import int8 as quantize
-from labkit.tiny import tiny_random
-from labkit.weights import TINY, LoadedModel, find, load_model, read_tensors
+from labkit.models.load import TINY, LoadedModel, find, load_model, read_tensors
+from labkit.models.teacher_forcing import teacher_forced
+from labkit.models.tiny import tiny_random
 
 Rows = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from labkit import notebook
-from labkit.benchmark.forcing import teacher_forced
 from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.core.sampler import gumbel_noise, mix
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
+from labkit.models.load import LoadedModel, load_model
+from labkit.models.teacher_forcing import teacher_forced
 from labkit.speculation import accept
-from labkit.weights import LoadedModel, load_model
 
 Accept = Callable[[Sequence[int], Sequence[int]], int]
 Rule = Callable[[Sequence[float], Sequence[float], int, Random], int]

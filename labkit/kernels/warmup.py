@@ -18,7 +18,7 @@ from labkit.kernels.cuda_graphs import Capture, DecodeGraphs
 from labkit.kernels.select import choose_backend
 
 if TYPE_CHECKING:
-    from labkit.adapter import AdaptedModel
+    from labkit.models.adapter import AdaptedModel
 
 _GRAPH_SHARE = 0.5  # of what is free beside the KV cache and the activations of a step
 

@@ -20,8 +20,8 @@ from labkit.core.model import Transformer
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.kernels.select import PackedChunks, PagedDecode, choose_backend, paged_rows, varlen_attention
-from labkit.tiny import tiny_tokenizer
-from labkit.weights import LoadedModel
+from labkit.models.load import LoadedModel
+from labkit.models.tiny import tiny_tokenizer
 
 pytestmark = [
     pytest.mark.gpu,

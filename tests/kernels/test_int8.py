@@ -15,8 +15,8 @@ from labkit.core.model import Transformer
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.kernels import int8 as quantize
-from labkit.tiny import tiny_tokenizer
-from labkit.weights import LoadedModel, ModelError, load_model
+from labkit.models.load import LoadedModel, ModelError, load_model
+from labkit.models.tiny import tiny_tokenizer
 from tests.conftest import loaded, reference
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.laboratory import Lab
 from labkit.live import LiveEngine
+from labkit.models.load import load_model
 from labkit.trace.trace import Trace
-from labkit.weights import load_model
 
 
 def run(lab: Lab, max_tokens: int) -> None:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from labkit import tiny
-from labkit.tiny import tiny_random, tiny_tokenizer
+from labkit.models import tiny
+from labkit.models.tiny import tiny_random, tiny_tokenizer
 
 TINY_FINGERPRINT = "badc73597e2d5d09d5f8f04c0ea882548c50d974fb98e02abb3e30d2d54adf34"
 TINY_CONTINUATION = [1475, 2164, 1995, 1607, 2050, 896, 1448, 624, 265, 370, 1134, 2312]

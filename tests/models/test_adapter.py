@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from labkit import LLM, Engine, EngineConfig, SamplingParams
-from labkit.adapter import adapt
 from labkit.core.attention import Span, build_layout
-from labkit.tiny import tiny_tokenizer
-from labkit.weights import LoadedModel, ModelError, load_model
+from labkit.models.adapter import adapt
+from labkit.models.load import LoadedModel, ModelError, load_model
+from labkit.models.tiny import tiny_tokenizer
 
 MIXED = dict(sliding_window=12, layer_types=["sliding_attention", "full_attention"])
 EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)

@@ -33,7 +33,7 @@ from labkit.core.attention import (
     build_layout,
     gather,
 )
-from labkit.weights import ModelError
+from labkit.models.load import ModelError
 
 _PAGED = "labkit_paged"  # transformers knows no mask function of this name, and so makes no masks
 _PROBE = "labkit_probe"  # the same attention function, and masks to look at

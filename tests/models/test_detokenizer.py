@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labkit.text import TextStream
-from labkit.tiny import tiny_tokenizer
+from labkit.models.detokenizer import TextStream
+from labkit.models.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 TEXTS = ["Hello, world", "naïve café, 東京 🌊🏳️‍🌈", "a\n\n\tb  c ", "\u200b\ufeff", "日本語"]

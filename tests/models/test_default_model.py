@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from labkit import LLM, Engine, EngineConfig, SamplingParams
 from labkit.benchmark.workload import make_workload
-from labkit.weights import LoadedModel, find, load_model
+from labkit.models.load import LoadedModel, find, load_model
 
 QUESTIONS = [
     "What is the capital of France?",
