@@ -28,12 +28,12 @@ from labkit.core.request import (
 )
 from labkit.core.sampler import mix
 from labkit.core.scheduler import Scheduler
-from labkit.drafting import draft_model, make_speculator
 from labkit.kernels.warmup import activation_bytes, backend_for, warm_up
 from labkit.models.detokenizer import TextStream
 from labkit.models.load import LoadedModel, load_model, resolve_device, resolve_dtype
 from labkit.schedulers.audit import Auditor
 from labkit.schedulers.static import SCHEDULERS
+from labkit.speculative.draft_model import draft_model, make_speculator
 from labkit.trace.trace import StepRecord, Trace, TraceMeta
 
 Prompt = str | Sequence[int]

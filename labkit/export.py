@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from labkit import options as opts
 from labkit.config import EngineConfig
-from labkit.speculation import NgramDrafter
+from labkit.speculative.speculator import NgramDrafter
 
 if TYPE_CHECKING:
     from labkit.models.load import LoadedModel

@@ -13,7 +13,7 @@ from labkit.engine import Engine
 from labkit.live import LiveEngine
 from labkit.metrics import PREFIX, Metrics
 from labkit.models.load import load_model
-from labkit.speculation import acceptance
+from labkit.speculative.speculator import acceptance
 
 NAMES = {
     "num_requests_running",

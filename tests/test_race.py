@@ -26,7 +26,7 @@ from labkit.race import (
     run_race,
 )
 from labkit.race_workloads import COURSES, SETTINGS
-from labkit.speculation import NgramDrafter
+from labkit.speculative.speculator import NgramDrafter
 from labkit.trace.trace import Trace, TraceMeta
 
 THREE = [SETTINGS[name] for name in ("naive", "static", "continuous")]
@@ -162,7 +162,7 @@ def test_drafts_change_steps_and_no_token(model: LoadedModel, monkeypatch: pytes
             done = len(request.output_token_ids)
             return [(*answer[done : done + 2], 9)[:count]]
 
-    monkeypatch.setattr("labkit.drafting.NgramDrafter", Oracle)
+    monkeypatch.setattr("labkit.speculative.draft_model.NgramDrafter", Oracle)
     race = run_race(model, workload, [plain, Setting("drafts", speculative="ngram")])
     without, drafts = race.results
     assert race.check == Check(True, False, "Both gave the same 20 tokens.")

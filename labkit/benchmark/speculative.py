@@ -24,7 +24,7 @@ from labkit.benchmark.workload import Job, prose
 from labkit.config import EngineConfig
 from labkit.desk import as_chat
 from labkit.models.load import LoadedModel
-from labkit.speculation import acceptance
+from labkit.speculative.speculator import acceptance
 
 SEATS = (1, 8, 32)
 _PASSAGE = 700  # characters

@@ -15,7 +15,7 @@ from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import Request, TokenLogprobs
 from labkit.core.sampler import sample
 from labkit.kernels.cuda_graphs import DecodeGraphs
-from labkit.speculation import accept
+from labkit.speculative.speculator import accept
 
 
 class Runner:

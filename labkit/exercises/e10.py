@@ -19,7 +19,7 @@ from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
 from labkit.models.load import LoadedModel, load_model
 from labkit.models.teacher_forcing import teacher_forced
-from labkit.speculation import accept
+from labkit.speculative.speculator import accept
 
 Accept = Callable[[Sequence[int], Sequence[int]], int]
 Rule = Callable[[Sequence[float], Sequence[float], int, Random], int]

@@ -15,7 +15,7 @@ from labkit.core.plan import StepPlan
 from labkit.core.request import Request, SamplingParams
 from labkit.kernels.warmup import backend_for, warm_up
 from labkit.models.load import LoadedModel, load_model
-from labkit.speculation import Drafter, NgramDrafter, Speculator, StepCosts
+from labkit.speculative.speculator import Drafter, NgramDrafter, Speculator, StepCosts
 
 _PROBED = 16  # tokens of the longest step that is timed
 _TIMES = 3

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from labkit import Engine, EngineConfig, SamplingParams
 from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import Request
-from labkit.drafting import ModelDrafter
-from labkit.speculation import NgramDrafter, Speculator, StepCosts, accept, acceptance
+from labkit.speculative.draft_model import ModelDrafter
+from labkit.speculative.speculator import NgramDrafter, Speculator, StepCosts, accept, acceptance
 
 
 def engine_of(speculative: str | None, **config) -> Engine:
