@@ -12,11 +12,7 @@ import torch
 from conftest import loaded
 from transformers import LlamaConfig
 
-from labkit.benchmark import perplexity
-from labkit.benchmark.__main__ import main
-from labkit.benchmark.floor import Ceiling, Shape, Work, _keys_read, _keys_seen, measure_ceiling
-from labkit.benchmark.meter import Meter, peak_memory
-from labkit.benchmark.runs import (
+from labkit.analysis.reference import (
     DifferentTokens,
     Run,
     System,
@@ -25,10 +21,14 @@ from labkit.benchmark.runs import (
     run_engine,
     take_turns,
 )
+from labkit.analysis.roofline import Ceiling, Shape, Work, _keys_read, _keys_seen, measure_ceiling
+from labkit.analysis.workload import Job, make_noise, make_workload
+from labkit.benchmark import perplexity
+from labkit.benchmark.__main__ import main
+from labkit.benchmark.meter import Meter, peak_memory
 from labkit.benchmark.serving import measure
 from labkit.benchmark.watched import watched
 from labkit.benchmark.watchers import Watchers
-from labkit.benchmark.workload import Job, make_noise, make_workload
 from labkit.config import EngineConfig
 from labkit.core import model_runner as runner
 from labkit.engine import Engine

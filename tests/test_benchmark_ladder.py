@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 
+from labkit.analysis.reference import DifferentTokens, Run, reference_model, run_reference
+from labkit.analysis.roofline import Ceiling, Shape
+from labkit.analysis.shapes import SHAPES, config_of, random_model, random_reference
+from labkit.analysis.workload import Job, make_noise, make_workload
 from labkit.benchmark import ladder as ladder_module
 from labkit.benchmark.__main__ import main
-from labkit.benchmark.floor import Ceiling, Shape
 from labkit.benchmark.ladder import Standing, climb
 from labkit.benchmark.ladder_report import LadderReport, figure
 from labkit.benchmark.peers import run_padded
 from labkit.benchmark.rungs import NAMES, Sizes, rungs_for
-from labkit.benchmark.runs import DifferentTokens, Run, reference_model, run_reference
-from labkit.benchmark.shapes import SHAPES, config_of, random_model, random_reference
 from labkit.benchmark.stream import stream
-from labkit.benchmark.workload import Job, make_noise, make_workload
 from labkit.core.model import Transformer
 from labkit.models.load import LoadedModel, load_model
 from labkit.models.tiny import tiny_random

@@ -20,14 +20,14 @@ import psutil
 import pytest
 from serving import MODEL, Served, served
 
+from labkit.analysis.client_measures import Measure, Slo, Spread, summary
+from labkit.analysis.reference import DifferentTokens
 from labkit.benchmark import load
 from labkit.benchmark.__main__ import main
 from labkit.benchmark.arrivals import Arrival, Lengths, at_once, poisson
 from labkit.benchmark.load_report import RateRow, knee, table
 from labkit.benchmark.load_sweep import Plan, _Bench, _queue, compare, most_at_once
-from labkit.benchmark.measures import Measure, Slo, Spread, summary
 from labkit.benchmark.processes import Answer, ServerProcess, numbers
-from labkit.benchmark.runs import DifferentTokens
 from labkit.core.request import SamplingParams
 from labkit.models.tiny import tiny_tokenizer
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
-from labkit.benchmark.floor import Shape
+from labkit.analysis.roofline import Shape
 from labkit.core.attention import SDPA, PagedKVCache, Span, reference_attention
 from labkit.exercises.e07 import (
     BLIND,

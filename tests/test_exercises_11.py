@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
-from labkit.benchmark.measures import Slo
-from labkit.capacity import Demand, Settings, draw_demands, replay
+from labkit.analysis.capacity import Demand, Settings, draw_demands, replay
+from labkit.analysis.client_measures import Slo
 from labkit.exercises import e11
 from labkit.exercises.e11 import BUDGETS, CLOCK, TICK, Measured, choose_budget, measured_at, serve
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from labkit.capacity.replay import least_loaded, prefix_aware
+from labkit.analysis.capacity.replay import least_loaded, prefix_aware
 from labkit.exercises import e12, judge
 from tests.exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 

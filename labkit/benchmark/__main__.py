@@ -10,19 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from labkit.analysis.reference import reference_model
+from labkit.analysis.shapes import SEATS, SHAPES, config_of, random_model, random_reference
+from labkit.analysis.workload import Job, make_noise, make_workload
 from labkit.benchmark import bookkeeping, equality, forecast, load_report
 from labkit.benchmark.ladder import SLOW_SECONDS, climb
 from labkit.benchmark.ladder_report import LadderReport, figure
 from labkit.benchmark.load_sweep import Plan, measure_load
 from labkit.benchmark.rungs import NAMES, rungs_for
-from labkit.benchmark.runs import reference_model
 from labkit.benchmark.serving import OURS, measure
-from labkit.benchmark.shapes import SEATS, SHAPES, config_of, random_model, random_reference
 from labkit.benchmark.speculative import SEATS as SPECULATION_SEATS
 from labkit.benchmark.speculative import speculate
 from labkit.benchmark.stream import REQUESTS, stream
 from labkit.benchmark.watchers import WATCHERS
-from labkit.benchmark.workload import Job, make_noise, make_workload
 from labkit.models.load import load_model, resolve_device
 
 _LOAD = ("rates", "rate_seconds", "streams", "slo_ttft", "slo_itl", "url", "url_model")  # with --serve

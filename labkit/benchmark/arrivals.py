@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from labkit.benchmark.workload import prose
+from labkit.analysis.workload import prose
 from labkit.core.request import check_number
 from labkit.models.load import TINY, find
 from labkit.models.tiny import tiny_tokenizer

@@ -20,9 +20,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from tqdm.auto import tqdm
 
-from labkit.benchmark.runs import device_name, versions
-from labkit.benchmark.workload import Job, make_workload
-from labkit.capacity import Demand, FittedClock, Settings, draw_demands, fit, replay
+from labkit.analysis.capacity import Demand, FittedClock, Settings, draw_demands, fit, replay
+from labkit.analysis.reference import device_name, versions
+from labkit.analysis.workload import Job, make_workload
 from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine

@@ -18,12 +18,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from labkit.benchmark.floor import Ceiling, Shape, measure_ceiling
-from labkit.benchmark.ladder_report import LadderReport, RungRow
-from labkit.benchmark.meter import Meter, peak_memory
-from labkit.benchmark.peers import PeerRow, peer_row, peer_systems
-from labkit.benchmark.rungs import Rung, Sizes
-from labkit.benchmark.runs import (
+from labkit.analysis.reference import (
     REFERENCE,
     Run,
     System,
@@ -38,7 +33,12 @@ from labkit.benchmark.runs import (
     take_turns,
     versions,
 )
-from labkit.benchmark.workload import Job
+from labkit.analysis.roofline import Ceiling, Shape, measure_ceiling
+from labkit.analysis.workload import Job
+from labkit.benchmark.ladder_report import LadderReport, RungRow
+from labkit.benchmark.meter import Meter, peak_memory
+from labkit.benchmark.peers import PeerRow, peer_row, peer_systems
+from labkit.benchmark.rungs import Rung, Sizes
 from labkit.models.load import LoadedModel
 
 SLOW_SECONDS = 60.0  # what answers one at a time runs on as many of the first jobs as take about so long

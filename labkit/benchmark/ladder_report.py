@@ -9,7 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from labkit.benchmark.floor import Ceiling
+from labkit.analysis.roofline import Ceiling
 from labkit.benchmark.peers import PeerRow
 from labkit.views import style
 

@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from labkit.benchmark.measures import Slo, Spread, Summary
+from labkit.analysis.client_measures import Slo, Spread, Summary
 from labkit.views import style
 
 HTTP_TARGET = 0.10  # of the tokens a second that HTTP may cost

@@ -17,6 +17,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from labkit.analysis.client_measures import Measure, Slo, Summary, summary
+from labkit.analysis.reference import DifferentTokens, versions
 from labkit.benchmark import load
 from labkit.benchmark.arrivals import (
     ANSWERS,
@@ -29,7 +31,6 @@ from labkit.benchmark.arrivals import (
     tokenizer_of,
 )
 from labkit.benchmark.load_report import HttpCost, LoadReport, ManyStreams, RateRow, knee
-from labkit.benchmark.measures import Measure, Slo, Summary, summary
 from labkit.benchmark.processes import (
     Answer,
     EngineProcess,
@@ -38,7 +39,6 @@ from labkit.benchmark.processes import (
     numbers,
     server_process,
 )
-from labkit.benchmark.runs import DifferentTokens, versions
 from labkit.core.request import check_number
 
 FRACTIONS = (0.25, 0.5, 0.7, 0.85, 1.0, 1.2)  # of the closed loop's capacity

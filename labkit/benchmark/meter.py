@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from labkit.benchmark.floor import synchronize
+from labkit.analysis.roofline import synchronize
 from labkit.core import model_runner as runner_module
 from labkit.engine import Engine
 

@@ -17,9 +17,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from labkit.benchmark.runs import Clock, Run, System, agreement, middle, run_engine
+from labkit.analysis.reference import Clock, Run, System, agreement, middle, run_engine
+from labkit.analysis.workload import Job
 from labkit.benchmark.serving import percentile
-from labkit.benchmark.workload import Job
 from labkit.config import EngineConfig
 from labkit.models.load import LoadedModel
 

@@ -23,8 +23,8 @@ from typing import IO, Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from labkit.analysis.reference import device_name
 from labkit.benchmark.arrivals import Arrival
-from labkit.benchmark.runs import device_name
 from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from labkit.benchmark.workload import Job
+from labkit.analysis.workload import Job
 from labkit.config import EngineConfig
 from labkit.models.load import LoadedModel
 

@@ -17,7 +17,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from labkit.benchmark.runs import (
+from labkit.analysis.reference import (
     REFERENCE,
     Run,
     System,
@@ -30,7 +30,7 @@ from labkit.benchmark.runs import (
     take_turns,
     versions,
 )
-from labkit.benchmark.workload import Job
+from labkit.analysis.workload import Job
 from labkit.config import EngineConfig
 from labkit.models.load import LoadedModel
 

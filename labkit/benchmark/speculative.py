@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from labkit.benchmark.runs import (
+from labkit.analysis.reference import (
     Run,
     System,
     compare_tokens,
@@ -20,7 +20,7 @@ from labkit.benchmark.runs import (
     take_turns,
     versions,
 )
-from labkit.benchmark.workload import Job, prose
+from labkit.analysis.workload import Job, prose
 from labkit.config import EngineConfig
 from labkit.desk import as_chat
 from labkit.models.load import LoadedModel

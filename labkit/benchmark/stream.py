@@ -11,8 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from labkit.benchmark.peers import PeerRow, peer_row, run_ours
-from labkit.benchmark.runs import (
+from labkit.analysis.reference import (
     REFERENCE,
     Run,
     System,
@@ -23,7 +22,8 @@ from labkit.benchmark.runs import (
     take_turns,
     versions,
 )
-from labkit.benchmark.workload import Job
+from labkit.analysis.workload import Job
+from labkit.benchmark.peers import PeerRow, peer_row, run_ours
 from labkit.models.load import LoadedModel
 
 REQUESTS = 128

@@ -19,9 +19,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from labkit.analysis.reference import Run, System, compare_tokens, describe, short_jobs, take_turns, versions
+from labkit.analysis.workload import Job
 from labkit.benchmark import watchers
-from labkit.benchmark.runs import Run, System, compare_tokens, describe, short_jobs, take_turns, versions
-from labkit.benchmark.workload import Job
 from labkit.broadcast import PATH
 from labkit.config import EngineConfig
 from labkit.core.request import RequestOutput, SamplingParams

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 from labkit import notebook
-from labkit.benchmark.runs import reference_model
-from labkit.benchmark.workload import prose
+from labkit.analysis.reference import reference_model
+from labkit.analysis.workload import prose
 from labkit.config import EngineConfig
 from labkit.core.attention import Span, build_layout
 from labkit.core.request import SamplingParams

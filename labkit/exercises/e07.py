@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from labkit import notebook
-from labkit.benchmark.floor import Shape, Work
-from labkit.benchmark.shapes import config_of
+from labkit.analysis.roofline import Shape, Work
+from labkit.analysis.shapes import config_of
 from labkit.config import EngineConfig
 from labkit.core.attention import SDPA, Backend, PagedKVCache, Span
 from labkit.core.request import SamplingParams

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from labkit import notebook
-from labkit.benchmark.measures import Measure, Slo, summary
-from labkit.capacity import Clock, Demand, FittedClock, Replica, Settings, draw_demands
+from labkit.analysis.capacity import Clock, Demand, FittedClock, Replica, Settings, draw_demands
+from labkit.analysis.client_measures import Measure, Slo, summary
 from labkit.core.request import Request, SamplingParams, check_number
 from labkit.exercises import Exercise, Run, expect
 from labkit.trace.trace import Trace

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from labkit import notebook
-from labkit.capacity import GPUS, MODELS, Replay, Roofline, Settings, draw_demands, replay
-from labkit.capacity.replay import SLACK, prefix_aware
+from labkit.analysis.capacity import GPUS, MODELS, Replay, Roofline, Settings, draw_demands, replay
+from labkit.analysis.capacity.replay import SLACK, prefix_aware
 from labkit.core.request import Request, SamplingParams
 from labkit.exercises import Exercise, Run, Wrong, expect
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from labkit import LLM, Engine, EngineConfig, SamplingParams
-from labkit.benchmark.workload import make_workload
+from labkit.analysis.workload import make_workload
 from labkit.models.load import LoadedModel, find, load_model
 
 QUESTIONS = [

@@ -4,10 +4,10 @@
 scheduler and the block pool, and says what its users would have seen. No torch.
 """
 
-from labkit.capacity.clock import TERMS, Clock, FittedClock, StepWork, fit
-from labkit.capacity.replay import ROUTERS, Demand, Replay, Router, draw_demands, replay
-from labkit.capacity.replica import Replica, Settings
-from labkit.capacity.roofline import GPUS, MODELS, Gpu, ModelSize, Roofline
+from labkit.analysis.capacity.clock import TERMS, Clock, FittedClock, StepWork, fit
+from labkit.analysis.capacity.replay import ROUTERS, Demand, Replay, Router, draw_demands, replay
+from labkit.analysis.capacity.replica import Replica, Settings
+from labkit.analysis.capacity.roofline import GPUS, MODELS, Gpu, ModelSize, Roofline
 
 __all__ = [
     "GPUS",

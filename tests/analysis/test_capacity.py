@@ -15,8 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labkit.benchmark import forecast
-from labkit.capacity import (
+from labkit.analysis.capacity import (
     GPUS,
     MODELS,
     TERMS,
@@ -32,8 +31,9 @@ from labkit.capacity import (
     fit,
     replay,
 )
-from labkit.capacity.decode_run import DecodeRun
-from labkit.capacity.replay import ROUTERS, _request
+from labkit.analysis.capacity.decode_run import DecodeRun
+from labkit.analysis.capacity.replay import ROUTERS, _request
+from labkit.benchmark import forecast
 from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
@@ -548,7 +548,7 @@ def test_drawn_demands_are_the_same_each_time_and_within_their_limits() -> None:
 
 def test_a_replay_needs_no_torch() -> None:
     code = (
-        "import sys; from labkit.capacity import *; "
+        "import sys; from labkit.analysis.capacity import *; "
         "replay(draw_demands(3), Roofline(GPUS['T4'], MODELS['smollm2-135m']), Settings(99)); "
         "sys.exit('torch' in sys.modules)"
     )

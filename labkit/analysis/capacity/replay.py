@@ -15,8 +15,8 @@ from functools import cache
 
 import numpy as np
 
-from labkit.capacity.clock import Clock
-from labkit.capacity.replica import Replica, Settings
+from labkit.analysis.capacity.clock import Clock
+from labkit.analysis.capacity.replica import Replica, Settings
 from labkit.core.request import Request, SamplingParams, check_number
 from labkit.trace.trace import Trace
 

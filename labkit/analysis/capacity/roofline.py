@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from labkit.capacity.clock import StepWork
+from labkit.analysis.capacity.clock import StepWork
 from labkit.core.request import check_number
 
 

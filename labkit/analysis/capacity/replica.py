@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from labkit.capacity.clock import Clock, StepWork
-from labkit.capacity.decode_run import DecodeRun
+from labkit.analysis.capacity.clock import Clock, StepWork
+from labkit.analysis.capacity.decode_run import DecodeRun
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import Request, check_number
