@@ -25,7 +25,7 @@ from labkit.presets import BY_NAME
 from labkit.script import Player
 from labkit.trace.trace import Trace
 from labkit.trace.writer import TraceWriters
-from labkit.views.canvas import WINDOW, Feed
+from labkit.views.live_feed import WINDOW, Feed
 from labkit.visitors import GRACE, Visitors
 
 logger = logging.getLogger(__name__)

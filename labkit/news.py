@@ -14,7 +14,7 @@ from typing import Any
 from labkit.desk import Cards
 from labkit.laboratory import Bench, Lab
 from labkit.trace.trace import StepRecord
-from labkit.views.canvas import Frame
+from labkit.views.live_feed import Frame
 
 
 @dataclass

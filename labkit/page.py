@@ -25,7 +25,7 @@ from labkit.presets import PRESETS
 from labkit.race_tab import build_race_tab
 from labkit.replay_tab import build_replay_tab
 from labkit.upload import MAX_BYTES
-from labkit.views.canvas import asset
+from labkit.views.live_feed import asset
 from labkit.visitors import mark
 
 QUEUE_SECONDS = 0.1  # between two looks of gradio at its queue: left alone, it takes 1,100 a second

@@ -10,9 +10,9 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from labkit.lens import page_facts, step_facts
 from labkit.live import EngineStoppedError
 from labkit.news import Known, News, as_json
+from labkit.views.inspect import page_facts, step_facts
 
 MS_PER_VISITOR = 4  # between two questions of a page: fifty pages ask five times a second each
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from labkit.core.request import RequestOutput, SamplingParams, check_number
 from labkit.trace.trace import Trace
-from labkit.views.film import usage_of
+from labkit.views.replay_data import usage_of
 
 if TYPE_CHECKING:
     from labkit.config import EngineConfig

@@ -13,7 +13,7 @@ from labkit import views
 from labkit.race_track import BusyError, RaceTrack
 from labkit.race_workloads import COURSES, SETTINGS, WORDS
 from labkit.trace.trace import Trace
-from labkit.views.canvas import asset
+from labkit.views.live_feed import asset
 
 if TYPE_CHECKING:
     from labkit.models.load import LoadedModel

@@ -18,7 +18,7 @@ from labkit.race import MAX_SETTINGS, Progress, Race, RaceCancelled, RaceError, 
 from labkit.race_verdict import verdict
 from labkit.race_workloads import COURSES, SETTINGS, WORDS
 from labkit.trace.trace import Trace
-from labkit.views.film import film
+from labkit.views.replay_data import film
 
 if TYPE_CHECKING:
     from labkit.models.load import LoadedModel

@@ -15,11 +15,11 @@ from typing import Any
 
 import gradio as gr
 
-from labkit import perfetto
 from labkit.trace.trace import Trace, TraceError
 from labkit.upload import MAX_BYTES, read_upload
-from labkit.views import film, style
-from labkit.views.canvas import asset
+from labkit.views import perfetto, style
+from labkit.views import replay_data as film
+from labkit.views.live_feed import asset
 
 MAX_UPLOADS = 16
 MAX_REELS = 32  # traces that somebody looks at, as they were when it was opened

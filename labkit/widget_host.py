@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from labkit.core.request import SamplingParams, check_number
 from labkit.desk import as_chat
-from labkit.lens import page_facts, step_facts
 from labkit.limits import Limits
 from labkit.views import style
-from labkit.views.canvas import WINDOW, Feed
+from labkit.views.inspect import page_facts, step_facts
+from labkit.views.live_feed import WINDOW, Feed
 
 if TYPE_CHECKING:
     from labkit.core.request import RequestOutput

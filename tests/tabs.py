@@ -10,7 +10,7 @@ import gradio as gr
 from visiting import HOSTILE, Person, free_port
 from visiting_fixtures import browser
 
-from labkit.views.canvas import asset
+from labkit.views.live_feed import asset
 
 __all__ = ["HOSTILE", "Looker", "browser", "served"]
 

@@ -31,7 +31,7 @@ from labkit.page import build, serve
 from labkit.schedulers.static import SCHEDULERS
 from labkit.trace.trace import StepRecord
 from labkit.upload import MAX_BYTES
-from labkit.views.canvas import WINDOW
+from labkit.views.live_feed import WINDOW
 from labkit.visitors import mark
 
 PATIENCE = 60  # seconds until a test gives up; nothing is decided by it

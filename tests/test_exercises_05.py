@@ -10,7 +10,7 @@ from labkit.core.block_pool import InvariantError
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.exercises.e05 import NEWCOMERS, Split, run_split, scheduler_of, split_budget
-from labkit.views.rails import rails_of, worst_gap
+from labkit.views.token_timeline import rails_of, worst_gap
 
 Answer = tuple[list[int], list[int]]
 

@@ -20,7 +20,7 @@ from labkit.desk import as_chat
 from labkit.models.load import LoadedModel, load_model
 from labkit.trace.trace import PoolState
 from labkit.views import text
-from labkit.views.canvas import WINDOW, asset
+from labkit.views.live_feed import WINDOW, asset
 from labkit.widget_host import KEEP, SLICE, Host
 from labkit.widgets import GONE, HOW_TO, KEEP_OPEN, what_if
 

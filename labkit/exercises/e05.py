@@ -17,8 +17,8 @@ from labkit.core.scheduler import Scheduler
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
 from labkit.models.load import LoadedModel, load_model
-from labkit.views.rails import rails_of, token_rails, worst_gap
-from labkit.views.rails import text_twin as rails_text
+from labkit.views.token_timeline import rails_of, token_rails, worst_gap
+from labkit.views.token_timeline import text_twin as rails_text
 
 Split = Callable[[int, list[int], list[int]], tuple[Sequence[int], Sequence[int]]]
 

@@ -18,8 +18,8 @@ from labkit.analysis.client_measures import Measure, Slo, summary
 from labkit.core.request import Request, SamplingParams, check_number
 from labkit.exercises import Exercise, Run, expect
 from labkit.trace.trace import Trace
-from labkit.views.rails import text_twin as rails_text
-from labkit.views.rails import token_rails
+from labkit.views.token_timeline import text_twin as rails_text
+from labkit.views.token_timeline import token_rails
 
 TICK = 1 / 1024
 """Seconds. All moments of a run are whole multiples of it, so that no sum of them is ever rounded."""

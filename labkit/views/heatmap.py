@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from labkit.trace.trace import Trace
 from labkit.views import style
 from labkit.views.figures import lay_out, nothing, shown, swatch
-from labkit.views.pages import Page, Pages, pages_of
+from labkit.views.pool_picture import Page, Pages, pages_of
 from labkit.views.style import plural
 
 _SHADES = [style.FREE, style.CACHED, style.PAPER, *(style.tint(color, 0.28) for color in style.PALETTE)]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from labkit.trace.trace import Trace
 from labkit.views import style
-from labkit.views.pages import Page, Pages, pages_of
+from labkit.views.pool_picture import Page, Pages, pages_of
 from labkit.views.style import plural
 from labkit.views.timeline import Lane, Span, rates_of, timeline_of
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from labkit.live import LiveEngine
 from labkit.trace.trace import Row, StepRecord, Trace
-from labkit.views.canvas import Decode, looks, pack_bits, words_of
+from labkit.views.live_feed import Decode, looks, pack_bits, words_of
 
 _LOOK_BACK = 2_000  # steps, to find who had a page last
 

@@ -15,8 +15,9 @@ from labkit.core.plan import StepResult
 from labkit.core.request import Request, SamplingParams
 from labkit.schedulers.static import SCHEDULERS
 from labkit.trace.trace import Admission, Arrival, Finish, Pages, StepRecord, Trace, TraceMeta
-from labkit.views import canvas, style
-from labkit.views.canvas import WINDOW, Feed, asset
+from labkit.views import live_feed as canvas
+from labkit.views import style
+from labkit.views.live_feed import WINDOW, Feed, asset
 
 META = TraceMeta(num_blocks=12, block_size=4, max_num_seqs=3, max_num_batched_tokens=8)
 
@@ -306,7 +307,7 @@ def test_whoever_has_lost_the_thread_gets_everything(lost: str) -> None:
 def test_the_steps_of_the_window_and_a_record_of_what_was_before_are_enough(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("labkit.views.canvas.WINDOW", 12)
+    monkeypatch.setattr("labkit.views.live_feed.WINDOW", 12)
     trace = busy_trace(requests=40)
     records = trace.records[:36]
     before = records[-13]

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from labkit.trace.trace import PoolState, StepRecord, TraceMeta
-from labkit.views import log, style
-from labkit.views.numbers import Numbers, wasted_slots
+from labkit.views import events as log
+from labkit.views import style
+from labkit.views.live_numbers import Numbers, wasted_slots
 
 WINDOW = 200  # steps that are kept and drawn
 WAITING, PREEMPTED, IDLE = "w", "x", "i"  # kinds of span beside the trace's p, c, d, i
@@ -302,4 +303,4 @@ def _since(lane: tuple[Any, ...], after: int) -> tuple[Any, ...] | None:
 
 def asset(name: str) -> str:
     """The text of one of the files beside this one, such as `canvas.js`."""
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+    return (Path(__file__).parent / "static" / name).read_text(encoding="utf-8")

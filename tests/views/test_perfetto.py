@@ -16,8 +16,8 @@ from tabs import browser  # noqa: F401
 from test_views import HOSTILE, run, story, trace_of, traces
 from trace_processor import TraceProcessor, folder
 
-from labkit import perfetto
 from labkit.trace.trace import StepRecord, Trace
+from labkit.views import perfetto
 
 SPANS = {"prefill", "decode", "idle", "waiting", "preempted"}
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from labkit.trace.trace import Admission, Arrival, Finish, Pages, PoolState, StepRecord
-from labkit.views.log import events_of
-from labkit.views.numbers import LATEST_GAPS, LATEST_REQUESTS, Numbers, wasted_slots
+from labkit.views.events import events_of
+from labkit.views.live_numbers import LATEST_GAPS, LATEST_REQUESTS, Numbers, wasted_slots
 
 STEPS = [
     StepRecord(

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from labkit.views import style
-from labkit.views.canvas import asset
+from labkit.views.live_feed import asset
 
 CSS = asset("canvas.css")
 # Linear RGB as people see it who lack one kind of cone (Viénot, Brettel and Mollon 1999).

@@ -11,7 +11,7 @@ from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.trace.trace import Trace
-from labkit.views.rails import rails_of, text_twin, token_rails, worst_gap
+from labkit.views.token_timeline import rails_of, text_twin, token_rails, worst_gap
 
 
 @pytest.fixture(scope="module")

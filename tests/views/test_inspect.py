@@ -10,9 +10,9 @@ import pytest
 from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
-from labkit.lens import _last_owner, page_facts, step_facts
 from labkit.live import LiveEngine
 from labkit.models.load import LoadedModel, load_model
+from labkit.views.inspect import _last_owner, page_facts, step_facts
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,18 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
-from labkit import perfetto, views
+from labkit import views
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepResult
 from labkit.core.request import Request, SamplingParams
 from labkit.schedulers.static import SCHEDULERS
 from labkit.trace.trace import Admission, Arrival, Finish, Pages, Row, StepRecord, Trace, TraceMeta
-from labkit.views import film, log, style, text
-from labkit.views.canvas import Feed
-from labkit.views.numbers import Numbers
-from labkit.views.pages import pages_of
+from labkit.views import events as log
+from labkit.views import perfetto, style, text
+from labkit.views import replay_data as film
+from labkit.views.live_feed import Feed
+from labkit.views.live_numbers import Numbers
+from labkit.views.pool_picture import pages_of
 from labkit.views.timeline import timeline_of
 
 WHY = "1 of 2 rows draft nothing: a draft pays if it is right 30% of the time, and theirs are {}"

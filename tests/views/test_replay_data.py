@@ -11,8 +11,8 @@ from test_perfetto import busy, timed
 from test_views import HOSTILE, run, story, trace_of, traces
 
 from labkit.trace.trace import Trace
-from labkit.views import film
-from labkit.views.pages import pages_of
+from labkit.views import replay_data as film
+from labkit.views.pool_picture import pages_of
 
 
 def bits(text: str) -> set[int]:
