@@ -13,14 +13,14 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from labkit import options as opts
-from labkit.options import StartError, check_address
+from labkit.serving import cli as opts
+from labkit.serving.cli import StartError, check_address
 
 if TYPE_CHECKING:
     import gradio as gr
 
     from labkit.laboratory import Lab
-    from labkit.live import LiveEngine
+    from labkit.serving.async_engine import LiveEngine
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before anybody imports it: the lab calls nobody
 
@@ -114,8 +114,8 @@ def launch(engine: LiveEngine | Lab, *, share: bool | None = None, **options: An
 
 def add_api(demo: gr.Blocks, lab: Lab, api_key: str | None) -> None:
     """Speak OpenAI's API at the address of a page that is served; what comes in gets a card on it."""
-    from labkit.calls import Options
-    from labkit.server import beside, create_app
+    from labkit.serving.handler import Options
+    from labkit.serving.server import beside, create_app
 
     def card(request_id: str, prompt: str, params: Any) -> None:
         lab.bench.desk.enter("", request_id, prompt, params.max_tokens, name="API")

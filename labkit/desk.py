@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from labkit.core.request import SamplingParams, check_number
-from labkit.limits import Limits
-from labkit.live import LiveEngine, Progress
+from labkit.serving.async_engine import LiveEngine, Progress
+from labkit.serving.limits import Limits
 from labkit.views import style
 from labkit.visitors import mark
 

@@ -19,10 +19,10 @@ from labkit.config import KV_POLICIES, EngineConfig
 from labkit.core.request import check_flag, check_number
 from labkit.desk import Desk
 from labkit.engine import Engine
-from labkit.limits import Limits
-from labkit.live import LiveEngine
 from labkit.presets import BY_NAME
 from labkit.script import Player
+from labkit.serving.async_engine import LiveEngine
+from labkit.serving.limits import Limits
 from labkit.trace.trace import Trace
 from labkit.trace.writer import TraceWriters
 from labkit.views.live_feed import WINDOW, Feed

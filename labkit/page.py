@@ -18,12 +18,12 @@ import gradio as gr
 from labkit.broadcast import PATH, Broadcast
 from labkit.desk import params_of
 from labkit.laboratory import Lab
-from labkit.live import EngineStoppedError, LiveEngine
 from labkit.news import News
 from labkit.page_api import Api
 from labkit.presets import PRESETS
 from labkit.race_tab import build_race_tab
 from labkit.replay_tab import build_replay_tab
+from labkit.serving.async_engine import EngineStoppedError, LiveEngine
 from labkit.upload import MAX_BYTES
 from labkit.views.live_feed import asset
 from labkit.visitors import mark

@@ -10,8 +10,8 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from labkit.live import EngineStoppedError
 from labkit.news import Known, News, as_json
+from labkit.serving.async_engine import EngineStoppedError
 from labkit.views.inspect import page_facts, step_facts
 
 MS_PER_VISITOR = 4  # between two questions of a page: fifty pages ask five times a second each

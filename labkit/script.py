@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from labkit.core.request import SamplingParams
 from labkit.desk import Desk, as_chat
-from labkit.live import EngineStoppedError, LiveEngine
 from labkit.presets import Line, Preset
+from labkit.serving.async_engine import EngineStoppedError, LiveEngine
 from labkit.trace.trace import StepRecord
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from labkit.core.request import SamplingParams, check_number
 from labkit.desk import as_chat
-from labkit.limits import Limits
+from labkit.serving.limits import Limits
 from labkit.views import style
 from labkit.views.inspect import page_facts, step_facts
 from labkit.views.live_feed import WINDOW, Feed

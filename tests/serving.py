@@ -11,11 +11,11 @@ from typing import Any
 
 import uvicorn
 
-from labkit.calls import Options, Server
 from labkit.config import EngineConfig
 from labkit.engine import Engine
-from labkit.live import LiveEngine
-from labkit.server import create_app
+from labkit.serving.async_engine import LiveEngine
+from labkit.serving.handler import Options, Server
+from labkit.serving.server import create_app
 
 MODEL = "tiny-random"
 

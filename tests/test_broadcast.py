@@ -24,11 +24,11 @@ from labkit.core.request import Request, SamplingParams
 from labkit.desk import KEEP
 from labkit.engine import Engine
 from labkit.laboratory import Lab
-from labkit.live import LiveEngine
 from labkit.models.load import LoadedModel, load_model
 from labkit.news import Known, News
 from labkit.page import build, serve
 from labkit.schedulers.static import SCHEDULERS
+from labkit.serving.async_engine import LiveEngine
 from labkit.trace.trace import StepRecord
 from labkit.upload import MAX_BYTES
 from labkit.views.live_feed import WINDOW

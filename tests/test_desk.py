@@ -10,9 +10,9 @@ from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.desk import KEEP, Desk, as_chat, params_of
 from labkit.engine import Engine
-from labkit.limits import Limits
-from labkit.live import LiveEngine
 from labkit.models.load import LoadedModel, load_model
+from labkit.serving.async_engine import LiveEngine
+from labkit.serving.limits import Limits
 from labkit.visitors import mark
 
 FOUR = SamplingParams(max_tokens=4)

@@ -12,10 +12,10 @@ from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.laboratory import KNOBS, Lab
-from labkit.limits import Limits
-from labkit.live import LiveEngine
 from labkit.models.load import LoadedModel, load_model
 from labkit.presets import PRESETS
+from labkit.serving.async_engine import LiveEngine
+from labkit.serving.limits import Limits
 
 PATIENCE = 60  # seconds until a test gives up; nothing is decided by it
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)

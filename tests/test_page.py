@@ -12,8 +12,8 @@ import app
 from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
-from labkit.live import LiveEngine
 from labkit.models.load import LoadedModel
+from labkit.serving.async_engine import LiveEngine
 
 pytest_plugins = ["visiting_fixtures"]
 

@@ -13,10 +13,10 @@ import app
 from labkit.config import EngineConfig
 from labkit.engine import Engine
 from labkit.laboratory import Lab
-from labkit.limits import Limits
-from labkit.live import LiveEngine
 from labkit.models.load import LoadedModel
 from labkit.presets import PRESETS
+from labkit.serving.async_engine import LiveEngine
+from labkit.serving.limits import Limits
 
 pytest_plugins = ["visiting_fixtures"]
 

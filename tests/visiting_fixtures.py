@@ -12,8 +12,8 @@ import app
 from labkit.config import EngineConfig
 from labkit.engine import Engine
 from labkit.laboratory import Lab
-from labkit.live import LiveEngine
 from labkit.models.load import LoadedModel, load_model
+from labkit.serving.async_engine import LiveEngine
 
 
 @pytest.fixture(scope="module")

@@ -27,9 +27,9 @@ from labkit.config import EngineConfig
 from labkit.core.request import RequestOutput, SamplingParams
 from labkit.engine import Engine
 from labkit.laboratory import Bench, Lab
-from labkit.live import LiveEngine
 from labkit.models.load import LoadedModel
 from labkit.page import serve
+from labkit.serving.async_engine import LiveEngine
 from labkit.trace.trace import StepRecord
 
 

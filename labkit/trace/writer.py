@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from labkit.live import LiveEngine
+from labkit.serving.async_engine import LiveEngine
 from labkit.trace.trace import StepRecord, Trace
 
 

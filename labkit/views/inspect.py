@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from labkit.live import LiveEngine
+from labkit.serving.async_engine import LiveEngine
 from labkit.trace.trace import Row, StepRecord, Trace
 from labkit.views.live_feed import Decode, looks, pack_bits, words_of
 

@@ -10,8 +10,8 @@ from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.laboratory import Lab
-from labkit.live import LiveEngine
 from labkit.models.load import load_model
+from labkit.serving.async_engine import LiveEngine
 from labkit.trace.trace import Trace
 
 

@@ -17,9 +17,9 @@ from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.laboratory import Lab
-from labkit.live import LiveEngine
 from labkit.models.load import LoadedModel
 from labkit.page import Page, build, serve
+from labkit.serving.async_engine import LiveEngine
 
 pytest_plugins = ["visiting_fixtures"]
 

@@ -10,8 +10,8 @@ import pytest
 from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
-from labkit.live import LiveEngine
 from labkit.models.load import LoadedModel, load_model
+from labkit.serving.async_engine import LiveEngine
 from labkit.views.inspect import _last_owner, page_facts, step_facts
 
 

@@ -22,9 +22,10 @@ import httpx
 import psutil
 import pytest
 
-from labkit import LLM, Engine, EngineConfig, SamplingParams, scale
-from labkit.live import LiveEngine
-from labkit.options import StartError
+from labkit import LLM, Engine, EngineConfig, SamplingParams
+from labkit.serving import scale
+from labkit.serving.async_engine import LiveEngine
+from labkit.serving.cli import StartError
 
 MODEL = "tiny-random"
 SIZES = {"num_blocks": 1024, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 64}
@@ -96,7 +97,7 @@ def test_more_than_this_machine_has_is_refused_and_left_to_a_cluster() -> None:
 
 def test_an_engine_that_failed_is_unhealthy() -> None:
     pytest.importorskip("ray")
-    from labkit.serve_ray import _Replica
+    from labkit.serving.ray_replica import _Replica
 
     def fail() -> None:
         raise OSError("no memory")
@@ -114,7 +115,7 @@ def test_an_engine_that_failed_is_unhealthy() -> None:
 
 def test_a_service_that_grows_tells_ray_its_bounds() -> None:
     serve = pytest.importorskip("ray.serve")
-    from labkit.serve_ray import application
+    from labkit.serving.ray_replica import application
 
     own, given = scale.parse(["--replicas", "2", "--max-replicas", "5", "--target-ongoing", "3"])
     replicas = scale.shares(own, given, {"CPU": 16, "GPU": 5})

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from serving import MODEL, Served, served
 
-from labkit.calls import Options
-from labkit.limits import Limits
-from labkit.protocol import ChatAsked, CompletionAsked
+from labkit.serving.handler import Options
+from labkit.serving.limits import Limits
+from labkit.serving.schema import ChatAsked, CompletionAsked
 
 EMOJI = "🙂"
 PATHS = {

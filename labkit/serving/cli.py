@@ -10,9 +10,9 @@ import socket
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from labkit.limits import Limits
-    from labkit.live import LiveEngine
     from labkit.models.load import LoadedModel
+    from labkit.serving.async_engine import LiveEngine
+    from labkit.serving.limits import Limits
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch's words, in lower case
 
@@ -113,7 +113,7 @@ def add_limits(group: argparse._ArgumentGroup, *, requests: int, queue: int, who
 
 def limits_of(options: argparse.Namespace) -> Limits:
     """The bounds that `add_limits` asked for."""
-    from labkit.limits import Limits
+    from labkit.serving.limits import Limits
 
     return Limits(
         requests=options.max_requests,
@@ -147,7 +147,7 @@ def load(options: argparse.Namespace, *, trace_steps: int) -> LiveEngine:
 
     from labkit.config import EngineConfig
     from labkit.engine import Engine
-    from labkit.live import LiveEngine
+    from labkit.serving.async_engine import LiveEngine
 
     def build() -> Engine:
         config = EngineConfig(

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from conftest import loaded
 
-from labkit import export
 from labkit.config import EngineConfig
+from labkit.serving import export
 
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DRAFT = {"speculative": "draft", "draft_model": "owner/small"}

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import settings
 from serving import MODEL, Served, served
 
-from labkit.calls import Options
 from labkit.config import EngineConfig
 from labkit.engine import Engine
-from labkit.limits import Limits
-from labkit.live import LiveEngine
-from labkit.server import create_app
+from labkit.serving.async_engine import LiveEngine
+from labkit.serving.handler import Options
+from labkit.serving.limits import Limits
+from labkit.serving.server import create_app
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis needs Python 3.11")
 # The schema does not know the model: how long a prompt may be, or which tokens there are.

@@ -14,8 +14,8 @@ import pytest
 from labkit.config import EngineConfig
 from labkit.core.request import RequestOutput, SamplingParams
 from labkit.engine import Engine
-from labkit.live import EngineStoppedError, LiveEngine
 from labkit.models.load import LoadedModel, load_model
+from labkit.serving.async_engine import EngineStoppedError, LiveEngine
 from labkit.trace.trace import PoolState, StepRecord
 
 PATIENCE = 60  # seconds until a test gives up; nothing is decided by it

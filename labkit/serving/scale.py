@@ -14,10 +14,10 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from labkit import options as opts
+from labkit.serving import cli as opts
 
 if TYPE_CHECKING:
-    from labkit.serve_ray import Replicas
+    from labkit.serving.ray_replica import Replicas
 
 _APP = "labkit"
 _STORE_BYTES = 100 * 2**20  # of shared memory: answers are small
@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, a
     if own.max_replicas < own.replicas:
         parser.error(f"--max-replicas must be at least --replicas ({own.replicas}), not {own.max_replicas}")
 
-    from labkit import server  # here, for it takes seconds
+    from labkit.serving import server  # here, for it takes seconds
 
     given = server.parse(rest)
     if own.gpus_per_replica and own.gpus_per_replica < 1 and given.num_blocks is None:
@@ -80,7 +80,7 @@ def shares(own: argparse.Namespace, given: argparse.Namespace, there: Mapping[st
     Raises:
         opts.StartError: if they do not suffice, and the cluster is not one that could grow.
     """
-    from labkit.serve_ray import Replicas
+    from labkit.serving.ray_replica import Replicas
 
     most = own.max_replicas
     cores, gpus = there.get("CPU", 0), there.get("GPU", 0)
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         opts.check_address(given.host, given.port)
-        from labkit.serve_ray import application  # after the check, for it takes seconds
+        from labkit.serving.ray_replica import application  # after the check, for it takes seconds
 
         own_cluster = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
         try:

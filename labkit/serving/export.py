@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, fields
 from inspect import signature
 from typing import TYPE_CHECKING
 
-from labkit import options as opts
 from labkit.config import EngineConfig
+from labkit.serving import cli as opts
 from labkit.speculative.speculator import NgramDrafter
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ import openai
 import pytest
 from serving import MODEL, Served, served
 
-from labkit.calls import Options
 from labkit.core.request import SamplingParams
-from labkit.limits import Limits
+from labkit.serving.handler import Options
+from labkit.serving.limits import Limits
 
 HELLO = "hello world, these are some words"
 TALK = [{"role": "user", "content": "say something"}]

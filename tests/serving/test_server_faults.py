@@ -14,10 +14,10 @@ import pytest
 import torch
 from serving import MODEL, Served, served
 
-from labkit.calls import Job, Options
 from labkit.core.block_pool import BlockPool, InvariantError, OutOfBlocks
 from labkit.core.request import SamplingParams
-from labkit.protocol import CompletionAsked, CompletionFormat
+from labkit.serving.handler import Job, Options
+from labkit.serving.schema import CompletionAsked, CompletionFormat
 
 
 def ask(prompt: str = "a b", **fields: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PATIENCE = 120  # seconds until a test gives up; nothing is decided by it
 MODEL = "tiny-random"
 # With one seat, minutes of work: it never ends while a test looks on.

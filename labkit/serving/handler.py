@@ -17,10 +17,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from labkit.core.request import RequestOutput, SamplingParams, answer_ids
-from labkit.limits import Limits
-from labkit.live import EngineStoppedError, LiveEngine
-from labkit.metrics import Metrics
-from labkit.protocol import Asked, Format, RequestError, error_object, field_of, usage
+from labkit.serving.async_engine import EngineStoppedError, LiveEngine
+from labkit.serving.limits import Limits
+from labkit.serving.metrics import Metrics
+from labkit.serving.schema import Asked, Format, RequestError, error_object, field_of, usage
 
 logger = logging.getLogger("labkit.server")
 T = TypeVar("T")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from labkit.limits import Limits
+from labkit.serving.limits import Limits
 
 
 @pytest.mark.parametrize("field", ["requests", "queue", "prompt_chars", "prompt_tokens", "answer_tokens"])

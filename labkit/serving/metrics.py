@@ -12,7 +12,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from labkit.core.request import RequestOutput
-from labkit.live import LiveEngine
+from labkit.serving.async_engine import LiveEngine
 from labkit.trace.trace import StepRecord
 
 PREFIX = "labkit:"

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
-from labkit import options as opts
-from labkit.live import EngineStoppedError
-from labkit.server import create_app, options_of
+from labkit.serving import cli as opts
+from labkit.serving.async_engine import EngineStoppedError
+from labkit.serving.server import create_app, options_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

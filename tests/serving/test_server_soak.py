@@ -16,11 +16,11 @@ from typing import Any
 
 from serving import MODEL, Served, served
 
-from labkit.calls import Options
 from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams, answer_ids
 from labkit.engine import Engine
-from labkit.limits import Limits
+from labkit.serving.handler import Options
+from labkit.serving.limits import Limits
 
 CALLS, ROUNDS, AT_ONCE = 2000, 4, 64
 TEXT = "the sea is a prime number and some words of many kinds go on to their end in a long night"

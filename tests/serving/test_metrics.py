@@ -10,9 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
-from labkit.live import LiveEngine
-from labkit.metrics import PREFIX, Metrics
 from labkit.models.load import load_model
+from labkit.serving.async_engine import LiveEngine
+from labkit.serving.metrics import PREFIX, Metrics
 from labkit.speculative.speculator import acceptance
 
 NAMES = {
