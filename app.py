@@ -19,7 +19,7 @@ from labkit.serving.cli import StartError, check_address
 if TYPE_CHECKING:
     import gradio as gr
 
-    from labkit.laboratory import Lab
+    from labkit.page.session import Lab
     from labkit.serving.async_engine import LiveEngine
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before anybody imports it: the lab calls nobody
@@ -81,7 +81,7 @@ def on_colab() -> bool:
 
 def build(engine: LiveEngine | Lab) -> gr.Blocks:
     """The page on a running engine, to launch it or to mount it into another app."""
-    from labkit.page import build
+    from labkit.page.gradio_page import build
 
     return build(engine)
 
@@ -93,7 +93,7 @@ def load(options: argparse.Namespace) -> LiveEngine:
 
 def lab_of(live: LiveEngine, options: argparse.Namespace) -> Lab:
     """The lab round an engine, with the limits that the options set."""
-    from labkit.laboratory import Lab
+    from labkit.page.session import Lab
 
     limits = opts.limits_of(options)
     return Lab(live, limits=limits, grace=options.grace, knobs=options.knobs, trace_file=options.trace_file)
@@ -107,7 +107,7 @@ def launch(engine: LiveEngine | Lab, *, share: bool | None = None, **options: An
         share: also open a public link (None: on Colab only).
         options: for `gr.Blocks.launch`.
     """
-    from labkit.page import serve
+    from labkit.page.gradio_page import serve
 
     return serve(engine, share=on_colab() if share is None else share, **options)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from labkit.core.request import SamplingParams, check_number
-from labkit.desk import as_chat
+from labkit.page.submissions import as_chat
 from labkit.serving.limits import Limits
 from labkit.views import style
 from labkit.views.inspect import page_facts, step_facts

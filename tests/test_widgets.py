@@ -16,8 +16,8 @@ import pytest
 import labkit
 from labkit import Engine, EngineConfig, SamplingParams, notebook, widgets
 from labkit.core.scheduler import Scheduler
-from labkit.desk import as_chat
 from labkit.models.load import LoadedModel, load_model
+from labkit.page.submissions import as_chat
 from labkit.trace.trace import PoolState
 from labkit.views import text
 from labkit.views.live_feed import WINDOW, asset

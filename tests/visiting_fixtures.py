@@ -11,8 +11,8 @@ from visiting import SWITCHES, Visitor, chromium, free_port, wait_for
 import app
 from labkit.config import EngineConfig
 from labkit.engine import Engine
-from labkit.laboratory import Lab
 from labkit.models.load import LoadedModel, load_model
+from labkit.page.session import Lab
 from labkit.serving.async_engine import LiveEngine
 
 

@@ -22,13 +22,13 @@ from tqdm.auto import tqdm
 from labkit.analysis.reference import Run, System, compare_tokens, describe, short_jobs, take_turns, versions
 from labkit.analysis.workload import Job
 from labkit.benchmark import watchers
-from labkit.broadcast import PATH
 from labkit.config import EngineConfig
 from labkit.core.request import RequestOutput, SamplingParams
 from labkit.engine import Engine
-from labkit.laboratory import Bench, Lab
 from labkit.models.load import LoadedModel
-from labkit.page import serve
+from labkit.page.gradio_page import serve
+from labkit.page.session import Bench, Lab
+from labkit.page.sse import PATH
 from labkit.serving.async_engine import LiveEngine
 from labkit.trace.trace import StepRecord
 

@@ -28,7 +28,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from labkit.core.request import SamplingParams
-from labkit.desk import as_chat
+from labkit.page.submissions import as_chat
 from labkit.serving import cli as opts
 from labkit.serving.async_engine import LiveEngine
 from labkit.serving.handler import Job, Options, Server

@@ -9,8 +9,8 @@ import pytest
 from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
-from labkit.laboratory import Lab
 from labkit.models.load import load_model
+from labkit.page.session import Lab
 from labkit.serving.async_engine import LiveEngine
 from labkit.trace.trace import Trace
 

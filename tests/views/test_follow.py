@@ -16,9 +16,9 @@ from visiting import Visitor, free_port, wait_for
 from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
-from labkit.laboratory import Lab
 from labkit.models.load import LoadedModel
-from labkit.page import Page, build, serve
+from labkit.page.gradio_page import Page, build, serve
+from labkit.page.session import Lab
 from labkit.serving.async_engine import LiveEngine
 
 pytest_plugins = ["visiting_fixtures"]

@@ -11,9 +11,9 @@ import pytest
 from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
-from labkit.laboratory import KNOBS, Lab
 from labkit.models.load import LoadedModel, load_model
-from labkit.presets import PRESETS
+from labkit.page.scenarios import PRESETS
+from labkit.page.session import KNOBS, Lab
 from labkit.serving.async_engine import LiveEngine
 from labkit.serving.limits import Limits
 

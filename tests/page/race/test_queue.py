@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from labkit import race_track
 from labkit.models.load import LoadedModel, load_model
-from labkit.race import Progress, RaceCancelled, RaceError
-from labkit.race_track import BusyError, RaceTrack
-from labkit.race_workloads import COURSES
+from labkit.page.race import queue as race_track
+from labkit.page.race.queue import BusyError, RaceTrack
+from labkit.page.race.run import Progress, RaceCancelled, RaceError
+from labkit.page.race.workloads import COURSES
 from labkit.trace.trace import Trace
 
 THREE = ["naive", "static", "continuous"]

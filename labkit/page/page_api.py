@@ -10,7 +10,7 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from labkit.news import Known, News, as_json
+from labkit.page.snapshot import Known, News, as_json
 from labkit.serving.async_engine import EngineStoppedError
 from labkit.views.inspect import page_facts, step_facts
 

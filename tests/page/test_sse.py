@@ -13,26 +13,26 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from test_laboratory import wait_for
+from test_session import wait_for
 
-from labkit import broadcast
-from labkit.broadcast import AGAIN, BEAT, BEHIND, PATH, Broadcast
 from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepResult
 from labkit.core.request import Request, SamplingParams
-from labkit.desk import KEEP
 from labkit.engine import Engine
-from labkit.laboratory import Lab
 from labkit.models.load import LoadedModel, load_model
-from labkit.news import Known, News
-from labkit.page import build, serve
+from labkit.page import sse as broadcast
+from labkit.page.gradio_page import build, serve
+from labkit.page.session import Lab
+from labkit.page.snapshot import Known, News
+from labkit.page.sse import AGAIN, BEAT, BEHIND, PATH, Broadcast
+from labkit.page.submissions import KEEP
+from labkit.page.upload import MAX_BYTES
+from labkit.page.visitors import mark
 from labkit.schedulers.static import SCHEDULERS
 from labkit.serving.async_engine import LiveEngine
 from labkit.trace.trace import StepRecord
-from labkit.upload import MAX_BYTES
 from labkit.views.live_feed import WINDOW
-from labkit.visitors import mark
 
 PATIENCE = 60  # seconds until a test gives up; nothing is decided by it
 FOUR = SamplingParams(max_tokens=4, ignore_eos=True)

@@ -9,11 +9,11 @@ from typing import Any
 import gradio as gr
 import pytest
 from tabs import Looker, browser, served  # noqa: F401
-from test_race_track import SlowRace
+from test_queue import SlowRace
 
 from labkit.models.load import LoadedModel, load_model
-from labkit.race_tab import build_race_tab
-from labkit.race_workloads import COURSES, SETTINGS
+from labkit.page.race.tab import build_race_tab
+from labkit.page.race.workloads import COURSES, SETTINGS
 from labkit.trace.trace import Trace
 
 KEPT: dict[str, Trace] = {}

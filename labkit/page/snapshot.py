@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from labkit.desk import Cards
-from labkit.laboratory import Bench, Lab
+from labkit.page.session import Bench, Lab
+from labkit.page.submissions import Cards
 from labkit.trace.trace import StepRecord
 from labkit.views.live_feed import Frame
 

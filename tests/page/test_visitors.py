@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from labkit.visitors import MAX_NAME, Visitors
+from labkit.page.visitors import MAX_NAME, Visitors
 
 PATIENCE = 30  # seconds until a test gives up; nothing is decided by it
 

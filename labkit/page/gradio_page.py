@@ -15,18 +15,18 @@ from typing import Any
 
 import gradio as gr
 
-from labkit.broadcast import PATH, Broadcast
-from labkit.desk import params_of
-from labkit.laboratory import Lab
-from labkit.news import News
-from labkit.page_api import Api
-from labkit.presets import PRESETS
-from labkit.race_tab import build_race_tab
-from labkit.replay_tab import build_replay_tab
+from labkit.page.page_api import Api
+from labkit.page.race.tab import build_race_tab
+from labkit.page.replay_tab import build_replay_tab
+from labkit.page.scenarios import PRESETS
+from labkit.page.session import Lab
+from labkit.page.snapshot import News
+from labkit.page.sse import PATH, Broadcast
+from labkit.page.submissions import params_of
+from labkit.page.upload import MAX_BYTES
+from labkit.page.visitors import mark
 from labkit.serving.async_engine import EngineStoppedError, LiveEngine
-from labkit.upload import MAX_BYTES
 from labkit.views.live_feed import asset
-from labkit.visitors import mark
 
 QUEUE_SECONDS = 0.1  # between two looks of gradio at its queue: left alone, it takes 1,100 a second
 EXAMPLES = {

@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from labkit.news import Known, News, as_json
+from labkit.page.snapshot import Known, News, as_json
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from test_views import run
 
-from labkit import upload
+from labkit.page import upload
+from labkit.page.upload import read_upload
 from labkit.trace.trace import Trace, TraceError
-from labkit.upload import read_upload
 
 HEAD = {
     "format": "labkit-trace",

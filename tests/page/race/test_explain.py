@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 
 from labkit.models.load import LoadedModel, load_model
-from labkit.race import Race, run_race
-from labkit.race_verdict import verdict
-from labkit.race_workloads import CHUNKED, COURSES, RESERVED, SETTINGS, SPECULATION, WHOLE
+from labkit.page.race.explain import verdict
+from labkit.page.race.run import Race, run_race
+from labkit.page.race.workloads import CHUNKED, COURSES, RESERVED, SETTINGS, SPECULATION, WHOLE
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import pytest
 
 from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
-from labkit.desk import KEEP, Desk, as_chat, params_of
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel, load_model
+from labkit.page.submissions import KEEP, Desk, as_chat, params_of
+from labkit.page.visitors import mark
 from labkit.serving.async_engine import LiveEngine
 from labkit.serving.limits import Limits
-from labkit.visitors import mark
 
 FOUR = SamplingParams(max_tokens=4)
 
@@ -184,7 +184,7 @@ def test_a_prompt_beyond_measure_is_refused_unread(desk: Desk, monkeypatch: pyte
     def read(*_: object) -> None:
         raise AssertionError("it was tokenised")
 
-    monkeypatch.setattr("labkit.desk.as_chat", read)
+    monkeypatch.setattr("labkit.page.submissions.as_chat", read)
     monkeypatch.setattr(desk.live, "submit", read)
     with pytest.raises(ValueError, match="it has 20,001 characters, and the limit is 20,000"):
         desk.inject("me", "x" * (Limits.prompt_chars + 1), FOUR)

@@ -17,16 +17,16 @@ from typing import Any
 
 from labkit.config import KV_POLICIES, EngineConfig
 from labkit.core.request import check_flag, check_number
-from labkit.desk import Desk
 from labkit.engine import Engine
-from labkit.presets import BY_NAME
-from labkit.script import Player
+from labkit.page.scenario_player import Player
+from labkit.page.scenarios import BY_NAME
+from labkit.page.submissions import Desk
+from labkit.page.visitors import GRACE, Visitors
 from labkit.serving.async_engine import LiveEngine
 from labkit.serving.limits import Limits
 from labkit.trace.trace import Trace
 from labkit.trace.writer import TraceWriters
 from labkit.views.live_feed import WINDOW, Feed
-from labkit.visitors import GRACE, Visitors
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import gradio as gr
 
+from labkit.page.upload import MAX_BYTES, read_upload
 from labkit.trace.trace import Trace, TraceError
-from labkit.upload import MAX_BYTES, read_upload
 from labkit.views import perfetto, style
 from labkit.views import replay_data as film
 from labkit.views.live_feed import asset

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from labkit import views
-from labkit.race_track import BusyError, RaceTrack
-from labkit.race_workloads import COURSES, SETTINGS, WORDS
+from labkit.page.race.queue import BusyError, RaceTrack
+from labkit.page.race.workloads import COURSES, SETTINGS, WORDS
 from labkit.trace.trace import Trace
 from labkit.views.live_feed import asset
 

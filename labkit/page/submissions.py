@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from labkit.core.request import SamplingParams, check_number
+from labkit.page.visitors import mark
 from labkit.serving.async_engine import LiveEngine, Progress
 from labkit.serving.limits import Limits
 from labkit.views import style
-from labkit.visitors import mark
 
 KEEP = 200  # cards that the lab remembers, and more only while that many requests are unfinished
 MIN_SPEED = 0.5  # steps a second: slower than that, the shared engine seems to hang

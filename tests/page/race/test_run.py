@@ -10,7 +10,7 @@ import pytest
 from labkit.core.request import Request, SamplingParams
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel, load_model
-from labkit.race import (
+from labkit.page.race.run import (
     MAX_ANSWER,
     MAX_PROMPT,
     MAX_REQUESTS,
@@ -25,7 +25,7 @@ from labkit.race import (
     config_of,
     run_race,
 )
-from labkit.race_workloads import COURSES, SETTINGS
+from labkit.page.race.workloads import COURSES, SETTINGS
 from labkit.speculative.speculator import NgramDrafter
 from labkit.trace.trace import Trace, TraceMeta
 
@@ -300,4 +300,6 @@ def test_a_named_workload_shows_what_it_says(model: LoadedModel, name: str) -> N
 
 
 def test_it_needs_no_torch_to_read_a_race() -> None:
-    assert TraceMeta(1, 1, 1, 1) and "torch" not in vars(__import__("labkit.race", fromlist=["race"]))
+    assert TraceMeta(1, 1, 1, 1) and "torch" not in vars(
+        __import__("labkit.page.race.run", fromlist=["race"])
+    )

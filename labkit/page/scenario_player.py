@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from labkit.core.request import SamplingParams
-from labkit.desk import Desk, as_chat
-from labkit.presets import Line, Preset
+from labkit.page.scenarios import Line, Preset
+from labkit.page.submissions import Desk, as_chat
 from labkit.serving.async_engine import EngineStoppedError, LiveEngine
 from labkit.trace.trace import StepRecord
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from labkit.race import Result
-from labkit.race_workloads import CHUNKED, RESERVED, SPECULATION, WHOLE
+from labkit.page.race.run import Result
+from labkit.page.race.workloads import CHUNKED, RESERVED, SPECULATION, WHOLE
 
 
 def verdict(results: Sequence[Result]) -> list[tuple[str, str]]:

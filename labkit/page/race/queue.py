@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from labkit.race import MAX_SETTINGS, Progress, Race, RaceCancelled, RaceError, Result, run_race
-from labkit.race_verdict import verdict
-from labkit.race_workloads import COURSES, SETTINGS, WORDS
+from labkit.page.race.explain import verdict
+from labkit.page.race.run import MAX_SETTINGS, Progress, Race, RaceCancelled, RaceError, Result, run_race
+from labkit.page.race.workloads import COURSES, SETTINGS, WORDS
 from labkit.trace.trace import Trace
 from labkit.views.replay_data import film
 

@@ -12,9 +12,9 @@ from visiting import FIND, HOSTILE, Visitor, free_port, wait_for
 import app
 from labkit.config import EngineConfig
 from labkit.engine import Engine
-from labkit.laboratory import Lab
 from labkit.models.load import LoadedModel
-from labkit.presets import PRESETS
+from labkit.page.scenarios import PRESETS
+from labkit.page.session import Lab
 from labkit.serving.async_engine import LiveEngine
 from labkit.serving.limits import Limits
 

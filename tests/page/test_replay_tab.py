@@ -13,10 +13,10 @@ from test_perfetto import busy, timed
 from test_views import run, story
 from test_views_drafts import story as drafting
 
-from labkit import replay_tab
-from labkit.replay_tab import Traces, build_replay_tab
+from labkit.page import replay_tab
+from labkit.page.replay_tab import Traces, build_replay_tab
+from labkit.page.upload import MAX_BYTES
 from labkit.trace.trace import Trace, TraceError
-from labkit.upload import MAX_BYTES
 from labkit.views import perfetto
 from labkit.views.live_feed import asset
 from labkit.views.pool_picture import pages_of
