@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from labkit.exercises import check
     from labkit.llm import LLM
     from labkit.notebook import setup
+    from labkit.notebook.live_view import lab
     from labkit.trace.trace import Trace
-    from labkit.widgets import lab
 
 __all__ = ["LLM", "Engine", "EngineConfig", "SamplingParams", "Trace", "check", "lab", "setup"]
 
@@ -27,7 +27,7 @@ _HOMES = {
     "SamplingParams": "labkit.core.request",
     "Trace": "labkit.trace.trace",
     "check": "labkit.exercises",
-    "lab": "labkit.widgets",
+    "lab": "labkit.notebook.live_view",
     "setup": "labkit.notebook",
 }
 

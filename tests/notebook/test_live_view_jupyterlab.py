@@ -28,12 +28,12 @@ pytest.importorskip("anywidget", reason="anywidget is not installed")
 
 import nbformat
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CELLS = {
     "lab": """
 import labkit
 from labkit import Engine, EngineConfig, SamplingParams, notebook
-from labkit.widgets import what_if
+from labkit.notebook.live_view import what_if
 engine = Engine(EngineConfig(model="tiny-random", num_blocks=48, max_num_seqs=4))
 labkit.lab(engine)""",
     "steps": """

@@ -130,7 +130,7 @@ def setup() -> None:
 
 def source(*things: Any) -> None:
     """Print the engine's own source of functions, classes or properties, and the file that each stands in."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     for thing in things:
         thing = inspect.unwrap(getattr(thing, "fget", None) or thing)
         file = Path(inspect.getsourcefile(thing) or "")

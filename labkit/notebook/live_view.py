@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from labkit.engine import Engine
 from labkit.notebook import Picture, in_colab
+from labkit.notebook.host import Host
 from labkit.views import text
 from labkit.views.live_feed import asset
-from labkit.widget_host import Host
 
 if TYPE_CHECKING:
     import ipywidgets

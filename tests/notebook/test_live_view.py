@@ -14,15 +14,16 @@ import ipywidgets
 import pytest
 
 import labkit
-from labkit import Engine, EngineConfig, SamplingParams, notebook, widgets
+from labkit import Engine, EngineConfig, SamplingParams, notebook
 from labkit.core.scheduler import Scheduler
 from labkit.models.load import LoadedModel, load_model
+from labkit.notebook import live_view as widgets
+from labkit.notebook.host import KEEP, SLICE, Host
+from labkit.notebook.live_view import GONE, HOW_TO, KEEP_OPEN, what_if
 from labkit.page.submissions import as_chat
 from labkit.trace.trace import PoolState
 from labkit.views import text
 from labkit.views.live_feed import WINDOW, asset
-from labkit.widget_host import KEEP, SLICE, Host
-from labkit.widgets import GONE, HOW_TO, KEEP_OPEN, what_if
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -594,7 +595,7 @@ def test_a_function_that_fails_says_so_beneath_its_slider(kernel: None) -> None:
     (error,) = shown._below.outputs
     assert (error["ename"], error["evalue"]) == ("RuntimeError", "five is one too many")
     assert "in fails" in error["traceback"][1]
-    assert not any("labkit/widgets.py" in line for line in error["traceback"])
+    assert not any("labkit/notebook/live_view.py" in line for line in error["traceback"])
     shown._controls["pages"].value = 6
     assert shown._below.outputs[0]["text"] == "fine"
 
