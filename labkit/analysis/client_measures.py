@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from labkit.benchmark.serving import percentile
+from labkit.benchmark.engine.schedulers import percentile
 
 
 @dataclass

@@ -13,16 +13,17 @@ from typing import Any
 from labkit.analysis.reference import reference_model
 from labkit.analysis.shapes import SEATS, SHAPES, config_of, random_model, random_reference
 from labkit.analysis.workload import Job, make_noise, make_workload
-from labkit.benchmark import bookkeeping, equality, forecast, load_report
-from labkit.benchmark.ladder import SLOW_SECONDS, climb
-from labkit.benchmark.ladder_report import LadderReport, figure
-from labkit.benchmark.load_sweep import Plan, measure_load
-from labkit.benchmark.rungs import NAMES, rungs_for
-from labkit.benchmark.serving import OURS, measure
-from labkit.benchmark.speculative import SEATS as SPECULATION_SEATS
-from labkit.benchmark.speculative import speculate
-from labkit.benchmark.stream import REQUESTS, stream
-from labkit.benchmark.watchers import WATCHERS
+from labkit.benchmark.engine import bookkeeping, equality, forecast
+from labkit.benchmark.engine.ladder import SLOW_SECONDS, climb
+from labkit.benchmark.engine.ladder_report import LadderReport, figure
+from labkit.benchmark.engine.rungs import NAMES, rungs_for
+from labkit.benchmark.engine.schedulers import OURS, measure
+from labkit.benchmark.engine.speculative import SEATS as SPECULATION_SEATS
+from labkit.benchmark.engine.speculative import speculate
+from labkit.benchmark.engine.stream import REQUESTS, stream
+from labkit.benchmark.serving import load_report
+from labkit.benchmark.serving.load_sweep import Plan, measure_load
+from labkit.benchmark.serving.watchers import WATCHERS
 from labkit.models.load import load_model, resolve_device
 
 _LOAD = ("rates", "rate_seconds", "streams", "slo_ttft", "slo_itl", "url", "url_model")  # with --serve
@@ -166,7 +167,9 @@ def _measure(args: argparse.Namespace) -> tuple[str, Any]:
     load = functools.partial(load_model, args.model, dtype=args.dtype, device=args.device)
     loaded = load()
     if args.watched:
-        from labkit.benchmark.watched import watched  # and with it gradio, which nothing else here needs
+        from labkit.benchmark.serving.watched import (
+            watched,  # and with it gradio, which nothing else here needs
+        )
 
         sizes = {"seats": seats[0], "budget": args.max_num_batched_tokens, "repeats": args.repeats}
         watching = watched(loaded, jobs_of(loaded.tokenizer), count=args.watched, **sizes)

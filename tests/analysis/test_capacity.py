@@ -33,7 +33,7 @@ from labkit.analysis.capacity import (
 )
 from labkit.analysis.capacity.decode_run import DecodeRun
 from labkit.analysis.capacity.replay import ROUTERS, _request
-from labkit.benchmark import forecast
+from labkit.benchmark.engine import forecast
 from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit import EngineConfig
-from labkit.benchmark.equality import teacher_forced
+from labkit.benchmark.engine.equality import teacher_forced
 from labkit.core.model import Transformer
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine

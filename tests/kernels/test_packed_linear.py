@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from labkit.benchmark.equality import teacher_forced
+from labkit.benchmark.engine.equality import teacher_forced
 from labkit.core.model import Transformer
 from labkit.kernels import packed_linear as linear
 from tests.conftest import loaded, reference

@@ -35,10 +35,10 @@ from labkit.analysis.reference import (
 )
 from labkit.analysis.roofline import Ceiling, Shape, measure_ceiling
 from labkit.analysis.workload import Job
-from labkit.benchmark.ladder_report import LadderReport, RungRow
-from labkit.benchmark.meter import Meter, peak_memory
-from labkit.benchmark.peers import PeerRow, peer_row, peer_systems
-from labkit.benchmark.rungs import Rung, Sizes
+from labkit.benchmark.engine.ladder_report import LadderReport, RungRow
+from labkit.benchmark.engine.meter import Meter, peak_memory
+from labkit.benchmark.engine.peers import PeerRow, peer_row, peer_systems
+from labkit.benchmark.engine.rungs import Rung, Sizes
 from labkit.models.load import LoadedModel
 
 SLOW_SECONDS = 60.0  # what answers one at a time runs on as many of the first jobs as take about so long

@@ -22,12 +22,12 @@ from serving import MODEL, Served, served
 
 from labkit.analysis.client_measures import Measure, Slo, Spread, summary
 from labkit.analysis.reference import DifferentTokens
-from labkit.benchmark import load
 from labkit.benchmark.__main__ import main
-from labkit.benchmark.arrivals import Arrival, Lengths, at_once, poisson
-from labkit.benchmark.load_report import RateRow, knee, table
-from labkit.benchmark.load_sweep import Plan, _Bench, _queue, compare, most_at_once
-from labkit.benchmark.processes import Answer, ServerProcess, numbers
+from labkit.benchmark.serving import load
+from labkit.benchmark.serving.arrivals import Arrival, Lengths, at_once, poisson
+from labkit.benchmark.serving.load_report import RateRow, knee, table
+from labkit.benchmark.serving.load_sweep import Plan, _Bench, _queue, compare, most_at_once
+from labkit.benchmark.serving.processes import Answer, ServerProcess, numbers
 from labkit.core.request import SamplingParams
 from labkit.models.tiny import tiny_tokenizer
 

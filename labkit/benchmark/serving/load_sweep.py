@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from labkit.analysis.client_measures import Measure, Slo, Summary, summary
 from labkit.analysis.reference import DifferentTokens, versions
-from labkit.benchmark import load
-from labkit.benchmark.arrivals import (
+from labkit.benchmark.serving import load
+from labkit.benchmark.serving.arrivals import (
     ANSWERS,
     PROMPTS,
     Arrival,
@@ -30,8 +30,8 @@ from labkit.benchmark.arrivals import (
     requests,
     tokenizer_of,
 )
-from labkit.benchmark.load_report import HttpCost, LoadReport, ManyStreams, RateRow, knee
-from labkit.benchmark.processes import (
+from labkit.benchmark.serving.load_report import HttpCost, LoadReport, ManyStreams, RateRow, knee
+from labkit.benchmark.serving.processes import (
     Answer,
     EngineProcess,
     ServerProcess,

@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from labkit.analysis.roofline import Ceiling
-from labkit.benchmark.peers import PeerRow
+from labkit.benchmark.engine.peers import PeerRow
 from labkit.views import style
 
 _COLUMNS = (  # of the rungs: two lines of heading, and a width

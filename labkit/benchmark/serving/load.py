@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 
 from labkit.analysis.client_measures import Measure, Slo, summary
-from labkit.benchmark.arrivals import Arrival
+from labkit.benchmark.serving.arrivals import Arrival
 from labkit.core.request import check_number
 
 __all__ = ["EXTRAS", "Measure", "ServerError", "Slo", "follow", "run", "summary", "supported"]

@@ -15,13 +15,13 @@ from labkit.analysis.reference import DifferentTokens, Run, reference_model, run
 from labkit.analysis.roofline import Ceiling, Shape
 from labkit.analysis.shapes import SHAPES, config_of, random_model, random_reference
 from labkit.analysis.workload import Job, make_noise, make_workload
-from labkit.benchmark import ladder as ladder_module
 from labkit.benchmark.__main__ import main
-from labkit.benchmark.ladder import Standing, climb
-from labkit.benchmark.ladder_report import LadderReport, figure
-from labkit.benchmark.peers import run_padded
-from labkit.benchmark.rungs import NAMES, Sizes, rungs_for
-from labkit.benchmark.stream import stream
+from labkit.benchmark.engine import ladder as ladder_module
+from labkit.benchmark.engine.ladder import Standing, climb
+from labkit.benchmark.engine.ladder_report import LadderReport, figure
+from labkit.benchmark.engine.peers import run_padded
+from labkit.benchmark.engine.rungs import NAMES, Sizes, rungs_for
+from labkit.benchmark.engine.stream import stream
 from labkit.core.model import Transformer
 from labkit.models.load import LoadedModel, load_model
 from labkit.models.tiny import tiny_random
@@ -234,7 +234,7 @@ def test_a_peer_that_fails_is_a_line(jobs: list[Job], monkeypatch: pytest.Monkey
     def broken(*args: Any) -> Run:
         raise RuntimeError("it gave up")
 
-    monkeypatch.setattr("labkit.benchmark.peers.run_generate_batch", broken)
+    monkeypatch.setattr("labkit.benchmark.engine.peers.run_generate_batch", broken)
     rungs = rungs_for("cpu", ["fused projections"])
     report = quick(load, jobs[:2], rungs, reference=as_transformers, peers=True)
     assert "transformers, generate_batch: RuntimeError: it gave up" in str(report).splitlines()

@@ -23,12 +23,12 @@ from labkit.analysis.reference import (
 )
 from labkit.analysis.roofline import Ceiling, Shape, Work, _keys_read, _keys_seen, measure_ceiling
 from labkit.analysis.workload import Job, make_noise, make_workload
-from labkit.benchmark import perplexity
 from labkit.benchmark.__main__ import main
-from labkit.benchmark.meter import Meter, peak_memory
-from labkit.benchmark.serving import measure
-from labkit.benchmark.watched import watched
-from labkit.benchmark.watchers import Watchers
+from labkit.benchmark.engine import perplexity
+from labkit.benchmark.engine.meter import Meter, peak_memory
+from labkit.benchmark.engine.schedulers import measure
+from labkit.benchmark.serving.watched import watched
+from labkit.benchmark.serving.watchers import Watchers
 from labkit.config import EngineConfig
 from labkit.core import model_runner as runner
 from labkit.engine import Engine
@@ -336,8 +336,8 @@ def test_arguments_that_make_no_sense(arguments: list[str], capsys: pytest.Captu
 
 
 def test_bookkeeping_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    monkeypatch.setattr("labkit.benchmark.bookkeeping.report", lambda trace_steps: {"n": trace_steps})
-    monkeypatch.setattr("labkit.benchmark.bookkeeping.table", lambda figures: "a table")
+    monkeypatch.setattr("labkit.benchmark.engine.bookkeeping.report", lambda trace_steps: {"n": trace_steps})
+    monkeypatch.setattr("labkit.benchmark.engine.bookkeeping.table", lambda figures: "a table")
     file = tmp_path / "figures.json"
     assert main(["--bookkeeping", "--trace-steps", "9", "--json", str(file)]) == 0
     assert capsys.readouterr().out == "a table\n"

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from labkit.analysis.reference import Clock, Run, System, agreement, middle, run_engine
 from labkit.analysis.workload import Job
-from labkit.benchmark.serving import percentile
+from labkit.benchmark.engine.schedulers import percentile
 from labkit.config import EngineConfig
 from labkit.models.load import LoadedModel
 

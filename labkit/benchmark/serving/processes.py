@@ -24,7 +24,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from labkit.analysis.reference import device_name
-from labkit.benchmark.arrivals import Arrival
+from labkit.benchmark.serving.arrivals import Arrival
 from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine

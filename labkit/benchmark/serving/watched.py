@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from labkit.analysis.reference import Run, System, compare_tokens, describe, short_jobs, take_turns, versions
 from labkit.analysis.workload import Job
-from labkit.benchmark import watchers
+from labkit.benchmark.serving import watchers
 from labkit.config import EngineConfig
 from labkit.core.request import RequestOutput, SamplingParams
 from labkit.engine import Engine

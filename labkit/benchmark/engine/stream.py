@@ -23,7 +23,7 @@ from labkit.analysis.reference import (
     versions,
 )
 from labkit.analysis.workload import Job
-from labkit.benchmark.peers import PeerRow, peer_row, run_ours
+from labkit.benchmark.engine.peers import PeerRow, peer_row, run_ours
 from labkit.models.load import LoadedModel
 
 REQUESTS = 128

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from labkit.analysis.workload import Job, prose
-from labkit.benchmark import perplexity
+from labkit.benchmark.engine import perplexity
 from labkit.config import EngineConfig
 from labkit.core.model import Transformer
 from labkit.core.request import SamplingParams
