@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from labkit.serving import cli as opts
+from labkit.serving import cli
 from labkit.serving.cli import StartError, check_address
 
 if TYPE_CHECKING:
@@ -29,15 +29,15 @@ TRACE_STEPS = 5_000  # that the engine remembers: many times what the page draws
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options. Ends the program with status 2 and one line on stderr for one that cannot be."""
-    parser = opts.Parser(
+    parser = cli.Parser(
         prog="app.py", description="A page on a real LLM engine: inject requests, watch it work."
     )
-    opts.add_engine(parser, num_blocks=256)
+    cli.add_engine(parser, num_blocks=256)
     add = parser.add_argument
     host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")  # a Hugging Face Space says where to listen
     port = os.environ.get("GRADIO_SERVER_PORT", "7860")
     add("--host", default=host, help="address to listen at; 0.0.0.0 for all (default: %(default)s)")
-    add("--port", type=opts.port, default=port, help="default: %(default)s")
+    add("--port", type=cli.port, default=port, help="default: %(default)s")
     add(
         "--share",
         action=argparse.BooleanOptionalAction,
@@ -52,11 +52,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--api-key", default=os.environ.get("LABKIT_API_KEY"), help="that its clients must bring")
     group = parser.add_argument_group("for a class", "what visitors may do")
-    opts.add_limits(group, requests=64, queue=512, whose="visitor")
+    cli.add_limits(group, requests=64, queue=512, whose="visitor")
     add = group.add_argument
     add(
         "--grace",
-        type=opts.seconds,
+        type=cli.seconds,
         default=8.0,
         help="seconds after which the requests of a closed tab are cancelled (default: %(default)s)",
     )
@@ -88,14 +88,14 @@ def build(engine: LiveEngine | Lab) -> gr.Blocks:
 
 def load(options: argparse.Namespace) -> LiveEngine:
     """Load the model and set the engine going. Raises `StartError` if that cannot be done."""
-    return opts.load(options, trace_steps=TRACE_STEPS)
+    return cli.load(options, trace_steps=TRACE_STEPS)
 
 
 def lab_of(live: LiveEngine, options: argparse.Namespace) -> Lab:
     """The lab round an engine, with the limits that the options set."""
     from labkit.page.session import Lab
 
-    limits = opts.limits_of(options)
+    limits = cli.limits_of(options)
     return Lab(live, limits=limits, grace=options.grace, knobs=options.knobs, trace_file=options.trace_file)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from labkit.exercises import e09, judge
 from labkit.exercises.e09 import int8_product, one_scale, plain_model, quantize_rows, rounded
-from labkit.kernels import int8 as quantize
+from labkit.kernels import int8
 from labkit.models.teacher_forcing import teacher_forced
 from tests.exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
@@ -263,8 +263,8 @@ def test_a_rounded_model_in_floats_is_the_engines_in_whole_numbers() -> None:
 
     engine = load_model("tiny-random", quantization="int8", device="cpu", say=None)
     plain = plain_model("tiny-random")
-    quantize.rotate(plain.module)
-    mine = rounded(plain, lambda weight, levels: quantize.quantize_rows(weight), rotated=True)
+    int8.rotate(plain.module)
+    mine = rounded(plain, lambda weight, levels: int8.quantize_rows(weight), rotated=True)
     want, got = teacher_forced(engine.module, TEXT), teacher_forced(mine.module, TEXT)
     # A number on the edge of two steps may fall either way, and what follows from it is rounded anew.
     assert float((got - want).abs().mean() / want.std()) < 0.03
@@ -275,7 +275,7 @@ def test_a_rounded_layer_is_the_engines() -> None:
     numbers, scales = e09._numbers(40, 96)
     numbers = torch.clamp(numbers, -64, 64)  # which no kernel cuts off
     x, bias = e09._inputs(9, 96), torch.arange(40.0)
-    want = quantize.Int8Linear(numbers, scales, bias, quantize._IntMM)(x)
+    want = int8.Int8Linear(numbers, scales, bias, int8._IntMM)(x)
     got = e09.Rounded(numbers * scales, bias, None, by_token=True)(x)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
 

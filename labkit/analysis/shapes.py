@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 from labkit.core.model import Transformer
-from labkit.kernels import packed_linear as linear
+from labkit.kernels import packed_linear
 from labkit.models.int8_cache import int8_model
 from labkit.models.load import LoadedModel, ModelError, Say, resolve_device, resolve_dtype
 from labkit.models.tiny import tiny_tokenizer
@@ -112,9 +112,9 @@ def random_model(
     else:
         module = Transformer.from_tensors(config, tensors.items(), dtype=as_type, device=to)
         if not fused_projections:
-            linear.split(module)
-        if packed_weights and linear.can_pack(module):
-            linear.pack(module)
+            packed_linear.split(module)
+        if packed_weights and packed_linear.can_pack(module):
+            packed_linear.pack(module)
     return LoadedModel(f"{shape} (random)", module, tiny_tokenizer(), config, frozenset(), quantization)
 
 

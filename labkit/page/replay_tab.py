@@ -17,8 +17,7 @@ import gradio as gr
 
 from labkit.page.upload import MAX_BYTES, read_upload
 from labkit.trace.trace import Trace, TraceError
-from labkit.views import perfetto, style
-from labkit.views import replay_data as film
+from labkit.views import perfetto, replay_data, style
 from labkit.views.live_feed import asset
 
 MAX_UPLOADS = 16
@@ -102,7 +101,7 @@ class Traces:
                         self._reels.move_to_end(name)
                         return name, reel
             still = Trace(trace.meta, records)
-            reel = _Reel(still, film.lanes_of(still), film.film(still))
+            reel = _Reel(still, replay_data.lanes_of(still), replay_data.film(still))
         name = secrets.token_hex(16)
         with self._lock:
             self._reels[name] = reel
@@ -159,7 +158,7 @@ def build_replay_tab(sources: Callable[[], Mapping[str, Trace]]) -> gr.HTML:
         except KeyError:
             return _answer({"gone": True})
         first, count = _number(question, "first"), _number(question, "count")
-        return _answer({"frames": film.frames(reel.trace, reel.lanes, first, max(1, count))})
+        return _answer({"frames": replay_data.frames(reel.trace, reel.lanes, first, max(1, count))})
 
     def save(question: Any) -> str:
         try:

@@ -50,7 +50,7 @@ def read_upload(path: str | os.PathLike[str]) -> Trace:
 
 
 def _read(path: str | os.PathLike[str]) -> Trace:
-    from labkit.trace import jsonl as trace_file
+    from labkit.trace import jsonl
 
     deadline = time.monotonic() + MAX_SECONDS
     steps = arrived = 0
@@ -74,7 +74,7 @@ def _read(path: str | os.PathLike[str]) -> Trace:
             at_once = f"{MAX_REQUESTS:,} requests, or {MAX_AT_ONCE:,} at once"
             raise TraceError(f"The file has more than {at_once}.")
 
-    trace = trace_file.read_lines(_lines(path), watch=watch)
+    trace = jsonl.read_lines(_lines(path), watch=watch)
     if not trace.records:
         raise TraceError("The trace holds no steps.")
     return trace

@@ -17,7 +17,7 @@ from inspect import signature
 from typing import TYPE_CHECKING
 
 from labkit.config import EngineConfig
-from labkit.serving import cli as opts
+from labkit.serving import cli
 from labkit.speculative.speculator import NgramDrafter
 
 if TYPE_CHECKING:
@@ -307,10 +307,10 @@ def _no_twin(config: EngineConfig, out: Command) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print both command lines. Returns the exit status."""
-    parser = opts.Parser(
+    parser = cli.Parser(
         prog="labkit.export", description="Command lines that serve the same model with vLLM and SGLang."
     )
-    opts.add_engine(parser, num_blocks=None)
+    cli.add_engine(parser, num_blocks=None)
     given = vars(parser.parse_args(arguments))
     try:
         names = {entry.name for entry in fields(EngineConfig)}
@@ -320,7 +320,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print("\n\n".join(map(str, found.values())))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
-from labkit.serving import cli as opts
+from labkit.serving import cli
 from labkit.serving.async_engine import EngineStoppedError
 from labkit.serving.server import create_app, options_of
 
@@ -83,7 +83,7 @@ def application(given: argparse.Namespace, replicas: Replicas) -> serve.Applicat
         import torch
 
         torch.set_num_threads(replicas.threads)
-        return create_app(opts.load(given, trace_steps=1), options_of(given))
+        return create_app(cli.load(given, trace_steps=1), options_of(given))
 
     many: dict[str, Any] = {"num_replicas": replicas.fewest}
     if replicas.most > replicas.fewest:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from labkit.serving import cli as opts
+from labkit.serving import cli
 
 if TYPE_CHECKING:
     from labkit.serving.ray_replica import Replicas
@@ -38,21 +38,21 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, a
 
     Ends the program with status 2 and one line on stderr for one that cannot be.
     """
-    parser = opts.Parser(
+    parser = cli.Parser(
         prog="labkit.scale",
         description="OpenAI's API on many engines. Takes the options of labkit.server, too, which say what "
         "each of the engines is and what it allows.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--replicas", type=opts.positive, default=1, help="engines (default: %(default)s)")
-    add("--max-replicas", type=opts.positive, help="engines under load (default: as --replicas)")
+    add("--replicas", type=cli.positive, default=1, help="engines (default: %(default)s)")
+    add("--max-replicas", type=cli.positive, help="engines under load (default: as --replicas)")
     add(
         "--target-ongoing",
-        type=opts.positive,
+        type=cli.positive,
         help="calls to an engine, on average, above which one is added (default: as --max-num-seqs)",
     )
-    add("--threads", type=opts.positive, help="cores of each engine (default: an even share)")
+    add("--threads", type=cli.positive, help="cores of each engine (default: an even share)")
     add("--gpus-per-replica", type=_share, help="0 to 1 (default: 1 where there are GPUs)")
     add(
         "--routing",
@@ -78,7 +78,7 @@ def shares(own: argparse.Namespace, given: argparse.Namespace, there: Mapping[st
     """What each engine gets of a cluster's resources.
 
     Raises:
-        opts.StartError: if they do not suffice, and the cluster is not one that could grow.
+        cli.StartError: if they do not suffice, and the cluster is not one that could grow.
     """
     from labkit.serving.ray_replica import Replicas
 
@@ -88,7 +88,7 @@ def shares(own: argparse.Namespace, given: argparse.Namespace, there: Mapping[st
     share = min(gpus, 1) if own.gpus_per_replica is None else own.gpus_per_replica
     for what, each, have in (("cores", threads, cores), ("GPUs", share, gpus)):
         if not own.address and most * each > have:
-            raise opts.StartError(
+            raise cli.StartError(
                 f"{most} engines with {each:g} {what} each need {most * each:g} {what}, and {have:g} are here"
             )
     return Replicas(
@@ -115,26 +115,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("labkit.scale: Ray is not installed: pip install 'labkit[scale]'", file=sys.stderr)
         return 2
     try:
-        opts.check_address(given.host, given.port)
+        cli.check_address(given.host, given.port)
         from labkit.serving.ray_replica import application  # after the check, for it takes seconds
 
         own_cluster = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
         try:
             ray.init(own.address, **({} if own.address else own_cluster))
         except Exception as error:  # a bare one, when its processes take longer than half a minute
-            raise opts.StartError(f"Ray does not start: {error}") from None
+            raise cli.StartError(f"Ray does not start: {error}") from None
         replicas = shares(own, given, ray.cluster_resources())
         print(f"Starting {replicas.fewest} x {given.model} ...", flush=True)
         serve.start(proxy_location="EveryNode", http_options={"host": given.host, "port": given.port})
         try:
             serve.run(application(given, replicas), name=_APP, route_prefix="/")
         except RuntimeError:
-            raise opts.StartError("the engines do not start; what they said is above") from None
+            raise cli.StartError("the engines do not start; what they said is above") from None
         print(f"Ready: http://{given.host}:{given.port}/v1", flush=True)
         _wait()
         print("Draining ...", flush=True)
         serve.delete(_APP)  # returns once the answers are finished; what else runs there goes on
-    except opts.StartError as error:
+    except cli.StartError as error:
         print(f"labkit.scale: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     finally:
@@ -148,7 +148,3 @@ def _wait() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: told.set())
     told.wait()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from labkit.core.request import SamplingParams
 from labkit.page.submissions import as_chat
-from labkit.serving import cli as opts
+from labkit.serving import cli
 from labkit.serving.async_engine import LiveEngine
 from labkit.serving.handler import Job, Options, Server
 from labkit.serving.schema import (
@@ -372,20 +372,20 @@ class _Draining(uvicorn.Server):
 
 def parse(arguments: Sequence[str] | None = None) -> Any:
     """The options. Ends the program with status 2 and one line on stderr for one that cannot be."""
-    parser = opts.Parser(prog="labkit.server", description="OpenAI's API on an engine of our own.")
-    opts.add_engine(parser, num_blocks=None)
+    parser = cli.Parser(prog="labkit.server", description="OpenAI's API on an engine of our own.")
+    cli.add_engine(parser, num_blocks=None)
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (default: %(default)s)")
-    add("--port", type=opts.port, default=8000, help="default: %(default)s")
+    add("--port", type=cli.port, default=8000, help="default: %(default)s")
     add("--served-model-name", help="that clients must name (default: that of --model)")
     add("--api-key", default=os.environ.get("LABKIT_API_KEY"), help="that clients must bring (default: none)")
     add("--cors", action="append", default=[], metavar="ORIGIN", help="whose pages may call; may be repeated")
     add("--log-prompts", action="store_true", help="write prompts into the log")
-    opts.add_limits(parser.add_argument_group("limits"), requests=1024, queue=1024, whose="client")
-    add("--request-seconds", type=opts.seconds, default=600.0, help="of an answer (default: %(default)s)")
+    cli.add_limits(parser.add_argument_group("limits"), requests=1024, queue=1024, whose="client")
+    add("--request-seconds", type=cli.seconds, default=600.0, help="of an answer (default: %(default)s)")
     add(
         "--drain-seconds",
-        type=opts.seconds,
+        type=cli.seconds,
         default=30.0,
         help="that answers under way have to end when the server stops (default: %(default)s)",
     )
@@ -395,7 +395,7 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
 def options_of(given: argparse.Namespace) -> Options:
     """What the command line allows."""
     return Options(
-        limits=opts.limits_of(given),
+        limits=cli.limits_of(given),
         api_key=given.api_key,
         model_name=given.served_model_name,
         request_seconds=given.request_seconds,
@@ -409,10 +409,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        opts.check_address(given.host, given.port)
+        cli.check_address(given.host, given.port)
         print(f"Loading {given.model} ...", flush=True)
-        live = opts.load(given, trace_steps=1)
-    except opts.StartError as error:
+        live = cli.load(given, trace_steps=1)
+    except cli.StartError as error:
         print(f"labkit.server: {error}", file=sys.stderr)
         return 2
     with live:
@@ -427,7 +427,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         _Draining(config, app.state.server, given.drain_seconds).run()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

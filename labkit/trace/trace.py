@@ -418,9 +418,9 @@ class Trace:
 
     def lines(self) -> Iterator[str]:
         """The trace as JSON Lines: a header, then one step a line. Fields at their default are left out."""
-        from labkit.trace import jsonl as trace_file
+        from labkit.trace import jsonl
 
-        return trace_file.write_lines(self)
+        return jsonl.write_lines(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the trace to a file (JSON Lines, UTF-8)."""
@@ -443,9 +443,9 @@ class Trace:
     @classmethod
     def from_lines(cls, lines: Iterable[str]) -> Trace:
         """Read a trace from JSON Lines. Raises `TraceError` as `load` does."""
-        from labkit.trace import jsonl as trace_file
+        from labkit.trace import jsonl
 
-        return trace_file.read_lines(lines)
+        return jsonl.read_lines(lines)
 
 
 def _index(records: list[StepRecord], step: int) -> int:

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from labkit.trace.trace import PoolState, StepRecord, TraceMeta
-from labkit.views import events as log
-from labkit.views import style
+from labkit.views import events, style
 from labkit.views.live_numbers import Numbers, wasted_slots
 
 WINDOW = 200  # steps that are kept and drawn
@@ -70,7 +69,7 @@ class Frame:
     cached: str  # a bit for each page, base64
     lanes: tuple[tuple[Any, ...], ...]
     steps: tuple[tuple[Any, ...], ...]
-    events: tuple[log.Event, ...]
+    events: tuple[events.Event, ...]
     queue: tuple[str, ...]  # in the order in which they will be admitted
     held: tuple[tuple[str, str], ...]  # waits for the prompt of that other request
     numbers: dict[str, Any]
@@ -97,7 +96,7 @@ class Feed:
         self._lanes: dict[str, _Lane] = {}
         self._ended: deque[_Lane] = deque()
         self._steps: deque[tuple[Any, ...]] = deque(maxlen=WINDOW)
-        self._events: deque[log.Event] = deque(maxlen=log.KEPT)
+        self._events: deque[events.Event] = deque(maxlen=events.KEPT)
         self._numbers = Numbers()
         self._held_back = ""  # what was said last of why no more is drafted
         self._step = -1
@@ -111,7 +110,7 @@ class Feed:
             self._state.end(record)
             self._count(record)
             self._numbers.append(record)
-            self._events.extend(log.events_of(record, self._held_back))
+            self._events.extend(events.events_of(record, self._held_back))
             self._held_back = record.held_back or self._held_back
             self._step = record.step
             self._forget(record.step - WINDOW)

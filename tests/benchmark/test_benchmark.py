@@ -30,7 +30,7 @@ from labkit.benchmark.engine.schedulers import measure
 from labkit.benchmark.serving.watched import watched
 from labkit.benchmark.serving.watchers import Watchers
 from labkit.config import EngineConfig
-from labkit.core import model_runner as runner
+from labkit.core import model_runner
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel, load_model
 from labkit.trace.trace import StepRecord
@@ -143,7 +143,7 @@ def test_a_ceiling_is_measured_in_the_dtypes_asked_for() -> None:
 
 def test_a_meter_divides_the_steps_and_leaves_no_trace(tiny: LoadedModel, jobs: list[Job]) -> None:
     engine = Engine(EngineConfig(model=tiny))
-    model, sample = engine.runner.model, runner.sample
+    model, sample = engine.runner.model, model_runner.sample
     meter = Meter()
     assert meter.bookkeeping_share is None
     with meter.watching(engine):
@@ -152,7 +152,7 @@ def test_a_meter_divides_the_steps_and_leaves_no_trace(tiny: LoadedModel, jobs: 
     assert 0 < meter.computing_seconds < meter.step_seconds
     assert 0 < meter.bookkeeping_share < 1
     assert engine.runner.model is model
-    assert runner.sample is sample
+    assert model_runner.sample is sample
     assert "step" not in vars(engine)
     assert peak_memory(torch.device("cpu")) is None or peak_memory(torch.device("cpu")) > 2**20
 

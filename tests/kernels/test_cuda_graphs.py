@@ -23,7 +23,7 @@ from labkit.config import EngineConfig
 from labkit.core.attention import SDPA, Backend, PagedKVCache, Span, build_layout, gathered_rows, row_order
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
-from labkit.kernels import select as kernels
+from labkit.kernels import select
 from labkit.kernels.cuda_graphs import DecodeGraphs, buckets
 from labkit.kernels.warmup import activation_bytes, backend_for, warm_up
 
@@ -204,8 +204,8 @@ def test_the_triton_backend_equals_plain_attention_under_graphs(monkeypatch: pyt
 
     kernel = _as_operator(flash_decoding.paged_decode)
     monkeypatch.setattr(flash_decoding, "paged_decode", kernel)
-    monkeypatch.setattr(kernels, "_processors", lambda device: 4)  # so that rows are split
-    backend = Backend("triton", "", kernels.paged_rows, SDPA.chunks, kernels.static_paged_rows)
+    monkeypatch.setattr(select, "_processors", lambda device: 4)  # so that rows are split
+    backend = Backend("triton", "", select.paged_rows, SDPA.chunks, select.static_paged_rows)
     model = loaded("mistral").module  # which has a window
     cache = model.new_cache(80, 4)
     cache.pages.normal_()

@@ -14,16 +14,16 @@ from labkit.benchmark.engine.equality import teacher_forced
 from labkit.core.model import Transformer
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
-from labkit.kernels import int8 as quantize
+from labkit.kernels import int8
 from labkit.models.load import LoadedModel, ModelError, load_model
 from labkit.models.tiny import tiny_tokenizer
 from tests.conftest import loaded, reference
 
 CPU = torch.device("cpu")
 TOKENS = [(7 * i) % 200 for i in range(60)]
-KERNELS = [quantize._IntMM]
+KERNELS = [int8._IntMM]
 if "fbgemm" in torch.backends.quantized.supported_engines:
-    KERNELS.append(quantize._Fbgemm)
+    KERNELS.append(int8._Fbgemm)
 
 
 def build(family: str) -> Transformer:
@@ -31,9 +31,9 @@ def build(family: str) -> Transformer:
     return Transformer.from_tensors(model.config, model.state_dict().items(), dtype=torch.float32, device=CPU)
 
 
-def in_int8(family: str, kernel: quantize.Kernel = quantize._IntMM) -> Transformer:
-    tensors = quantize.quantize(build(family))
-    return quantize.from_quantized(
+def in_int8(family: str, kernel: int8.Kernel = int8._IntMM) -> Transformer:
+    tensors = int8.quantize(build(family))
+    return int8.from_quantized(
         reference(family).config, tensors, dtype=torch.float32, device=CPU, kernel=kernel
     )
 
@@ -42,7 +42,7 @@ def in_int8(family: str, kernel: quantize.Kernel = quantize._IntMM) -> Transform
 @settings(deadline=None, max_examples=60)
 def test_rows_come_back_within_half_a_step_and_no_pair_is_too_large(seed, rows, columns, size) -> None:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * size
-    numbers, scales = quantize.quantize_rows(weight)
+    numbers, scales = int8.quantize_rows(weight)
     assert numbers.dtype == torch.int8
     assert ((numbers * scales - weight).abs() <= scales * 0.501).all()
     pairs = torch.nn.functional.pad(numbers.int(), (0, columns % 2)).unflatten(1, (-1, 2)).sum(-1)
@@ -50,34 +50,34 @@ def test_rows_come_back_within_half_a_step_and_no_pair_is_too_large(seed, rows, 
 
 
 def test_a_row_of_zeros_is_zeros() -> None:
-    numbers, scales = quantize.quantize_rows(torch.zeros(2, 6))
+    numbers, scales = int8.quantize_rows(torch.zeros(2, 6))
     assert not numbers.any()
     assert scales.isfinite().all()
 
 
 @pytest.mark.parametrize("size", [1, 2, 9, 16, 48, 576])
 def test_rotations_are_orthogonal_and_leave_no_axis_alone(size: int) -> None:
-    turn = quantize.rotation(size)
+    turn = int8.rotation(size)
     torch.testing.assert_close(turn @ turn.t(), torch.eye(size), rtol=0, atol=1e-5)
     if size > 2:
         assert turn.abs().max() < 0.95
-    assert torch.equal(turn, quantize.rotation(size)), "another rotation in the next process"
+    assert torch.equal(turn, int8.rotation(size)), "another rotation in the next process"
 
 
 def test_a_rotated_model_computes_the_same(family: str) -> None:
     model = build(family)
-    quantize.rotate(model)
+    int8.rotate(model)
     want = teacher_forced(loaded(family).module, TOKENS)
     torch.testing.assert_close(teacher_forced(model, TOKENS), want, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_products_are_those_of_whole_numbers(kernel: quantize.Kernel) -> None:
+def test_products_are_those_of_whole_numbers(kernel: int8.Kernel) -> None:
     """Also at the very edge, where x86 without VNNI would cut sums off."""
     weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(1))
     weight[0], weight[1] = 5, -5
     weight[2, ::2], weight[2, 1::2] = 5, -5
-    numbers, scales = quantize.quantize_rows(weight)
+    numbers, scales = int8.quantize_rows(weight)
     x = torch.randint(-127, 128, (33, 512), generator=torch.Generator().manual_seed(2)).float()
     x[0], x[1] = 127, -127
     x[2, ::2], x[2, 1::2] = 127, -127
@@ -90,12 +90,12 @@ def test_products_are_those_of_whole_numbers(kernel: quantize.Kernel) -> None:
 
 def test_a_layer_is_close_to_the_one_it_stands_for_and_keeps_its_bias() -> None:
     layer = torch.nn.Linear(96, 40)
-    turn = quantize._turn(96)
+    turn = int8._turn(96)
     assert len(turn) == 32
     weight = (layer.weight.detach().reshape(-1, 32) @ turn).view(40, 96)
     x = torch.randn(11, 96)
     for matrix, w in ((None, layer.weight.detach()), (turn, weight)):
-        fast = quantize.Int8Linear(*quantize.quantize_rows(w), layer.bias.detach(), quantize._IntMM, matrix)
+        fast = int8.Int8Linear(*int8.quantize_rows(w), layer.bias.detach(), int8._IntMM, matrix)
         with torch.inference_mode():
             off = (fast(x) - layer(x)).std() / layer(x).std()
         assert 1e-4 < off < 0.03
@@ -103,7 +103,7 @@ def test_a_layer_is_close_to_the_one_it_stands_for_and_keeps_its_bias() -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_row_that_went_wrong_stays_wrong_and_alone(bad: float) -> None:
-    layer = quantize.Int8Linear(*quantize.quantize_rows(torch.randn(16, 32)), None, quantize._IntMM)
+    layer = int8.Int8Linear(*int8.quantize_rows(torch.randn(16, 32)), None, int8._IntMM)
     x = torch.randn(3, 32)
     good = layer(x)
     x[1, 4] = bad
@@ -113,7 +113,7 @@ def test_a_row_that_went_wrong_stays_wrong_and_alone(bad: float) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_whole_model_stays_close(family: str, kernel: quantize.Kernel) -> None:
+def test_a_whole_model_stays_close(family: str, kernel: int8.Kernel) -> None:
     want = teacher_forced(loaded(family).module, TOKENS)
     got = teacher_forced(in_int8(family, kernel), TOKENS)
     assert (got - want).abs().mean() / want.std() < 0.1  # their large weights make much of little
@@ -199,6 +199,6 @@ def test_what_cannot_be_quantised_is_refused_by_name(folder: Path) -> None:
 
 
 def test_the_kernel_is_chosen_by_measurement() -> None:
-    kernel, why = quantize.pick_kernel(CPU)
+    kernel, why = int8.pick_kernel(CPU)
     assert kernel in KERNELS
     assert "us" in why

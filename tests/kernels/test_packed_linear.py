@@ -8,7 +8,7 @@ from torch import nn
 
 from labkit.benchmark.engine.equality import teacher_forced
 from labkit.core.model import Transformer
-from labkit.kernels import packed_linear as linear
+from labkit.kernels import packed_linear
 from tests.conftest import loaded, reference
 
 TOKENS = list(range(50))
@@ -31,22 +31,22 @@ def assert_same(model: Transformer, family: str) -> None:
 @pytest.mark.parametrize("also_packed", [False, True])
 def test_split_projections_compute_the_same(family: str, also_packed: bool) -> None:
     model = build(family)
-    linear.split(model)
-    if also_packed and linear.can_pack(model):
-        linear.pack(model)
+    packed_linear.split(model)
+    if also_packed and packed_linear.can_pack(model):
+        packed_linear.pack(model)
     assert_same(model, family)
-    assert isinstance(model.layers[1].self_attn.qkv_proj, linear.SplitLinear)
+    assert isinstance(model.layers[1].self_attn.qkv_proj, packed_linear.SplitLinear)
     assert [len(w) for w in model.layers[0].self_attn.qkv_proj.weights] == [48, 16, 16]
 
 
 def test_packed_weights_compute_the_same(family: str) -> None:
     model = build(family)
-    if not linear.can_pack(model):
+    if not packed_linear.can_pack(model):
         pytest.skip("no oneDNN here")
-    linear.pack(model)
+    packed_linear.pack(model)
     assert_same(model, family)
     assert not any(isinstance(module, nn.Linear) for module in model.modules())
 
 
 def test_half_precision_is_not_packed() -> None:
-    assert not linear.can_pack(build("llama", torch.bfloat16))
+    assert not packed_linear.can_pack(build("llama", torch.bfloat16))

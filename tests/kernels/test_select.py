@@ -27,7 +27,7 @@ from labkit.core.attention import (
     row_order,
     static_rows,
 )
-from labkit.kernels import select as kernels
+from labkit.kernels import select
 from labkit.kernels.select import (
     PackedChunks,
     PagedDecode,
@@ -164,7 +164,7 @@ build(flash_decoding._unite_kernel, pointers, dict(SPLITS=8, DIM=64, DIM_2=64))
 @needs_triton
 def test_the_kernels_compile_for_a_t4_where_none_is(tmp_path: Path) -> None:
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    source = Path(kernels.__file__).with_name("flash_decoding.py")
+    source = Path(select.__file__).with_name("flash_decoding.py")
     command = [sys.executable, "-c", COMPILE, str(source)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -180,7 +180,7 @@ def test_a_mixed_batch_goes_through_both_kinds_of_group() -> None:
     cache = filled(rows, num_blocks + 12, 4, 2, 8, torch.float32)
     cache.pages.nan_to_num_(0)  # gathered pages are read to their end
     q = torch.randn(16, 6, 8, device=DEVICE)
-    backend = Backend("triton", "", paged_rows, gathered_chunks, kernels.static_paged_rows)
+    backend = Backend("triton", "", paged_rows, gathered_chunks, select.static_paged_rows)
     layout = build_layout(rows, cache, num_padding=2, windows=[None, 5], backend=backend)
     assert isinstance(layout.groups[0], PagedDecode)
     assert [(group.first, group.last) for group in layout.groups] == [(0, 3), (3, 9), (9, 14)]
@@ -241,7 +241,7 @@ def varlen(
 def test_packed_chunks_hand_over_the_live_slots_of_each_row(
     size: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "varlen_attention", lambda: varlen)
+    monkeypatch.setattr(select, "varlen_attention", lambda: varlen)
     torch.manual_seed(2)
     rng = random.Random(size)
     shapes = [
@@ -287,7 +287,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """As if there were an H100, with Triton and FlashAttention."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    monkeypatch.setattr(kernels, "varlen_attention", lambda: varlen)
+    monkeypatch.setattr(select, "varlen_attention", lambda: varlen)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     return monkeypatch
 
@@ -300,7 +300,7 @@ def test_a_newer_gpu_has_triton_and_packed_chunks_in_half_precision(gpu: pytest.
         backend = choose_backend(CUDA, dtype, dim)
         assert (backend.name, backend.chunks) == ("triton", gathered_chunks)
         assert why in backend.reason
-    gpu.setattr(kernels, "varlen_attention", lambda: None)
+    gpu.setattr(select, "varlen_attention", lambda: None)
     assert "this PyTorch has no FlashAttention" in choose_backend(CUDA, torch.float16, 64).reason
 
 
@@ -333,7 +333,7 @@ def test_groups_limited_to_the_kernels_of_sm_75_compute_the_same() -> None:
     cache = PagedKVCache(1, 6, 16, 2, 8, dtype=torch.float32, device=DEVICE)
     cache.pages.normal_()
     q = torch.randn(11, 6, 8, device=DEVICE)
-    backend = Backend("sdpa", "", kernels._as_sm75(SDPA.decode), kernels._as_sm75(SDPA.chunks), SDPA.static)
+    backend = Backend("sdpa", "", select._as_sm75(SDPA.decode), select._as_sm75(SDPA.chunks), SDPA.static)
     layout = build_layout(rows, cache, backend=backend)
     assert all(isinstance(group, Sm75) for group in layout.groups)
     out = attend(q, cache, 0, layout, scale=0.3)

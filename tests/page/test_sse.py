@@ -21,7 +21,7 @@ from labkit.core.plan import StepResult
 from labkit.core.request import Request, SamplingParams
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel, load_model
-from labkit.page import sse as broadcast
+from labkit.page import sse
 from labkit.page.gradio_page import build, serve
 from labkit.page.session import Lab
 from labkit.page.snapshot import Known, News
@@ -56,8 +56,8 @@ def lab(model: LoadedModel) -> Iterator[Lab]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(broadcast, "SECONDS", 0.005)
-    monkeypatch.setattr(broadcast, "SECONDS_FOR_FEW", 0.005)
+    monkeypatch.setattr(sse, "SECONDS", 0.005)
+    monkeypatch.setattr(sse, "SECONDS_FOR_FEW", 0.005)
 
 
 class Watcher:
@@ -282,7 +282,7 @@ def test_nothing_is_done_while_nobody_watches(lab: Lab, monkeypatch: pytest.Monk
 
 
 def test_a_heartbeat_in_the_silence(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(broadcast, "HEARTBEAT", 0.02)
+    monkeypatch.setattr(sse, "HEARTBEAT", 0.02)
     told = Broadcast(News(lab))
 
     async def test() -> None:
@@ -357,10 +357,10 @@ def test_a_text_does_not_grow_with_the_length_of_the_run(lab: Lab) -> None:
         feed.append(record)
         if record.step % 2:
             moment = news.now()
-            increments.append(len(broadcast._event(moment.since(known))))
+            increments.append(len(sse._event(moment.since(known))))
             known.hear(moment.since(known))
         if record.step % 100 == 99:
-            everything.append(len(broadcast._event(moment.since(Known()))))
+            everything.append(len(sse._event(moment.since(Known()))))
     early = slice(WINDOW, len(increments) // 2)
     assert max(increments[len(increments) // 2 :]) < 1.1 * max(increments[early])
     assert max(everything[25:]) < 1.1 * max(everything[2:25])

@@ -15,8 +15,7 @@ from labkit.core.plan import StepResult
 from labkit.core.request import Request, SamplingParams
 from labkit.schedulers.static import SCHEDULERS
 from labkit.trace.trace import Admission, Arrival, Finish, Pages, StepRecord, Trace, TraceMeta
-from labkit.views import live_feed as canvas
-from labkit.views import style
+from labkit.views import live_feed, style
 from labkit.views.live_feed import WINDOW, Feed, asset
 
 META = TraceMeta(num_blocks=12, block_size=4, max_num_seqs=3, max_num_batched_tokens=8)
@@ -381,7 +380,7 @@ def test_reading_while_the_engine_writes() -> None:
 
 
 def test_the_files_of_the_page_are_there_and_safe_to_put_into_a_template() -> None:
-    for name in sorted(path.name for path in Path(canvas.__file__).parent.iterdir()):
+    for name in sorted(path.name for path in (Path(live_feed.__file__).parent / "static").iterdir()):
         if name.endswith((".py", "__")):
             continue
         text = asset(name)

@@ -11,7 +11,7 @@ from test_perfetto import busy, timed
 from test_views import HOSTILE, run, story, trace_of, traces
 
 from labkit.trace.trace import Trace
-from labkit.views import replay_data as film
+from labkit.views import replay_data
 from labkit.views.pool_picture import pages_of
 
 
@@ -23,7 +23,7 @@ def bits(text: str) -> set[int]:
 @settings(max_examples=60, deadline=None)
 @given(traces())
 def test_columns_say_what_the_pool_held(trace: Trace) -> None:
-    packed = json.loads(json.dumps(film.film(trace)))
+    packed = json.loads(json.dumps(replay_data.film(trace)))
     steps = packed["steps"]
     assert steps["begin"] is None
     assert steps["step"] == [record.step for record in trace]
@@ -37,12 +37,12 @@ def test_columns_say_what_the_pool_held(trace: Trace) -> None:
 @settings(max_examples=60, deadline=None)
 @given(traces())
 def test_frames_say_who_held_what_and_who_waited(trace: Trace) -> None:
-    lanes = film.lanes_of(trace)
+    lanes = replay_data.lanes_of(trace)
     names = list(lanes)
-    assert list(lanes.values()) == list(range(len(film.film(trace)["lanes"])))
+    assert list(lanes.values()) == list(range(len(replay_data.film(trace)["lanes"])))
     found: list[dict] = []
     while len(found) < len(trace):
-        found += film.frames(trace, lanes, len(found), 7)
+        found += replay_data.frames(trace, lanes, len(found), 7)
     assert json.loads(json.dumps(found))
     for frame, record in zip(found, trace, strict=True):
         state = trace.state(record.step)
@@ -60,8 +60,8 @@ def test_frames_say_who_held_what_and_who_waited(trace: Trace) -> None:
 @settings(max_examples=40, deadline=None)
 @given(traces())
 def test_lanes_show_all_rows(trace: Trace) -> None:
-    packed = film.film(trace)["lanes"]
-    numbers = film.lanes_of(trace)
+    packed = replay_data.film(trace)["lanes"]
+    numbers = replay_data.lanes_of(trace)
     letters = {"prefill": "p", "chunk": "c", "decode": "d", "idle": "i"}
     for record in trace:
         for row in record.rows:
@@ -76,55 +76,57 @@ def test_lanes_show_all_rows(trace: Trace) -> None:
 
 def test_the_clock_starts_with_the_first_step_and_never_goes_back() -> None:
     trace = timed(run([(0, "a", 5, 12), (3, "b", 4, 3)]))
-    steps = film.film(trace)["steps"]
+    steps = replay_data.film(trace)["steps"]
     assert steps["begin"][0] == 0 and steps["end"][0] == pytest.approx(0.01)
     assert steps["end"] == sorted(steps["end"]) and steps["begin"] == sorted(steps["begin"])
     assert steps["begin"][9] - steps["end"][8] == pytest.approx(1)
     backwards = Trace(trace.meta, [trace[i] for i in range(3)])
     object.__setattr__(backwards.records[2], "time", 0.001)
-    steps = film.film(backwards)["steps"]
+    steps = replay_data.film(backwards)["steps"]
     assert steps["end"] == sorted(steps["end"])
 
 
 def test_events_in_words() -> None:
     trace = story()
-    lanes = film.lanes_of(trace)
-    words = [[what for _, what in frame["events"]] for frame in film.frames(trace, lanes, 0, 9)]
+    lanes = replay_data.lanes_of(trace)
+    words = [[what for _, what in frame["events"]] for frame in replay_data.frames(trace, lanes, 0, 9)]
     assert words == [
         ["arrives with 6 prompt tokens", "arrives with 7 prompt tokens", "admitted"],
         ["admitted, 4 tokens found in the prefix cache"],
         ["preempted, gives 2 pages back", "ends: length"],
         ["admitted, 4 tokens found in the prefix cache", "ends: stop"],
     ]
-    assert film.frames(trace, lanes, 2, 1)[0]["queue"] == [[1, "no page"]]
+    assert replay_data.frames(trace, lanes, 2, 1)[0]["queue"] == [[1, "no page"]]
 
 
 def test_never_more_frames_than_asked_or_held() -> None:
     trace = busy()
-    lanes = film.lanes_of(trace)
-    assert len(film.frames(trace, lanes, 0, 10**9)) == min(film.MAX_FRAMES, len(trace))
-    assert film.frames(trace, lanes, len(trace), 5) == []
-    assert [frame["step"] for frame in film.frames(trace, lanes, -5, 2)] == [0, 1]
-    assert len(film.frames(trace, lanes, len(trace) - 2, 30)) == 2
+    lanes = replay_data.lanes_of(trace)
+    assert len(replay_data.frames(trace, lanes, 0, 10**9)) == min(replay_data.MAX_FRAMES, len(trace))
+    assert replay_data.frames(trace, lanes, len(trace), 5) == []
+    assert [frame["step"] for frame in replay_data.frames(trace, lanes, -5, 2)] == [0, 1]
+    assert len(replay_data.frames(trace, lanes, len(trace) - 2, 30)) == 2
 
 
 def test_a_huge_trace_is_looked_at_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = busy()
-    exact = film.usage_of(trace)
-    monkeypatch.setattr(film, "_MAX_WORK", len(trace) * trace.meta.num_blocks // 2)
-    owned = film.film(trace)["steps"]["owned"]
+    exact = replay_data.usage_of(trace)
+    monkeypatch.setattr(replay_data, "_MAX_WORK", len(trace) * trace.meta.num_blocks // 2)
+    owned = replay_data.film(trace)["steps"]["owned"]
     assert owned == [exact[place - place % 3][0] for place in range(len(trace))]
 
 
 def test_an_empty_trace() -> None:
-    packed = film.film(trace_of())
+    packed = replay_data.film(trace_of())
     assert packed["lanes"] == [] and packed["headline"][0] == "No steps yet: nothing has run."
-    assert film.frames(trace_of(), {}, 0, 5) == []
+    assert replay_data.frames(trace_of(), {}, 0, 5) == []
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_are_short_and_printable(name: str) -> None:
     trace = run([(0, name, 5, 3)])
-    packed = json.dumps([film.film(trace), film.frames(trace, film.lanes_of(trace), 0, 3)])
+    packed = json.dumps(
+        [replay_data.film(trace), replay_data.frames(trace, replay_data.lanes_of(trace), 0, 3)]
+    )
     assert len(packed) < 4000
     assert json.loads(packed)[0]["lanes"][0]["name"].isprintable()

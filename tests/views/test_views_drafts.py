@@ -16,9 +16,7 @@ from labkit.core.plan import StepResult
 from labkit.core.request import Request, SamplingParams
 from labkit.schedulers.static import SCHEDULERS
 from labkit.trace.trace import Admission, Arrival, Finish, Pages, Row, StepRecord, Trace, TraceMeta
-from labkit.views import events as log
-from labkit.views import perfetto, style, text
-from labkit.views import replay_data as film
+from labkit.views import events, perfetto, replay_data, style, text
 from labkit.views.live_feed import Feed
 from labkit.views.live_numbers import Numbers
 from labkit.views.pool_picture import pages_of
@@ -193,7 +191,7 @@ def test_perfetto_is_told(trace: Trace) -> None:
 
 
 def test_the_story_as_a_film() -> None:
-    packed = json.loads(json.dumps(film.film(story())))
+    packed = json.loads(json.dumps(replay_data.film(story())))
     assert packed["steps"]["drafted"] == [0, 4, 2, 2, 2, 0]
     assert packed["steps"]["accepted"] == [0, 0, 2, 2, 1, 0]
     a, b = [lane["spans"] for lane in packed["lanes"]]
@@ -205,18 +203,18 @@ def test_the_story_as_a_film() -> None:
         ["d", 5, 5, 1],
     ]
     assert b == [["p", 3, 3, 3], ["d", 4, 5, 2]]
-    frames = film.frames(story(), {"a": 0, "b": 1}, 0, 6)
+    frames = replay_data.frames(story(), {"a": 0, "b": 1}, 0, 6)
     assert frames[1]["batch"] == [[0, "d", 5, 5, 0, 4, 0]] and frames[5]["batch"][0] == [0, "d", 14, 1, 0]
     assert frames[1]["events"] == [[0, "gives 1 page back, for its drafts were wrong"]]
     assert frames[4]["events"] == [[-1, WHY.format("15%")]]
     assert frames[1]["tables"] == [[0, 10, [0, 1, 2]]], "while the step runs, drafts are in the cache"
     assert frames[2]["tables"] == [[0, 9, [0, 1, 2]]]
-    short = film.film(Trace(story().meta, story().records[:1]))
+    short = replay_data.film(Trace(story().meta, story().records[:1]))
     assert "drafted" not in short["steps"] and "accepted" not in short["steps"]
 
 
 def test_the_film_adds_up(trace: Trace) -> None:
-    packed = film.film(trace)
+    packed = replay_data.film(trace)
     spans = [span for lane in packed["lanes"] for span in lane["spans"] if len(span) > 4]
     assert sum(span[4] for span in spans) == sum(packed["steps"]["drafted"])
     assert sum(span[5] for span in spans) == sum(packed["steps"]["accepted"]) > 0
@@ -298,7 +296,7 @@ def test_why_nobody_drafts_is_told_when_it_changes() -> None:
     other = "nobody drafts: in a step of 12 rows a draft costs more than it can bring"
     assert told("", first, "", second, other, "", other) == [first, other]
     assert told(other, first, other) == [other, first, other]
-    assert list(log.events_of(StepRecord(0))) == []
+    assert list(events.events_of(StepRecord(0))) == []
 
 
 def test_numbers_share_a_gap_among_the_tokens_that_come_together() -> None:

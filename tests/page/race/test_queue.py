@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from labkit.models.load import LoadedModel, load_model
-from labkit.page.race import queue as race_track
+from labkit.page.race import queue
 from labkit.page.race.queue import BusyError, RaceTrack
 from labkit.page.race.run import Progress, RaceCancelled, RaceError
 from labkit.page.race.workloads import COURSES
@@ -48,7 +48,7 @@ class SlowRace:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
         self.go = threading.Event()
         self.error = error or RaceError("static: no")
-        monkeypatch.setattr(race_track, "run_race", self)
+        monkeypatch.setattr(queue, "run_race", self)
 
     def __call__(self, *_: Any, progress: Callable[[Progress], None], cancelled: Callable[[], bool]) -> None:
         progress(Progress("static", 1, 3, 17, 5, 12, 0.4))
@@ -124,7 +124,7 @@ def test_its_starter_stops_it(track: RaceTrack, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_race_whose_starter_is_gone_ends(track: RaceTrack, monkeypatch: pytest.MonkeyPatch) -> None:
     SlowRace(monkeypatch)
-    monkeypatch.setattr(race_track, "LEASE", 0.3)
+    monkeypatch.setattr(queue, "LEASE", 0.3)
     me = track.start("uneven", THREE)
     for _ in range(4):  # heard of, it goes on
         time.sleep(0.15)
@@ -157,7 +157,7 @@ def test_bad_choices(track: RaceTrack, course: str, settings: list[str], said: s
 
 
 def test_old_races_are_forgotten(track: RaceTrack, kept: dict[str, Trace]) -> None:
-    for _ in range(race_track.KEPT + 1):
+    for _ in range(queue.KEPT + 1):
         me = track.start("pool", list(COURSES["pool"].settings))
         wait_for(lambda me=me: not track.status(me)["running"])
-    assert track.packed(1) is None and track.packed(2) and track.status("")["race"] == race_track.KEPT + 1
+    assert track.packed(1) is None and track.packed(2) and track.status("")["race"] == queue.KEPT + 1
