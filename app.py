@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import gradio as gr
 
     from labkit.page.session import Lab
-    from labkit.serving.async_engine import LiveEngine
+    from labkit.serving.async_engine import AsyncEngine
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before anybody imports it: the lab calls nobody
 
@@ -79,19 +79,19 @@ def on_colab() -> bool:
     return "google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ
 
 
-def build(engine: LiveEngine | Lab) -> gr.Blocks:
+def build(engine: AsyncEngine | Lab) -> gr.Blocks:
     """The page on a running engine, to launch it or to mount it into another app."""
     from labkit.page.gradio_page import build
 
     return build(engine)
 
 
-def load(options: argparse.Namespace) -> LiveEngine:
+def load(options: argparse.Namespace) -> AsyncEngine:
     """Load the model and set the engine going. Raises `StartError` if that cannot be done."""
     return cli.load(options, trace_steps=TRACE_STEPS)
 
 
-def lab_of(live: LiveEngine, options: argparse.Namespace) -> Lab:
+def lab_of(live: AsyncEngine, options: argparse.Namespace) -> Lab:
     """The lab round an engine, with the limits that the options set."""
     from labkit.page.session import Lab
 
@@ -99,7 +99,7 @@ def lab_of(live: LiveEngine, options: argparse.Namespace) -> Lab:
     return Lab(live, limits=limits, grace=options.grace, knobs=options.knobs, trace_file=options.trace_file)
 
 
-def launch(engine: LiveEngine | Lab, *, share: bool | None = None, **options: Any) -> gr.Blocks:
+def launch(engine: AsyncEngine | Lab, *, share: bool | None = None, **options: Any) -> gr.Blocks:
     """Serve the page in the background, from a notebook for instance; `close()` what it returns to end.
 
     Args:
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def serve(live: LiveEngine, options: argparse.Namespace) -> None:
+def serve(live: AsyncEngine, options: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C or SIGTERM.
 
     Raises:

@@ -15,7 +15,7 @@ import torch
 
 from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
-from labkit.core.model_runner import Runner
+from labkit.core.model_runner import ModelRunner
 from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import (
     MAX_N,
@@ -29,7 +29,7 @@ from labkit.core.request import (
 from labkit.core.sampler import mix
 from labkit.core.scheduler import Scheduler
 from labkit.kernels.warmup import activation_bytes, backend_for, warm_up
-from labkit.models.detokenizer import TextStream
+from labkit.models.detokenizer import IncrementalDetokenizer
 from labkit.models.load import LoadedModel, load_model, resolve_device, resolve_dtype
 from labkit.schedulers.audit import Auditor
 from labkit.schedulers.static import SCHEDULERS
@@ -98,11 +98,11 @@ class Engine:
         )
         watched = scheduler or pool or config.audit
         self._auditor = Auditor(self.scheduler, self.pool) if watched else None
-        self.runner = Runner(module, cache, self.pool, backend=backend, graphs=graphs)
+        self.runner = ModelRunner(module, cache, self.pool, backend=backend, graphs=graphs)
         self.speculator = make_speculator(config, self.model, self.runner, draft)
         self.trace = Trace(self._meta(), max_steps=config.max_trace_steps)
         self.outputs: dict[str, RequestOutput] = {}
-        self._streams: dict[str, TextStream] = {}
+        self._streams: dict[str, IncrementalDetokenizer] = {}
         self._step = 0
         self._numbers = itertools.count()
         self._began = time.perf_counter()
@@ -251,7 +251,9 @@ class Engine:
                 logprobs=None if member.params.logprobs is None else [],
                 index=index,
             )
-            self._streams[member.request_id] = TextStream(self.model.tokenizer, member.params.stop)
+            self._streams[member.request_id] = IncrementalDetokenizer(
+                self.model.tokenizer, member.params.stop
+            )
         return request.request_id
 
     def abort(self, request_id: str) -> bool:

@@ -13,7 +13,7 @@ import uvicorn
 
 from labkit.config import EngineConfig
 from labkit.engine import Engine
-from labkit.serving.async_engine import LiveEngine
+from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.handler import Options, Server
 from labkit.serving.server import create_app
 
@@ -25,7 +25,7 @@ class Served:
     """Where it listens, and what is behind it."""
 
     url: str
-    live: LiveEngine
+    live: AsyncEngine
     server: Server
 
     def quiet(self) -> bool:
@@ -48,7 +48,7 @@ class Served:
 def served(options: Options | None = None, **config: Any) -> Iterator[Served]:
     sizes = {"num_blocks": 256, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 64}
     sizes["max_model_len"] = 200
-    with LiveEngine(Engine(EngineConfig(**({"model": MODEL} | sizes | config)))) as live:
+    with AsyncEngine(Engine(EngineConfig(**({"model": MODEL} | sizes | config)))) as live:
         app = create_app(live, options)
         server = uvicorn.Server(
             uvicorn.Config(app, port=0, log_level="error", access_log=False, timeout_graceful_shutdown=5)

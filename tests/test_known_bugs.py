@@ -6,13 +6,13 @@ import random
 
 import pytest
 from conftest import VOCAB, greedy
-from test_engine import drain, engine_of, random_prompt
-from test_scheduler import Bench
 
 from labkit import SamplingParams
 from labkit.core.plan import StepResult
-from labkit.models.detokenizer import TextStream
+from labkit.models.detokenizer import IncrementalDetokenizer
 from labkit.models.tiny import tiny_tokenizer
+from tests.core.test_scheduler import Bench
+from tests.test_engine import drain, engine_of, random_prompt
 
 PROMPT = random_prompt(random.Random(0), 21)
 
@@ -170,7 +170,7 @@ def test_11_no_shape_or_length_is_frozen_from_one_step_to_the_next() -> None:
 def test_12_streams_split_no_character_lose_no_tail_and_leak_no_stop_string() -> None:
     tokenizer = tiny_tokenizer()
     tokens = tokenizer.encode("snow ☃ 🌨 STOP more")
-    stream = TextStream(tokenizer, ["STOP"])
+    stream = IncrementalDetokenizer(tokenizer, ["STOP"])
     seen = []
     for token in tokens:
         stopped = stream.push(token)
@@ -179,7 +179,7 @@ def test_12_streams_split_no_character_lose_no_tail_and_leak_no_stop_string() ->
             break
     assert seen[-1] == "snow ☃ 🌨 "
     assert not any("\ufffd" in text or "S" in text for text in seen)
-    stream = TextStream(tokenizer, ["STOP"])
+    stream = IncrementalDetokenizer(tokenizer, ["STOP"])
     for token in tokenizer.encode("the end ST"):
         stream.push(token)
     stream.finish()

@@ -13,7 +13,7 @@ from labkit.config import EngineConfig
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel, load_model
 from labkit.page.session import Lab
-from labkit.serving.async_engine import LiveEngine
+from labkit.serving.async_engine import AsyncEngine
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,9 @@ def model() -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def lab(model: LoadedModel) -> Iterator[tuple[LiveEngine, str]]:
+def lab(model: LoadedModel) -> Iterator[tuple[AsyncEngine, str]]:
     config = EngineConfig(model=model, num_blocks=48, max_num_seqs=16, max_num_batched_tokens=256)
-    with LiveEngine(Engine(config)) as live:
+    with AsyncEngine(Engine(config)) as live:
         port = free_port()
         demo = app.launch(Lab(live, grace=0.2), share=False, server_port=port, quiet=True)
         yield live, f"http://127.0.0.1:{port}"
@@ -43,7 +43,7 @@ def lab(model: LoadedModel) -> Iterator[tuple[LiveEngine, str]]:
 
 
 @pytest.fixture
-def live(lab: tuple[LiveEngine, str]) -> Iterator[LiveEngine]:
+def live(lab: tuple[AsyncEngine, str]) -> Iterator[AsyncEngine]:
     """The engine, running flat out, and left idle for the next test."""
     live = lab[0]
     yield live
@@ -55,7 +55,7 @@ def live(lab: tuple[LiveEngine, str]) -> Iterator[LiveEngine]:
 
 
 @pytest.fixture
-def visit(browser: Any, lab: tuple[LiveEngine, str], live: LiveEngine) -> Iterator[Callable[..., Visitor]]:
+def visit(browser: Any, lab: tuple[AsyncEngine, str], live: AsyncEngine) -> Iterator[Callable[..., Visitor]]:
     visitors: list[Visitor] = []
 
     def arrive(width: int = 1600, height: int = 900, **options: Any) -> Visitor:

@@ -94,7 +94,7 @@ class PagedKVCache:
         return torch.stack((keys, keys + size))
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        """Store keys and values (T, kv_heads, head_dim) of one layer at the slots of `BatchLayout`."""
+        """Store keys and values (T, kv_heads, head_dim) of one layer at the slots of `AttentionMetadata`."""
         pages, dim = self._slots[layer], k.shape[-1]
         pages.index_copy_(0, slots[0], k.reshape(-1, dim))
         pages.index_copy_(0, slots[1], v.reshape(-1, dim))
@@ -137,7 +137,7 @@ class QueryGroup(Protocol):
 
 
 @dataclass
-class BatchLayout:
+class AttentionMetadata:
     """Where the tokens of a flattened batch lie: built once per step, used by every layer.
 
     `slots` (see `PagedKVCache.slots`) says where keys and values go, those of padding at the end to the null
@@ -174,14 +174,14 @@ class Backend:
     static: MakeStatic
 
 
-def build_layout(
+def build_metadata(
     rows: Sequence[Span],
     cache: PagedKVCache,
     *,
     num_padding: int = 0,
     windows: Sequence[int | None] = (None,),
     backend: Backend | None = None,
-) -> BatchLayout:
+) -> AttentionMetadata:
     """Lay out a batch. `rows` must come in the order that `row_order` says."""
     backend = backend or SDPA
     size, device = cache.block_size, cache.pages.device
@@ -202,11 +202,11 @@ def build_layout(
     if single < len(rows):
         groups += backend.chunks(single, rows[single:], cache, windows)
     where = torch.tensor([blocks, places], dtype=torch.long, device=device)
-    return BatchLayout(cache.slots(*where.unbind(0)), groups)
+    return AttentionMetadata(cache.slots(*where.unbind(0)), groups)
 
 
 def row_order(rows: Sequence[Span]) -> list[int]:
-    """The order that `build_layout` wants: by the number of queries while these are few, then by length."""
+    """The order that `build_metadata` wants: by the number of queries while these are few, then by length."""
     return sorted(range(len(rows)), key=lambda i: (min(rows[i].num_queries, _FEW + 1), -rows[i].length))
 
 
@@ -214,7 +214,7 @@ def attend(
     q: Tensor,
     cache: PagedKVCache,
     layer: int,
-    layout: BatchLayout,
+    layout: AttentionMetadata,
     *,
     scale: float,
     window: int | None = None,
@@ -223,7 +223,7 @@ def attend(
 
     Args:
         q: queries (T, heads, head_dim).
-        layout: from `build_layout`.
+        layout: from `build_metadata`.
         window: how many tokens a query sees at most, itself included (None: all before it).
 
     Returns:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from labkit.core.attention import BatchLayout, PagedKVCache, attend
+from labkit.core.attention import AttentionMetadata, PagedKVCache, attend
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not change with length
 
 
-class Norm(nn.Module):
+class RMSNorm(nn.Module):
     """Root mean square norm (Zhang and Sennrich 2019), computed in fp32."""
 
     def __init__(self, size: int, eps: float) -> None:
@@ -51,18 +51,18 @@ class Attention(nn.Module):
             self.heads * self.dim, config.hidden_size, bias=bool(getattr(config, "attention_bias", False))
         )
         if config.model_type == "qwen3":
-            self.q_norm = Norm(self.dim, config.rms_norm_eps)
-            self.k_norm = Norm(self.dim, config.rms_norm_eps)
+            self.q_norm = RMSNorm(self.dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.dim, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: PagedKVCache, layout: BatchLayout
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: PagedKVCache, layout: AttentionMetadata
     ) -> Tensor:
         qkv = self.qkv_proj(x).view(len(x), -1, self.dim)
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         if hasattr(self, "q_norm"):
             q, k = qk.split((self.heads, self.kv_heads), dim=1)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
-        q, k = rotate(qk, *rope).split((self.heads, self.kv_heads), dim=1)
+        q, k = apply_rotary(qk, *rope).split((self.heads, self.kv_heads), dim=1)
         cache.write(self.layer, k, v, layout.slots)
         out = attend(q, cache, self.layer, layout, scale=self.dim**-0.5, window=self.window)
         return self.o_proj(out.view(len(x), -1))
@@ -82,16 +82,16 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
-class Layer(nn.Module):
+class DecoderLayer(nn.Module):
     def __init__(self, config: PreTrainedConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: PagedKVCache, layout: BatchLayout
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: PagedKVCache, layout: AttentionMetadata
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, cache, layout)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -110,8 +110,8 @@ class Transformer(nn.Module):
         self.config = config
         # Weights are yet to come: to draw random ones first would take torch a second, for its compiler.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.windows = tuple({layer.self_attn.window for layer in self.layers})
 
@@ -223,7 +223,7 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def forward(
-        self, token_ids: Tensor, positions: Tensor, cache: PagedKVCache, layout: BatchLayout
+        self, token_ids: Tensor, positions: Tensor, cache: PagedKVCache, layout: AttentionMetadata
     ) -> Tensor:
         """Hidden states (T, hidden_size) of tokens (T,) at positions (T,); writes the cache on the way."""
         x = self.embed_tokens(token_ids)
@@ -240,7 +240,7 @@ class Transformer(nn.Module):
         return self.lm_head(hidden)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (a, b) = (i, i + head_dim / 2) of x (T, heads, head_dim) by an angle of its own.
 
     Args:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from labkit.core.attention import SDPA, Backend, PagedKVCache, Span, build_layout, row_order
+from labkit.core.attention import SDPA, Backend, PagedKVCache, Span, build_metadata, row_order
 from labkit.core.block_pool import BlockPool
 from labkit.core.model import Transformer
 from labkit.core.plan import StepPlan, StepResult
@@ -18,7 +18,7 @@ from labkit.kernels.cuda_graphs import DecodeGraphs
 from labkit.speculative.speculator import accept
 
 
-class Runner:
+class ModelRunner:
     """Runs plans on a model, over a paged cache.
 
     Args:
@@ -82,7 +82,7 @@ class Runner:
             hidden = self.graphs.run(token_ids, spans)
             if hidden is not None:
                 return hidden, last
-        layout = build_layout(
+        layout = build_metadata(
             spans, self.cache, num_padding=padding, windows=self.model.windows, backend=self.backend
         )
         device = self.model.device

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from labkit.core.request import Request, TokenLogprobs
-from labkit.trace.trace import Admission, Copy, Pages
+from labkit.trace.trace import Admission, Blocks, Copy
 
 
 @dataclass(slots=True)
@@ -31,8 +31,8 @@ class StepPlan:
     drafts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     held_back: str = ""
     admitted: list[Admission] = field(default_factory=list)
-    preempted: list[Pages] = field(default_factory=list)
-    taken: list[Pages] = field(default_factory=list)
+    preempted: list[Blocks] = field(default_factory=list)
+    taken: list[Blocks] = field(default_factory=list)
     copied: list[Copy] = field(default_factory=list)
     blocked: tuple[str, str] | None = None
     failed: dict[str, str] = field(default_factory=dict)

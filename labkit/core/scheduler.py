@@ -15,7 +15,7 @@ from labkit.core.block_pool import BlockPool, InvariantError, OutOfBlocks
 from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import FinishReason, Request
 from labkit.core.waiting_queue import WaitingQueue, order
-from labkit.trace.trace import Admission, Arrival, Copy, Finish, Pages, Priority, StepRecord
+from labkit.trace.trace import Admission, Arrival, Blocks, Copy, Finish, Priority, StepRecord
 
 _PREEMPTED = "nobody is admitted in a step that preempted"
 
@@ -53,7 +53,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.kv_policy = kv_policy
         self.enable_chunked_prefill = enable_chunked_prefill
-        # Pages kept free at admission while others run, so that they can grow before anyone is preempted.
+        # Blocks kept free at admission while others run, so that they can grow before anyone is preempted.
         # A request that has reserved its maximum does not grow.
         self.watermark = max(1, pool.num_blocks // 100) if kv_policy == "paged" else 0
         self.waiting = WaitingQueue()
@@ -64,7 +64,7 @@ class Scheduler:
         self._arrived: list[Arrival] = []
         self._reprioritised: list[Priority] = []
         self._finished: list[Finish] = []
-        self._returned: list[Pages] = []
+        self._returned: list[Blocks] = []
         self.held_back = ""  # why the requests have no more drafts, for the record of the next step
         # A failed admission: who, with how many pages free and published, and why.
         self._stuck: tuple[Request, int, int, str] | None = None
@@ -275,7 +275,7 @@ class Scheduler:
     def _allocate(self, plan: StepPlan, request: Request, count: int) -> None:
         blocks = self.pool.allocate(request.request_id, count)
         request.num_slots += count * self.pool.block_size
-        plan.taken.append(Pages(request.request_id, tuple(blocks)))
+        plan.taken.append(Blocks(request.request_id, tuple(blocks)))
 
     @contextlib.contextmanager
     def _ending(self, plan: StepPlan, request: Request) -> Iterator[None]:
@@ -289,7 +289,7 @@ class Scheduler:
     def _preempt(self, plan: StepPlan, victim: Request) -> None:
         """Take a request's pages and seat away; it keeps its tokens and will compute them again."""
         self.running.remove(victim)
-        plan.preempted.append(Pages(victim.request_id, self._release(victim)))
+        plan.preempted.append(Blocks(victim.request_id, self._release(victim)))
         victim.status = "waiting"
         victim.num_computed_tokens = 0
         self.waiting.push(victim)
@@ -407,7 +407,7 @@ class Scheduler:
         if self.kv_policy == "paged" and keep * self.pool.block_size < request.num_slots:
             blocks = self.pool.truncate(request.request_id, keep)
             request.num_slots = keep * self.pool.block_size
-            self._returned.append(Pages(request.request_id, tuple(blocks)))
+            self._returned.append(Blocks(request.request_id, tuple(blocks)))
 
     def record(
         self, step: int, plan: StepPlan, result: StepResult, *, time: float = 0.0, seconds: float = 0.0

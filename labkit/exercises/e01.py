@@ -16,7 +16,7 @@ from labkit import notebook
 from labkit.analysis.reference import reference_model
 from labkit.analysis.workload import prose
 from labkit.config import EngineConfig
-from labkit.core.attention import Span, build_layout
+from labkit.core.attention import Span, build_metadata
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
@@ -77,7 +77,7 @@ class CachedModel:
         """One pass: tokens at these positions, as a row that says where they lie and whom they see."""
         module = self.module
         self.passes.append((positions[0], len(tokens)))
-        layout = build_layout([row], self.cache, windows=module.windows)
+        layout = build_metadata([row], self.cache, windows=module.windows)
         token_ids, places = (torch.tensor(list(x), device=module.device) for x in (tokens, positions))
         hidden = module(token_ids, places, self.cache, layout)
         return module.logits(hidden[-1:])[0]

@@ -14,7 +14,7 @@ from labkit import notebook
 from labkit.config import EngineConfig
 from labkit.core.attention import PagedKVCache, Span, row_order
 from labkit.core.block_pool import BlockPool, InvariantError, OutOfBlocks
-from labkit.core.model_runner import Runner
+from labkit.core.model_runner import ModelRunner
 from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
@@ -427,7 +427,7 @@ class _LearnersCache(PagedKVCache):
         self.v[layer, self.blocks, self.places] = v
 
 
-class _LearnersRunner(Runner):
+class _LearnersRunner(ModelRunner):
     """Asks a learner's function for the slots of every row before the forward pass."""
 
     cache: _LearnersCache

@@ -29,7 +29,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from labkit.core.attention import Backend, BatchLayout, PagedKVCache, Span
+from labkit.core.attention import AttentionMetadata, Backend, PagedKVCache, Span
 from labkit.core.model import Transformer
 
 _MIN_WIDTH = 16  # pages of the narrowest bucket
@@ -167,7 +167,7 @@ class DecodeGraphs:
         def step() -> Tensor:
             page = tables.gather(1, (positions // size)[:, None])[:, 0]
             group = self.backend.static(tables, positions + 1, self.cache, self.model.windows)
-            layout = BatchLayout(self.cache.slots(page, positions % size), [group])
+            layout = AttentionMetadata(self.cache.slots(page, positions % size), [group])
             return self.model(token_ids, positions, self.cache, layout)
 
         return step

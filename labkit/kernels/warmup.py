@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from labkit.config import EngineConfig
-from labkit.core.attention import SDPA, Backend, PagedKVCache, Span, build_layout
+from labkit.core.attention import SDPA, Backend, PagedKVCache, Span, build_metadata
 from labkit.core.model import Transformer
 from labkit.kernels.cuda_graphs import Capture, DecodeGraphs
 from labkit.kernels.select import choose_backend
@@ -62,7 +62,7 @@ def activation_bytes(model: Transformer | AdaptedModel, backend: Backend, config
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         row = Span(longest - tokens, tokens, [0] * -(-longest // size))
-        layout = build_layout([row], cache, windows=model.windows, backend=backend)
+        layout = build_metadata([row], cache, windows=model.windows, backend=backend)
         ids = torch.zeros(tokens, dtype=torch.long, device=device)
         hidden = model(ids, torch.arange(row.start, row.length, device=device), cache, layout)
         seats = hidden[:1].expand(config.max_num_seqs, -1).contiguous()

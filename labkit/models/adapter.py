@@ -25,12 +25,12 @@ from transformers import AttentionInterface, AutoModelForCausalLM, Cache, PreTra
 from transformers.masking_utils import AttentionMaskInterface
 
 from labkit.core.attention import (
-    BatchLayout,
+    AttentionMetadata,
     PagedKVCache,
     Span,
     additive,
     attend,
-    build_layout,
+    build_metadata,
     gather,
 )
 from labkit.models.load import ModelError
@@ -91,7 +91,7 @@ class AdaptedModel(nn.Module):
         return 2 * len(self._windows) * kv_heads * head_dim * self.dtype.itemsize
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, cache: PagedKVCache, layout: BatchLayout
+        self, token_ids: Tensor, positions: Tensor, cache: PagedKVCache, layout: AttentionMetadata
     ) -> Tensor:
         """Hidden states (T, hidden_size) of tokens (T,) at positions (T,); writes the cache on the way."""
         return self._run(_Pages(cache, layout, self._windows), token_ids, positions)
@@ -173,7 +173,7 @@ class _Layers(list):
 class _Pages(Cache):
     """The paged cache and the layout of a step, as one forward pass of a model sees them."""
 
-    def __init__(self, pages: PagedKVCache, layout: BatchLayout, windows: Sequence[int | None]) -> None:
+    def __init__(self, pages: PagedKVCache, layout: AttentionMetadata, windows: Sequence[int | None]) -> None:
         super().__init__(layers=_Layers())
         self.pages, self.layout, self.windows = pages, layout, windows
         self.layer = -1  # the last one written
@@ -345,7 +345,7 @@ def _check_logits(model: PreTrainedModel, adapted: AdaptedModel) -> None:
     tables, cache, found = ([7, 1, 5, 2, 9, 4], [0, 8]), adapted.new_cache(10, 4), ([], [])
     for step in ([(0, 0, 9)], [(0, 9, 11), (1, 0, 7)], [(0, 20, 1), (1, 7, 1)]):  # prompt, start, tokens
         spans = [Span(start, n, tables[i]) for i, start, n in step]
-        layout = build_layout(spans, cache, windows=adapted.windows)
+        layout = build_metadata(spans, cache, windows=adapted.windows)
         parts = [torch.stack((long, short)[i])[:, start : start + n] for i, start, n in step]
         logits = adapted.logits(adapted(*torch.cat(parts, dim=1), cache, layout))
         for (i, _, _), rows in zip(step, logits.split([span.num_queries for span in spans]), strict=True):

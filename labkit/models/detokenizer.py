@@ -8,7 +8,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """The text of one answer, growing by a token at a time.
 
     Args:

@@ -25,7 +25,7 @@ from labkit.page.sse import PATH, Broadcast
 from labkit.page.submissions import params_of
 from labkit.page.upload import MAX_BYTES
 from labkit.page.visitors import mark
-from labkit.serving.async_engine import EngineStoppedError, LiveEngine
+from labkit.serving.async_engine import AsyncEngine, EngineStoppedError
 from labkit.views.live_feed import asset
 
 QUEUE_SECONDS = 0.1  # between two looks of gradio at its queue: left alone, it takes 1,100 a second
@@ -73,7 +73,7 @@ class Page(gr.Blocks):
         super().close(verbose)
 
 
-def serve(engine: LiveEngine | Lab, **options: Any) -> Page:
+def serve(engine: AsyncEngine | Lab, **options: Any) -> Page:
     """Launch the page in the background, with one broadcast for all who watch.
 
     Args:
@@ -94,7 +94,7 @@ def serve(engine: LiveEngine | Lab, **options: Any) -> Page:
     return page
 
 
-def build(engine: LiveEngine | Lab) -> Page:
+def build(engine: AsyncEngine | Lab) -> Page:
     """The page on a running engine, or on a lab round one. Launch it, or mount it into a FastAPI app.
 
     Its pictures stand still once it was closed: build another to show the engine again.

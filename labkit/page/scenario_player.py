@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from labkit.core.request import SamplingParams
 from labkit.page.scenarios import Line, Preset
 from labkit.page.submissions import Desk, as_chat
-from labkit.serving.async_engine import EngineStoppedError, LiveEngine
+from labkit.serving.async_engine import AsyncEngine, EngineStoppedError
 from labkit.trace.trace import StepRecord
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Player:
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
-        self._live: LiveEngine = desk.live
+        self._live: AsyncEngine = desk.live
         self._lock = threading.Lock()
         self._cues: list[_Cue] = []
         self._deaf: Callable[[], None] = self._live.listen(self._hear, last=0)

@@ -22,7 +22,7 @@ from labkit.page.scenario_player import Player
 from labkit.page.scenarios import BY_NAME
 from labkit.page.submissions import Desk
 from labkit.page.visitors import GRACE, Visitors
-from labkit.serving.async_engine import LiveEngine
+from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.limits import Limits
 from labkit.trace.trace import Trace
 from labkit.trace.writer import TraceWriters
@@ -51,14 +51,14 @@ KNOBS = (*CHOICES, *SIZES, *FLAGS)
 class Bench:
     """One engine, what watches it, and who hands in requests. Another engine is another bench."""
 
-    live: LiveEngine
+    live: AsyncEngine
     feed: Feed
     desk: Desk
     player: Player
     deafen: Callable[[], None]
 
     @classmethod
-    def around(cls, live: LiveEngine, limits: Limits) -> Bench:
+    def around(cls, live: AsyncEngine, limits: Limits) -> Bench:
         feed = Feed(live.engine.trace.meta, speculative=live.engine.config.speculative)
         desk = Desk(live, limits)
         return cls(live, feed, desk, Player(desk), live.listen(feed.append, last=WINDOW))
@@ -95,7 +95,7 @@ class Lab:
 
     def __init__(
         self,
-        live: LiveEngine,
+        live: AsyncEngine,
         *,
         limits: Limits | None = None,
         grace: float = GRACE,
@@ -195,7 +195,7 @@ class Lab:
         """Build the new engine, and only then let go of the old one."""
         old = self.bench
         try:
-            live = LiveEngine.build(lambda: self._make(config))
+            live = AsyncEngine.build(lambda: self._make(config))
         except (MemoryError, RuntimeError) as error:
             logger.warning("no engine with these settings", exc_info=True)
             raise ValueError(
@@ -208,7 +208,7 @@ class Lab:
         old.live.close()
         then(self.bench)
 
-    def _seat(self, live: LiveEngine) -> Bench:
+    def _seat(self, live: AsyncEngine) -> Bench:
         if self._writers:
             self._writers.follow(live)
         return Bench.around(live, self.limits)

@@ -12,7 +12,7 @@ from typing import Any
 
 from labkit.core.request import SamplingParams, check_number
 from labkit.page.visitors import mark
-from labkit.serving.async_engine import LiveEngine, Progress
+from labkit.serving.async_engine import AsyncEngine, Progress
 from labkit.serving.limits import Limits
 from labkit.views import style
 
@@ -96,7 +96,7 @@ class Desk:
         refuses: why nothing is taken in at present; "" if it is.
     """
 
-    def __init__(self, live: LiveEngine, limits: Limits | None = None) -> None:
+    def __init__(self, live: AsyncEngine, limits: Limits | None = None) -> None:
         self.live = live
         self.limits = limits or Limits()
         self.refuses = ""

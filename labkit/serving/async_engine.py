@@ -79,7 +79,7 @@ class _Answer:
         )
 
 
-class LiveEngine:
+class AsyncEngine:
     """Runs an engine on a thread and lets any thread, or any coroutine, use it.
 
     Args:
@@ -110,7 +110,7 @@ class LiveEngine:
     # -- requests ---------------------------------------------------------------------------------
 
     @classmethod
-    def build(cls, make: Callable[[], Engine]) -> LiveEngine:
+    def build(cls, make: Callable[[], Engine]) -> AsyncEngine:
         """Build an engine on a thread that ends with that, and set it going. Raises what `make` raises.
 
         On a CPU, a thread that has computed keeps helpers for its next time. Were they kept by the thread
@@ -361,7 +361,7 @@ class LiveEngine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def __enter__(self) -> LiveEngine:
+    def __enter__(self) -> AsyncEngine:
         return self
 
     def __exit__(self, *_: object) -> None:

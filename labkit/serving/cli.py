@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from labkit.models.load import LoadedModel
-    from labkit.serving.async_engine import LiveEngine
+    from labkit.serving.async_engine import AsyncEngine
     from labkit.serving.limits import Limits
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch's words, in lower case
@@ -137,7 +137,7 @@ def check_address(host: str, port: int) -> None:
         ) from None
 
 
-def load(options: argparse.Namespace, *, trace_steps: int) -> LiveEngine:
+def load(options: argparse.Namespace, *, trace_steps: int) -> AsyncEngine:
     """Load the model and set the engine going; it remembers so many steps.
 
     Raises:
@@ -147,7 +147,7 @@ def load(options: argparse.Namespace, *, trace_steps: int) -> LiveEngine:
 
     from labkit.config import EngineConfig
     from labkit.engine import Engine
-    from labkit.serving.async_engine import LiveEngine
+    from labkit.serving.async_engine import AsyncEngine
 
     def build() -> Engine:
         config = EngineConfig(
@@ -168,7 +168,7 @@ def load(options: argparse.Namespace, *, trace_steps: int) -> LiveEngine:
         return Engine(config)
 
     try:
-        return LiveEngine.build(build)
+        return AsyncEngine.build(build)
     except (MemoryError, RuntimeError) as error:
         # On a CPU, and on some accelerators, torch says it in the words of a plain RuntimeError.
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from labkit.core.request import RequestOutput, SamplingParams, answer_ids
-from labkit.serving.async_engine import EngineStoppedError, LiveEngine
+from labkit.serving.async_engine import AsyncEngine, EngineStoppedError
 from labkit.serving.limits import Limits
 from labkit.serving.metrics import Metrics
 from labkit.serving.schema import Asked, Format, RequestError, error_object, field_of, usage
@@ -88,7 +88,7 @@ class Server:
 
     def __init__(
         self,
-        engine: Callable[[], LiveEngine],
+        engine: Callable[[], AsyncEngine],
         options: Options,
         file: Callable[[str, str, SamplingParams], None] | None = None,
     ) -> None:
@@ -110,7 +110,7 @@ class Server:
 
     # -- in ---------------------------------------------------------------------------------------
 
-    async def take(self, job: Job, *, max_tokens: int | None, logprobs: int | None) -> LiveEngine:
+    async def take(self, job: Job, *, max_tokens: int | None, logprobs: int | None) -> AsyncEngine:
         """Check a call and hand its prompts to the engine.
 
         Raises:
@@ -183,7 +183,7 @@ class Server:
             del self._clients[client]  # clients come and go for months
 
     def _submit(
-        self, live: LiveEngine, prompt: str | list[int], params: SamplingParams, priority: int
+        self, live: AsyncEngine, prompt: str | list[int], params: SamplingParams, priority: int
     ) -> dict[str, AsyncIterator[RequestOutput]]:
         """Hand a prompt in. Its answers are held on to from here on, for the engine forgets finished ones."""
         if isinstance(prompt, str) and self.options.limits.prompt_tokens is not None:
@@ -195,7 +195,7 @@ class Server:
 
     # -- out --------------------------------------------------------------------------------------
 
-    async def follow(self, live: LiveEngine, job: Job) -> AsyncIterator[tuple[int, RequestOutput]]:
+    async def follow(self, live: AsyncEngine, job: Job) -> AsyncIterator[tuple[int, RequestOutput]]:
         """All answers of a call as they grow: (choice, snapshot). Returns when all are finished.
 
         Raises:
@@ -219,7 +219,7 @@ class Server:
                     raise error
                 yield index, output
 
-    def let_go(self, live: LiveEngine, job: Job) -> None:
+    def let_go(self, live: AsyncEngine, job: Job) -> None:
         """End what is still under way of a call, and write its line to the log."""
         for name in job.names:
             live.abort(name)
@@ -243,7 +243,7 @@ class Server:
             line["prompts"] = job.shown
         logger.info(json.dumps(line))
 
-    async def whole(self, live: LiveEngine, job: Job) -> dict[str, Any]:
+    async def whole(self, live: AsyncEngine, job: Job) -> dict[str, Any]:
         """The finished answers of a call as one object. Raises as `follow` does."""
         async for index, output in self.follow(live, job):
             job.outputs[index] = output
@@ -251,7 +251,7 @@ class Server:
         choices = [job.format.choice(i, job.echoed(i), output) for i, output in enumerate(job.ordered)]
         return job.format.answer(choices, usage(job.ordered, _prompt_tokens(job.ordered)))
 
-    async def events(self, live: LiveEngine, job: Job) -> AsyncIterator[bytes]:
+    async def events(self, live: AsyncEngine, job: Job) -> AsyncIterator[bytes]:
         """The answers of a call as server-sent events. What fails is said in the stream."""
         wants_usage = bool(job.asked.stream_options and job.asked.stream_options.include_usage)
         sent = [[0, 0] for _ in job.answers]  # characters of the text, and tokens, of each choice

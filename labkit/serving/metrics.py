@@ -12,7 +12,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from labkit.core.request import RequestOutput
-from labkit.serving.async_engine import LiveEngine
+from labkit.serving.async_engine import AsyncEngine
 from labkit.trace.trace import StepRecord
 
 PREFIX = "labkit:"
@@ -32,7 +32,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._model = model_name
         self._lock = threading.Lock()
-        self._live: LiveEngine | None = None
+        self._live: AsyncEngine | None = None
         self._stop: Callable[[], None] = lambda: None
         self._tokens: dict[str, int] = {}  # sampled so far, of requests under way
         self._drafts: _Drafts | None = None  # once there is an engine that drafts
@@ -74,7 +74,7 @@ class Metrics:
         self.prompt_length = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self.answer_length = histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
 
-    def follow(self, live: LiveEngine) -> None:
+    def follow(self, live: AsyncEngine) -> None:
         """Count what this engine does, from the first step that its trace holds, and no other any more."""
         with self._lock:
             if live is self._live:
@@ -90,7 +90,7 @@ class Metrics:
         """All numbers, in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    def _hear(self, live: LiveEngine, record: StepRecord) -> None:
+    def _hear(self, live: AsyncEngine, record: StepRecord) -> None:
         """Count a step. Runs on the engine's thread."""
         self.running.set(len(record.requests))
         self.waiting.set(record.waiting)

@@ -30,7 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from labkit.core.request import SamplingParams
 from labkit.page.submissions import as_chat
 from labkit.serving import cli
-from labkit.serving.async_engine import LiveEngine
+from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.handler import Job, Options, Server
 from labkit.serving.schema import (
     Asked,
@@ -51,7 +51,7 @@ _FLUSH_SECONDS = 5  # to send what is written, once the answers have ended
 
 
 def create_app(
-    engine: LiveEngine | Callable[[], LiveEngine],
+    engine: AsyncEngine | Callable[[], AsyncEngine],
     options: Options | None = None,
     *,
     file: Callable[[str, str, SamplingParams], None] | None = None,
@@ -64,7 +64,7 @@ def create_app(
         file: see `Server`.
     """
     options = options or Options()
-    server = Server((lambda: engine) if isinstance(engine, LiveEngine) else engine, options, file)
+    server = Server((lambda: engine) if isinstance(engine, AsyncEngine) else engine, options, file)
     server.metrics.follow(server.engine())
     app = FastAPI(title="labkit", docs_url=None, redoc_url=None, openapi_url="/v1/openapi.json")
     app.state.server = server

@@ -10,7 +10,7 @@ import torch
 
 from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
-from labkit.core.model_runner import Runner
+from labkit.core.model_runner import ModelRunner
 from labkit.core.plan import StepPlan
 from labkit.core.request import Request, SamplingParams
 from labkit.kernels.warmup import backend_for, warm_up
@@ -33,7 +33,7 @@ class ModelDrafter:
         budget: tokens in a step.
     """
 
-    def __init__(self, runner: Runner, *, vocab_size: int, budget: int) -> None:
+    def __init__(self, runner: ModelRunner, *, vocab_size: int, budget: int) -> None:
         self.runner = runner
         self.pool = runner.pool
         self._vocab_size = vocab_size
@@ -96,7 +96,7 @@ class ModelDrafter:
 
 
 def make_speculator(
-    config: EngineConfig, model: LoadedModel, runner: Runner, draft: LoadedModel | None
+    config: EngineConfig, model: LoadedModel, runner: ModelRunner, draft: LoadedModel | None
 ) -> Speculator | None:
     """What the configuration asks for. `draft` comes from `draft_model`."""
     if config.speculative is None:
@@ -107,7 +107,7 @@ def make_speculator(
         backend = backend_for(draft.module, config)
         cache, graphs = warm_up(draft.module, backend, config, runner.pool.num_blocks)
         pool = BlockPool(cache.num_blocks, config.block_size, enable_prefix_caching=False)
-        drafting = Runner(draft.module, cache, pool, backend=backend, graphs=graphs)
+        drafting = ModelRunner(draft.module, cache, pool, backend=backend, graphs=graphs)
         drafter = ModelDrafter(
             drafting, vocab_size=model.config.vocab_size, budget=config.max_num_batched_tokens
         )
@@ -144,7 +144,7 @@ def draft_model(config: EngineConfig, model: LoadedModel) -> LoadedModel | None:
     return draft
 
 
-def step_times(runner: Runner, budget: int) -> StepCosts:
+def step_times(runner: ModelRunner, budget: int) -> StepCosts:
     """What a step takes here, in seconds, measured on a request that is gone afterwards."""
     pool = runner.pool
     most = min(_PROBED, budget, pool.num_blocks * pool.block_size)
@@ -162,7 +162,7 @@ def step_times(runner: Runner, budget: int) -> StepCosts:
     return StepCosts(max(some - few * token, 0.0), token, max(one - token, 0.0))
 
 
-def _seconds(runner: Runner, name: str, count: int) -> float:
+def _seconds(runner: ModelRunner, name: str, count: int) -> float:
     """The shortest of a few steps that compute `count` tokens of a request, all but the first drafts."""
     taken = []
     for _ in range(1 + _TIMES):

@@ -12,9 +12,9 @@ from labkit.trace.trace import (
     KINDS,
     Admission,
     Arrival,
+    Blocks,
     Copy,
     Finish,
-    Pages,
     PoolState,
     Priority,
     StepRecord,
@@ -29,11 +29,11 @@ _NESTED: dict[str, type] = {
     "arrived": Arrival,
     "reprioritised": Priority,
     "admitted": Admission,
-    "preempted": Pages,
-    "taken": Pages,
+    "preempted": Blocks,
+    "taken": Blocks,
     "copied": Copy,
     "finished": Finish,
-    "returned": Pages,
+    "returned": Blocks,
 }
 _SECONDS_DIGITS = 6
 _MAX_INT = 2**53  # larger whole numbers are not what they seem in a browser

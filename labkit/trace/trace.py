@@ -49,8 +49,8 @@ class Admission(NamedTuple):
     num_looked_up: int = 0
 
 
-class Pages(NamedTuple):
-    """Pages that a request took (appended to its block table) or gave back, in table order."""
+class Blocks(NamedTuple):
+    """Blocks that a request took (appended to its block table) or gave back, in table order."""
 
     request_id: str
     blocks: tuple[int, ...]
@@ -117,11 +117,11 @@ class StepRecord:
     arrived: tuple[Arrival, ...] = ()
     reprioritised: tuple[Priority, ...] = ()
     admitted: tuple[Admission, ...] = ()
-    preempted: tuple[Pages, ...] = ()
-    taken: tuple[Pages, ...] = ()
+    preempted: tuple[Blocks, ...] = ()
+    taken: tuple[Blocks, ...] = ()
     copied: tuple[Copy, ...] = ()
     finished: tuple[Finish, ...] = ()
-    returned: tuple[Pages, ...] = ()
+    returned: tuple[Blocks, ...] = ()
     published: tuple[int, ...] = ()
     evicted: tuple[int, ...] = ()
     waiting: int = 0

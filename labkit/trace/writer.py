@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from labkit.serving.async_engine import LiveEngine
+from labkit.serving.async_engine import AsyncEngine
 from labkit.trace.trace import StepRecord, Trace
 
 
@@ -29,7 +29,7 @@ class TraceWriters:
         self._file: TextIO | None = None
         self._deafen: Callable[[], None] = lambda: None
 
-    def follow(self, live: LiveEngine) -> Path:
+    def follow(self, live: AsyncEngine) -> Path:
         """Write down every step of an engine from now on, and of none before; returns the file's path."""
         self.close()
         self._count += 1

@@ -1,20 +1,20 @@
 """A closer look at one step, or at one page: from the trace, and the tokens of the answers still known.
 
-Pages are numbers and the trace holds no prompts, so the tokens come from the outputs that `LiveEngine` keeps.
+Blocks are numbers and the trace holds no prompts, so tokens come from the outputs that `AsyncEngine` keeps.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from labkit.serving.async_engine import LiveEngine
+from labkit.serving.async_engine import AsyncEngine
 from labkit.trace.trace import Row, StepRecord, Trace
 from labkit.views.live_feed import Decode, looks, pack_bits, words_of
 
 _LOOK_BACK = 2_000  # steps, to find who had a page last
 
 
-def step_facts(live: LiveEngine, step: int) -> dict[str, Any]:
+def step_facts(live: AsyncEngine, step: int) -> dict[str, Any]:
     """The batch, the block tables and the queue of one step, ready for JSON.
 
     The tables are as they were while the step ran: who finished in it still holds pages.
@@ -64,7 +64,7 @@ def _drafts(row: Row, decode: Decode) -> tuple[Any, ...]:
     return len(row.drafted), row.num_accepted, words_of(row.drafted, decode)
 
 
-def page_facts(live: LiveEngine, block: int, step: int | None = None) -> dict[str, Any]:
+def page_facts(live: AsyncEngine, block: int, step: int | None = None) -> dict[str, Any]:
     """Who owns a page, where in their block tables, and the tokens in it, each as text.
 
     Without a step, as things are after the latest one. A page without owners tells of the last one that it
@@ -121,7 +121,7 @@ def _gave_back(record: StepRecord, block: int) -> tuple[str, int] | None:
 
 
 def _tokens(
-    live: LiveEngine, request_id: str, start: int, count: int, record: StepRecord | None
+    live: AsyncEngine, request_id: str, start: int, count: int, record: StepRecord | None
 ) -> list[str] | None:
     """The tokens of a request from `start` on, after the latest step or during that of the record."""
     try:

@@ -12,7 +12,7 @@ from labkit.core.attention import (
     Span,
     _cut,
     attend,
-    build_layout,
+    build_metadata,
     reference_attention,
     row_order,
 )
@@ -53,7 +53,7 @@ def test_fast_attention_equals_the_reference(block_size: int, window: int | None
         total = sum(row.num_queries for row in rows)
         padding = rng.choice([0, 3])
         q = torch.randn(total + padding, 6, 8)
-        layout = build_layout(rows, cache, num_padding=padding, windows=[None, window])
+        layout = build_metadata(rows, cache, num_padding=padding, windows=[None, window])
         fast = attend(q, cache, 1, layout, scale=0.3, window=window)
         plain = reference_attention(q, cache, 1, rows, scale=0.3, window=window)
         torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
@@ -63,7 +63,7 @@ def test_fast_attention_equals_the_reference(block_size: int, window: int | None
 def test_slots_follow_the_block_table_and_padding_goes_to_the_null_page() -> None:
     cache = cache_of(5, 4)
     rows = [Span(6, 1, [3, 1]), Span(2, 4, [0, 4])]
-    layout = build_layout(rows, cache, num_padding=2)
+    layout = build_metadata(rows, cache, num_padding=2)
     page = 2 * 2 * 4  # keys and values of two heads, four tokens each
     keys = [1 * page + 2, 2, 3, 4 * page, 4 * page + 1, 5 * page, 5 * page + 1]
     heads = [slot + head * 4 for slot in keys for head in range(2)]
@@ -88,7 +88,7 @@ def test_stale_memory_of_a_failed_request_is_cleared() -> None:
     cache.k[:, 1], cache.v[:, 1] = torch.nan, torch.nan
     row = Span(2, 1, [1])
     q = torch.ones(1, 2, 8)
-    layout = build_layout([row], cache)
+    layout = build_metadata([row], cache)
     cache.write(0, torch.ones(1, 2, 8), torch.ones(1, 2, 8), layout.slots)
     assert attend(q, cache, 0, layout, scale=1.0).isnan().any()  # what clearing is for
     cache.clear_pages([1])

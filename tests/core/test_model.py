@@ -11,7 +11,7 @@ import torch
 from conftest import VOCAB, loaded, reference
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
-from labkit.core.attention import Span, build_layout
+from labkit.core.attention import Span, build_metadata
 from labkit.core.model import Transformer
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def our_logits(
     parts, start = [], 0
     for size in chunks:
         span = Span(start, size, table)
-        layout = build_layout([span], cache, windows=model.windows)
+        layout = build_metadata([span], cache, windows=model.windows)
         positions = torch.arange(start, start + size)
         hidden = model(torch.tensor(tokens[start : start + size]), positions, cache, layout)
         parts.append(model.logits(hidden))

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from labkit.config import EngineConfig
-from labkit.core.attention import SDPA, Backend, PagedKVCache, Span, build_layout, gathered_rows, row_order
+from labkit.core.attention import SDPA, Backend, PagedKVCache, Span, build_metadata, gathered_rows, row_order
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.kernels import select
@@ -106,7 +106,7 @@ def rows_of(lengths: list[int], size: int, num_blocks: int, seed: int) -> list[S
 
 def eagerly(family: str, cache: PagedKVCache, token_ids: list[int], rows: list[Span]) -> Tensor:
     model = loaded(family).module
-    layout = build_layout(rows, cache, windows=model.windows)
+    layout = build_metadata(rows, cache, windows=model.windows)
     positions = torch.tensor([row.start for row in rows])
     return model(torch.tensor(token_ids), positions, cache, layout)
 

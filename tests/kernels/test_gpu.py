@@ -15,7 +15,7 @@ from conftest import VOCAB, greedy, loaded, reference
 from torch import Tensor
 
 from labkit.config import EngineConfig
-from labkit.core.attention import SDPA, Backend, Span, block_table, build_layout
+from labkit.core.attention import SDPA, Backend, Span, block_table, build_metadata
 from labkit.core.model import Transformer
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
@@ -107,7 +107,7 @@ def teacher_forced(model: Transformer, backend: Backend) -> Tensor:
     for take in ((30, 20), (5, 1), (1, 7), *[(1, 1)] * 5, *[(1, 0)] * 9):
         some = sorted((i for i in (0, 1) if take[i]), key=lambda i: (take[i] > 1, -done[i]))
         rows = [Span(done[i], take[i], tables[i]) for i in some]
-        layout = build_layout(rows, cache, windows=model.windows, backend=backend)
+        layout = build_metadata(rows, cache, windows=model.windows, backend=backend)
         ids = [token for i in some for token in texts[i][done[i] : done[i] + take[i]]]
         positions = [at for row in rows for at in range(row.start, row.length)]
         inputs = (torch.tensor(x, device=model.device) for x in (ids, positions))
@@ -130,7 +130,9 @@ def test_packed_chunks_equal_single_ones(window: int | None, dtype: torch.dtype)
     cache.pages.normal_()
     rows = [Span(3, 90, list(range(0, 6))), Span(0, 17, [20, 21]), Span(200, 5, list(range(30, 43)))]
     q = torch.randn(112, 6, 8, device=CUDA, dtype=dtype)
-    packed, single = (build_layout(rows, cache, windows=[window], backend=b).groups for b in (backend, SDPA))
+    packed, single = (
+        build_metadata(rows, cache, windows=[window], backend=b).groups for b in (backend, SDPA)
+    )
     assert len(packed) == 1 and isinstance(packed[0], PackedChunks)
     out = packed[0].attend(q, cache.layer(0), scale=0.3, window=window)
     for group in single:

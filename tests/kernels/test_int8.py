@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import loaded, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,6 @@ from labkit.engine import Engine
 from labkit.kernels import int8
 from labkit.models.load import LoadedModel, ModelError, load_model
 from labkit.models.tiny import tiny_tokenizer
-from tests.conftest import loaded, reference
 
 CPU = torch.device("cpu")
 TOKENS = [(7 * i) % 200 for i in range(60)]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import loaded, reference
 from torch import nn
 
 from labkit.benchmark.engine.equality import teacher_forced
 from labkit.core.model import Transformer
 from labkit.kernels import packed_linear
-from tests.conftest import loaded, reference
 
 TOKENS = list(range(50))
 

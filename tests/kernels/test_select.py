@@ -20,7 +20,7 @@ from labkit.core.attention import (
     Span,
     attend,
     block_table,
-    build_layout,
+    build_metadata,
     gathered_chunks,
     gathered_rows,
     reference_attention,
@@ -181,7 +181,7 @@ def test_a_mixed_batch_goes_through_both_kinds_of_group() -> None:
     cache.pages.nan_to_num_(0)  # gathered pages are read to their end
     q = torch.randn(16, 6, 8, device=DEVICE)
     backend = Backend("triton", "", paged_rows, gathered_chunks, select.static_paged_rows)
-    layout = build_layout(rows, cache, num_padding=2, windows=[None, 5], backend=backend)
+    layout = build_metadata(rows, cache, num_padding=2, windows=[None, 5], backend=backend)
     assert isinstance(layout.groups[0], PagedDecode)
     assert [(group.first, group.last) for group in layout.groups] == [(0, 3), (3, 9), (9, 14)]
     for window in (None, 5):
@@ -257,7 +257,7 @@ def test_packed_chunks_hand_over_the_live_slots_of_each_row(
     rows = [rows[i] for i in row_order(rows)]
     cache = filled(rows, 200, size, 2, 8, torch.float32)  # NaN, were one slot too many gathered
     backend = Backend("test", "", gathered_rows, packed_chunks, static_rows)
-    layout = build_layout(rows, cache, windows=[window], backend=backend)
+    layout = build_metadata(rows, cache, windows=[window], backend=backend)
     assert isinstance(layout.groups[-1], PackedChunks)
     q = torch.randn(sum(row.num_queries for row in rows), 6, 8, device=DEVICE)
     chunk = layout.groups[-1]
@@ -334,7 +334,7 @@ def test_groups_limited_to_the_kernels_of_sm_75_compute_the_same() -> None:
     cache.pages.normal_()
     q = torch.randn(11, 6, 8, device=DEVICE)
     backend = Backend("sdpa", "", select._as_sm75(SDPA.decode), select._as_sm75(SDPA.chunks), SDPA.static)
-    layout = build_layout(rows, cache, backend=backend)
+    layout = build_metadata(rows, cache, backend=backend)
     assert all(isinstance(group, Sm75) for group in layout.groups)
     out = attend(q, cache, 0, layout, scale=0.3)
     plain = reference_attention(q, cache, 0, rows, scale=0.3)
@@ -344,6 +344,6 @@ def test_groups_limited_to_the_kernels_of_sm_75_compute_the_same() -> None:
 def test_masks_are_cut_out_of_rows_that_the_memory_efficient_kernel_takes_as_they_are() -> None:
     rows = [Span(20, 1, [0, 1]), Span(3, 7, [2])]
     cache = PagedKVCache(1, 6, 11, 2, 8, dtype=torch.float16, device=DEVICE)
-    for group in build_layout(rows, cache).groups:
+    for group in build_metadata(rows, cache).groups:
         mask = group.masks[None]
         assert mask.stride(-1) == 1 and all(stride % 16 == 0 for stride in mask.stride()[:-1])

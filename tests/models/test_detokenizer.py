@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labkit.models.detokenizer import TextStream
+from labkit.models.detokenizer import IncrementalDetokenizer
 from labkit.models.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 TEXTS = ["Hello, world", "naïve café, 東京 🌊🏳️‍🌈", "a\n\n\tb  c ", "\u200b\ufeff", "日本語"]
 
 
-def shown(stream: TextStream, tokens: list[int]) -> list[str]:
+def shown(stream: IncrementalDetokenizer, tokens: list[int]) -> list[str]:
     """What a reader sees after each token, and at the end."""
     seen = []
     for token in tokens:
@@ -29,7 +29,7 @@ def shown(stream: TextStream, tokens: list[int]) -> list[str]:
 @pytest.mark.parametrize("text", TEXTS)
 def test_pieces_only_grow_and_end_in_the_whole(text: str) -> None:
     tokens = TOKENIZER.encode(text)
-    seen = shown(TextStream(TOKENIZER), tokens)
+    seen = shown(IncrementalDetokenizer(TOKENIZER), tokens)
     assert seen[-1] == text
     for before, after in itertools.pairwise(seen):
         assert after.startswith(before)
@@ -39,14 +39,14 @@ def test_pieces_only_grow_and_end_in_the_whole(text: str) -> None:
 @given(st.lists(st.integers(0, len(TOKENIZER) - 1), max_size=40))
 @settings(max_examples=300, deadline=None)
 def test_any_tokens_end_in_what_decode_says(tokens: list[int]) -> None:
-    seen = shown(TextStream(TOKENIZER), tokens)
+    seen = shown(IncrementalDetokenizer(TOKENIZER), tokens)
     assert seen[-1] == TOKENIZER.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert not any(text.endswith("\ufffd") for text in seen[:-1])
 
 
 def test_an_unfinished_character_is_held_back_until_the_end() -> None:
     tokens = TOKENIZER.encode("ab🌊")[:-1]  # the last byte never comes
-    seen = shown(TextStream(TOKENIZER), tokens)
+    seen = shown(IncrementalDetokenizer(TOKENIZER), tokens)
     assert seen[-2] == "ab"
     assert seen[-1].startswith("ab\ufffd")
 
@@ -55,7 +55,7 @@ def test_an_unfinished_character_is_held_back_until_the_end() -> None:
 @settings(max_examples=300, deadline=None)
 def test_stop_strings_cut_exactly_and_never_show_their_head(text: str, stops: list[str]) -> None:
     tokens = [token for letter in text for token in TOKENIZER.encode(letter)]
-    seen = shown(TextStream(TOKENIZER, stops), tokens)
+    seen = shown(IncrementalDetokenizer(TOKENIZER, stops), tokens)
     places = [text.find(stop) for stop in stops if stop in text]
     # The stop that is complete first ends the text; of those complete at once, the one that began first.
     ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
@@ -71,9 +71,9 @@ def test_stop_strings_cut_exactly_and_never_show_their_head(text: str, stops: li
 
 def test_a_stop_string_across_tokens_and_inside_one() -> None:
     tokens = TOKENIZER.encode("one two three")
-    stream = TextStream(TOKENIZER, ["wo th"])
+    stream = IncrementalDetokenizer(TOKENIZER, ["wo th"])
     assert shown(stream, tokens)[-1] == "one t"
-    assert shown(TextStream(TOKENIZER, ["thre"]), tokens)[-1] == "one two "
+    assert shown(IncrementalDetokenizer(TOKENIZER, ["thre"]), tokens)[-1] == "one two "
 
 
 def test_a_tokenizer_without_a_backend_gives_the_same() -> None:
@@ -82,9 +82,11 @@ def test_a_tokenizer_without_a_backend_gives_the_same() -> None:
 
     for text in TEXTS:
         tokens = TOKENIZER.encode(text)
-        assert shown(TextStream(Slow()), tokens) == shown(TextStream(TOKENIZER), tokens)
+        assert shown(IncrementalDetokenizer(Slow()), tokens) == shown(
+            IncrementalDetokenizer(TOKENIZER), tokens
+        )
 
 
 def test_special_tokens_are_no_text() -> None:
     tokens = [*TOKENIZER.encode("hi"), TOKENIZER.eos_token_id]
-    assert shown(TextStream(TOKENIZER), tokens)[-1] == "hi"
+    assert shown(IncrementalDetokenizer(TOKENIZER), tokens)[-1] == "hi"

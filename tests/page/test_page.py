@@ -13,7 +13,7 @@ from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel
-from labkit.serving.async_engine import LiveEngine
+from labkit.serving.async_engine import AsyncEngine
 
 pytest_plugins = ["visiting_fixtures"]
 
@@ -22,7 +22,7 @@ pytest_plugins = ["visiting_fixtures"]
 
 
 def test_inject_by_hand_and_watch(
-    visit: Callable[..., Visitor], live: LiveEngine, model: LoadedModel
+    visit: Callable[..., Visitor], live: AsyncEngine, model: LoadedModel
 ) -> None:
     me = visit()
     live.pause()
@@ -63,7 +63,7 @@ def solo(model: LoadedModel, prompt: list[int], params: SamplingParams) -> list[
     return engine.outputs["solo"].token_ids
 
 
-def test_inject_eight(visit: Callable[..., Visitor], live: LiveEngine) -> None:
+def test_inject_eight(visit: Callable[..., Visitor], live: AsyncEngine) -> None:
     me = visit()
     me.fill(max_tokens=40)
     me.page.click("#lk-inject-8")
@@ -75,7 +75,7 @@ def test_inject_eight(visit: Callable[..., Visitor], live: LiveEngine) -> None:
     assert len({len(live.output(request_id).token_ids) for request_id in ids}) > 4
 
 
-def test_examples_settings_and_chat(visit: Callable[..., Visitor], live: LiveEngine) -> None:
+def test_examples_settings_and_chat(visit: Callable[..., Visitor], live: AsyncEngine) -> None:
     me = visit()
     me.page.click("text=Why is the sky blue?")
     assert me.page.input_value("#lk-prompt textarea").startswith("Why is the sky blue?")
@@ -91,7 +91,7 @@ def test_examples_settings_and_chat(visit: Callable[..., Visitor], live: LiveEng
     me.until("document.querySelector('.lk-card .lk-prompt').textContent === 'by keyboard'")
 
 
-def test_bad_input_is_answered_by_a_sentence(visit: Callable[..., Visitor], live: LiveEngine) -> None:
+def test_bad_input_is_answered_by_a_sentence(visit: Callable[..., Visitor], live: AsyncEngine) -> None:
     me = visit()
     for prompt, max_tokens, temperature, message in (
         ("   ", 8, 0, "The prompt is empty"),
@@ -111,7 +111,7 @@ def test_bad_input_is_answered_by_a_sentence(visit: Callable[..., Visitor], live
     me.until("document.querySelector('#lk-message p').textContent === ''")
 
 
-def test_what_is_typed_stays_text(visit: Callable[..., Visitor], live: LiveEngine) -> None:
+def test_what_is_typed_stays_text(visit: Callable[..., Visitor], live: AsyncEngine) -> None:
     me = visit()
     live.pause()
     request_id = me.inject(HOSTILE, max_tokens=4)
@@ -144,7 +144,7 @@ ROW_OF = """(() => {
 
 
 def test_hover_names_block_and_request_and_marks_both(
-    visit: Callable[..., Visitor], live: LiveEngine
+    visit: Callable[..., Visitor], live: AsyncEngine
 ) -> None:
     me = visit()
     live.pause()
@@ -180,7 +180,7 @@ CELL_OF = """(() => {
 })()"""
 
 
-def test_pictures_are_drawn_and_follow_the_theme(visit: Callable[..., Visitor], live: LiveEngine) -> None:
+def test_pictures_are_drawn_and_follow_the_theme(visit: Callable[..., Visitor], live: AsyncEngine) -> None:
     me = visit(device_scale_factor=2, color_scheme="dark")
     live.pause()
     request_id = me.inject("hello", max_tokens=8)
@@ -213,7 +213,7 @@ HAS_COLOR = """(canvas, hex) => {
 
 
 @pytest.mark.parametrize("width", [400, 1280, 1920])
-def test_nothing_is_cut_off(visit: Callable[..., Visitor], live: LiveEngine, width: int) -> None:
+def test_nothing_is_cut_off(visit: Callable[..., Visitor], live: AsyncEngine, width: int) -> None:
     me = visit(width=width, height=800)
     live.pause()
     me.fill("word " * 40, max_tokens=4)
@@ -237,7 +237,7 @@ PICTURES = ("pages", "timeline", "meters")
 # -- the clock, and other people ------------------------------------------------------------------
 
 
-def test_pause_step_resume_and_speed(visit: Callable[..., Visitor], live: LiveEngine) -> None:
+def test_pause_step_resume_and_speed(visit: Callable[..., Visitor], live: AsyncEngine) -> None:
     me, other = visit(), visit()
     me.page.click(".lk-pause")
     other.page.wait_for_selector(".lk-paused")  # it is one engine
@@ -255,7 +255,7 @@ def test_pause_step_resume_and_speed(visit: Callable[..., Visitor], live: LiveEn
     me.until("lab.live.speed === null")
 
 
-def test_cancel(visit: Callable[..., Visitor], live: LiveEngine) -> None:
+def test_cancel(visit: Callable[..., Visitor], live: AsyncEngine) -> None:
     me, other = visit(), visit()
     live.speed = 20
     one, two, three = (me.inject("hello", max_tokens=500) for _ in range(3))
@@ -274,7 +274,7 @@ def test_cancel(visit: Callable[..., Visitor], live: LiveEngine) -> None:
     me.until("lab.state.owners.size === 0")
 
 
-def test_two_visitors_share_one_engine(visit: Callable[..., Visitor], live: LiveEngine) -> None:
+def test_two_visitors_share_one_engine(visit: Callable[..., Visitor], live: AsyncEngine) -> None:
     me, other = visit(), visit()
     live.pause()
     mine, theirs = me.inject("hello", max_tokens=6), other.inject("world", max_tokens=6)
@@ -294,7 +294,7 @@ def test_two_visitors_share_one_engine(visit: Callable[..., Visitor], live: Live
 
 
 def test_a_closed_page_takes_its_requests_and_its_pause_along(
-    visit: Callable[..., Visitor], live: LiveEngine
+    visit: Callable[..., Visitor], live: AsyncEngine
 ) -> None:
     me, other = visit(), visit()
     live.speed = 20
@@ -307,7 +307,9 @@ def test_a_closed_page_takes_its_requests_and_its_pause_along(
     assert not live.paused and not live.output(theirs).finished
 
 
-def test_cards_that_the_lab_has_forgotten_are_closed(visit: Callable[..., Visitor], live: LiveEngine) -> None:
+def test_cards_that_the_lab_has_forgotten_are_closed(
+    visit: Callable[..., Visitor], live: AsyncEngine
+) -> None:
     me = visit()
     live.pause()
     request_id = me.inject("hello", max_tokens=5)
@@ -319,7 +321,7 @@ def test_cards_that_the_lab_has_forgotten_are_closed(visit: Callable[..., Visito
     assert me.card(request_id).locator(".lk-cancel").count() == 0
 
 
-def test_cards_of_running_requests_stay_on_the_page(visit: Callable[..., Visitor], live: LiveEngine) -> None:
+def test_cards_of_running_requests_stay_on_the_page(visit: Callable[..., Visitor], live: AsyncEngine) -> None:
     shown = visit().page.evaluate(MANY_CARDS)
     assert shown == {"all": 100, "mine": ["own"], "running": 1, "oldest other": "4"}
 
@@ -347,7 +349,7 @@ MANY_CARDS = f"""() => {{
 
 
 def test_a_closed_page_listens_no_more(model: LoadedModel) -> None:
-    with LiveEngine(Engine(EngineConfig(model=model, num_blocks=48))) as live:
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=48))) as live:
         demo = app.launch(live, share=False, server_port=free_port(), quiet=True)
         wait_for(lambda: len(live._listeners) == 2)
         demo.close(verbose=False)
@@ -358,7 +360,7 @@ def test_the_first_look_a_broken_engine_and_a_server_that_is_gone(
     browser: Any, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = free_port()
-    with LiveEngine(Engine(EngineConfig(model=model, num_blocks=48))) as live:
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=48))) as live:
         demo = app.launch(live, share=False, server_port=port, quiet=True)
         me = Visitor(browser.new_context(), f"http://127.0.0.1:{port}")
         assert me.page.inner_text(".lk-summary") == "Idle. 48 pages of 16 tokens, all free; 32 seats."

@@ -15,7 +15,7 @@ from labkit.engine import Engine
 from labkit.models.load import LoadedModel
 from labkit.page.scenarios import PRESETS
 from labkit.page.session import Lab
-from labkit.serving.async_engine import LiveEngine
+from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.limits import Limits
 
 pytest_plugins = ["visiting_fixtures"]
@@ -25,7 +25,7 @@ pytest_plugins = ["visiting_fixtures"]
 def house(model: LoadedModel) -> Iterator[tuple[Lab, str]]:
     sizes = {"num_blocks": 96, "max_num_seqs": 8, "max_num_batched_tokens": 128}
     config = EngineConfig(model=model, speculative_gate=False, **sizes)
-    with LiveEngine(Engine(config)) as live:
+    with AsyncEngine(Engine(config)) as live:
         lab = Lab(live, grace=0.2, limits=Limits(requests=40, answer_tokens=300))
         port = free_port()
         demo = app.launch(lab, share=False, server_port=port, quiet=True)

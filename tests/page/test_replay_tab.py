@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 from tabs import HOSTILE, Looker, browser, served  # noqa: F401
-from test_perfetto import busy, timed
-from test_views import run, story
-from test_views_drafts import story as drafting
 
 from labkit.page import replay_tab
 from labkit.page.replay_tab import Traces, build_replay_tab
@@ -20,6 +17,9 @@ from labkit.trace.trace import Trace, TraceError
 from labkit.views import perfetto
 from labkit.views.live_feed import asset
 from labkit.views.pool_picture import pages_of
+from tests.views.test_perfetto import busy, timed
+from tests.views.test_views import run, story
+from tests.views.test_views_drafts import story as drafting
 
 TRACES = {
     "A busy one": busy(),

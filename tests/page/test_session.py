@@ -14,7 +14,7 @@ from labkit.engine import Engine
 from labkit.models.load import LoadedModel, load_model
 from labkit.page.scenarios import PRESETS
 from labkit.page.session import KNOBS, Lab
-from labkit.serving.async_engine import LiveEngine
+from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.limits import Limits
 
 PATIENCE = 60  # seconds until a test gives up; nothing is decided by it
@@ -28,7 +28,7 @@ def model() -> LoadedModel:
 
 @pytest.fixture
 def lab(model: LoadedModel) -> Iterator[Lab]:
-    with LiveEngine(Engine(EngineConfig(model=model, num_blocks=128))) as live:
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=128))) as live:
         lab = Lab(live)
         yield lab
         lab.close()
@@ -147,7 +147,7 @@ def test_speculation_is_turned_on_and_off(lab: Lab) -> None:
 
 def test_a_model_that_drafts_stays_for_those_who_come_back_to_it(model: LoadedModel) -> None:
     config = EngineConfig(model=model, num_blocks=128, speculative="draft", draft_model=model)
-    with LiveEngine(Engine(config)) as live:
+    with AsyncEngine(Engine(config)) as live:
         lab = Lab(live)
         for settings in ({"max_num_seqs": 3}, {"speculative": "ngram"}, {"speculative": "draft"}):
             assert lab.change(settings) == {"done": True}
@@ -168,7 +168,7 @@ def test_without_room_the_old_engine_goes_on(lab: Lab) -> None:
 
 
 def test_a_host_may_keep_the_knobs(model: LoadedModel) -> None:
-    with LiveEngine(Engine(EngineConfig(model=model, num_blocks=128))) as live:
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=128))) as live:
         lab = Lab(live, knobs=False)
         with pytest.raises(ValueError, match="are its host's"):
             lab.change({"max_num_seqs": 2})
@@ -188,7 +188,7 @@ def test_an_engine_that_failed_is_replaced(lab: Lab) -> None:
 
 
 def test_the_end_closes_what_the_lab_built_and_no_more(model: LoadedModel) -> None:
-    with LiveEngine(Engine(EngineConfig(model=model, num_blocks=64))) as live:
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=64))) as live:
         lab = Lab(live)
         lab.close()
         live.submit("hello", SamplingParams(max_tokens=1))
@@ -200,7 +200,7 @@ def test_the_end_closes_what_the_lab_built_and_no_more(model: LoadedModel) -> No
 
 
 def test_whoever_is_gone_takes_their_requests_along(model: LoadedModel) -> None:
-    with LiveEngine(Engine(EngineConfig(model=model, num_blocks=128, max_num_seqs=4))) as live:
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=128, max_num_seqs=4))) as live:
         lab = Lab(live, grace=0.01)
         me, you = lab.visitors.arrive("tab 1"), lab.visitors.arrive("tab 2")
         live.speed = 20
@@ -271,7 +271,7 @@ def test_a_preset_asks_before_it_restarts_what_runs(lab: Lab) -> None:
 
 
 def test_presets_are_bounded_like_everything_else(model: LoadedModel) -> None:
-    with LiveEngine(Engine(EngineConfig(model=model, num_blocks=128))) as live:
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=128))) as live:
         lab = Lab(live, limits=Limits(requests=8))
         with pytest.raises(ValueError, match="8 is the limit"):
             lab.play("me", "burst")

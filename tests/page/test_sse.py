@@ -13,7 +13,6 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from test_session import wait_for
 
 from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
@@ -30,9 +29,10 @@ from labkit.page.submissions import KEEP
 from labkit.page.upload import MAX_BYTES
 from labkit.page.visitors import mark
 from labkit.schedulers.static import SCHEDULERS
-from labkit.serving.async_engine import LiveEngine
+from labkit.serving.async_engine import AsyncEngine
 from labkit.trace.trace import StepRecord
 from labkit.views.live_feed import WINDOW
+from tests.page.test_session import wait_for
 
 PATIENCE = 60  # seconds until a test gives up; nothing is decided by it
 FOUR = SamplingParams(max_tokens=4, ignore_eos=True)
@@ -46,7 +46,7 @@ def model() -> LoadedModel:
 
 @pytest.fixture
 def lab(model: LoadedModel) -> Iterator[Lab]:
-    with LiveEngine(Engine(EngineConfig(model=model, **SIZES))) as live:
+    with AsyncEngine(Engine(EngineConfig(model=model, **SIZES))) as live:
         lab = Lab(live)
         lab.bench.feed._min_interval = 0
         wait_for(lambda: not live.busy)

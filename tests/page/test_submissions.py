@@ -12,7 +12,7 @@ from labkit.engine import Engine
 from labkit.models.load import LoadedModel, load_model
 from labkit.page.submissions import KEEP, Desk, as_chat, params_of
 from labkit.page.visitors import mark
-from labkit.serving.async_engine import LiveEngine
+from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.limits import Limits
 
 FOUR = SamplingParams(max_tokens=4)
@@ -25,7 +25,7 @@ def model() -> LoadedModel:
 
 @pytest.fixture
 def desk(model: LoadedModel) -> Iterator[Desk]:
-    with LiveEngine(Engine(EngineConfig(model=model, num_blocks=64))) as live:
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=64))) as live:
         yield Desk(live)
 
 
@@ -169,7 +169,7 @@ def test_old_cards_are_forgotten_but_not_those_of_unfinished_requests(desk: Desk
 
 
 def test_cards_that_nobody_knows_any_more_are_named(model: LoadedModel) -> None:
-    with LiveEngine(Engine(EngineConfig(model=model, num_blocks=64)), keep_finished=1) as live:
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=64)), keep_finished=1) as live:
         desk = Desk(live)
         forgotten, latest = desk.inject("me", "hello", FOUR), desk.inject("me", "hello", FOUR)
         finish(desk, latest)
@@ -255,7 +255,7 @@ def test_numbers_of_a_form() -> None:
 
 
 def test_the_queue_of_all_visitors_is_bounded(model: LoadedModel) -> None:
-    with LiveEngine(Engine(EngineConfig(model=model, num_blocks=64))) as live:
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=64))) as live:
         desk = Desk(live, Limits(requests=3, queue=4))
         live.pause()
         for who in ("me", "me", "you", "you"):
@@ -270,7 +270,7 @@ def test_the_queue_of_all_visitors_is_bounded(model: LoadedModel) -> None:
 
 
 def test_tokens_are_bounded(model: LoadedModel) -> None:
-    with LiveEngine(Engine(EngineConfig(model=model, num_blocks=64))) as live:
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=64))) as live:
         desk = Desk(live, Limits(prompt_tokens=20, answer_tokens=4))
         desk.inject("me", "hello", FOUR)
         with pytest.raises(ValueError, match="Max tokens is 5, and the limit of this lab is 4"):

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_views import run
 
 from labkit.page import upload
 from labkit.page.upload import read_upload
 from labkit.trace.trace import Trace, TraceError
+from tests.views.test_views import run
 
 HEAD = {
     "format": "labkit-trace",

@@ -15,7 +15,7 @@ from labkit.config import EngineConfig
 from labkit.core.request import RequestOutput, SamplingParams
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel, load_model
-from labkit.serving.async_engine import EngineStoppedError, LiveEngine
+from labkit.serving.async_engine import AsyncEngine, EngineStoppedError
 from labkit.trace.trace import PoolState, StepRecord
 
 PATIENCE = 60  # seconds until a test gives up; nothing is decided by it
@@ -51,15 +51,15 @@ class GatedEngine(Engine):
 
 
 @pytest.fixture
-def live(model: LoadedModel) -> Iterator[LiveEngine]:
-    with LiveEngine(Engine(EngineConfig(model=model, num_blocks=64))) as live:
+def live(model: LoadedModel) -> Iterator[AsyncEngine]:
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=64))) as live:
         yield live
 
 
 @pytest.fixture
-def gated(model: LoadedModel) -> Iterator[LiveEngine]:
+def gated(model: LoadedModel) -> Iterator[AsyncEngine]:
     engine = GatedEngine(EngineConfig(model=model, num_blocks=64))
-    with LiveEngine(engine) as live:
+    with AsyncEngine(engine) as live:
         yield live
         engine.gate.release(10_000)
 
@@ -71,7 +71,7 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.002)
 
 
-def drained(live: LiveEngine) -> None:
+def drained(live: AsyncEngine) -> None:
     """Wait until the engine has obeyed every command handed in so far."""
     done = threading.Event()
     with live._changed:
@@ -96,7 +96,7 @@ def solo(model: LoadedModel, prompt: str, params: SamplingParams) -> list[int]:
 # -- requests -------------------------------------------------------------------------------------
 
 
-def test_a_stream_grows_to_what_the_engine_would_say_alone(live: LiveEngine, model: LoadedModel) -> None:
+def test_a_stream_grows_to_what_the_engine_would_say_alone(live: AsyncEngine, model: LoadedModel) -> None:
     params = SamplingParams(max_tokens=20)
     ids = [live.submit(prompt, params) for prompt in PROMPTS]
     for prompt, request_id in zip(PROMPTS, ids, strict=True):
@@ -117,15 +117,15 @@ def test_an_engine_is_built_on_a_thread_that_ends_and_what_goes_wrong_is_raised(
         builders.append(threading.current_thread())
         return Engine(EngineConfig(model=model, num_blocks=8, block_size=4))
 
-    with LiveEngine.build(build) as live:
+    with AsyncEngine.build(build) as live:
         assert builders[0] is not threading.current_thread()
         assert not builders[0].is_alive()
         list(live.stream(live.submit("one", SamplingParams(max_tokens=2))))
     with pytest.raises(ValueError, match="num_blocks must be at least 1"):
-        LiveEngine.build(lambda: Engine(EngineConfig(model=model, num_blocks=0)))
+        AsyncEngine.build(lambda: Engine(EngineConfig(model=model, num_blocks=0)))
 
 
-def test_nobody_waits_for_a_step(gated: LiveEngine) -> None:
+def test_nobody_waits_for_a_step(gated: AsyncEngine) -> None:
     first = gated.submit("hello", SamplingParams(max_tokens=3))
     assert gated.engine.in_step.wait(PATIENCE)  # and there it stays
     second = gated.submit("world", SamplingParams(max_tokens=3))
@@ -141,7 +141,7 @@ def test_nobody_waits_for_a_step(gated: LiveEngine) -> None:
     assert last(gated.stream(second)).finish_reason == "abort"
 
 
-def test_a_request_joins_while_others_run(gated: LiveEngine) -> None:
+def test_a_request_joins_while_others_run(gated: AsyncEngine) -> None:
     gated.submit("hello", SamplingParams(max_tokens=8))
     assert gated.engine.in_step.wait(PATIENCE)
     second = gated.submit("world", SamplingParams(max_tokens=2))
@@ -163,20 +163,20 @@ def test_a_request_joins_while_others_run(gated: LiveEngine) -> None:
     ],
 )
 def test_a_bad_request_is_refused_where_it_is_made(
-    live: LiveEngine, prompt: str, options: dict, message: str
+    live: AsyncEngine, prompt: str, options: dict, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         live.submit(prompt, **options)
     assert not live.busy and live.records() == ()
 
 
-def test_an_id_is_used_once(gated: LiveEngine) -> None:
+def test_an_id_is_used_once(gated: AsyncEngine) -> None:
     assert gated.submit("hello", request_id="mine") == "mine"
     with pytest.raises(ValueError, match="'mine' is already in use"):
         gated.submit("hello", request_id="mine")
 
 
-def test_many_threads_at_once(live: LiveEngine, model: LoadedModel) -> None:
+def test_many_threads_at_once(live: AsyncEngine, model: LoadedModel) -> None:
     params = SamplingParams(max_tokens=6)
     expected = {prompt: solo(model, prompt, params) for prompt in PROMPTS}
     results: list[tuple[str, str, list[int]]] = []
@@ -195,14 +195,14 @@ def test_many_threads_at_once(live: LiveEngine, model: LoadedModel) -> None:
     assert all(tokens == expected[prompt] for _, prompt, tokens in results)
 
 
-def test_several_answers_to_one_prompt(live: LiveEngine) -> None:
+def test_several_answers_to_one_prompt(live: AsyncEngine) -> None:
     request_id = live.submit("hello", SamplingParams(max_tokens=4, n=3, temperature=1.0, seed=1))
     outputs = [last(live.stream(name)) for name in (request_id, f"{request_id}.1", f"{request_id}.2")]
     assert [output.index for output in outputs] == [0, 1, 2]
     assert len({tuple(output.token_ids) for output in outputs}) > 1
 
 
-def test_abort(gated: LiveEngine) -> None:
+def test_abort(gated: AsyncEngine) -> None:
     request_id = gated.submit("hello", SamplingParams(max_tokens=50))
     gated.engine.gate.release(3)
     stream = gated.stream(request_id)
@@ -215,7 +215,7 @@ def test_abort(gated: LiveEngine) -> None:
     assert not gated.abort(request_id) and not gated.abort("nobody")
 
 
-def test_abort_of_a_request_that_has_not_been_seen_yet(gated: LiveEngine) -> None:
+def test_abort_of_a_request_that_has_not_been_seen_yet(gated: AsyncEngine) -> None:
     gated.submit("hello", SamplingParams(max_tokens=2))
     assert gated.engine.in_step.wait(PATIENCE)
     second = gated.submit("world")
@@ -224,7 +224,7 @@ def test_abort_of_a_request_that_has_not_been_seen_yet(gated: LiveEngine) -> Non
     assert last(gated.stream(second)).finish_reason == "abort"
 
 
-def test_a_request_that_the_queue_refuses_fails_alone(live: LiveEngine) -> None:
+def test_a_request_that_the_queue_refuses_fails_alone(live: AsyncEngine) -> None:
     def refuse(request: object) -> str:
         raise ValueError("no room for it")
 
@@ -238,14 +238,14 @@ def test_a_request_that_the_queue_refuses_fails_alone(live: LiveEngine) -> None:
 # -- consumers ------------------------------------------------------------------------------------
 
 
-def test_a_consumer_that_leaves_changes_nothing(live: LiveEngine) -> None:
+def test_a_consumer_that_leaves_changes_nothing(live: AsyncEngine) -> None:
     request_id = live.submit("hello", SamplingParams(max_tokens=30))
     for _ in live.stream(request_id):
         break
     assert last(live.stream(request_id)).finish_reason == "length"
 
 
-def test_a_slow_consumer_gets_the_latest(gated: LiveEngine) -> None:
+def test_a_slow_consumer_gets_the_latest(gated: AsyncEngine) -> None:
     request_id = gated.submit("hello", SamplingParams(max_tokens=9))
     stream = gated.stream(request_id)
     assert next(stream).token_ids == []
@@ -257,7 +257,7 @@ def test_a_slow_consumer_gets_the_latest(gated: LiveEngine) -> None:
     assert [len(shot.token_ids) for shot in stream] == [9]
 
 
-def test_a_snapshot_never_changes(gated: LiveEngine) -> None:
+def test_a_snapshot_never_changes(gated: AsyncEngine) -> None:
     request_id = gated.submit("hello", SamplingParams(max_tokens=5))
     gated.engine.gate.release(2)
     wait_for(lambda: len(gated.output(request_id).token_ids) == 2)
@@ -269,7 +269,7 @@ def test_a_snapshot_never_changes(gated: LiveEngine) -> None:
     assert shot.text == text and not shot.finished
 
 
-def test_coroutines(live: LiveEngine, model: LoadedModel) -> None:
+def test_coroutines(live: AsyncEngine, model: LoadedModel) -> None:
     params = SamplingParams(max_tokens=10)
 
     async def user(prompt: str) -> list[int]:
@@ -284,7 +284,7 @@ def test_coroutines(live: LiveEngine, model: LoadedModel) -> None:
     assert asyncio.run(everybody()) == [solo(model, prompt, params) for prompt in PROMPTS] * 5
 
 
-def test_a_coroutine_that_is_cancelled_and_a_loop_that_is_gone(gated: LiveEngine) -> None:
+def test_a_coroutine_that_is_cancelled_and_a_loop_that_is_gone(gated: AsyncEngine) -> None:
     request_id = gated.submit("hello", SamplingParams(max_tokens=5))
 
     async def leave() -> None:
@@ -300,13 +300,13 @@ def test_a_coroutine_that_is_cancelled_and_a_loop_that_is_gone(gated: LiveEngine
 
 
 @pytest.mark.parametrize("method", ["stream", "astream", "output"])
-def test_an_unknown_id(live: LiveEngine, method: str) -> None:
+def test_an_unknown_id(live: AsyncEngine, method: str) -> None:
     with pytest.raises(KeyError, match="no request 'nobody'"):
         getattr(live, method)("nobody")
 
 
 def test_old_answers_are_forgotten(model: LoadedModel) -> None:
-    with LiveEngine(Engine(EngineConfig(model=model, num_blocks=64)), keep_finished=2) as live:
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=64)), keep_finished=2) as live:
         params = SamplingParams(max_tokens=2)
         ids = [live.submit(prompt, params) for prompt in PROMPTS]
         streams = [live.stream(request_id) for request_id in ids]
@@ -320,7 +320,7 @@ def test_old_answers_are_forgotten(model: LoadedModel) -> None:
 # -- the clock ------------------------------------------------------------------------------------
 
 
-def test_pause_step_and_resume(live: LiveEngine) -> None:
+def test_pause_step_and_resume(live: AsyncEngine) -> None:
     live.pause()
     request_id = live.submit("hello", SamplingParams(max_tokens=5))
     drained(live)
@@ -335,7 +335,7 @@ def test_pause_step_and_resume(live: LiveEngine) -> None:
     assert not live.paused
 
 
-def test_a_step_asked_for_in_vain_is_not_owed(live: LiveEngine) -> None:
+def test_a_step_asked_for_in_vain_is_not_owed(live: AsyncEngine) -> None:
     live.single_step()
     drained(live)
     wait_for(lambda: live._steps_wanted == 0)
@@ -345,7 +345,7 @@ def test_a_step_asked_for_in_vain_is_not_owed(live: LiveEngine) -> None:
     assert live.records() == ()
 
 
-def test_single_step_pauses(gated: LiveEngine) -> None:
+def test_single_step_pauses(gated: AsyncEngine) -> None:
     request_id = gated.submit("hello", SamplingParams(max_tokens=5))
     assert gated.engine.in_step.wait(PATIENCE)
     gated.single_step()
@@ -357,7 +357,7 @@ def test_single_step_pauses(gated: LiveEngine) -> None:
     last(gated.stream(request_id))
 
 
-def test_speed_is_never_exceeded(live: LiveEngine) -> None:
+def test_speed_is_never_exceeded(live: AsyncEngine) -> None:
     live.speed = 100
     begin = time.perf_counter()
     last(live.stream(live.submit("hello", SamplingParams(max_tokens=11))))
@@ -373,12 +373,12 @@ def test_speed_is_never_exceeded(live: LiveEngine) -> None:
 
 
 @pytest.mark.parametrize("speed", [0, -1, float("nan"), "fast"])
-def test_a_speed_that_cannot_be(live: LiveEngine, speed: object) -> None:
+def test_a_speed_that_cannot_be(live: AsyncEngine, speed: object) -> None:
     with pytest.raises(ValueError, match="speed must be"):
         live.speed = speed  # type: ignore[assignment]
 
 
-def test_while_paused_the_next_step_is_known(live: LiveEngine) -> None:
+def test_while_paused_the_next_step_is_known(live: AsyncEngine) -> None:
     live.pause()
     assert live.preview is None
     first = live.submit("hello", SamplingParams(max_tokens=4))
@@ -405,7 +405,7 @@ def test_while_paused_the_next_step_is_known(live: LiveEngine) -> None:
     last(live.stream(second))
 
 
-def test_a_scheduler_that_cannot_plan_ahead_is_let_be(live: LiveEngine) -> None:
+def test_a_scheduler_that_cannot_plan_ahead_is_let_be(live: AsyncEngine) -> None:
     def fail() -> None:
         raise RuntimeError("not now")
 
@@ -418,7 +418,7 @@ def test_a_scheduler_that_cannot_plan_ahead_is_let_be(live: LiveEngine) -> None:
     assert last(live.stream(request_id)).finish_reason == "length" and live.failure is None
 
 
-def test_an_idle_engine_sleeps(gated: LiveEngine) -> None:
+def test_an_idle_engine_sleeps(gated: AsyncEngine) -> None:
     drained(gated)
     wait_for(lambda: gated.engine.looks)
     looks = gated.engine.looks
@@ -429,7 +429,7 @@ def test_an_idle_engine_sleeps(gated: LiveEngine) -> None:
 # -- records --------------------------------------------------------------------------------------
 
 
-def test_records_and_listeners(live: LiveEngine) -> None:
+def test_records_and_listeners(live: AsyncEngine) -> None:
     last(live.stream(live.submit("hello", SamplingParams(max_tokens=4))))
     heard: list[StepRecord] = []
     live.listen(heard.append)
@@ -440,7 +440,7 @@ def test_records_and_listeners(live: LiveEngine) -> None:
     assert live.records(after=10_000) == ()
 
 
-def test_whoever_stops_listening_hears_no_more(live: LiveEngine) -> None:
+def test_whoever_stops_listening_hears_no_more(live: AsyncEngine) -> None:
     heard: list[StepRecord] = []
     begun = threading.Event()
     stops = [live.listen(heard.append), live.listen(lambda _: begun.set()), live.listen(heard.append)]
@@ -457,7 +457,7 @@ def test_whoever_stops_listening_hears_no_more(live: LiveEngine) -> None:
     assert len(heard) == 4 and live._listeners == []
 
 
-def test_a_listener_may_ask_for_the_latest_steps_only(live: LiveEngine) -> None:
+def test_a_listener_may_ask_for_the_latest_steps_only(live: AsyncEngine) -> None:
     for _ in range(3):
         last(live.stream(live.submit("hello " * 20, SamplingParams(max_tokens=4))))
     live.pause()
@@ -482,7 +482,7 @@ def test_a_listener_may_ask_for_the_latest_steps_only(live: LiveEngine) -> None:
     live.resume()
 
 
-def test_unfinished(gated: LiveEngine) -> None:
+def test_unfinished(gated: AsyncEngine) -> None:
     request_id = gated.submit("hello", SamplingParams(max_tokens=2))
     assert gated.unfinished(request_id) and not gated.unfinished("nobody")
     gated.engine.gate.release(10)
@@ -490,7 +490,7 @@ def test_unfinished(gated: LiveEngine) -> None:
     assert not gated.unfinished(request_id)
 
 
-def test_progress_is_the_output_in_short(gated: LiveEngine) -> None:
+def test_progress_is_the_output_in_short(gated: AsyncEngine) -> None:
     request_id = gated.submit("hello", SamplingParams(max_tokens=3))
     assert gated.progress(request_id)[:2] == ("", 0)
     gated.engine.gate.release(2)
@@ -503,7 +503,7 @@ def test_progress_is_the_output_in_short(gated: LiveEngine) -> None:
         gated.progress("nobody")
 
 
-def test_a_listener_that_fails_is_let_go(live: LiveEngine) -> None:
+def test_a_listener_that_fails_is_let_go(live: AsyncEngine) -> None:
     calls: list[int] = []
 
     def bad(record: StepRecord) -> None:
@@ -518,7 +518,7 @@ def test_a_listener_that_fails_is_let_go(live: LiveEngine) -> None:
 # -- faults and the end ---------------------------------------------------------------------------
 
 
-def test_a_failing_step_ends_everything_and_says_so(gated: LiveEngine) -> None:
+def test_a_failing_step_ends_everything_and_says_so(gated: AsyncEngine) -> None:
     first = gated.submit("hello")
     stream = gated.stream(first)
     next(stream)
@@ -534,7 +534,7 @@ def test_a_failing_step_ends_everything_and_says_so(gated: LiveEngine) -> None:
     assert not gated.abort(first)
 
 
-def test_close_ends_what_is_in_flight(gated: LiveEngine) -> None:
+def test_close_ends_what_is_in_flight(gated: AsyncEngine) -> None:
     stream = gated.stream(gated.submit("hello"))
     next(stream)
     assert gated.engine.in_step.wait(PATIENCE)

@@ -11,7 +11,7 @@ from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.models.load import load_model
-from labkit.serving.async_engine import LiveEngine
+from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.metrics import PREFIX, Metrics
 from labkit.speculative.speculator import acceptance
 
@@ -43,7 +43,7 @@ def values_of(metrics: Metrics) -> dict[tuple[str, str], float]:
     }
 
 
-def run(live: LiveEngine) -> None:
+def run(live: AsyncEngine) -> None:
     """A pool too small for all, a shared beginning, an abort, and several answers to one prompt."""
     shared = "the same words at the beginning of each "
     live.pause()  # until all are there, so that the steps are the same every time
@@ -66,7 +66,7 @@ def test_metrics_equal_a_count_of_the_trace() -> None:
     sizes = {"num_blocks": 24, "block_size": 4, "max_num_seqs": 6, "max_num_batched_tokens": 32}
     config = EngineConfig(model="tiny-random", max_model_len=80, **sizes)
     metrics = Metrics("tiny-random")
-    with LiveEngine(Engine(config)) as live:
+    with AsyncEngine(Engine(config)) as live:
         metrics.follow(live)
         run(live)
         trace, outputs = live.engine.trace, live.engine.outputs
@@ -94,7 +94,7 @@ def test_metrics_equal_a_count_of_the_trace() -> None:
 
 def test_whoever_comes_late_counts_what_the_trace_holds() -> None:
     early, late = Metrics("tiny-random"), Metrics("tiny-random")
-    with LiveEngine(Engine(EngineConfig(model="tiny-random", num_blocks=64, block_size=4))) as live:
+    with AsyncEngine(Engine(EngineConfig(model="tiny-random", num_blocks=64, block_size=4))) as live:
         early.follow(live)
         early.follow(live)  # twice is once
         run(live)
@@ -111,7 +111,7 @@ def test_counters_go_on_when_the_engine_is_replaced() -> None:
     metrics = Metrics("tiny-random")
     total = 0
     for _ in range(2):
-        with LiveEngine(Engine(EngineConfig(model="tiny-random", num_blocks=64, block_size=4))) as live:
+        with AsyncEngine(Engine(EngineConfig(model="tiny-random", num_blocks=64, block_size=4))) as live:
             metrics.follow(live)
             for _ in live.stream(live.submit("once more", SamplingParams(max_tokens=7, ignore_eos=True))):
                 pass
@@ -138,7 +138,7 @@ def test_drafts_equal_a_count_of_the_trace() -> None:
     gaps = 0
     for most in (4, 2):  # counters go on with another engine
         config = EngineConfig(model=model, draft_model=draft, num_speculative_tokens=most, **common)
-        with LiveEngine(Engine(config)) as live:
+        with AsyncEngine(Engine(config)) as live:
             metrics.follow(live)
             assert most == 2 or drafts_of(metrics)["num_accepted_tokens_per_pos_total3"] == 0, "from zero on"
             for name in [live.submit("once upon a time", SamplingParams(max_tokens=25)) for _ in range(3)]:
@@ -159,6 +159,6 @@ def test_drafts_equal_a_count_of_the_trace() -> None:
 
 def test_an_engine_that_does_not_draft_counts_no_drafts() -> None:
     metrics = Metrics("tiny-random")
-    with LiveEngine(Engine(EngineConfig(model="tiny-random", num_blocks=64))) as live:
+    with AsyncEngine(Engine(EngineConfig(model="tiny-random", num_blocks=64))) as live:
         metrics.follow(live)
         assert drafts_of(metrics) == {}

@@ -24,7 +24,7 @@ import pytest
 
 from labkit import LLM, Engine, EngineConfig, SamplingParams
 from labkit.serving import scale
-from labkit.serving.async_engine import LiveEngine
+from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.cli import StartError
 
 MODEL = "tiny-random"
@@ -102,7 +102,7 @@ def test_an_engine_that_failed_is_unhealthy() -> None:
     def fail() -> None:
         raise OSError("no memory")
 
-    with LiveEngine(Engine(EngineConfig(model=MODEL, **SIZES))) as live:
+    with AsyncEngine(Engine(EngineConfig(model=MODEL, **SIZES))) as live:
         replica = _Replica()
         replica.app = SimpleNamespace(state=SimpleNamespace(server=SimpleNamespace(engine=lambda: live)))
         replica.check_health()

@@ -12,7 +12,7 @@ from serving import MODEL, Served, served
 
 from labkit.config import EngineConfig
 from labkit.engine import Engine
-from labkit.serving.async_engine import LiveEngine
+from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.handler import Options
 from labkit.serving.limits import Limits
 from labkit.serving.server import create_app
@@ -24,7 +24,7 @@ LEFT_OUT = [pytest.importorskip("schemathesis.specs.openapi.checks").positive_da
 OPTIONS = Options(limits=Limits(requests=64, queue=64, answer_tokens=4), model_name=MODEL)
 
 
-with LiveEngine(Engine(EngineConfig(MODEL, num_blocks=8))) as live:  # parametrized before a test begins
+with AsyncEngine(Engine(EngineConfig(MODEL, num_blocks=8))) as live:  # parametrized before a test begins
     DESCRIPTION = create_app(live, OPTIONS).openapi()
 schema = schemathesis.openapi.from_dict(DESCRIPTION)
 

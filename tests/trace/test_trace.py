@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_scheduler import Bench
 
 from labkit.schedulers.static import SCHEDULERS
 from labkit.trace.trace import Finish, StepRecord, Trace, TraceError, TraceMeta
+from tests.core.test_scheduler import Bench
 
 
 def played(kind: str = "continuous", *, seed: int = 0, max_steps: int | None = None) -> Bench:

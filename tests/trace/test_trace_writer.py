@@ -11,7 +11,7 @@ from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.models.load import load_model
 from labkit.page.session import Lab
-from labkit.serving.async_engine import LiveEngine
+from labkit.serving.async_engine import AsyncEngine
 from labkit.trace.trace import Trace
 
 
@@ -23,7 +23,7 @@ def run(lab: Lab, max_tokens: int) -> None:
 
 def test_every_step_of_every_engine_is_written(tmp_path: Path) -> None:
     config = EngineConfig(model=load_model("tiny-random", say=None), num_blocks=64, max_trace_steps=5)
-    with LiveEngine(Engine(config)) as live:
+    with AsyncEngine(Engine(config)) as live:
         lab = Lab(live, trace_file=tmp_path / "run.jsonl")
         run(lab, 40)
         assert len(live.engine.trace) < 40
@@ -37,5 +37,5 @@ def test_every_step_of_every_engine_is_written(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     config = EngineConfig(model=load_model("tiny-random", say=None), num_blocks=64)
-    with LiveEngine(Engine(config)) as live, pytest.raises(OSError):
+    with AsyncEngine(Engine(config)) as live, pytest.raises(OSError):
         Lab(live, trace_file=tmp_path / "no such folder" / "run.jsonl")

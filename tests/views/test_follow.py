@@ -19,14 +19,14 @@ from labkit.engine import Engine
 from labkit.models.load import LoadedModel
 from labkit.page.gradio_page import Page, build, serve
 from labkit.page.session import Lab
-from labkit.serving.async_engine import LiveEngine
+from labkit.serving.async_engine import AsyncEngine
 
 pytest_plugins = ["visiting_fixtures"]
 
 
 @pytest.fixture(scope="module")
 def page(model: LoadedModel) -> Iterator[Page]:
-    with LiveEngine(Engine(EngineConfig(model=model, num_blocks=48, max_num_seqs=8))) as live:
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=48, max_num_seqs=8))) as live:
         page = serve(Lab(live, grace=0.2), share=False, quiet=True, server_port=free_port())
         yield page
         page.close(verbose=False)
@@ -148,7 +148,7 @@ def test_whoever_was_let_go_comes_back(come: Callable[[], Visitor], page: Page) 
 
 def test_a_mounted_page_asks(browser: Any, model: LoadedModel) -> None:
     port = free_port()
-    with LiveEngine(Engine(EngineConfig(model=model, num_blocks=48, max_num_seqs=8))) as live:
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=48, max_num_seqs=8))) as live:
         page = build(Lab(live, grace=0.2))
         app = gr.mount_gradio_app(FastAPI(), page, path="/lab", ssr_mode=False, footer_links=[])
         server = uvicorn.Server(

@@ -11,7 +11,7 @@ from labkit.config import EngineConfig
 from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel, load_model
-from labkit.serving.async_engine import LiveEngine
+from labkit.serving.async_engine import AsyncEngine
 from labkit.views.inspect import _last_owner, page_facts, step_facts
 
 
@@ -21,20 +21,20 @@ def model() -> LoadedModel:
 
 
 @pytest.fixture
-def live(model: LoadedModel) -> Iterator[LiveEngine]:
+def live(model: LoadedModel) -> Iterator[AsyncEngine]:
     config = EngineConfig(model=model, num_blocks=32, block_size=4, max_num_seqs=1)
-    with LiveEngine(Engine(config)) as live:
+    with AsyncEngine(Engine(config)) as live:
         yield live
 
 
-def finish(live: LiveEngine, prompt: str | list[int], max_tokens: int = 6) -> str:
+def finish(live: AsyncEngine, prompt: str | list[int], max_tokens: int = 6) -> str:
     request_id = live.submit(prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
     for _ in live.stream(request_id):
         pass
     return request_id
 
 
-def test_a_step_in_full(live: LiveEngine, model: LoadedModel) -> None:
+def test_a_step_in_full(live: AsyncEngine, model: LoadedModel) -> None:
     live.pause()
     first, second = (
         live.submit([11 + i] * 6, SamplingParams(max_tokens=4, ignore_eos=True)) for i in range(2)
@@ -56,7 +56,7 @@ def test_a_step_in_full(live: LiveEngine, model: LoadedModel) -> None:
         step_facts(live, 99)
 
 
-def test_a_page_and_its_tokens(live: LiveEngine, model: LoadedModel) -> None:
+def test_a_page_and_its_tokens(live: AsyncEngine, model: LoadedModel) -> None:
     assert page_facts(live, 0)["owners"] == []
     request_id = finish(live, [21, 22, 23, 24, 25], max_tokens=6)
     tokens = [21, 22, 23, 24, 25, *live.output(request_id).token_ids]
@@ -77,7 +77,7 @@ def test_a_page_and_its_tokens(live: LiveEngine, model: LoadedModel) -> None:
 
 
 def test_a_shared_page_has_several_owners(model: LoadedModel) -> None:
-    with LiveEngine(Engine(EngineConfig(model=model, num_blocks=32, block_size=4))) as live:
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=32, block_size=4))) as live:
         finish(live, [31] * 9)
         live.pause()
         both = [live.submit([31] * 9, SamplingParams(max_tokens=4)) for _ in range(2)]
@@ -90,7 +90,7 @@ def test_a_shared_page_has_several_owners(model: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("block", [-1, 32, 1.5, "0", None, True])
-def test_a_page_that_is_not_there(live: LiveEngine, block: object) -> None:
+def test_a_page_that_is_not_there(live: AsyncEngine, block: object) -> None:
     with pytest.raises(ValueError, match="block must be between 0 and 31"):
         page_facts(live, block)  # type: ignore[arg-type]
 
@@ -100,7 +100,7 @@ def test_drafts_of_a_step_and_what_they_left_in_pages(model: LoadedModel) -> Non
     common = {"num_blocks": 64, "block_size": 2, "speculative": "draft", "speculative_gate": False}
     decode = model.tokenizer.decode
     config = EngineConfig(model=model, draft_model=draft, num_speculative_tokens=5, **common)
-    with LiveEngine(Engine(config)) as live:
+    with AsyncEngine(Engine(config)) as live:
         request_id = finish(live, [21, 22, 23, 24, 25], max_tokens=60)
         ids = [21, 22, 23, 24, 25, *live.output(request_id).token_ids]
         trace = live.engine.trace

@@ -14,7 +14,7 @@ from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepResult
 from labkit.core.request import Request, SamplingParams
 from labkit.schedulers.static import SCHEDULERS
-from labkit.trace.trace import Admission, Arrival, Finish, Pages, StepRecord, Trace, TraceMeta
+from labkit.trace.trace import Admission, Arrival, Blocks, Finish, StepRecord, Trace, TraceMeta
 from labkit.views import live_feed, style
 from labkit.views.live_feed import WINDOW, Feed, asset
 
@@ -31,7 +31,7 @@ STORY = [
         ((1,), ()),
         arrived=(Arrival("a", 3, 9), Arrival("b", 9, 9), Arrival("c", 30, 9)),
         admitted=(Admission("a"), Admission("b")),
-        taken=(Pages("a", (0,)), Pages("b", (1, 2, 3))),
+        taken=(Blocks("a", (0,)), Blocks("b", (1, 2, 3))),
         waiting=1,
         blocked=("c", "it needs 8 pages, and 8 are free"),
         free_blocks=8,
@@ -45,8 +45,8 @@ STORY = [
         (4,),
         (1,),
         ((4,),),
-        preempted=(Pages("b", (1, 2, 3)),),
-        taken=(Pages("a", (4,)),),
+        preempted=(Blocks("b", (1, 2, 3)),),
+        taken=(Blocks("a", (4,)),),
         waiting=2,
         free_blocks=10,
     ),
@@ -182,7 +182,7 @@ def test_the_step_to_come() -> None:
     coming = StepRecord(
         2, ("a", "d"), "dp", (4, 0), (1, 6), ((), ()),
         arrived=(Arrival("d", 6, 9),), admitted=(Admission("d", 4, (0,)),),
-        preempted=(Pages("b", (1, 2, 3)),), taken=(Pages("a", (1,)), Pages("d", (2, 3))),
+        preempted=(Blocks("b", (1, 2, 3)),), taken=(Blocks("a", (1,)), Blocks("d", (2, 3))),
         evicted=(1,), waiting=2, blocked=("b", "it needs 8 pages"), free_blocks=8,
     )  # fmt: skip
     before = feed.snapshot()
@@ -204,7 +204,7 @@ def test_a_seat_that_gets_nothing_of_the_budget_is_idle() -> None:
         StepRecord(
             0, ("a", "b"), "pp", (0, 0), (3, 3), ((1,), (1,)),
             arrived=(Arrival("a", 3, 9), Arrival("b", 3, 9)), admitted=(Admission("a"), Admission("b")),
-            taken=(Pages("a", (0,)), Pages("b", (1,))), free_blocks=10,
+            taken=(Blocks("a", (0,)), Blocks("b", (1,))), free_blocks=10,
         ),
         StepRecord(1, ("a",), "d", (3,), (1,), ((1,),), free_blocks=10),
     ]  # fmt: skip
@@ -223,7 +223,7 @@ def test_a_request_cancelled_while_it_waits() -> None:
 def test_a_name_used_again_begins_a_new_lane() -> None:
     again = StepRecord(
         5, ("a",), "p", (0,), (2,), ((1,),), arrived=(Arrival("a", 2, 4),), admitted=(Admission("a"),),
-        taken=(Pages("a", (7,)),), free_blocks=11,
+        taken=(Blocks("a", (7,)),), free_blocks=11,
     )  # fmt: skip
     feed = feed_of([*STORY, again])
     assert lanes_of(feed.snapshot())["a"][2:] == (5, 2, -1, "", (("p", 5, 5, 2),))
@@ -330,7 +330,7 @@ def test_it_does_not_grow() -> None:
         feed.append(
             StepRecord(
                 step, (name,), "p", (0,), (3,), ((1,),), arrived=(Arrival(name, 3, 1),),
-                admitted=(Admission(name),), taken=(Pages(name, page),),
+                admitted=(Admission(name),), taken=(Blocks(name, page),),
                 finished=(Finish(name, "length", page),), free_blocks=50,
             )
         )  # fmt: skip

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from labkit.trace.trace import Admission, Arrival, Finish, Pages, PoolState, StepRecord
+from labkit.trace.trace import Admission, Arrival, Blocks, Finish, PoolState, StepRecord
 from labkit.views.events import events_of
 from labkit.views.live_numbers import LATEST_GAPS, LATEST_REQUESTS, Numbers, wasted_slots
 
 STEPS = [
     StepRecord(
         0, ("a",), "p", (0,), (8,), ((1,),), arrived=(Arrival("a", 8, 9), Arrival("b", 8, 9)),
-        admitted=(Admission("a", 0, (), 8),), taken=(Pages("a", (0, 1, 2)),), waiting=1, seconds=0.5, time=10,
+        admitted=(Admission("a", 0, (), 8),), taken=(Blocks("a", (0, 1, 2)),),
+        waiting=1, seconds=0.5, time=10,
     ),
     StepRecord(
         1, ("a", "b"), "dp", (8, 4), (1, 4), ((2,), (3,)), admitted=(Admission("b", 4, (0,), 8),),
-        taken=(Pages("b", (3,)),), seconds=0.25, time=99,
+        taken=(Blocks("b", (3,)),), seconds=0.25, time=99,
     ),
     StepRecord(
-        2, ("a",), "d", (9,), (1,), ((4,),), preempted=(Pages("b", (0, 3)),), evicted=(3,),
+        2, ("a",), "d", (9,), (1,), ((4,),), preempted=(Blocks("b", (0, 3)),), evicted=(3,),
         finished=(Finish("a", "length", (0, 1, 2)),), waiting=1, seconds=0.25, time=100,
     ),
 ]  # fmt: skip

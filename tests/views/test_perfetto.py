@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from tabs import browser  # noqa: F401
-from test_views import HOSTILE, run, story, trace_of, traces
-from trace_processor import TraceProcessor, folder
 
 from labkit.trace.trace import StepRecord, Trace
 from labkit.views import perfetto
+from tests.views.test_views import HOSTILE, run, story, trace_of, traces
+from tests.views.trace_processor import TraceProcessor, folder
 
 SPANS = {"prefill", "decode", "idle", "waiting", "preempted"}
 

@@ -7,12 +7,12 @@ import json
 
 import pytest
 from hypothesis import given, settings
-from test_perfetto import busy, timed
-from test_views import HOSTILE, run, story, trace_of, traces
 
 from labkit.trace.trace import Trace
 from labkit.views import replay_data
 from labkit.views.pool_picture import pages_of
+from tests.views.test_perfetto import busy, timed
+from tests.views.test_views import HOSTILE, run, story, trace_of, traces
 
 
 def bits(text: str) -> set[int]:

@@ -21,7 +21,7 @@ from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepResult
 from labkit.core.request import Request, SamplingParams
 from labkit.schedulers.static import SCHEDULERS
-from labkit.trace.trace import Admission, Arrival, Finish, Pages, StepRecord, Trace, TraceMeta
+from labkit.trace.trace import Admission, Arrival, Blocks, Finish, StepRecord, Trace, TraceMeta
 from labkit.views import style, text
 
 KINDS = ("prefill", "chunk", "decode", "idle")
@@ -53,18 +53,18 @@ def story() -> Trace:
         record(
             3, [("a", "p", 0, 6, (50,))], published=(0,), waiting=1, blocked=("b", "no seat"), free_blocks=6,
             arrived=(Arrival("a", 6, 3), Arrival("b", 7, 2)), admitted=(Admission("a"),),
-            taken=(Pages("a", (0, 1)),),
+            taken=(Blocks("a", (0, 1)),),
         ),
         record(
             4, [("a", "d", 6, 1, (51,)), ("b", "c", 4, 1, ())], free_blocks=5,
-            admitted=(Admission("b", 4, (0,)),), taken=(Pages("b", (2,)),),
+            admitted=(Admission("b", 4, (0,)),), taken=(Blocks("b", (2,)),),
         ),
         record(
-            5, [("a", "d", 7, 1, (52,))], preempted=(Pages("b", (0, 2)),), waiting=1, free_blocks=8,
+            5, [("a", "d", 7, 1, (52,))], preempted=(Blocks("b", (0, 2)),), waiting=1, free_blocks=8,
             blocked=("b", "no page"), finished=(Finish("a", "length", (0, 1)),),
         ),
         record(
-            6, [("b", "p", 4, 3, (60,))], admitted=(Admission("b", 4, (0,)),), taken=(Pages("b", (3,)),),
+            6, [("b", "p", 4, 3, (60,))], admitted=(Admission("b", 4, (0,)),), taken=(Blocks("b", (3,)),),
             free_blocks=8, finished=(Finish("b", "stop", (0, 3)),),
         ),
     )  # fmt: skip
@@ -366,7 +366,7 @@ def test_pools_of_any_size(num_blocks: int) -> None:
     owned = tuple(range(0, num_blocks, 3))
     step = record(
         0, [("a", "p", 0, len(owned) * 4 - 1, (1,))], arrived=(Arrival("a", 9, 9),),
-        admitted=(Admission("a"),), taken=(Pages("a", owned),), free_blocks=num_blocks - len(owned),
+        admitted=(Admission("a"),), taken=(Blocks("a", owned),), free_blocks=num_blocks - len(owned),
     )  # fmt: skip
     trace = trace_of(step, num_blocks=num_blocks)
     drawn = cells(views.block_heatmap(trace))

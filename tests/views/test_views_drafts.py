@@ -15,7 +15,7 @@ from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepResult
 from labkit.core.request import Request, SamplingParams
 from labkit.schedulers.static import SCHEDULERS
-from labkit.trace.trace import Admission, Arrival, Finish, Pages, Row, StepRecord, Trace, TraceMeta
+from labkit.trace.trace import Admission, Arrival, Blocks, Finish, Row, StepRecord, Trace, TraceMeta
 from labkit.views import events, perfetto, replay_data, style, text
 from labkit.views.live_feed import Feed
 from labkit.views.live_numbers import Numbers
@@ -30,28 +30,28 @@ def story() -> Trace:
     records = [
         StepRecord(
             0, ("a",), "p", (0,), (5,), ((50,),), arrived=(Arrival("a", 5, 11),), admitted=(Admission("a"),),
-            taken=(Pages("a", (0, 1)),), free_blocks=6,
+            taken=(Blocks("a", (0, 1)),), free_blocks=6,
         ),
         StepRecord(
-            1, ("a",), "d", (5,), (5,), ((60,),), drafted=((51, 52, 53, 54),), taken=(Pages("a", (2,)),),
-            returned=(Pages("a", (2,)),), free_blocks=6,
+            1, ("a",), "d", (5,), (5,), ((60,),), drafted=((51, 52, 53, 54),), taken=(Blocks("a", (2,)),),
+            returned=(Blocks("a", (2,)),), free_blocks=6,
         ),
         StepRecord(
-            2, ("a",), "d", (6,), (3,), ((61, 62, 63),), drafted=((61, 62),), taken=(Pages("a", (2,)),),
+            2, ("a",), "d", (6,), (3,), ((61, 62, 63),), drafted=((61, 62),), taken=(Blocks("a", (2,)),),
             free_blocks=5,
         ),
         StepRecord(
             3, ("a", "b"), "dp", (9, 0), (3, 3), ((64, 65, 66), (80,)), drafted=((64, 65), ()),
-            arrived=(Arrival("b", 3, 3),), admitted=(Admission("b"),), taken=(Pages("b", (4,)),),
+            arrived=(Arrival("b", 3, 3),), admitted=(Admission("b"),), taken=(Blocks("b", (4,)),),
             free_blocks=4,
         ),
         StepRecord(
             4, ("a", "b"), "dd", (12, 3), (3, 1), ((67, 68), (81,)), drafted=((67, 70), ()),
-            taken=(Pages("a", (3,)),), held_back=WHY.format("15%"), free_blocks=3,
+            taken=(Blocks("a", (3,)),), held_back=WHY.format("15%"), free_blocks=3,
         ),
         StepRecord(
             5, ("a", "b"), "dd", (14, 4), (1, 1), ((69,), (82,)), held_back=WHY.format("12% to 13%"),
-            taken=(Pages("b", (5,)),), free_blocks=8,
+            taken=(Blocks("b", (5,)),), free_blocks=8,
             finished=(Finish("a", "length", (0, 1, 2, 3)), Finish("b", "length", (4, 5))),
         ),
     ]  # fmt: skip
@@ -275,7 +275,7 @@ def test_the_step_to_come_says_how_many_drafts_it_will_check() -> None:
     for record in story().records[:4]:
         feed.append(record)
     coming = StepRecord(
-        4, ("a", "b"), "dd", (12, 3), (3, 1), ((), ()), drafted=((67, 70), ()), taken=(Pages("a", (3,)),),
+        4, ("a", "b"), "dd", (12, 3), (3, 1), ((), ()), drafted=((67, 70), ()), taken=(Blocks("a", (3,)),),
         held_back="why", free_blocks=3,
     )  # fmt: skip
     plan = feed.preview(coming, lambda tokens: f"<{tokens[0]}>")

@@ -29,7 +29,7 @@ from labkit.models.load import LoadedModel
 from labkit.page.gradio_page import serve
 from labkit.page.session import Bench, Lab
 from labkit.page.sse import PATH
-from labkit.serving.async_engine import LiveEngine
+from labkit.serving.async_engine import AsyncEngine
 from labkit.trace.trace import StepRecord
 
 
@@ -92,7 +92,7 @@ def watched(
         return run
 
     with contextlib.redirect_stdout(io.StringIO()):  # what the engine chose and why
-        live = LiveEngine(Engine(config))
+        live = AsyncEngine(Engine(config))
     lab = Lab(live)
     with live, contextlib.ExitStack() as ending:
         page = serve(lab, share=False, quiet=True)

@@ -268,7 +268,7 @@ def test_a_failing_request_ends_the_race(model: LoadedModel, monkeypatch: pytest
         raise RuntimeError("out of luck")
 
     race_settings = THREE[:2]
-    monkeypatch.setattr("labkit.core.model_runner.Runner.run", broken)
+    monkeypatch.setattr("labkit.core.model_runner.ModelRunner.run", broken)
     with pytest.raises(RaceError, match=r"naive: request 0 failed: .*out of luck"):
         run_race(model, small(), race_settings)
 

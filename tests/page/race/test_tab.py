@@ -9,12 +9,12 @@ from typing import Any
 import gradio as gr
 import pytest
 from tabs import Looker, browser, served  # noqa: F401
-from test_queue import SlowRace
 
 from labkit.models.load import LoadedModel, load_model
 from labkit.page.race.tab import build_race_tab
 from labkit.page.race.workloads import COURSES, SETTINGS
 from labkit.trace.trace import Trace
+from tests.page.race.test_queue import SlowRace
 
 KEPT: dict[str, Trace] = {}
 

@@ -7,9 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from exercising import (
+    assert_accepted,
+    assert_open,
+    assert_refused,
+    function_from,
+    notebook,
+    solution,
+)
 from torch import Tensor
 
-from labkit.core.attention import PagedKVCache, Span, attend, build_layout, reference_attention
+from labkit.core.attention import PagedKVCache, Span, attend, build_metadata, reference_attention
 from labkit.exercises import e08, judge
 from labkit.exercises.e08 import (
     LargestTensor,
@@ -19,14 +27,6 @@ from labkit.exercises.e08 import (
     merge,
     paged_attention,
     state_of,
-)
-from tests.exercising import (
-    assert_accepted,
-    assert_open,
-    assert_refused,
-    function_from,
-    notebook,
-    solution,
 )
 
 
@@ -334,7 +334,7 @@ def test_rows_of_a_learner_equal_the_reference() -> None:
     cache = PagedKVCache(1, 8, 8, 2, 16, dtype=torch.float32, device=torch.device("cpu"))
     cache.pages.normal_()
     q = torch.randn(8, 6, 16)
-    layout = build_layout(rows, cache, backend=backend_of(paged_attention))
+    layout = build_metadata(rows, cache, backend=backend_of(paged_attention))
     out = attend(q, cache, 0, layout, scale=0.3)
     plain = reference_attention(q, cache, 0, rows, scale=0.3)
     torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-5)
@@ -342,7 +342,7 @@ def test_rows_of_a_learner_equal_the_reference() -> None:
 
 def test_rows_of_a_learner_know_no_window() -> None:
     cache = PagedKVCache(1, 2, 8, 1, 4, dtype=torch.float32, device=torch.device("cpu"))
-    layout = build_layout([Span(3, 1, [0])], cache, windows=[5], backend=backend_of(paged_attention))
+    layout = build_metadata([Span(3, 1, [0])], cache, windows=[5], backend=backend_of(paged_attention))
     with pytest.raises(ValueError, match="no sliding window"):
         attend(torch.ones(1, 1, 4), cache, 0, layout, scale=1.0, window=5)
 
