@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from labkit.config import EngineConfig
-    from labkit.core.request import SamplingParams
     from labkit.engine import Engine
     from labkit.exercises import check
     from labkit.llm import LLM
     from labkit.notebook import setup
     from labkit.notebook.live_view import lab
+    from labkit.sampling_params import SamplingParams
     from labkit.trace.trace import Trace
 
 __all__ = ["LLM", "Engine", "EngineConfig", "SamplingParams", "Trace", "check", "lab", "setup"]
@@ -24,7 +24,7 @@ _HOMES = {
     "LLM": "labkit.llm",
     "Engine": "labkit.engine",
     "EngineConfig": "labkit.config",
-    "SamplingParams": "labkit.core.request",
+    "SamplingParams": "labkit.sampling_params",
     "Trace": "labkit.trace.trace",
     "check": "labkit.exercises",
     "lab": "labkit.notebook.live_view",

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from labkit.core.request import check_flag, check_number
+from labkit.sampling_params import check_flag, check_number
 from labkit.schedulers.static import SCHEDULERS
 
 if TYPE_CHECKING:

@@ -17,24 +17,19 @@ from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
 from labkit.core.model_runner import ModelRunner
 from labkit.core.plan import StepPlan, StepResult
-from labkit.core.request import (
-    MAX_N,
-    Request,
-    RequestMetrics,
-    RequestOutput,
-    SamplingParams,
-    answer_ids,
-    check_number,
-)
+from labkit.core.request import Request, answer_ids
 from labkit.core.sampler import mix
 from labkit.core.scheduler import Scheduler
 from labkit.kernels.warmup import activation_bytes, backend_for, warm_up
 from labkit.models.detokenizer import IncrementalDetokenizer
 from labkit.models.load import LoadedModel, load_model, resolve_device, resolve_dtype
+from labkit.outputs import RequestMetrics, RequestOutput
+from labkit.sampling_params import MAX_N, SamplingParams, check_number
 from labkit.schedulers.audit import Auditor
 from labkit.schedulers.static import SCHEDULERS
 from labkit.speculative.draft_model import draft_model, make_speculator
-from labkit.trace.trace import StepRecord, Trace, TraceMeta
+from labkit.trace.records import StepRecord, TraceMeta
+from labkit.trace.trace import Trace
 
 Prompt = str | Sequence[int]
 
@@ -305,6 +300,12 @@ class Engine:
         if interrupt is not None:
             raise interrupt
         return record
+
+    def run(self) -> Trace:
+        """Step until nothing is left to do; returns the trace."""
+        while self.has_unfinished:
+            self.step()
+        return self.trace
 
     def _draft(self, plan: StepPlan, result: StepResult) -> None:
         """Drafts for the next step. Without, answers are the same: a fault here ends nobody."""

@@ -11,8 +11,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from labkit.config import EngineConfig
-from labkit.core.request import RequestOutput, SamplingParams
 from labkit.engine import Engine, Prompt
+from labkit.outputs import RequestOutput
+from labkit.sampling_params import SamplingParams
 
 
 class LLM:

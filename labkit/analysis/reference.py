@@ -21,11 +21,11 @@ from transformers.generation.streamers import BaseStreamer
 from labkit.analysis.workload import Job
 from labkit.benchmark.engine.meter import Meter
 from labkit.config import EngineConfig
-from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.models.load import TINY, LoadedModel, find
 from labkit.models.tiny import tiny_random
-from labkit.trace.trace import StepRecord
+from labkit.sampling_params import SamplingParams
+from labkit.trace.records import StepRecord
 
 REFERENCE = "transformers"
 

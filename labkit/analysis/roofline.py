@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from labkit.core.model import Transformer
 from labkit.kernels.int8 import pick_kernel
 from labkit.models.load import LoadedModel
-from labkit.trace.trace import StepRecord
+from labkit.trace.records import StepRecord
 
 _SCALE_BYTES = 4  # int8 weights have one fp32 scale for each output
 _READ_BYTES = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}  # far beyond any cache

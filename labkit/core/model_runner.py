@@ -12,9 +12,10 @@ from labkit.core.attention import SDPA, Backend, PagedKVCache, Span, build_metad
 from labkit.core.block_pool import BlockPool
 from labkit.core.model import Transformer
 from labkit.core.plan import StepPlan, StepResult
-from labkit.core.request import Request, TokenLogprobs
+from labkit.core.request import Request
 from labkit.core.sampler import sample
 from labkit.kernels.cuda_graphs import DecodeGraphs
+from labkit.outputs import TokenLogprobs
 from labkit.speculative.speculator import accept
 
 

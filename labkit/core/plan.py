@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from labkit.core.request import Request, TokenLogprobs
-from labkit.trace.trace import Admission, Blocks, Copy
+from labkit.core.request import Request
+from labkit.outputs import TokenLogprobs
+from labkit.trace.records import Admission, Blocks, Copy
 
 
 @dataclass(slots=True)

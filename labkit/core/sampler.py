@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from labkit.core.request import Request, TokenLogprobs
+from labkit.core.request import Request
+from labkit.outputs import TokenLogprobs
 
 _CANDIDATES = 1024  # likeliest tokens to look at first when top-p or min-p filter alone
 _MASK64 = 2**64 - 1

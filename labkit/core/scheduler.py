@@ -13,9 +13,10 @@ from collections.abc import Iterator
 
 from labkit.core.block_pool import BlockPool, InvariantError, OutOfBlocks
 from labkit.core.plan import StepPlan, StepResult
-from labkit.core.request import FinishReason, Request
+from labkit.core.request import Request
 from labkit.core.waiting_queue import WaitingQueue, order
-from labkit.trace.trace import Admission, Arrival, Blocks, Copy, Finish, Priority, StepRecord
+from labkit.outputs import FinishReason
+from labkit.trace.records import Admission, Arrival, Blocks, Copy, Finish, Priority, StepRecord
 
 _PREEMPTED = "nobody is admitted in a step that preempted"
 

@@ -11,12 +11,13 @@ from labkit import notebook
 from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool, InvariantError
 from labkit.core.plan import StepPlan
-from labkit.core.request import Request, SamplingParams
+from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
 from labkit.models.load import LoadedModel, load_model
-from labkit.trace.trace import StepRecord
+from labkit.sampling_params import SamplingParams
+from labkit.trace.records import StepRecord
 from labkit.views.style import plural
 
 Plan = dict[str, int]

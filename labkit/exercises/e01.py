@@ -17,10 +17,10 @@ from labkit.analysis.reference import reference_model
 from labkit.analysis.workload import prose
 from labkit.config import EngineConfig
 from labkit.core.attention import Span, build_metadata
-from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
 from labkit.models.load import LoadedModel, load_model
+from labkit.sampling_params import SamplingParams
 
 Decoder = Callable[[list[int], int], list[int]]  # prompt and length of the answer -> answer
 

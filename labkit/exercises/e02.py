@@ -15,7 +15,8 @@ from labkit.core.request import Request
 from labkit.exercises import Exercise, Run, Wrong, expect
 from labkit.models.load import LoadedModel, load_model
 from labkit.schedulers.static import StaticScheduler
-from labkit.trace.trace import StepRecord, Trace
+from labkit.trace.records import StepRecord
+from labkit.trace.trace import Trace
 from labkit.views.style import plural
 
 SEATS = 4
@@ -60,8 +61,8 @@ def serve(
     Returns:
         The trace, and the tokens of each answer by the job's name.
     """
-    from labkit.core.request import SamplingParams
     from labkit.engine import Engine
+    from labkit.sampling_params import SamplingParams
 
     sizes = {"num_blocks": 256, "block_size": 8, "enable_prefix_caching": False} | config
     place = {name: i for i, batch in enumerate(batches or []) for name in batch}

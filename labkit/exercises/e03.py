@@ -16,10 +16,10 @@ from labkit.core.attention import PagedKVCache, Span, row_order
 from labkit.core.block_pool import BlockPool, InvariantError, OutOfBlocks
 from labkit.core.model_runner import ModelRunner
 from labkit.core.plan import StepPlan, StepResult
-from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
 from labkit.models.load import LoadedModel, load_model
+from labkit.sampling_params import SamplingParams
 from labkit.views.style import plural
 
 NUM_BLOCKS, BLOCK_SIZE, SEATS = 32, 4, 6

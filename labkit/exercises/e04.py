@@ -12,12 +12,14 @@ from labkit import notebook
 from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepPlan, StepResult
-from labkit.core.request import Request, SamplingParams
+from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
 from labkit.exercises import Exercise, Run, Wrong, expect
 from labkit.models.load import LoadedModel, load_model
+from labkit.sampling_params import SamplingParams
 from labkit.schedulers.audit import Auditor
-from labkit.trace.trace import Admission, Trace
+from labkit.trace.records import Admission
+from labkit.trace.trace import Trace
 
 
 class Ticket(NamedTuple):

@@ -12,11 +12,12 @@ from typing import Any
 from labkit import notebook
 from labkit.config import EngineConfig
 from labkit.core.plan import StepPlan
-from labkit.core.request import Request, SamplingParams
+from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
 from labkit.models.load import LoadedModel, load_model
+from labkit.sampling_params import SamplingParams
 from labkit.views.token_timeline import rails_of, token_rails, worst_gap
 from labkit.views.token_timeline import text_twin as rails_text
 

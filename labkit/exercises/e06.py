@@ -12,13 +12,14 @@ from labkit import notebook
 from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepPlan
-from labkit.core.request import Request, SamplingParams
+from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
 from labkit.core.waiting_queue import order
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
 from labkit.exercises.elsewhere import call_elsewhere
 from labkit.models.load import LoadedModel, load_model
+from labkit.sampling_params import SamplingParams
 from labkit.trace.trace import Trace
 
 BLOCK_SIZE, SEATS = 4, 6

@@ -18,11 +18,11 @@ from labkit.analysis.roofline import Shape, Work
 from labkit.analysis.shapes import config_of
 from labkit.config import EngineConfig
 from labkit.core.attention import SDPA, Backend, PagedKVCache, Span
-from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
 from labkit.models.load import LoadedModel
-from labkit.trace.trace import StepRecord
+from labkit.sampling_params import SamplingParams
+from labkit.trace.records import StepRecord
 
 Cost = Callable[[list[int], list[int]], tuple[float, float]]
 

@@ -162,8 +162,8 @@ def serve(backend: Backend = SDPA) -> tuple[Trace, dict[str, list[int]]]:
     Returns:
         The trace, and the tokens of each answer by the request's name.
     """
-    from labkit.core.request import SamplingParams
     from labkit.engine import Engine
+    from labkit.sampling_params import SamplingParams
 
     engine = Engine(EngineConfig(model=_tiny(), num_blocks=64, block_size=_SIZE))
     engine.runner.backend = backend

@@ -146,8 +146,8 @@ _PROMPTS = ("the sea is", "a prime number is one that", "once upon a time there 
 
 def _serve(model: LoadedModel, prompts: tuple[str, ...] = _PROMPTS) -> list[list[int]]:
     """Greedy answers of the real engine to some prompts, computed together."""
-    from labkit.core.request import SamplingParams
     from labkit.engine import Engine
+    from labkit.sampling_params import SamplingParams
 
     engine = Engine(EngineConfig(model=model, num_blocks=64, block_size=8))
     params = SamplingParams(max_tokens=24, ignore_eos=True)

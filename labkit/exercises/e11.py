@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from labkit import notebook
 from labkit.analysis.capacity import Clock, Demand, FittedClock, Replica, Settings, draw_demands
 from labkit.analysis.client_measures import Measure, Slo, summary
-from labkit.core.request import Request, SamplingParams, check_number
+from labkit.core.request import Request
 from labkit.exercises import Exercise, Run, expect
+from labkit.sampling_params import SamplingParams, check_number
 from labkit.trace.trace import Trace
 from labkit.views.token_timeline import text_twin as rails_text
 from labkit.views.token_timeline import token_rails

@@ -9,8 +9,9 @@ from typing import Any
 from labkit import notebook
 from labkit.analysis.capacity import GPUS, MODELS, Replay, Roofline, Settings, draw_demands, replay
 from labkit.analysis.capacity.replay import SLACK, prefix_aware
-from labkit.core.request import Request, SamplingParams
+from labkit.core.request import Request
 from labkit.exercises import Exercise, Run, Wrong, expect
+from labkit.sampling_params import SamplingParams
 
 Route = Callable[[Request, Sequence[Any]], int]
 

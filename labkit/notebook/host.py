@@ -12,17 +12,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from labkit.core.request import SamplingParams, check_number
-from labkit.page.submissions import as_chat
+from labkit.models.chat import as_chat
+from labkit.sampling_params import SamplingParams, check_number
 from labkit.serving.limits import Limits
 from labkit.views import style
 from labkit.views.inspect import page_facts, step_facts
 from labkit.views.live_feed import WINDOW, Feed
 
 if TYPE_CHECKING:
-    from labkit.core.request import RequestOutput
     from labkit.engine import Engine
-    from labkit.trace.trace import StepRecord
+    from labkit.outputs import RequestOutput
+    from labkit.trace.records import StepRecord
 
 SLICE = 0.08  # seconds of stepping in one answer, after which cells get their turn
 KEEP = 100  # cards, the latest

@@ -16,7 +16,8 @@ from typing import Any
 import gradio as gr
 
 from labkit.page.upload import MAX_BYTES, read_upload
-from labkit.trace.trace import Trace, TraceError
+from labkit.trace.records import TraceError
+from labkit.trace.trace import Trace
 from labkit.views import perfetto, replay_data, style
 from labkit.views.live_feed import asset
 

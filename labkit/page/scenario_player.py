@@ -10,11 +10,12 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from labkit.core.request import SamplingParams
+from labkit.models.chat import as_chat
 from labkit.page.scenarios import Line, Preset
-from labkit.page.submissions import Desk, as_chat
+from labkit.page.submissions import Desk
+from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine, EngineStoppedError
-from labkit.trace.trace import StepRecord
+from labkit.trace.records import StepRecord
 
 logger = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from labkit.config import KV_POLICIES, EngineConfig
-from labkit.core.request import check_flag, check_number
 from labkit.engine import Engine
 from labkit.page.scenario_player import Player
 from labkit.page.scenarios import BY_NAME
 from labkit.page.submissions import Desk
 from labkit.page.visitors import GRACE, Visitors
+from labkit.sampling_params import check_flag, check_number
 from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.limits import Limits
 from labkit.trace.trace import Trace

@@ -13,7 +13,7 @@ from typing import Any
 
 from labkit.page.session import Bench, Lab
 from labkit.page.submissions import Cards
-from labkit.trace.trace import StepRecord
+from labkit.trace.records import StepRecord
 from labkit.views.live_feed import Frame
 
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from labkit.core.request import SamplingParams, check_number
+from labkit.models.chat import as_chat
 from labkit.page.visitors import mark
+from labkit.sampling_params import SamplingParams, check_number
 from labkit.serving.async_engine import AsyncEngine, Progress
 from labkit.serving.limits import Limits
 from labkit.views import style
@@ -262,18 +263,6 @@ class Desk:
     def _all(self) -> tuple[int, list[_Entry]]:
         with self._lock:
             return self._serial, list(self._entries.values())
-
-
-def as_chat(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -> str | list[int]:
-    """A user's message, or a talk of {"role", "content"}, in the model's chat format.
-
-    As plain text, paragraph by paragraph, if the model has none.
-    """
-    talk = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if not getattr(tokenizer, "chat_template", None):
-        return "\n\n".join(message["content"] for message in talk)
-    text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer.encode(text, add_special_tokens=False))  # the template has written them
 
 
 def params_of(

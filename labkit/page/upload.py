@@ -11,7 +11,9 @@ import threading
 import time
 from collections.abc import Iterator
 
-from labkit.trace.trace import PoolState, StepRecord, Trace, TraceError, TraceMeta
+from labkit.trace.pool_state import PoolState
+from labkit.trace.records import StepRecord, TraceError, TraceMeta
+from labkit.trace.trace import Trace
 
 MAX_BYTES = 16 * 2**20
 MAX_LINE = 128 * 2**10  # bytes of one step

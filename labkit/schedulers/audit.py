@@ -11,7 +11,8 @@ from collections.abc import Collection
 from labkit.core.block_pool import BlockPool, InvariantError
 from labkit.core.plan import StepPlan
 from labkit.core.scheduler import Scheduler
-from labkit.trace.trace import Finish, PoolState, StepRecord
+from labkit.trace.pool_state import PoolState
+from labkit.trace.records import Finish, StepRecord
 
 _IDLE_STEPS = 1000  # empty plans in a row, while somebody waits, that count as never
 

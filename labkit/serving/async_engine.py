@@ -18,19 +18,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from labkit.core.request import (
-    MAX_N,
-    RequestMetrics,
-    RequestOutput,
-    SamplingParams,
-    answer_ids,
-    check_number,
-)
-from labkit.trace.trace import StepRecord
+from labkit.core.request import answer_ids
+from labkit.outputs import RequestMetrics, RequestOutput
+from labkit.sampling_params import MAX_N, SamplingParams, check_number
+from labkit.trace.records import StepRecord
 
 if TYPE_CHECKING:
-    from labkit.core.request import FinishReason, Request
+    from labkit.core.request import Request
     from labkit.engine import Engine
+    from labkit.outputs import FinishReason
 
 logger = logging.getLogger(__name__)
 

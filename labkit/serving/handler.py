@@ -16,7 +16,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from labkit.core.request import RequestOutput, SamplingParams, answer_ids
+from labkit.core.request import answer_ids
+from labkit.outputs import RequestOutput
+from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine, EngineStoppedError
 from labkit.serving.limits import Limits
 from labkit.serving.metrics import Metrics

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from labkit.core.request import check_number
+from labkit.sampling_params import check_number
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from labkit.core.request import RequestOutput
+from labkit.outputs import RequestOutput
 from labkit.serving.async_engine import AsyncEngine
-from labkit.trace.trace import StepRecord
+from labkit.trace.records import StepRecord
 
 PREFIX = "labkit:"
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from labkit.core.request import MAX_LOGPROBS, RequestOutput, SamplingParams, TokenLogprobs
+from labkit.outputs import RequestOutput, TokenLogprobs
+from labkit.sampling_params import MAX_LOGPROBS, SamplingParams
 
 Number = StrictInt | StrictFloat
 Token = Annotated[StrictInt, Field(ge=0)]

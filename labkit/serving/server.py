@@ -27,8 +27,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from labkit.core.request import SamplingParams
-from labkit.page.submissions import as_chat
+from labkit.models.chat import as_chat
+from labkit.sampling_params import SamplingParams
 from labkit.serving import cli
 from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.handler import Job, Options, Server

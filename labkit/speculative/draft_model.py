@@ -12,9 +12,10 @@ from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
 from labkit.core.model_runner import ModelRunner
 from labkit.core.plan import StepPlan
-from labkit.core.request import Request, SamplingParams
+from labkit.core.request import Request
 from labkit.kernels.warmup import backend_for, warm_up
 from labkit.models.load import LoadedModel, load_model
+from labkit.sampling_params import SamplingParams
 from labkit.speculative.speculator import Drafter, NgramDrafter, Speculator, StepCosts
 
 _PROBED = 16  # tokens of the longest step that is timed

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from labkit.core.plan import StepPlan, StepResult
-from labkit.core.request import Request, check_number
-from labkit.trace.trace import StepRecord
+from labkit.core.request import Request
+from labkit.sampling_params import check_number
+from labkit.trace.records import StepRecord
 
 _PRIOR = 0.6  # chance that a draft is right, before any was checked
 _WEIGHT = 2.0  # checks that a prior counts for

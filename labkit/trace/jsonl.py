@@ -8,20 +8,20 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
-from labkit.trace.trace import (
+from labkit.trace.pool_state import PoolState
+from labkit.trace.records import (
     KINDS,
     Admission,
     Arrival,
     Blocks,
     Copy,
     Finish,
-    PoolState,
     Priority,
     StepRecord,
-    Trace,
     TraceError,
     TraceMeta,
 )
+from labkit.trace.trace import Trace
 
 FORMAT = "labkit-trace"
 VERSION = 1

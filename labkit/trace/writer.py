@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TextIO
 
 from labkit.serving.async_engine import AsyncEngine
-from labkit.trace.trace import StepRecord, Trace
+from labkit.trace.records import StepRecord
+from labkit.trace.trace import Trace
 
 
 class TraceWriters:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from labkit.trace.trace import StepRecord
+from labkit.trace.records import StepRecord
 
 KEPT = 200  # events
 _NUMBERS = re.compile(r"\d+%?( to \d+%)?")

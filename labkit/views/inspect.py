@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from labkit.serving.async_engine import AsyncEngine
-from labkit.trace.trace import Row, StepRecord, Trace
+from labkit.trace.records import Row, StepRecord
+from labkit.trace.trace import Trace
 from labkit.views.live_feed import Decode, looks, pack_bits, words_of
 
 _LOOK_BACK = 2_000  # steps, to find who had a page last

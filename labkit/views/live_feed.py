@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from labkit.trace.trace import PoolState, StepRecord, TraceMeta
+from labkit.trace.pool_state import PoolState
+from labkit.trace.records import StepRecord, TraceMeta
 from labkit.views import events, style
 from labkit.views.live_numbers import Numbers, wasted_slots
 

@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-from labkit.trace.trace import PoolState, StepRecord
+from labkit.trace.pool_state import PoolState
+from labkit.trace.records import StepRecord
 
 LATEST_REQUESTS = 100  # that TTFT and the hit rate look back on
 LATEST_GAPS = 1000  # between tokens, that ITL looks back on

@@ -11,7 +11,9 @@ from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
-from labkit.trace.trace import PoolState, StepRecord, Trace
+from labkit.trace.pool_state import PoolState
+from labkit.trace.records import StepRecord
+from labkit.trace.trace import Trace
 from labkit.views import style
 from labkit.views.timeline import Lane, rates_of, timeline_of
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
-from labkit.trace.trace import Row, StepRecord, Trace
+from labkit.trace.records import Row, StepRecord
+from labkit.trace.trace import Trace
 from labkit.views.style import drafts, plural
 
 # -- timeline -------------------------------------------------------------------------------------

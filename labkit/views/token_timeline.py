@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
-from labkit.trace.trace import StepRecord, Trace
+from labkit.trace.records import StepRecord
+from labkit.trace.trace import Trace
 from labkit.views import style
 
 if TYPE_CHECKING:

@@ -35,10 +35,10 @@ from labkit.analysis.capacity.decode_run import DecodeRun
 from labkit.analysis.capacity.replay import ROUTERS, _request
 from labkit.benchmark.engine import forecast
 from labkit.config import EngineConfig
-from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.models.load import load_model
-from labkit.trace.trace import StepRecord
+from labkit.sampling_params import SamplingParams
+from labkit.trace.records import StepRecord
 
 PRICES = FittedClock(step=0.03, tokens=2e-3, keys=5e-6, sampled=1e-3, rows=4e-4, pairs=2e-7)
 

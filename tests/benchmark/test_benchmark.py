@@ -33,7 +33,7 @@ from labkit.config import EngineConfig
 from labkit.core import model_runner
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel, load_model
-from labkit.trace.trace import StepRecord
+from labkit.trace.records import StepRecord
 
 SIZES = dict(
     vocab_size=10,

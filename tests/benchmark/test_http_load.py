@@ -28,8 +28,8 @@ from labkit.benchmark.serving.arrivals import Arrival, Lengths, at_once, poisson
 from labkit.benchmark.serving.load_report import RateRow, knee, table
 from labkit.benchmark.serving.load_sweep import Plan, _Bench, _queue, compare, most_at_once
 from labkit.benchmark.serving.processes import Answer, ServerProcess, numbers
-from labkit.core.request import SamplingParams
 from labkit.models.tiny import tiny_tokenizer
+from labkit.sampling_params import SamplingParams
 
 SHORT = {"prompts": Lengths(10, 0.5, 6, 30), "answers": Lengths(6, 0.5, 3, 12)}
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from labkit.config import EngineConfig
-from labkit.core.request import RequestMetrics, SamplingParams
+from labkit.outputs import RequestMetrics
+from labkit.sampling_params import SamplingParams
 
 NAN = float("nan")
 

@@ -8,8 +8,9 @@ from collections import Counter
 import pytest
 import torch
 
-from labkit.core.request import Request, SamplingParams
+from labkit.core.request import Request
 from labkit.core.sampler import gumbel_noise, mix, sample
+from labkit.sampling_params import SamplingParams
 
 VOCAB = 50
 LOGITS = torch.randn(VOCAB, generator=torch.Generator().manual_seed(5)) * 2

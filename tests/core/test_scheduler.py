@@ -14,11 +14,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from labkit.core.block_pool import BlockPool, OutOfBlocks
 from labkit.core.plan import StepPlan, StepResult
-from labkit.core.request import Request, SamplingParams
+from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
+from labkit.sampling_params import SamplingParams
 from labkit.schedulers.audit import Auditor
 from labkit.schedulers.static import SCHEDULERS, StaticScheduler, UncachedScheduler
-from labkit.trace.trace import StepRecord, Trace, TraceMeta
+from labkit.trace.records import StepRecord, TraceMeta
+from labkit.trace.trace import Trace
 
 NEVER_DRAFT = (StaticScheduler, UncachedScheduler)
 

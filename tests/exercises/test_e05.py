@@ -7,9 +7,9 @@ from exercising import assert_accepted, assert_open, assert_refused, function_fr
 
 from labkit.config import EngineConfig
 from labkit.core.block_pool import InvariantError
-from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.exercises.e05 import NEWCOMERS, Split, run_split, scheduler_of, split_budget
+from labkit.sampling_params import SamplingParams
 from labkit.views.token_timeline import rails_of, worst_gap
 
 Answer = tuple[list[int], list[int]]

@@ -23,7 +23,7 @@ from labkit.exercises.e07 import (
     turning_point,
 )
 from labkit.models.load import load_model
-from labkit.trace.trace import StepRecord
+from labkit.trace.records import StepRecord
 
 Rows = list[int]
 Answer = tuple[float, float]

@@ -19,10 +19,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell
 from labkit import exercises
 from labkit.config import EngineConfig
 from labkit.core.block_pool import InvariantError
-from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, check, expect, find, judge
 from labkit.notebook import Picture, bars
+from labkit.sampling_params import SamplingParams
 
 UNTIL = "Until it is right, the cells below use the reference."
 

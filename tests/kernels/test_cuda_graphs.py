@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_leaves
 
 from labkit.config import EngineConfig
 from labkit.core.attention import SDPA, Backend, PagedKVCache, Span, build_metadata, gathered_rows, row_order
-from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.kernels import select
 from labkit.kernels.cuda_graphs import DecodeGraphs, buckets
 from labkit.kernels.warmup import activation_bytes, backend_for, warm_up
+from labkit.sampling_params import SamplingParams
 
 # What waits for the device, or brings numbers from the host: a graph can hold neither.
 FORBIDDEN = {"item", "_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "unique"}

@@ -17,11 +17,11 @@ from torch import Tensor
 from labkit.config import EngineConfig
 from labkit.core.attention import SDPA, Backend, Span, block_table, build_metadata
 from labkit.core.model import Transformer
-from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.kernels.select import PackedChunks, PagedDecode, choose_backend, paged_rows, varlen_attention
 from labkit.models.load import LoadedModel
 from labkit.models.tiny import tiny_tokenizer
+from labkit.sampling_params import SamplingParams
 
 pytestmark = [
     pytest.mark.gpu,

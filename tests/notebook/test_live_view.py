@@ -16,12 +16,12 @@ import pytest
 import labkit
 from labkit import Engine, EngineConfig, SamplingParams, notebook
 from labkit.core.scheduler import Scheduler
+from labkit.models.chat import as_chat
 from labkit.models.load import LoadedModel, load_model
 from labkit.notebook import live_view
 from labkit.notebook.host import KEEP, SLICE, Host
 from labkit.notebook.live_view import GONE, HOW_TO, KEEP_OPEN, what_if
-from labkit.page.submissions import as_chat
-from labkit.trace.trace import PoolState
+from labkit.trace.pool_state import PoolState
 from labkit.views import text
 from labkit.views.live_feed import WINDOW, asset
 

@@ -20,7 +20,7 @@ from visiting import HOSTILE, PATIENCE, free_port
 from visiting_fixtures import browser  # noqa: F401
 
 from labkit import Engine, EngineConfig, SamplingParams
-from labkit.page.submissions import as_chat
+from labkit.models.chat import as_chat
 from labkit.views import style
 
 pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")

@@ -14,9 +14,9 @@ from IPython.core.formatters import DisplayFormatter
 import labkit
 from labkit import exercises, notebook
 from labkit.core.block_pool import BlockPool
-from labkit.core.request import SamplingParams
 from labkit.core.scheduler import Scheduler
 from labkit.notebook import Picture
+from labkit.sampling_params import SamplingParams
 from labkit.trace.trace import Trace
 from labkit.views import text
 

@@ -10,9 +10,9 @@ from visiting import FIND, HOSTILE, Visitor, free_port, wait_for
 
 import app
 from labkit.config import EngineConfig
-from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel
+from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine
 
 pytest_plugins = ["visiting_fixtures"]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from labkit.config import EngineConfig
-from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel, load_model
+from labkit.sampling_params import SamplingParams
 
 PLANNED = ("step", "requests", "kinds", "starts", "num_tokens", "padding", "arrived", "admitted", "preempted")
 ALSO = ("taken", "copied", "evicted")

@@ -13,7 +13,8 @@ from tabs import HOSTILE, Looker, browser, served  # noqa: F401
 from labkit.page import replay_tab
 from labkit.page.replay_tab import Traces, build_replay_tab
 from labkit.page.upload import MAX_BYTES
-from labkit.trace.trace import Trace, TraceError
+from labkit.trace.records import TraceError
+from labkit.trace.trace import Trace
 from labkit.views import perfetto
 from labkit.views.live_feed import asset
 from labkit.views.pool_picture import pages_of

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from labkit.config import EngineConfig
-from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel, load_model
 from labkit.page.scenarios import PRESETS
 from labkit.page.session import KNOBS, Lab
+from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.limits import Limits
 

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepResult
-from labkit.core.request import Request, SamplingParams
+from labkit.core.request import Request
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel, load_model
 from labkit.page import sse
@@ -28,9 +28,10 @@ from labkit.page.sse import AGAIN, BEAT, BEHIND, PATH, Broadcast
 from labkit.page.submissions import KEEP
 from labkit.page.upload import MAX_BYTES
 from labkit.page.visitors import mark
+from labkit.sampling_params import SamplingParams
 from labkit.schedulers.static import SCHEDULERS
 from labkit.serving.async_engine import AsyncEngine
-from labkit.trace.trace import StepRecord
+from labkit.trace.records import StepRecord
 from labkit.views.live_feed import WINDOW
 from tests.page.test_session import wait_for
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import pytest
 
 from labkit.config import EngineConfig
-from labkit.core.request import SamplingParams
 from labkit.engine import Engine
+from labkit.models.chat import as_chat
 from labkit.models.load import LoadedModel, load_model
-from labkit.page.submissions import KEEP, Desk, as_chat, params_of
+from labkit.page.submissions import KEEP, Desk, params_of
 from labkit.page.visitors import mark
+from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.limits import Limits
 

@@ -12,7 +12,8 @@ import pytest
 
 from labkit.page import upload
 from labkit.page.upload import read_upload
-from labkit.trace.trace import Trace, TraceError
+from labkit.trace.records import TraceError
+from labkit.trace.trace import Trace
 from tests.views.test_views import run
 
 HEAD = {

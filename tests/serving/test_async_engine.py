@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from labkit.config import EngineConfig
-from labkit.core.request import RequestOutput, SamplingParams
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel, load_model
+from labkit.outputs import RequestOutput
+from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine, EngineStoppedError
-from labkit.trace.trace import PoolState, StepRecord
+from labkit.trace.pool_state import PoolState
+from labkit.trace.records import StepRecord
 
 PATIENCE = 60  # seconds until a test gives up; nothing is decided by it
 PROMPTS = ["The quick brown fox", "What is the capital of France?", "One, two, three", "hello world"]

@@ -8,9 +8,9 @@ from collections import Counter
 from prometheus_client.parser import text_string_to_metric_families
 
 from labkit.config import EngineConfig
-from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.models.load import load_model
+from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.metrics import PREFIX, Metrics
 from labkit.speculative.speculator import acceptance

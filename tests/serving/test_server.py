@@ -15,7 +15,7 @@ import openai
 import pytest
 from serving import MODEL, Served, served
 
-from labkit.core.request import SamplingParams
+from labkit.sampling_params import SamplingParams
 from labkit.serving.handler import Options
 from labkit.serving.limits import Limits
 

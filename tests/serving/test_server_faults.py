@@ -15,7 +15,7 @@ import torch
 from serving import MODEL, Served, served
 
 from labkit.core.block_pool import BlockPool, InvariantError, OutOfBlocks
-from labkit.core.request import SamplingParams
+from labkit.sampling_params import SamplingParams
 from labkit.serving.handler import Job, Options
 from labkit.serving.schema import CompletionAsked, CompletionFormat
 

@@ -17,8 +17,9 @@ from typing import Any
 from serving import MODEL, Served, served
 
 from labkit.config import EngineConfig
-from labkit.core.request import SamplingParams, answer_ids
+from labkit.core.request import answer_ids
 from labkit.engine import Engine
+from labkit.sampling_params import SamplingParams
 from labkit.serving.handler import Options
 from labkit.serving.limits import Limits
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from labkit.schedulers.static import SCHEDULERS
-from labkit.trace.trace import Finish, StepRecord, Trace, TraceError, TraceMeta
+from labkit.trace.records import Finish, StepRecord, TraceError, TraceMeta
+from labkit.trace.trace import Trace
 from tests.core.test_scheduler import Bench
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from labkit.config import EngineConfig
-from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.models.load import load_model
 from labkit.page.session import Lab
+from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine
 from labkit.trace.trace import Trace
 

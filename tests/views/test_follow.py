@@ -14,11 +14,11 @@ from fastapi import FastAPI
 from visiting import Visitor, free_port, wait_for
 
 from labkit.config import EngineConfig
-from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel
 from labkit.page.gradio_page import Page, build, serve
 from labkit.page.session import Lab
+from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine
 
 pytest_plugins = ["visiting_fixtures"]

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from labkit.config import EngineConfig
-from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel, load_model
+from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine
 from labkit.views.inspect import _last_owner, page_facts, step_facts
 

@@ -12,9 +12,11 @@ import pytest
 
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepResult
-from labkit.core.request import Request, SamplingParams
+from labkit.core.request import Request
+from labkit.sampling_params import SamplingParams
 from labkit.schedulers.static import SCHEDULERS
-from labkit.trace.trace import Admission, Arrival, Blocks, Finish, StepRecord, Trace, TraceMeta
+from labkit.trace.records import Admission, Arrival, Blocks, Finish, StepRecord, TraceMeta
+from labkit.trace.trace import Trace
 from labkit.views import live_feed, style
 from labkit.views.live_feed import WINDOW, Feed, asset
 

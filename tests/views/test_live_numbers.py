@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from labkit.trace.trace import Admission, Arrival, Blocks, Finish, PoolState, StepRecord
+from labkit.trace.pool_state import PoolState
+from labkit.trace.records import Admission, Arrival, Blocks, Finish, StepRecord
 from labkit.views.events import events_of
 from labkit.views.live_numbers import LATEST_GAPS, LATEST_REQUESTS, Numbers, wasted_slots
 

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from tabs import browser  # noqa: F401
 
-from labkit.trace.trace import StepRecord, Trace
+from labkit.trace.records import StepRecord
+from labkit.trace.trace import Trace
 from labkit.views import perfetto
 from tests.views.test_views import HOSTILE, run, story, trace_of, traces
 from tests.views.trace_processor import TraceProcessor, folder

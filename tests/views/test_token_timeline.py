@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 
 from labkit.config import EngineConfig
-from labkit.core.request import SamplingParams
 from labkit.engine import Engine
+from labkit.sampling_params import SamplingParams
 from labkit.trace.trace import Trace
 from labkit.views.token_timeline import rails_of, text_twin, token_rails, worst_gap
 

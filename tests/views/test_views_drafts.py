@@ -13,9 +13,11 @@ import pytest
 from labkit import views
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepResult
-from labkit.core.request import Request, SamplingParams
+from labkit.core.request import Request
+from labkit.sampling_params import SamplingParams
 from labkit.schedulers.static import SCHEDULERS
-from labkit.trace.trace import Admission, Arrival, Blocks, Finish, Row, StepRecord, Trace, TraceMeta
+from labkit.trace.records import Admission, Arrival, Blocks, Finish, Row, StepRecord, TraceMeta
+from labkit.trace.trace import Trace
 from labkit.views import events, perfetto, replay_data, style, text
 from labkit.views.live_feed import Feed
 from labkit.views.live_numbers import Numbers

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from labkit.core.request import check_number
-from labkit.trace.trace import StepRecord
+from labkit.sampling_params import check_number
+from labkit.trace.records import StepRecord
 
 TERMS = ("step", "tokens", "keys", "sampled", "rows", "pairs")
 _ROUNDS = 30  # of reweighting; it settles after a few

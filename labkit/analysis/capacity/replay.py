@@ -17,7 +17,8 @@ import numpy as np
 
 from labkit.analysis.capacity.clock import Clock
 from labkit.analysis.capacity.replica import Replica, Settings
-from labkit.core.request import Request, SamplingParams, check_number
+from labkit.core.request import Request
+from labkit.sampling_params import SamplingParams, check_number
 from labkit.trace.trace import Trace
 
 

@@ -9,9 +9,11 @@ from labkit.analysis.capacity.clock import Clock, StepWork
 from labkit.analysis.capacity.decode_run import DecodeRun
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepPlan, StepResult
-from labkit.core.request import Request, check_number
+from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
-from labkit.trace.trace import Trace, TraceMeta
+from labkit.sampling_params import check_number
+from labkit.trace.records import TraceMeta
+from labkit.trace.trace import Trace
 
 
 @dataclass(frozen=True)

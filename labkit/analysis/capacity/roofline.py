@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from labkit.analysis.capacity.clock import StepWork
-from labkit.core.request import check_number
+from labkit.sampling_params import check_number
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ from tqdm.auto import tqdm
 
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepPlan, StepResult
-from labkit.core.request import Request, SamplingParams
+from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
-from labkit.trace.trace import Trace, TraceMeta
+from labkit.sampling_params import SamplingParams
+from labkit.trace.records import TraceMeta
+from labkit.trace.trace import Trace
 
 RUNNING = (32, 256, 1024)
 WAITING = (100, 10_000, 100_000)

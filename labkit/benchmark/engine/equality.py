@@ -20,10 +20,10 @@ from labkit.analysis.workload import Job, prose
 from labkit.benchmark.engine import perplexity
 from labkit.config import EngineConfig
 from labkit.core.model import Transformer
-from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel, load_model
 from labkit.models.teacher_forcing import teacher_forced
+from labkit.sampling_params import SamplingParams
 
 DTYPES = ("bfloat16", "float16")
 # The mean error of a logit, as a share of the logits' standard deviation. A mistake in the model's code is

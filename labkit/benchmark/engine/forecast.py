@@ -24,10 +24,10 @@ from labkit.analysis.capacity import Demand, FittedClock, Settings, draw_demands
 from labkit.analysis.reference import device_name, versions
 from labkit.analysis.workload import Job, make_workload
 from labkit.config import EngineConfig
-from labkit.core.request import SamplingParams
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel
-from labkit.trace.trace import StepRecord
+from labkit.sampling_params import SamplingParams
+from labkit.trace.records import StepRecord
 from labkit.views import style
 
 TERMS = ("step", "tokens", "keys")

@@ -22,8 +22,8 @@ from labkit.analysis.reference import (
 )
 from labkit.analysis.workload import Job, prose
 from labkit.config import EngineConfig
+from labkit.models.chat import as_chat
 from labkit.models.load import LoadedModel
-from labkit.page.submissions import as_chat
 from labkit.speculative.speculator import acceptance
 
 SEATS = (1, 8, 32)

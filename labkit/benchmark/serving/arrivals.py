@@ -13,9 +13,9 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from labkit.analysis.workload import prose
-from labkit.core.request import check_number
 from labkit.models.load import TINY, find
 from labkit.models.tiny import tiny_tokenizer
+from labkit.sampling_params import check_number
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import httpx
 
 from labkit.analysis.client_measures import Measure, Slo, summary
 from labkit.benchmark.serving.arrivals import Arrival
-from labkit.core.request import check_number
+from labkit.sampling_params import check_number
 
 __all__ = ["EXTRAS", "Measure", "ServerError", "Slo", "follow", "run", "summary", "supported"]
 

@@ -39,7 +39,7 @@ from labkit.benchmark.serving.processes import (
     numbers,
     server_process,
 )
-from labkit.core.request import check_number
+from labkit.sampling_params import check_number
 
 FRACTIONS = (0.25, 0.5, 0.7, 0.85, 1.0, 1.2)  # of the closed loop's capacity
 SLO_TTFT, SLO_ITL = 10.0, 5.0  # times the unloaded median

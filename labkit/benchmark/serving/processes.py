@@ -26,8 +26,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from labkit.analysis.reference import device_name
 from labkit.benchmark.serving.arrivals import Arrival
 from labkit.config import EngineConfig
-from labkit.core.request import SamplingParams
 from labkit.engine import Engine
+from labkit.sampling_params import SamplingParams
 
 _START = 900.0  # seconds until a server must answer; the first time it fetches the model
 _STOP = 20.0  # seconds until it must be gone

@@ -23,14 +23,15 @@ from labkit.analysis.reference import Run, System, compare_tokens, describe, sho
 from labkit.analysis.workload import Job
 from labkit.benchmark.serving import watchers
 from labkit.config import EngineConfig
-from labkit.core.request import RequestOutput, SamplingParams
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel
+from labkit.outputs import RequestOutput
 from labkit.page.gradio_page import serve
 from labkit.page.session import Bench, Lab
 from labkit.page.sse import PATH
+from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine
-from labkit.trace.trace import StepRecord
+from labkit.trace.records import StepRecord
 
 
 @dataclass

@@ -15,7 +15,8 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from labkit.core.request import RequestOutput, SamplingParams, check_number
+from labkit.outputs import RequestOutput
+from labkit.sampling_params import SamplingParams, check_number
 from labkit.trace.trace import Trace
 from labkit.views.replay_data import usage_of
 

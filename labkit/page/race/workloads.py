@@ -8,8 +8,8 @@ from importlib.resources import files
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from labkit.models.chat import as_chat
 from labkit.page.race.run import Entry, Setting, Workload
-from labkit.page.submissions import as_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

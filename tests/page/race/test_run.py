@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from labkit.core.request import Request, SamplingParams
+from labkit.core.request import Request
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel, load_model
 from labkit.page.race.run import (
@@ -26,8 +26,10 @@ from labkit.page.race.run import (
     run_race,
 )
 from labkit.page.race.workloads import COURSES, SETTINGS
+from labkit.sampling_params import SamplingParams
 from labkit.speculative.speculator import NgramDrafter
-from labkit.trace.trace import Trace, TraceMeta
+from labkit.trace.records import TraceMeta
+from labkit.trace.trace import Trace
 
 THREE = [SETTINGS[name] for name in ("naive", "static", "continuous")]
 

@@ -1,0 +1,122 @@
+"""How a request wants its tokens picked, and when it ends. No tensors here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+MAX_LOGPROBS = 20
+MAX_N = 64
+MIN_TEMPERATURE = 1e-3  # below, the quotients leave the range of fp32
+
+
+def check_number(field_name: str, value: object, low: float, high: float, *, whole: bool = False) -> None:
+    """Raise `ValueError` naming the field and the limit unless `low <= value <= high`."""
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or value != value:  # NaN
+        wanted = "a whole number" if whole else "a number"
+        raise ValueError(f"{field_name} must be {wanted}, not {value!r}")
+    if not low <= value <= high:
+        limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+        raise ValueError(f"{field_name} must be {limits}, not {value!r}")
+
+
+def check_flag(field_name: str, value: object) -> None:
+    """Raise `ValueError` naming the field unless it is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{field_name} must be True or False, not {value!r}")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to pick the next token, and when to stop.
+
+    Args:
+        max_tokens: how many tokens to generate at most.
+        temperature: 0 picks the likeliest token (greedy); higher values flatten the distribution.
+        top_k: keep the k likeliest tokens (0: all).
+        top_p: keep the smallest set of likeliest tokens whose probability reaches p.
+        min_p: drop tokens less likely than min_p times the likeliest.
+        repetition_penalty: divide (if positive, else multiply) the logits of tokens seen in prompt or answer.
+        presence_penalty: subtract once for each token already in the answer.
+        frequency_penalty: subtract for each time that a token occurs in the answer.
+        stop: strings that end the answer; they are cut from the text.
+        stop_token_ids: token ids that end the answer.
+        ignore_eos: go on after the end-of-sequence token.
+        seed: fixes the sampling noise. Without one, the engine draws one when the request is added.
+        n: how many answers to generate for the prompt.
+        logprobs: report the chosen token's log-probability and this many of the likeliest (None: none).
+        logit_bias: added to the logits of these token ids before anything else.
+
+    Raises:
+        ValueError: for a value outside its limits; the message names the field and the limit.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    n: int = 1
+    logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        check_number("max_tokens", self.max_tokens, 1, math.inf, whole=True)
+        check_number("temperature", self.temperature, 0, 100)
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise ValueError(
+                f"temperature must be 0 (greedy) or between {MIN_TEMPERATURE} and 100, not {self.temperature}"
+            )
+        check_number("top_k", self.top_k, 0, math.inf, whole=True)
+        check_number("top_p", self.top_p, 1e-6, 1)
+        check_number("min_p", self.min_p, 0, 1)
+        check_number("repetition_penalty", self.repetition_penalty, 0.01, 100)
+        check_number("presence_penalty", self.presence_penalty, -2, 2)
+        check_number("frequency_penalty", self.frequency_penalty, -2, 2)
+        check_number("n", self.n, 1, MAX_N, whole=True)
+        if self.seed is not None:
+            check_number("seed", self.seed, -(2**63), 2**63 - 1, whole=True)
+        if self.logprobs is not None:
+            check_number("logprobs", self.logprobs, 0, MAX_LOGPROBS, whole=True)
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError("n > 1 needs temperature > 0: greedy answers would all be the same")
+        object.__setattr__(self, "stop", _strings("stop", self.stop))
+        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        check_flag("ignore_eos", self.ignore_eos)
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise ValueError(f"logit_bias must map token ids to numbers, not {self.logit_bias!r}")
+            bias = dict(self.logit_bias)
+            _token_ids("logit_bias", list(bias))
+            for token, value in bias.items():
+                check_number(f"logit_bias[{token}]", value, -100, 100)
+            object.__setattr__(self, "logit_bias", bias)
+
+
+def _tuple(field_name: str, value: object) -> tuple:
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes):
+        raise ValueError(f"{field_name} must be a list, not {value!r}")
+    return tuple(value)
+
+
+def _strings(field_name: str, value: object) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else _tuple(field_name, value)
+    if any(not isinstance(text, str) or not text for text in strings):
+        raise ValueError(f"{field_name} must be one or more strings that are not empty, not {value!r}")
+    return strings
+
+
+def _token_ids(field_name: str, value: object) -> tuple[int, ...]:
+    ids = _tuple(field_name, value)
+    for token in ids:
+        check_number(field_name, token, 0, math.inf, whole=True)
+    return ids

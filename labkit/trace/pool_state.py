@@ -1,0 +1,132 @@
+"""Who owns which block at one moment, rebuilt from the records of the steps."""
+
+from __future__ import annotations
+
+from labkit.trace.records import Admission, Arrival, StepRecord
+
+
+class PoolState:
+    """Who owns which page at one moment, rebuilt from records.
+
+    `tables` maps a running request to its pages in order, `computed` to its tokens in the cache, `waiting`
+    holds the queue's members, `cached` the pages that hold a prefix which later requests can find.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.tables: dict[str, list[int]] = {}
+        self.computed: dict[str, int] = {}
+        self.waiting: dict[str, Arrival] = {}
+        self.arrivals: dict[str, Arrival] = {}
+        self.cached: set[int] = set()
+        self.held: dict[str, str] = {}  # waits for this other request's prompt, not in the queue
+
+    def copy(self) -> PoolState:
+        twin = PoolState(self.block_size)
+        twin.tables = {name: list(table) for name, table in self.tables.items()}
+        twin.computed, twin.waiting = dict(self.computed), dict(self.waiting)
+        twin.arrivals, twin.cached, twin.held = dict(self.arrivals), set(self.cached), dict(self.held)
+        return twin
+
+    def begin(self, record: StepRecord) -> None:
+        """Apply what happens before the forward pass, and the pass itself."""
+        for arrival in record.arrived:
+            self.arrivals[arrival.request_id] = self.waiting[arrival.request_id] = arrival
+            if arrival.parent:
+                self.held[arrival.request_id] = arrival.parent
+        for request_id, priority in record.reprioritised:
+            for known in (self.arrivals, self.waiting):
+                if request_id in known:
+                    known[request_id] = known[request_id]._replace(priority=priority)
+        for finish in record.finished:
+            if finish.reason == "abort":  # takes effect before the step
+                self._release(finish.request_id)
+                self._let_go(finish.request_id)
+        for request_id, _ in record.preempted:
+            self._release(request_id)
+            if request_id in self.arrivals:
+                self.waiting[request_id] = self.arrivals[request_id]
+        self.cached.difference_update(record.evicted)
+        for admission in record.admitted:
+            self.waiting.pop(admission.request_id, None)
+            self.tables[admission.request_id] = list(admission.shared)
+            self.computed[admission.request_id] = admission.num_cached_tokens
+        for request_id, blocks in record.taken:
+            self.tables.setdefault(request_id, []).extend(blocks)
+        for request_id, old, new in record.copied:
+            table = self.tables[request_id]
+            table[table.index(old)] = new
+        for request_id, start, num_tokens in zip(
+            record.requests, record.starts, record.num_tokens, strict=True
+        ):
+            if num_tokens:
+                self.computed[request_id] = start + num_tokens
+                arrival = self.arrivals.get(request_id) if self.held else None
+                if arrival and start + num_tokens >= arrival.num_prompt_tokens:
+                    self._let_go(request_id)
+        self.cached.update(record.published)
+
+    def end(self, record: StepRecord) -> None:
+        """Apply what happens after the pass: wrong drafts are taken back, finished requests give up pages."""
+        for row in record.rows if record.drafted else ():
+            if row.drafted and row.request_id in self.computed:
+                self.computed[row.request_id] = row.start + len(row.sampled)
+        for request_id, blocks in record.returned:
+            del self.tables[request_id][-len(blocks) :]
+        for request_id, _, _ in record.finished:
+            self._release(request_id)
+            self.waiting.pop(request_id, None)
+            self.arrivals.pop(request_id, None)
+            self.held.pop(request_id, None)
+            self._let_go(request_id)
+
+    def _let_go(self, parent: str) -> None:
+        """The other answers to a request are admitted, or queue like everybody else."""
+        self.held = {child: of for child, of in self.held.items() if of != parent} if self.held else self.held
+
+    def as_record(self, last: StepRecord) -> StepRecord:
+        """One record that leads from an empty pool to this state, in place of all up to `last`."""
+        return StepRecord(
+            last.step,
+            arrived=tuple(a._replace(parent=self.held.get(name, "")) for name, a in self.arrivals.items()),
+            admitted=tuple(
+                Admission(name, self.computed.get(name, 0), tuple(table))
+                for name, table in self.tables.items()
+            ),
+            published=tuple(sorted(self.cached)),
+            waiting=len(self.waiting),
+            free_blocks=last.free_blocks,
+            time=last.time,
+        )
+
+    def _release(self, request_id: str) -> None:
+        self.tables.pop(request_id, None)
+        self.computed.pop(request_id, None)
+
+    @property
+    def queue(self) -> list[str]:
+        """The waiting requests in the order in which they will be admitted."""
+        order = {request_id: place for place, request_id in enumerate(self.arrivals)}
+        queued = [name for name in self.waiting if name not in self.held]
+        return sorted(queued, key=lambda name: (self.waiting[name].priority, order[name]))
+
+    @property
+    def owners(self) -> dict[int, tuple[str, ...]]:
+        """Page to its owners: one, or several where a prefix is shared."""
+        owners: dict[int, tuple[str, ...]] = {}
+        for request_id, table in self.tables.items():
+            for block in table:
+                owners[block] = (*owners.get(block, ()), request_id)
+        return owners
+
+    @property
+    def filled(self) -> dict[int, int]:
+        """Page to the number of its slots that hold a token's keys and values."""
+        filled = dict.fromkeys(self.cached, self.block_size)
+        for request_id, table in self.tables.items():
+            left = self.computed.get(request_id, 0)
+            for block in table:
+                tokens = max(0, min(self.block_size, left))
+                filled[block] = max(filled.get(block, 0), tokens)
+                left -= self.block_size
+        return filled

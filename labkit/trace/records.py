@@ -1,0 +1,171 @@
+"""One immutable record per step: what ran, who waited and why, whose pages changed. No tensors here.
+
+Every picture, check and export reads this and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+KINDS = {"p": "prefill", "c": "chunk", "d": "decode", "i": "idle"}
+
+
+class TraceError(ValueError):
+    """A trace file that cannot be read: says which line and what is wrong with it."""
+
+
+class Arrival(NamedTuple):
+    """A request joins the queue."""
+
+    request_id: str
+    num_prompt_tokens: int
+    max_tokens: int
+    priority: int = 0
+    parent: str = ""  # the request whose prompt must be computed first: one of the answers of n > 1
+
+
+class Priority(NamedTuple):
+    """A request's priority changes (lower runs first)."""
+
+    request_id: str
+    priority: int
+
+
+class Admission(NamedTuple):
+    """A request gets a seat. `num_cached_tokens` need not be computed: they lie in the `shared` pages.
+
+    `num_looked_up` tokens were asked of the prefix cache; none where a fork shares its parent's pages.
+    """
+
+    request_id: str
+    num_cached_tokens: int = 0
+    shared: tuple[int, ...] = ()
+    num_looked_up: int = 0
+
+
+class Blocks(NamedTuple):
+    """Blocks that a request took (appended to its block table) or gave back, in table order."""
+
+    request_id: str
+    blocks: tuple[int, ...]
+
+
+class Copy(NamedTuple):
+    """Copy on write: in the request's block table `new` takes the place of the shared page `old`."""
+
+    request_id: str
+    old: int
+    new: int
+
+
+class Finish(NamedTuple):
+    """A request ends: `reason` is stop, length, abort or error. Its pages go back to the pool."""
+
+    request_id: str
+    reason: str
+    blocks: tuple[int, ...]
+
+
+class Row(NamedTuple):
+    """What one request did in one step. `kind` is prefill, chunk, decode or idle (a padded seat)."""
+
+    request_id: str
+    kind: str
+    start: int
+    num_tokens: int
+    sampled: tuple[int, ...]
+    padding: int
+    drafted: tuple[int, ...] = ()
+
+    @property
+    def num_accepted(self) -> int:
+        """Drafted tokens that were right, and so are part of the answer."""
+        return max(0, len(self.sampled) - 1) if self.drafted else 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step of the engine. From `requests` to `padding`, columns with one entry per request that ran.
+
+    `kinds` has one letter each: p, the whole prompt (or all that was missing of it); c, a chunk of it;
+    d, decode; i, an idle seat of a static batch. `starts` counts tokens computed before the step.
+    `drafted` has an entry per request, or none where nobody drafts: the tokens after the last one known that
+    were guessed and computed with it. Of `sampled`, all but the last are guesses that were right.
+    `held_back` says why no more was drafted.
+    `waiting` counts the queue after the step was planned and `blocked` names its head and why it waits.
+    `free_blocks` counts after the step, when those that finished in it have given theirs back.
+    `published` pages can be found by later requests from now on; `evicted` ones no longer. `returned` ones
+    were taken for drafts that were wrong: they leave their block tables after the step.
+    `time` is when the step ended, in seconds since the trace began, and `seconds` how long it took: the
+    only fields that differ from run to run, which is why they do not count when records are compared.
+    """
+
+    step: int
+    requests: tuple[str, ...] = ()
+    kinds: str = ""
+    starts: tuple[int, ...] = ()
+    num_tokens: tuple[int, ...] = ()
+    sampled: tuple[tuple[int, ...], ...] = ()
+    padding: tuple[int, ...] = ()
+    drafted: tuple[tuple[int, ...], ...] = ()
+    arrived: tuple[Arrival, ...] = ()
+    reprioritised: tuple[Priority, ...] = ()
+    admitted: tuple[Admission, ...] = ()
+    preempted: tuple[Blocks, ...] = ()
+    taken: tuple[Blocks, ...] = ()
+    copied: tuple[Copy, ...] = ()
+    finished: tuple[Finish, ...] = ()
+    returned: tuple[Blocks, ...] = ()
+    published: tuple[int, ...] = ()
+    evicted: tuple[int, ...] = ()
+    waiting: int = 0
+    blocked: tuple[str, str] | None = None
+    held_back: str = ""
+    free_blocks: int = 0
+    time: float = field(default=0.0, compare=False)
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def rows(self) -> list[Row]:
+        """One `Row` per request that ran, in batch order."""
+        padding = self.padding or (0,) * len(self.requests)
+        drafted = self.drafted or ((),) * len(self.requests)
+        columns = (self.requests, self.kinds, self.starts, self.num_tokens, self.sampled, padding, drafted)
+        return [Row(r, KINDS[k], *rest) for r, k, *rest in zip(*columns, strict=True)]
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens computed, padding not counted."""
+        return sum(self.num_tokens)
+
+    @property
+    def total_sampled(self) -> int:
+        """Tokens generated."""
+        return sum(map(len, self.sampled))
+
+    @property
+    def total_drafted(self) -> int:
+        """Tokens guessed, right or wrong."""
+        return sum(map(len, self.drafted))
+
+    @property
+    def total_accepted(self) -> int:
+        """Guesses that were right, and so are part of an answer."""
+        return sum(row.num_accepted for row in self.rows) if self.drafted else 0
+
+
+@dataclass(frozen=True)
+class TraceMeta:
+    """What the steps were run with. `started` is wall-clock time, in seconds since 1970."""
+
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    scheduler: str = "continuous"
+    kv_policy: str = "paged"
+    model: str = ""
+    device: str = ""
+    dtype: str = ""
+    started: float = field(default=0.0, compare=False)
