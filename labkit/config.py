@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from labkit.sampling_params import check_flag, check_number
-from labkit.schedulers.static import SCHEDULERS
 
 if TYPE_CHECKING:
     from labkit.models.load import LoadedModel
 
+SCHEDULERS = ("continuous", "static", "naive", "uncached")
 KV_POLICIES = ("paged", "reserved")
 QUANTIZATIONS = ("int8",)
 DRAFTERS = ("ngram", "draft")
@@ -121,8 +121,13 @@ class EngineConfig:
             raise ValueError(f"draft_model needs speculative 'draft', not {self.speculative!r}")
         if self.as_t4 and self.dtype not in T4_DTYPES:
             raise ValueError(f"as_t4 computes in float16: dtype must be auto or float16, not {self.dtype!r}")
-        if self.max_num_seqs > self.max_num_batched_tokens:
-            raise ValueError(
-                f"max_num_seqs ({self.max_num_seqs}) must not exceed max_num_batched_tokens "
-                f"({self.max_num_batched_tokens}): every running request needs one token in each step"
-            )
+        check_seats(self.max_num_seqs, self.max_num_batched_tokens)
+
+
+def check_seats(max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    """Raise `ValueError` unless the token budget of a step has room for a token of every seat."""
+    if max_num_seqs > max_num_batched_tokens:
+        raise ValueError(
+            f"max_num_seqs ({max_num_seqs}) must not exceed max_num_batched_tokens "
+            f"({max_num_batched_tokens}): every running request needs one token in each step"
+        )

@@ -1,6 +1,7 @@
-"""The engine: requests in, one step at a time, tokens out, and a record of every step.
+"""`Engine`: the core with a model that it loads, the fastest kernels there are, text, and times.
 
-`Engine` is the loop's body; whoever holds it decides when to step.
+The loop itself is `labkit.core.engine_core.EngineCore`; what is here happens before the first step, or at its
+two ends: text to tokens, and tokens to text.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 
 from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
-from labkit.core.model_runner import ModelRunner
+from labkit.core.engine_core import EngineCore
 from labkit.core.plan import StepPlan, StepResult
+from labkit.core.recorder import record_step
 from labkit.core.request import Request, answer_ids
 from labkit.core.sampler import mix
 from labkit.core.scheduler import Scheduler
@@ -24,9 +26,9 @@ from labkit.kernels.warmup import activation_bytes, backend_for, warm_up
 from labkit.models.detokenizer import IncrementalDetokenizer
 from labkit.models.load import LoadedModel, load_model, resolve_device, resolve_dtype
 from labkit.outputs import RequestMetrics, RequestOutput
-from labkit.sampling_params import MAX_N, SamplingParams, check_number
+from labkit.sampling_params import SamplingParams, check_number
+from labkit.schedulers import scheduler_class
 from labkit.schedulers.audit import Auditor
-from labkit.schedulers.static import SCHEDULERS
 from labkit.speculative.draft_model import draft_model, make_speculator
 from labkit.trace.records import StepRecord, TraceMeta
 from labkit.trace.trace import Trace
@@ -35,21 +37,21 @@ Prompt = str | Sequence[int]
 
 _CPU_POOL_BYTES = 384 * 2**20  # of the default pool; a laptop keeps the rest
 _GPU_POOL_SHARE = 0.8  # of the memory that weights and a step leave free; graphs take of the rest
-_MAX_ID = 128
+_MAX_ID = 128  # characters
 
 
-class Engine:
-    """Requests in, tokens out, one step at a time.
+class Engine(EngineCore):
+    """Requests in, text out, one step at a time.
 
     Args:
-        config: sizes and switches.
-        scheduler: a `Scheduler` class of your own, called as those in `labkit.scheduler` are.
+        config: the sizes and switches.
+        scheduler: a `Scheduler` class of your own, called as `labkit.core.scheduler.Scheduler` is.
         pool: a `BlockPool` class of your own, called with `(num_blocks, block_size)`. Steps of either are
             audited: a broken rule raises `InvariantError` at the step that broke it.
 
     Attributes:
         trace: one record per step.
-        outputs: what each request has produced so far, by id; entries are updated in place, and stay until
+        outputs: what each request has produced so far, by id. Entries are updated in place, and stay until
             you take them out.
 
     Raises:
@@ -65,6 +67,10 @@ class Engine:
         self.config = config = config or EngineConfig()
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
+        if scheduler and not config.enable_chunked_prefill:
+            raise ValueError(
+                "enable_chunked_prefill must be True with a scheduler of your own, which decides"
+            )
         self.model = _model_of(config)
         module = self.model.module
         if config.max_model_len and config.max_model_len > module.max_model_len:
@@ -80,36 +86,36 @@ class Engine:
             reserve = activation_bytes(module, backend, config)
         num_blocks = config.num_blocks or self._fitting_blocks(reserve, draft)
         cache, graphs = warm_up(module, backend, config, num_blocks, reserve=reserve)
-        num_blocks = cache.num_blocks  # fewer, if memory did not suffice
-        self.max_model_len = config.max_model_len or min(module.max_model_len, num_blocks * config.block_size)
-        self.pool = (pool or BlockPool)(num_blocks, config.block_size)
-        self.pool.enable_prefix_caching = config.enable_prefix_caching
-        self.scheduler = (scheduler or SCHEDULERS[config.scheduler])(
-            self.pool,
+        blocks = (pool or BlockPool)(cache.num_blocks, config.block_size)  # fewer, if memory did not suffice
+        blocks.enable_prefix_caching = config.enable_prefix_caching
+        policy = (
+            scheduler
+            or scheduler_class(config.scheduler, enable_chunked_prefill=config.enable_chunked_prefill)
+        )(
+            blocks,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             kv_policy=config.kv_policy,
-            enable_chunked_prefill=config.enable_chunked_prefill,
         )
-        watched = scheduler or pool or config.audit
-        self._auditor = Auditor(self.scheduler, self.pool) if watched else None
-        self.runner = ModelRunner(module, cache, self.pool, backend=backend, graphs=graphs)
+        trace = Trace(self._meta(policy), max_steps=config.max_trace_steps)
+        super().__init__(module, policy, backend, cache=cache, graphs=graphs, trace=trace)
+        most = cache.num_blocks * config.block_size
+        self.max_model_len = config.max_model_len or min(module.max_model_len, most)
         self.speculator = make_speculator(config, self.model, self.runner, draft)
-        self.trace = Trace(self._meta(), max_steps=config.max_trace_steps)
+        if scheduler or pool or config.audit:
+            self.auditor = Auditor(policy, blocks, config.max_num_batched_tokens, config.max_num_seqs)
         self.outputs: dict[str, RequestOutput] = {}
-        self._streams: dict[str, IncrementalDetokenizer] = {}
-        self._step = 0
+        self._unfinished: dict[str, Request] = {}
         self._numbers = itertools.count()
-        self._began = time.perf_counter()
 
     def _fitting_blocks(self, reserve: int, draft: LoadedModel | None) -> int:
-        """Pages for all seats at full length, or as many as a fair share of the free memory holds.
+        """Blocks for all seats at full length, or as many as a fair share of the free memory holds.
 
         On a GPU, `reserve` bytes are kept free.
         """
         config, module = self.config, self.model.module
         modules = [module, draft.module] if draft else [module]
-        page = sum(each.kv_bytes_per_token() for each in modules) * config.block_size
+        block = sum(each.kv_shape.bytes_per_token for each in modules) * config.block_size
         if module.device.type == "cuda":
             torch.cuda.empty_cache()
             budget = _GPU_POOL_SHARE * (torch.cuda.mem_get_info(module.device)[0] - reserve)
@@ -117,17 +123,17 @@ class Engine:
             budget = min(_CPU_POOL_BYTES, psutil.virtual_memory().available / 2)
         longest = min(config.max_model_len or module.max_model_len, module.max_model_len)
         wanted = config.max_num_seqs * -(-longest // config.block_size)
-        blocks = min(wanted, int(budget // page))
+        blocks = min(wanted, int(budget // block))
         if blocks < 1:
-            raise ValueError(f"too little memory: one page of the KV cache takes {page / 2**20:.1f} MiB")
+            raise ValueError(f"too little memory: one page of the KV cache takes {block / 2**20:.1f} MiB")
         return blocks
 
-    def _meta(self) -> TraceMeta:
+    def _meta(self, scheduler: Scheduler) -> TraceMeta:
         config, model = self.config, self.model
         return TraceMeta(
-            num_blocks=self.pool.num_blocks,
-            block_size=self.pool.block_size,
-            max_num_seqs=self.scheduler.max_num_seqs,
+            num_blocks=scheduler.pool.num_blocks,
+            block_size=scheduler.pool.block_size,
+            max_num_seqs=scheduler.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             scheduler=config.scheduler,
             kv_policy=config.kv_policy,
@@ -164,7 +170,7 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
     ) -> Request:
-        """Check and tokenise a prompt without queueing it. Safe to call from any thread; raises as above."""
+        """Check and tokenise a prompt without queueing it. Any thread may call it; raises as above."""
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be SamplingParams, not {type(params).__name__}")
@@ -183,10 +189,6 @@ class Engine:
         if not params.ignore_eos:
             stop_ids |= self.model.eos_token_ids
         seed = mix(self.config.seed, number) if params.seed is None else params.seed
-        names = answer_ids(request_id, params.n)
-        for name in names:
-            if name in self.outputs:
-                raise ValueError(f"request_id {name!r} is already in use")
         first, *others = (
             Request(
                 name,
@@ -196,10 +198,13 @@ class Engine:
                 seed=mix(seed, i),
                 max_len=min(len(token_ids) + params.max_tokens, self.max_model_len),
                 stop_ids=stop_ids,
+                reader=IncrementalDetokenizer(self.model.tokenizer, params.stop),
+                family=request_id,
             )
-            for i, name in enumerate(names)
+            for i, name in enumerate(answer_ids(request_id, params.n))
         )
         first.children = others
+        self._check_unused(first)
         self.scheduler.check(first)
         return first
 
@@ -227,15 +232,19 @@ class Engine:
         for token in token_ids:
             check_number(f"{name}: a token id", token, 0, self.model.config.vocab_size - 1, whole=True)
 
-    def enqueue(self, request: Request) -> str:
-        """Queue a request that `make_request` made."""
-        family = [request, *request.children]
-        for member in family:
+    def _check_unused(self, request: Request) -> None:
+        for member in (request, *request.children):
             if member.request_id in self.outputs:
                 raise ValueError(f"request_id {member.request_id!r} is already in use")
-        self.scheduler.add(request)
+
+    def enqueue(self, request: Request) -> str:
+        """Queue a request that `make_request` made; returns its id."""
+        self._check_unused(request)
+        family = [request, *request.children]
+        self.add(request)
         now = time.perf_counter()
         for index, member in enumerate(family):
+            self._unfinished[member.request_id] = member
             self.outputs[member.request_id] = RequestOutput(
                 member.request_id,
                 list(member.token_ids),
@@ -246,139 +255,52 @@ class Engine:
                 logprobs=None if member.params.logprobs is None else [],
                 index=index,
             )
-            self._streams[member.request_id] = IncrementalDetokenizer(
-                self.model.tokenizer, member.params.stop
-            )
         return request.request_id
 
-    def abort(self, request_id: str) -> bool:
-        """End a request, with all its answers, at the next step. False if it is not there or is done."""
-        names = answer_ids(request_id, MAX_N)
-        outputs = [self.outputs.get(name) for name in names]
-        own = [
-            name for i, (name, out) in enumerate(zip(names, outputs, strict=True)) if out and out.index == i
-        ]
-        return any([self.scheduler.abort(name) for name in {request_id, *own}])
+    # -- at the end of each step ------------------------------------------------------------------
 
-    def set_priority(self, request_id: str, priority: int) -> bool:
-        """Change a request's priority (lower runs first). False if it is not there or is done."""
-        check_number("priority", priority, -(2**31), 2**31, whole=True)
-        return self.scheduler.set_priority(request_id, priority)
-
-    @property
-    def has_unfinished(self) -> bool:
-        """Whether a step has anything to do: a request to run, or an abort to carry out and record."""
-        return self.scheduler.has_unfinished
-
-    # -- the step ---------------------------------------------------------------------------------
-
-    def step(self) -> StepRecord:
-        """Plan, run and record one step. A fault ends the requests it touched, and the others go on."""
-        begin = time.perf_counter()
-        plan = self.scheduler.schedule()
-        if self._auditor:
-            self._auditor.check_plan(
-                plan, self.config.max_num_batched_tokens, self.config.max_num_seqs, self._streams.keys()
-            )
-        interrupt: BaseException | None = None
-        try:
-            result = self.runner.run(plan)
-        except BaseException as error:
-            result = _failed(plan, error)
-            interrupt = None if isinstance(error, Exception) else error
-        self._read(plan, result)
-        self.scheduler.commit(plan, result)
-        if self.speculator:
-            self._draft(plan, result)
-        end = time.perf_counter()
-        record = self.scheduler.record(self._step, plan, result, time=end - self._began, seconds=end - begin)
-        self._step += 1
-        self.trace.append(record)
-        self._deliver(plan, result, record, begin, end)
-        if self._auditor:
-            self._auditor.check_record(record)
-        if interrupt is not None:
-            raise interrupt
-        return record
-
-    def run(self) -> Trace:
-        """Step until nothing is left to do; returns the trace."""
-        while self.has_unfinished:
-            self.step()
-        return self.trace
-
-    def _draft(self, plan: StepPlan, result: StepResult) -> None:
-        """Drafts for the next step. Without, answers are the same: a fault here ends nobody."""
-        for request_id, _ in plan.preempted:
-            self.speculator.forget(request_id)
-        self.speculator.learn(plan, result)
-        try:
-            self.scheduler.held_back = self.speculator.propose(self.scheduler.running)
-        except Exception as error:
-            self.scheduler.held_back = f"nobody drafts: {_short(error)}"
-
-    def preview(self) -> StepRecord:
-        """What the next step would do, as a record in which nothing has been sampled yet.
-
-        Planned by the scheduler itself, on a copy of it and of the pool: nothing moves. Its `free_blocks`
-        and `waiting` are as after the plan. Call it where `step` may be called; raises what planning raises.
-        """
-        shared = {id(request.params): request.params for request in self.scheduler.requests.values()}
-        scheduler = copy.deepcopy(self.scheduler, shared)  # and its pool, to which it holds
-        plan = scheduler.schedule()
-        return scheduler.record(self._step, plan, StepResult([()] * len(plan.requests)))
-
-    def _read(self, plan: StepPlan, result: StepResult) -> None:
-        """New tokens to text; where a stop string is complete, what was sampled after it is dropped."""
-        for row, tokens in enumerate(result.sampled):
-            for i, token in enumerate(tokens):
-                request_id = plan.requests[row].request_id
-                if self._streams[request_id].push(token):
-                    result.sampled[row] = tokens[: i + 1]
-                    result.stopped.add(row)
-                    break
-
-    def _deliver(
+    def deliver(
         self, plan: StepPlan, result: StepResult, record: StepRecord, begin: float, end: float
     ) -> None:
-        """Update the outputs. `finish_reason` comes last, so that other threads can trust it."""
+        """Update the outputs. Their owners may have taken some out, and do not wait for the end."""
         for admission in record.admitted:
-            metrics = self._metrics(admission.request_id)
-            if metrics and metrics.first_scheduled_time is None:
-                metrics.first_scheduled_time = begin
-                metrics.num_cached_tokens = admission.num_cached_tokens
+            output = self.outputs.get(admission.request_id)
+            if output and output.metrics.first_scheduled_time is None:
+                output.metrics.first_scheduled_time = begin
+                output.metrics.num_cached_tokens = admission.num_cached_tokens
         for request_id, _ in record.preempted:
-            if metrics := self._metrics(request_id):
-                metrics.num_preemptions += 1
-        for row, (request, tokens) in enumerate(zip(plan.requests, result.sampled, strict=True)):
-            output = self.outputs.get(request.request_id)
-            if output is None:  # taken out by its owner, who does not wait for the end
-                continue
-            output.error = request.error
-            if tokens:
+            if output := self.outputs.get(request_id):
+                output.metrics.num_preemptions += 1
+        for row, tokens in enumerate(result.sampled):
+            request = plan.requests[row]
+            if tokens and (output := self.outputs.get(request.request_id)):
                 output.token_ids.extend(tokens)
                 output.metrics.token_times.extend([end] * len(tokens))
                 if output.logprobs is not None:
                     output.logprobs.extend(result.logprobs[row][: len(tokens)])
-                output.text = self._streams[request.request_id].text
-        stopped = {plan.requests[row].request_id for row in result.stopped}
-        for finish in record.finished:
-            output, stream = self.outputs.get(finish.request_id), self._streams.pop(finish.request_id)
-            if self.speculator:
-                self.speculator.forget(finish.request_id)
-            if output is not None:
-                if finish.request_id not in stopped:
-                    stream.finish()
-                    output.text = stream.text
-                output.error = plan.failed.get(finish.request_id, output.error)
+                output.text = request.reader.text
+        for request_id, reason, _ in record.finished:
+            request = self._unfinished.pop(request_id)
+            if output := self.outputs.get(request_id):
+                request.reader.finish()
+                output.text = request.reader.text
+                output.error = request.error
                 output.metrics.finish_time = end
-                output.finish_reason = finish.reason
-            if finish.reason == "error":
-                self.runner.cache.clear_pages([b for b in finish.blocks if not self.pool.ref_counts[b]])
+                output.finish_reason = reason  # last, so that other threads can trust the rest
 
-    def _metrics(self, request_id: str) -> RequestMetrics | None:
-        output = self.outputs.get(request_id)
-        return output.metrics if output else None
+    # -- a look ahead -----------------------------------------------------------------------------
+
+    def preview(self) -> StepRecord:
+        """What the next step would do, as a record in which nothing has been sampled yet.
+
+        The scheduler itself plans it, on a copy of itself and of the pool: nothing moves. Its `free_blocks`
+        and `waiting` are as after the plan. Call it where `step` may be called; raises what planning raises.
+        """
+        requests = self.scheduler.requests.values()
+        shared = {id(part): part for request in requests for part in (request.params, request.reader)}
+        scheduler = copy.deepcopy(self.scheduler, shared)  # and the pool, which it holds
+        plan = scheduler.schedule()
+        return record_step(self._step, plan, StepResult([()] * len(plan.requests)), scheduler)
 
 
 def _model_of(config: EngineConfig) -> LoadedModel:
@@ -411,18 +333,3 @@ def _model_of(config: EngineConfig) -> LoadedModel:
             f"device must be auto for a loaded model: it is on {model.device}, not {config.device}"
         )
     return model
-
-
-def _short(error: BaseException) -> str:
-    """An error in one line."""
-    text = str(error).split("\n")[0][:300]
-    return f"{type(error).__name__}: {text}"
-
-
-def _failed(plan: StepPlan, error: BaseException) -> StepResult:
-    """The result of a step whose forward pass broke: every request in it ends, with the reason."""
-    what = f"the step failed: {_short(error)}"
-    if isinstance(error, torch.OutOfMemoryError):
-        what = "the step ran out of memory: lower max_num_batched_tokens or num_blocks"
-    rows = range(len(plan.requests))
-    return StepResult([()] * len(rows), errors=dict.fromkeys(rows, what))

@@ -13,6 +13,7 @@ import uvicorn
 
 from labkit.config import EngineConfig
 from labkit.engine import Engine
+from labkit.schedulers.audit import check_pool
 from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.handler import Options, Server
 from labkit.serving.server import create_app
@@ -31,7 +32,7 @@ class Served:
     def quiet(self) -> bool:
         """Whether nothing is left over: no request, no page with an owner, no client counted."""
         pool = self.live.engine.pool
-        pool.check_invariants()
+        check_pool(pool)
         return not (self.live.num_unfinished or pool.tables or self.server._clients)
 
     def until_quiet(self, seconds: float = 10) -> None:

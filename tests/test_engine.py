@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from labkit import LLM, Engine, EngineConfig, SamplingParams
 from labkit.core.block_pool import BlockPool, InvariantError, OutOfBlocks
 from labkit.core.scheduler import Scheduler
+from labkit.schedulers.audit import check_pool
 from labkit.trace.trace import Trace
 
 
@@ -33,7 +34,7 @@ def drain(engine: Engine) -> None:
     while engine.has_unfinished:
         engine.step()
     assert engine.pool.num_free == engine.pool.num_blocks
-    assert not engine._streams
+    assert not engine._unfinished
 
 
 def play(
@@ -494,7 +495,7 @@ class GivesTwice(BlockPool):
     def allocate(self, request_id, count):
         blocks = super().allocate(request_id, count)
         if len(self.tables) == 2:
-            self._free.append(blocks[0])
+            self.free.append(blocks[0])
         return blocks
 
 
@@ -508,16 +509,16 @@ class Refuses(BlockPool):
 class FreesTwice(BlockPool):
     def release(self, request_id):
         table = super().release(request_id)
-        self._free.append(table[0])
+        self.free.append(table[0])
         return table
 
 
 class Leaks(BlockPool):
     def release(self, request_id):
         table = super().release(request_id)
-        (self._free or list(self._cached)).pop()
-        if not self._free:
-            self._cached.popitem()
+        (self.free or list(self.cached)).pop()
+        if not self.free:
+            self.cached.popitem()
         return table
 
 
@@ -549,7 +550,7 @@ class Loses(Scheduler):
 
 
 class Sleeps(Scheduler):
-    def _plan_waiting(self, plan, budget) -> None:
+    def plan_waiting(self, plan, budget) -> None:
         return None
 
 
@@ -621,7 +622,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule()
     def step(self) -> None:
         self.engine.step()
-        self.engine.pool.check_invariants()
+        check_pool(self.engine.pool)
 
     @rule()
     def fail(self) -> None:
@@ -631,7 +632,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine.runner._forward = broken
         self.engine.step()
         self.engine.runner._forward = self.forward
-        self.engine.pool.check_invariants()
+        check_pool(self.engine.pool)
 
     @rule(data=st.data())
     def abort(self, data) -> None:

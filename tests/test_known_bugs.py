@@ -9,6 +9,7 @@ from conftest import VOCAB, greedy
 
 from labkit import SamplingParams
 from labkit.core.plan import StepResult
+from labkit.core.recorder import record_step
 from labkit.models.detokenizer import IncrementalDetokenizer
 from labkit.models.tiny import tiny_tokenizer
 from tests.core.test_scheduler import Bench
@@ -76,7 +77,7 @@ def test_05_a_page_is_found_only_once_written_and_only_for_its_own_tokens() -> N
     assert bench.pool.match(list(range(9))) == []  # planned, not yet written
     result = StepResult([(1,)])
     bench.scheduler.commit(plan, result)
-    bench.auditor.check_record(bench.trace.append(bench.scheduler.record(-1, plan, result)))
+    bench.auditor.check_record(bench.trace.append(record_step(-1, plan, result, bench.scheduler)))
     table = bench.pool.table("0")
     assert bench.pool.match(list(range(9))) == table[:2]
     assert bench.pool.match([0, 1, 2, 3, 4, 5, 6, 99, 8]) == table[:1]

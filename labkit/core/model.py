@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from labkit.core.attention import AttentionMetadata, PagedKVCache, attend
+from labkit.core.attention import AttentionMetadata, attend
+from labkit.core.kv_cache import KVShape, PagedKVCache
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not change with length
@@ -202,6 +203,17 @@ class Transformer(nn.Module):
     def max_model_len(self) -> int:
         """Positions that the model was made for."""
         return self.config.max_position_embeddings
+
+    is_adapted = False
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def kv_shape(self) -> KVShape:
+        attention = self.layers[0].self_attn
+        return KVShape(len(self.layers), attention.kv_heads, attention.dim, self.dtype, self.device)
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
         """An empty KV cache of this model's shape. Raises `ValueError` if it does not fit."""

@@ -4,143 +4,181 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from labkit.core.attention import SDPA, Backend, PagedKVCache, Span, build_metadata, row_order
+from labkit.core.attention import AttentionBackend, AttentionMetadata, Span, build_metadata, row_order
 from labkit.core.block_pool import BlockPool
-from labkit.core.model import Transformer
+from labkit.core.kv_cache import KVShape, PagedKVCache
 from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import Request
 from labkit.core.sampler import sample
-from labkit.kernels.cuda_graphs import DecodeGraphs
 from labkit.outputs import TokenLogprobs
-from labkit.speculative.speculator import accept
+
+
+class PagedModel(Protocol):
+    """A decoder that keeps its keys and values in a paged cache."""
+
+    device: torch.device
+    kv_shape: KVShape
+    vocab_size: int
+    max_model_len: int  # the positions that it was made for
+    windows: Sequence[int | None]  # the sliding windows that occur in its layers
+    is_adapted: bool  # its code is another's: it wants SDPA's groups, and cannot be captured in a graph
+
+    def __call__(
+        self, token_ids: Tensor, positions: Tensor, cache: PagedKVCache, metadata: AttentionMetadata
+    ) -> Tensor:
+        """Hidden states (T, hidden_size) of tokens (T,) at positions (T,); writes their keys and values."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (S, vocab_size) of hidden states (S, hidden_size)."""
+        ...
+
+
+class DecodeGraphs(Protocol):
+    """Recorded steps in which every row computes one token."""
+
+    def run(self, token_ids: Sequence[int], rows: Sequence[Span]) -> Tensor | None:
+        """Hidden states (rows, hidden_size); None if no recorded step is large enough."""
+        ...
 
 
 class ModelRunner:
     """Runs plans on a model, over a paged cache.
 
     Args:
-        model: may be shared by many runners.
-        cache: of the model's shape, with a page for each of the pool's.
-        pool: whose block tables say where tokens lie.
-        backend: how attention is computed.
-        graphs: of decode steps, on the same cache; None: every step runs eagerly.
+        model: the model, which many runners may share.
+        cache: a cache of the model's shape, with a block for each of the pool's.
+        pool: the pool whose block tables say where tokens lie.
+        backend: the way to compute attention.
+        graphs: recorded decode steps on the same cache; without, every step runs eagerly.
 
     Attributes:
-        accept: called with the drafts of a row and the tokens that the model chose in their places; says how
+        sample: called with logits and requests, picks the tokens (see `labkit.core.sampler.sample`).
+        accept: called with the drafts of a row and the tokens that the model chose in their places, says how
             many drafts, from the first on, become part of the answer.
     """
 
     def __init__(
         self,
-        model: Transformer,
+        model: PagedModel,
         cache: PagedKVCache,
         pool: BlockPool,
         *,
-        backend: Backend = SDPA,
+        backend: AttentionBackend,
         graphs: DecodeGraphs | None = None,
     ) -> None:
-        self.model = model
-        self.cache = cache
-        self.pool = pool
-        self.backend = backend
-        self.graphs = graphs
+        self.model, self.cache, self.pool = model, cache, pool
+        self.backend, self.graphs = backend, graphs
+        self.sample = sample
         self.accept: Callable[[Sequence[int], Sequence[int]], int] = accept
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute every row of a plan in one forward pass, and sample where a row reaches its end."""
         result = StepResult([()] * len(plan.requests))
-        if plan.copied:
-            self.cache.copy_pages([(copy.old, copy.new) for copy in plan.copied])
-        rows = [i for i, num_tokens in enumerate(plan.num_tokens) if num_tokens]
-        if not rows:
-            return result
-        spans = [
-            Span(plan.starts[i], plan.num_tokens[i], self.pool.table(plan.requests[i].request_id))
-            for i in rows
-        ]
-        order = row_order(spans)
-        rows, spans = [rows[i] for i in order], [spans[i] for i in order]
-        hidden, last = self._forward(plan, rows, spans)
-        self._sample(plan, result, hidden, dict(zip(rows, last, strict=True)))
+        if plan.copied:  # before anybody writes to the copies
+            self.cache.copy_blocks([(copy.old, copy.new) for copy in plan.copied])
+        rows, spans = [], []
+        for row, (request, start, num_tokens) in enumerate(
+            zip(plan.requests, plan.starts, plan.num_tokens, strict=True)
+        ):
+            if num_tokens:
+                rows.append(row)
+                spans.append(Span(start, num_tokens, self.pool.table(request.request_id)))
+        if rows:
+            order = row_order(spans)
+            rows, spans = [rows[i] for i in order], [spans[i] for i in order]
+            hidden, ends = self._forward(plan, rows, spans)
+            if picked := self._pick(plan, dict(zip(rows, ends, strict=True)), hidden, result):
+                self._sample(plan, picked, hidden, result)
         return result
 
     def _forward(self, plan: StepPlan, rows: list[int], spans: list[Span]) -> tuple[Tensor, list[int]]:
-        """Hidden states of the flattened batch, and where in it each row's last token is."""
+        """Hidden states (T, hidden_size) of the flattened batch, and where in it each row ends."""
         token_ids: list[int] = []
         positions: list[int] = []
-        last: list[int] = []
-        for i, span in zip(rows, spans, strict=True):
-            token_ids += plan.requests[i].token_ids[span.start : span.length]
-            token_ids += plan.drafts.get(i, ())
+        ends: list[int] = []
+        for row, span in zip(rows, spans, strict=True):
+            token_ids += plan.requests[row].token_ids[span.start : span.length]
+            token_ids += plan.drafts.get(row, ())
             positions += range(span.start, span.length)
-            last.append(len(token_ids) - 1)
+            ends.append(len(token_ids) - 1)
         padding = sum(plan.padding)
-        if self.graphs and not padding and len(token_ids) == len(spans):  # a token for each row
+        if self.graphs and not padding and len(token_ids) == len(spans):  # one token for each row
             hidden = self.graphs.run(token_ids, spans)
             if hidden is not None:
-                return hidden, last
-        layout = build_metadata(
-            spans, self.cache, num_padding=padding, windows=self.model.windows, backend=self.backend
+                return hidden, ends
+        metadata = build_metadata(
+            spans, self.cache, self.backend, windows=self.model.windows, num_padding=padding
         )
-        device = self.model.device
-        hidden = self.model(
-            torch.tensor(token_ids + [0] * padding, device=device),
-            torch.tensor(positions + [0] * padding, device=device),
-            self.cache,
-            layout,
+        inputs = torch.tensor(
+            [token_ids + [0] * padding, positions + [0] * padding], device=self.cache.device
         )
-        return hidden, last
+        return self.model(inputs[0], inputs[1], self.cache, metadata), ends
 
-    def _sample(self, plan: StepPlan, result: StepResult, hidden: Tensor, last: dict[int, int]) -> None:
-        """Sample the rows that have reached the end of what they know; find the rows that went wrong.
+    # Sampling has three stages: which rows, one call for all of them, and what is kept.
 
-        A row with drafts is sampled after the last token that it knows and after each draft.
-        """
-        rows = list(last) + list(plan.forks)
-        places = [last[plan.forks.get(i, i)] for i in rows]
-        ends = hidden[torch.tensor(places, device=hidden.device)]
+    def _pick(
+        self, plan: StepPlan, ends: dict[int, int], hidden: Tensor, result: StepResult
+    ) -> list[tuple[int, int]]:
+        """The rows that have reached the end of what they know, and the place of the last token of each."""
+        places = {row: ends[plan.forks.get(row, row)] for row in (*ends, *plan.forks)}
+        last = hidden[torch.tensor(list(places.values()), device=hidden.device)]
         # A NaN anywhere in a row reaches its last token: later tokens attend to all before them.
-        sound = ends.isfinite().all(dim=-1).tolist()
-        for i, fine in zip(rows, sound, strict=True):
+        sound = last.isfinite().all(dim=-1).tolist()
+        picked = []
+        for (row, place), fine in zip(places.items(), sound, strict=True):
+            known = len(plan.requests[row].token_ids) + len(plan.drafts.get(row, ()))
             if not fine:
-                result.errors[i] = "the model gave NaN or infinity for this request"
-        picked: list[int] = []
-        requests: list[Request] = []  # once for each token that is sampled
-        after: list[int] = []
-        for i, place, fine in zip(rows, places, sound, strict=True):
-            request, drafts = plan.requests[i], plan.drafts.get(i, ())
-            known = len(request.token_ids) + len(drafts)
-            if not fine or plan.starts[i] + plan.num_tokens[i] != known:
-                continue
-            picked.append(i)
-            after += range(place - len(drafts), place + 1)
+                result.errors[row] = "the model gave NaN or infinity for this request"
+            elif plan.starts[row] + plan.num_tokens[row] == known:
+                picked.append((row, place))
+        return picked
+
+    def _sample(
+        self, plan: StepPlan, picked: list[tuple[int, int]], hidden: Tensor, result: StepResult
+    ) -> None:
+        """Sample them all in one call: each after the last token that it knows, and after each draft."""
+        places: list[int] = []
+        requests: list[Request] = []  # as they stand at each place
+        for row, place in picked:
+            request, drafts = plan.requests[row], plan.drafts.get(row, ())
+            places += range(place - len(drafts), place + 1)
             requests.append(request)
             requests += [request.ahead(drafts[:n]) for n in range(1, len(drafts) + 1)]
-        if not picked:
+        places += range(len(hidden) - plan.num_idle, len(hidden))  # a static batch computes those, too
+        logits = self.model.logits(hidden[torch.tensor(places, device=hidden.device)])
+        chosen = zip(*self.sample(logits[: len(requests)], requests), strict=True)
+        for row, _ in picked:
+            self._keep(plan, row, list(itertools.islice(chosen, 1 + len(plan.drafts.get(row, ())))), result)
+
+    def _keep(
+        self,
+        plan: StepPlan,
+        row: int,
+        chosen: list[tuple[int, TokenLogprobs | None, bool]],
+        result: StepResult,
+    ) -> None:
+        """Keep the drafts that were right, and the token that the model chose after them."""
+        tokens, logprobs, sound = zip(*chosen, strict=True)
+        drafts = plan.drafts.get(row, ())
+        right = self.accept(drafts, tokens[:-1]) if drafts else 0
+        if not all(sound[: right + 1]):
+            result.errors[row] = "the logits of this request are not finite"
             return
-        wanted = hidden[torch.tensor(after, device=hidden.device)]
-        # The idle seats of a static batch go through the output layer too: that is part of what it costs.
-        idle = sum(p == 1 and not n for p, n in zip(plan.padding, plan.num_tokens, strict=False))
-        if idle:
-            wanted = torch.cat((wanted, hidden[-idle:]))
-        logits = self.model.logits(wanted)[: len(requests)]
-        chosen = zip(*sample(logits, requests), strict=True)
-        reported: dict[int, tuple[TokenLogprobs, ...]] = {}
-        for i in picked:
-            drafts = plan.drafts.get(i, ())
-            tokens, logprobs, good = zip(*itertools.islice(chosen, 1 + len(drafts)), strict=True)
-            right = self.accept(drafts, tokens[:-1]) if drafts else 0
-            if not all(good[: right + 1]):
-                result.errors[i] = "the logits of this request are not finite"
-                continue
-            tokens, stops = (*drafts[:right], tokens[right]), plan.requests[i].stop_ids
-            ends_at = next((n for n, token in enumerate(tokens, 1) if token in stops), len(tokens))
-            result.sampled[i] = tokens[:ends_at]
-            if logprobs[0] is not None:
-                reported[i] = logprobs[:ends_at]
-        if reported:
-            result.logprobs = [reported.get(i, ()) for i in range(len(plan.requests))]
+        result.sampled[row] = (*drafts[:right], tokens[right])
+        if logprobs[0] is not None:
+            result.logprobs = result.logprobs or [()] * len(plan.requests)
+            result.logprobs[row] = logprobs[: right + 1]
+
+
+def accept(drafts: Sequence[int], chosen: Sequence[int]) -> int:
+    """How many drafts, from the first on, are what the model chose in their places."""
+    for count, (draft, token) in enumerate(zip(drafts, chosen, strict=True)):
+        if draft != token:
+            return count
+    return len(drafts)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 from labkit.outputs import FinishReason
 from labkit.sampling_params import SamplingParams
@@ -21,68 +22,73 @@ def answer_ids(request_id: str, n: int) -> list[str]:
     return [request_id, *(f"{request_id}.{index}" for index in range(1, n))]
 
 
-class Request:
-    """One answer being made: what the scheduler moves and the runner computes.
+class TokenReader(Protocol):
+    """Reads the tokens of an answer as they come, and knows where its text ends."""
 
-    `token_ids` is the prompt followed by what was generated. Tokens `[0, num_computed_tokens)` have their
-    keys and values in the cache; `[num_computed_tokens, len(token_ids))` are still to be computed. Prefill,
-    a chunk of it, decode, and the return after a preemption differ in nothing but that distance.
+    text: str  # what may be shown so far
+
+    def push(self, token: int) -> bool:
+        """Take the next token; True if it completes a stop string."""
+        ...
+
+    def finish(self) -> bool:
+        """No more tokens will come: let out what was held back."""
+        ...
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Request:
+    """One answer in the making: what the scheduler moves, and the model runner computes.
+
+    `token_ids` is the prompt followed by the answer so far. Tokens `[0, num_computed_tokens)` have their keys
+    and values in the cache; `[num_computed_tokens, len(token_ids))` are still to be computed. Prefill, a
+    chunk of it, decode, and the return after a preemption differ in nothing but that distance.
     """
 
-    __slots__ = (
-        "arrival",
-        "children",
-        "drafts",
-        "error",
-        "finish_reason",
-        "max_len",
-        "num_cached_tokens",
-        "num_computed_tokens",
-        "num_prompt_tokens",
-        "num_slots",
-        "params",
-        "priority",
-        "request_id",
-        "seed",
-        "shares_tail",
-        "status",
-        "stop_ids",
-        "token_ids",
-    )
+    request_id: str
+    token_ids: list[int]
+    params: SamplingParams
+    priority: int = 0  # lower runs first
+    seed: int = 0
+    max_len: int = 0  # the length at which it ends; 0: by its own max_tokens
+    stop_ids: frozenset[int] = frozenset()  # the end of sequence (unless ignored), and stop_token_ids
+    reader: TokenReader | None = None
+    arrival: int = 0  # its place in the order of arrival, which the scheduler sets
+    status: Status = "waiting"
+    error: str | None = None
+    num_prompt_tokens: int = 0
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0  # found in the prefix cache when it was last admitted
+    num_slots: int = 0  # the tokens that its blocks have room for
+    # For n > 1: the id of the first of the answers; the others, until the prompt is computed; and whether the
+    # block in which the prompt ends and the answer begins may still belong to several of them.
+    family: str = ""
+    children: list[Request] = field(default_factory=list)
+    shares_tail: bool = False
+    drafts: tuple[int, ...] = ()  # guesses of what comes next, which the next step checks
 
-    def __init__(
-        self,
-        request_id: str,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        priority: int = 0,
-        seed: int = 0,
-        max_len: int | None = None,
-        stop_ids: frozenset[int] = frozenset(),
-    ) -> None:
-        self.request_id = request_id
-        self.token_ids: list[int] = list(prompt_token_ids)
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.token_ids)  # it grows, and the caller's list does not
         self.num_prompt_tokens = len(self.token_ids)
-        self.params = params
-        self.priority = priority
-        self.seed = seed
-        self.max_len = max_len or self.num_prompt_tokens + params.max_tokens  # length at which it ends
-        self.stop_ids = stop_ids  # eos (unless ignored) and stop_token_ids
-        self.arrival = 0  # place in the order of arrival, set by the scheduler
-        self.status: Status = "waiting"
-        self.num_computed_tokens = 0
-        self.num_cached_tokens = 0  # found in the prefix cache at the latest admission
-        self.num_slots = 0  # pages held, in tokens
-        self.shares_tail = False  # its last page may be shared with the other answers of n > 1
-        self.drafts: tuple[int, ...] = ()  # guesses of what comes next, for the next step to check
-        self.finish_reason: FinishReason | None = None
-        self.error: str | None = None
-        self.children: list[Request] = []  # the other answers of n > 1, until the prompt is computed
+        self.max_len = self.max_len or self.num_prompt_tokens + self.params.max_tokens
+        self.family = self.family or self.request_id
 
     @property
     def output_token_ids(self) -> list[int]:
+        """The answer so far."""
         return self.token_ids[self.num_prompt_tokens :]
+
+    def append(self, token: int) -> FinishReason | None:
+        """Take the next token of the answer; returns why the request ends with it, or None.
+
+        This is the one place that decides about the end: a stop token, a stop string, or the length.
+        """
+        self.token_ids.append(token)
+        # The reader sees every token, a stop token too: it skips those that are no text.
+        stop_string = self.reader is not None and self.reader.push(token)
+        if stop_string or token in self.stop_ids:
+            return "stop"
+        return "length" if len(self.token_ids) >= self.max_len else None
 
     def ahead(self, tokens: Sequence[int]) -> Request:
         """This request as it would be if these tokens came next."""

@@ -9,32 +9,36 @@ from labkit.core.request import Request
 
 
 def order(request: Request) -> tuple[int, int]:
+    """What requests are sorted by: priority (lower first), then arrival."""
     return request.priority, request.arrival
 
 
 class WaitingQueue:
-    """Requests by priority (lower first), then by arrival. Lazy removal keeps every call at log n or less."""
+    """The requests that wait, by priority, then by arrival. No call takes more than log n."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, Request]] = []
         self._members: dict[str, Request] = {}
 
     def push(self, request: Request) -> None:
+        """Add a request, or move one whose priority has changed."""
         self._members[request.request_id] = request
-        heapq.heappush(self._heap, (request.priority, request.arrival, request))
+        heapq.heappush(self._heap, (*order(request), request))
 
     def peek(self) -> Request | None:
+        """The request that is next, which stays in the queue."""
         while self._heap:
             priority, _, request = self._heap[0]
             if self._members.get(request.request_id) is request and request.priority == priority:
                 return request
-            heapq.heappop(self._heap)
+            heapq.heappop(self._heap)  # it was removed, or has moved to another place
         return None
 
     def remove(self, request: Request) -> None:
+        """Take a request out. Its entry in the heap stays until it comes up, as that costs nothing."""
         del self._members[request.request_id]
         if len(self._heap) > 2 * len(self._members) + 64:  # mostly leftovers: sweep
-            self._heap = [(r.priority, r.arrival, r) for r in self._members.values()]
+            self._heap = [(*order(r), r) for r in self._members.values()]
             heapq.heapify(self._heap)
 
     def __len__(self) -> int:

@@ -19,6 +19,7 @@ from labkit.config import EngineConfig
 from labkit.core.attention import Span, build_metadata
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
+from labkit.kernels.gathered_sdpa import SDPA
 from labkit.models.load import LoadedModel, load_model
 from labkit.sampling_params import SamplingParams
 
@@ -77,7 +78,7 @@ class CachedModel:
         """One pass: tokens at these positions, as a row that says where they lie and whom they see."""
         module = self.module
         self.passes.append((positions[0], len(tokens)))
-        layout = build_metadata([row], self.cache, windows=module.windows)
+        layout = build_metadata([row], self.cache, SDPA, windows=module.windows)
         token_ids, places = (torch.tensor(list(x), device=module.device) for x in (tokens, positions))
         hidden = module(token_ids, places, self.cache, layout)
         return module.logits(hidden[-1:])[0]

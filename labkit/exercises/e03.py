@@ -12,8 +12,9 @@ from torch import Tensor
 
 from labkit import notebook
 from labkit.config import EngineConfig
-from labkit.core.attention import PagedKVCache, Span, row_order
+from labkit.core.attention import Span, row_order
 from labkit.core.block_pool import BlockPool, InvariantError, OutOfBlocks
+from labkit.core.kv_cache import PagedKVCache
 from labkit.core.model_runner import ModelRunner
 from labkit.core.plan import StepPlan, StepResult
 from labkit.engine import Engine
@@ -289,11 +290,11 @@ def engine_pool(make: Callable[[int], Any]) -> Callable[[int, int], BlockPool]:
         def allocate(self, request_id: str, count: int) -> list[int]:
             blocks = list(self.asked.allocate(request_id, count))
             for block in blocks:
-                if block not in self._free:
+                if block not in self.free:
                     raise InvariantError(
                         f"page {block} was handed to request {request_id!r}, and is not free"
                     )
-                self._free.remove(block)
+                self.free.remove(block)
                 self.ref_counts[block] = 1
             self.tables.setdefault(request_id, []).extend(blocks)
             return blocks
@@ -475,7 +476,7 @@ def _engine_with_slots(function: Callable[..., Any]) -> Engine:
 def _run_slots(function: Callable[..., Any]) -> Run:
     engine, reference = _engine_with_slots(function), _reference()
     expect(
-        torch.equal(engine.runner.cache.pages, reference.runner.cache.pages),
+        torch.equal(engine.runner.cache.blocks, reference.runner.cache.blocks),
         "the engine's cache must hold what the reference's holds",
         "with your slots it holds something else",
     )

@@ -12,6 +12,7 @@ from labkit import notebook
 from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepPlan, StepResult
+from labkit.core.recorder import record_step
 from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
 from labkit.exercises import Exercise, Run, Wrong, expect
@@ -245,11 +246,11 @@ class LearnersScheduler(Scheduler):
         self._decide = decide
 
     def schedule(self) -> StepPlan:
-        self._end_aborted()
+        self.end_aborted()
         plan = StepPlan()
         growing = [r for r in self.running if r.num_computed_tokens >= r.num_slots]
         if growing:
-            self._grow(plan, growing)
+            self.grow(plan, growing)
         if not self.requests:
             return plan
         rows = self._situation().ask(self._decide)
@@ -278,8 +279,8 @@ class LearnersScheduler(Scheduler):
         self.pool.share(request.request_id, [])
         known = len(request.token_ids)
         plan.admitted.append(Admission(request.request_id, num_looked_up=known))
-        self._seat(request, 0)
-        self._allocate(plan, request, self.pool.blocks_for(known))
+        self.seat(request, 0)
+        self.allocate(plan, request, self.pool.blocks_for(known))
 
 
 def _ticket(request: Request) -> Ticket:
@@ -393,7 +394,7 @@ def _play(decide: Callable[..., Any], jobs: Sequence[Job], sizes: dict[str, int]
     pool = BlockPool(sizes["pages"], sizes["page_size"])
     limits = {"max_num_seqs": sizes["seats"], "max_num_batched_tokens": sizes["budget"]}
     scheduler = LearnersScheduler(pool, decide=decide, **limits)
-    auditor, step = Auditor(scheduler, pool), 0
+    auditor, step = Auditor(scheduler, pool, sizes["budget"], sizes["seats"]), 0
     todo = sorted(((job.step, i) for i, job in enumerate(jobs)))
     while todo or scheduler.has_unfinished:
         while todo and todo[0][0] <= step:
@@ -401,14 +402,14 @@ def _play(decide: Callable[..., Any], jobs: Sequence[Job], sizes: dict[str, int]
             params = SamplingParams(max_tokens=jobs[i].answer_tokens, ignore_eos=True)
             scheduler.add(Request(str(i), [0] * jobs[i].prompt_tokens, params))
         plan = scheduler.schedule()
-        auditor.check_plan(plan, sizes["budget"], sizes["seats"], list(scheduler.requests))
+        auditor.check_plan(plan)
         ends = [
             start + count == len(request.token_ids)
             for request, start, count in zip(plan.requests, plan.starts, plan.num_tokens, strict=True)
         ]
         result = StepResult([(0,) if end else () for end in ends])
         scheduler.commit(plan, result)
-        auditor.check_record(scheduler.record(step, plan, result))
+        auditor.check_record(record_step(step, plan, result, scheduler))
         step += 1
 
 

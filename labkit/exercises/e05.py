@@ -132,9 +132,9 @@ def scheduler_of(split: Split) -> type[Scheduler]:
 
     class Asking(Scheduler):
         def schedule(self) -> StepPlan:
-            self._end_aborted()
+            self.end_aborted()
             plan = StepPlan()
-            self._grow(plan, [request for request in self.running if _must_grow(request)])
+            self.grow(plan, [request for request in self.running if _must_grow(request)])
             rows = list(self.running)
             queue = list(self.waiting)[: 0 if plan.preempted else self.max_num_seqs - len(rows)]
             given, offered = split(
@@ -153,7 +153,7 @@ def scheduler_of(split: Split) -> type[Scheduler]:
 
         def _let_in(self, plan: StepPlan, request: Request) -> str | None:
             full = len(self.running) >= self.max_num_seqs  # other answers of n > 1 may have sat down
-            return self._no_seat() if full else self._admit(plan, request)
+            return self._no_seat() if full else self.admit(plan, request)
 
         def _no_seat(self) -> str:
             return f"all {self.max_num_seqs} seats are taken"
@@ -162,7 +162,7 @@ def scheduler_of(split: Split) -> type[Scheduler]:
             if num_tokens:
                 plan.add(request, num_tokens)
                 if request.children and num_tokens == _missing(request):
-                    self._plan_forks(plan, request)
+                    self.fork(plan, request)
 
         def _say_why(self, plan: StepPlan) -> None:
             """The head of the queue waits, and not for the split."""

@@ -149,14 +149,14 @@ def victim_scheduler(function: Callable[[list[Request]], Request]) -> type[Sched
     """A scheduler that asks a function whose pages to take, for `Engine(config, scheduler=...)`."""
 
     class Asking(Scheduler):
-        def _grow(self, plan: StepPlan, growing: list[Request]) -> None:
-            while len(self.running) > 1 and sum(map(self._needs_page, growing)) > self.pool.num_free:
+        def grow(self, plan: StepPlan, growing: list[Request]) -> None:
+            while len(self.running) > 1 and sum(map(self.needs_block, growing)) > self.pool.num_free:
                 victim = function(list(self.running))
                 names = ", ".join(request.request_id for request in self.running)
                 _check_victim(victim, self.running, f"in the engine, with requests {names} running")
-                self._preempt(plan, victim)
+                self.preempt(plan, victim)
                 growing = [request for request in growing if request is not victim]
-            super()._grow(plan, growing)  # which finds room now
+            super().grow(plan, growing)  # which finds room now
 
     return Asking
 
@@ -238,9 +238,9 @@ def hashed_pool(function: Callable[[Any, tuple[int, ...]], Any]) -> type[BlockPo
             if self.enable_prefix_caching:
                 for i in range((len(token_ids) - 1) // self.block_size):
                     name = self._hash(name, token_ids, i)
-                    if (name, ()) not in self._block_of:
+                    if (name, ()) not in self.block_of:
                         break
-                    blocks.append(self._block_of[name, ()])
+                    blocks.append(self.block_of[name, ()])
             return blocks
 
         def publish(self, request_id: str, token_ids: Sequence[int], num_computed_tokens: int) -> None:
@@ -250,9 +250,9 @@ def hashed_pool(function: Callable[[Any, tuple[int, ...]], Any]) -> type[BlockPo
             full = num_computed_tokens // self.block_size
             for i in range(done, full):
                 block, name = self.tables[request_id][i], self._hash(name, token_ids, i)
-                if block not in self._key_of and (name, ()) not in self._block_of:
-                    self._block_of[name, ()] = block
-                    self._key_of[block], self._node_of[block] = (name, ()), name
+                if block not in self.key_of and (name, ()) not in self.block_of:
+                    self.block_of[name, ()] = block
+                    self.key_of[block], self.node_of[block] = (name, ()), name
                     self._next_node += 1
                     self._published.append(block)
             self._chain[request_id] = (max(done, full), name)

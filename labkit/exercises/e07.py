@@ -17,9 +17,12 @@ from labkit import notebook
 from labkit.analysis.roofline import Shape, Work
 from labkit.analysis.shapes import config_of
 from labkit.config import EngineConfig
-from labkit.core.attention import SDPA, Backend, PagedKVCache, Span
+from labkit.core.attention import Span
+from labkit.core.kv_cache import PagedKVCache
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
+from labkit.kernels.backend import Backend
+from labkit.kernels.gathered_sdpa import SDPA
 from labkit.models.load import LoadedModel
 from labkit.sampling_params import SamplingParams
 from labkit.trace.records import StepRecord
@@ -54,7 +57,7 @@ class OnlyItself:
 
     def __init__(self, first: int, rows: Sequence[Span], cache: PagedKVCache) -> None:
         self.first, self.last = first, first + len(rows)
-        size, device = cache.block_size, cache.pages.device
+        size, device = cache.block_size, cache.device
         self.blocks = torch.tensor([row.table[row.start // size] for row in rows], device=device)
         self.places = torch.tensor([row.start % size for row in rows], device=device)
 

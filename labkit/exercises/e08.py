@@ -16,16 +16,11 @@ from torch.overrides import TorchFunctionMode
 
 from labkit import notebook
 from labkit.config import EngineConfig
-from labkit.core.attention import (
-    SDPA,
-    Backend,
-    PagedKVCache,
-    Span,
-    gathered_chunks,
-    gathered_rows,
-    static_rows,
-)
+from labkit.core.attention import Span
+from labkit.core.kv_cache import PagedKVCache
 from labkit.exercises import Exercise, Run, Wrong, expect
+from labkit.kernels.backend import Backend
+from labkit.kernels.gathered_sdpa import SDPA, gathered_chunks, gathered_rows, static_rows
 from labkit.models.load import LoadedModel, load_model
 from labkit.trace.trace import Trace
 
@@ -122,9 +117,9 @@ class PagedRows:
         if window is not None:
             raise ValueError("these rows know no sliding window")
         out = torch.empty_like(q)
-        group = q.shape[1] // self.cache.kv_heads
+        group = q.shape[1] // self.cache.num_kv_heads
         for row, (table, length) in enumerate(zip(self.tables, self.lengths, strict=True)):
-            for head in range(self.cache.kv_heads):
+            for head in range(self.cache.num_kv_heads):
                 mine = slice(head * group, (head + 1) * group)  # query heads that share this key head
                 read = functools.partial(_read, pages, head)
                 out[row, mine] = self.attention(
@@ -435,7 +430,7 @@ def bytes_moved(rows: Sequence[Span], cache: PagedKVCache) -> tuple[int, int]:
     To gather is to read pages, write them side by side, and read them again. Rows of a call are as wide as
     its longest. In place, each page of a row is read once.
     """
-    page = cache.nbytes // len(cache.pages) // (cache.num_blocks + 1)
+    page = cache.nbytes // len(cache.blocks) // (cache.num_blocks + 1)
     gathered = 0
     for group in gathered_rows(0, rows, cache, [None]):
         width = group.masks[None].shape[-1] // cache.block_size
@@ -462,7 +457,7 @@ def _run_paged(function: Callable[..., Any]) -> Run:
         first: int, rows: Sequence[Span], cache: PagedKVCache, windows: Sequence[int | None]
     ) -> Sequence[Any]:
         nonlocal gathered
-        gathered += len(cache.pages) * bytes_moved(rows, cache)[0]
+        gathered += len(cache.blocks) * bytes_moved(rows, cache)[0]
         return backend.decode(first, rows, cache, windows)
 
     trace, answers = serve(Backend("yours", "", decode, gathered_chunks, static_rows))

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from labkit import notebook
 from labkit.config import EngineConfig
+from labkit.core.model_runner import accept
 from labkit.core.sampler import gumbel_noise, mix
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
 from labkit.models.load import LoadedModel, load_model
 from labkit.models.teacher_forcing import teacher_forced
 from labkit.sampling_params import SamplingParams
-from labkit.speculative.speculator import accept
 
 Accept = Callable[[Sequence[int], Sequence[int]], int]
 Rule = Callable[[Sequence[float], Sequence[float], int, Random], int]

@@ -29,8 +29,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from labkit.core.attention import AttentionMetadata, Backend, PagedKVCache, Span
-from labkit.core.model import Transformer
+from labkit.core.attention import AttentionMetadata, Span
+from labkit.core.kv_cache import PagedKVCache
+from labkit.core.model_runner import PagedModel
+from labkit.kernels.backend import Backend
 
 _MIN_WIDTH = 16  # pages of the narrowest bucket
 
@@ -86,7 +88,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        model: Transformer,
+        model: PagedModel,
         cache: PagedKVCache,
         backend: Backend,
         *,

@@ -1,7 +1,7 @@
-"""Attention of single queries over pages, read where they lie: a kernel in Triton, for GPUs.
+"""Attention of single queries over blocks, read where they lie: a kernel in Triton, for GPUs.
 
 A decode step is bound by memory: each row has one query, and all keys and values of its request must be read
-for it. To gather pages first (as plain PyTorch must) is to read them, write them and read them again. The
+for it. To gather blocks first (as plain PyTorch must) is to read them, write them and read them again. The
 kernel here follows the block table instead, reads each key and value once, and keeps everything else in
 registers. It is derived in three steps, and all three are the same formula.
 
@@ -27,7 +27,7 @@ Attention is a / l. As the formula does not care which set came first, tokens ca
    "Flash-Decoding for long-context inference".) A split hands over a / l and log(l) + m, which is as good
    as three numbers: exp(log(l) + m) weighs it against the others.
 
-The pages and their tables are those of Kwon et al. 2023, "Efficient memory management for large language
+Blocks and their tables are those of Kwon et al. 2023, "Efficient memory management for large language
 model serving with PagedAttention".
 
 The query heads that share a key head are computed together, so that keys and values are read once for all of
@@ -54,7 +54,7 @@ _FLOOR = tl.constexpr(-1.0e30)
 @triton.jit
 def _split_kernel(
     q,
-    pages,
+    blocks,
     tables,
     lengths,
     parts,
@@ -65,6 +65,10 @@ def _split_kernel(
     scale,
     window,
     splits,
+    BLOCK: tl.constexpr,
+    VALUES: tl.constexpr,
+    HEAD: tl.constexpr,
+    SLOT: tl.constexpr,
     SIZE: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -73,7 +77,10 @@ def _split_kernel(
     GROUP_2: tl.constexpr,
     DIM_2: tl.constexpr,
 ):
-    """One split of one row, for the query heads of one key head: to `parts` and `logs`."""
+    """One split of one row, for the query heads of one key head: to `parts` and `logs`.
+
+    BLOCK, VALUES, HEAD and SLOT are how far blocks, keys and values, heads and tokens lie apart.
+    """
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     # The row's tokens, dealt out to the splits in whole tiles: by its own length, not by the longest.
     length = tl.load(lengths + row).to(tl.int32)
@@ -99,13 +106,13 @@ def _split_kernel(
     for first in range(begin, end, TILE):
         token = first + lane
         live = token < end
-        page = tl.load(tables + row * width + token // SIZE, mask=live, other=0).to(tl.int64)
-        slot = (page * (2 * KV_HEADS) + kv_head) * SIZE + token % SIZE
-        at = pages + slot[:, :, None] * DIM + dim
-        # What lies beyond the row's end is not even read: whatever a page held before cannot reach it.
+        block = tl.load(tables + row * width + token // SIZE, mask=live, other=0).to(tl.int64)
+        slot = block * BLOCK + kv_head * HEAD + token % SIZE * SLOT
+        at = blocks + slot[:, :, None] + dim
+        # What lies beyond the row's end is not even read: whatever a block held before cannot reach it.
         here = live[:, :, None] & (dim < DIM)
         k = tl.load(at, mask=here, other=0.0).to(tl.float32)
-        v = tl.load(at + KV_HEADS * SIZE * DIM, mask=here, other=0.0).to(tl.float32)
+        v = tl.load(at + VALUES, mask=here, other=0.0).to(tl.float32)
         s = tl.where(live, tl.sum(query * k, axis=2), float("-inf"))
         new = tl.maximum(m, s)
         old, p = tl.exp2(m - new), tl.exp2(s - new)
@@ -145,7 +152,7 @@ def _unite_kernel(parts, logs, out, SPLITS: tl.constexpr, DIM: tl.constexpr, DIM
 
 def paged_decode(
     q: Tensor,
-    pages: Tensor,
+    blocks: Tensor,
     tables: Tensor,
     lengths: Tensor,
     *,
@@ -153,15 +160,15 @@ def paged_decode(
     window: int | None = None,
     splits: int = 1,
 ) -> Tensor:
-    """Attention of one query per row over the pages of that row.
+    """Attention of one query per row over the blocks of that row.
 
     Every integer the kernels get is an argument here or a size: lengths and tables are read on the device, so
     that a captured launch serves any values of the same shape.
 
     Args:
         q: queries (rows, heads, head_dim), fp16, bf16 or fp32.
-        pages: of one layer (num_blocks + 1, 2, kv_heads, block_size, head_dim), in one piece, in that dtype.
-        tables: the pages of each row in order (rows, width), int32 or int64; what lies beyond a row's length
+        blocks: those of one layer (num_blocks + 1, 2, kv_heads, block_size, head_dim), in that dtype.
+        tables: the blocks of each row in order (rows, width), int32 or int64; what lies beyond a row's length
             is not looked at.
         lengths: tokens of each row, the query's own included (rows,), int32 or int64, at least 1.
         scale: of the scores.
@@ -172,16 +179,16 @@ def paged_decode(
         (rows, heads, head_dim), in the dtype of q.
 
     Raises:
-        ValueError: if `splits` is no power of two, or the pages do not lie in one piece.
+        ValueError: if `splits` is no power of two, or vectors or tables do not lie in one piece.
     """
     if splits < 1 or splits & (splits - 1):
         raise ValueError(f"splits must be a power of two, not {splits}")
-    if not (pages.is_contiguous() and tables.is_contiguous()):
-        raise ValueError("pages and tables must lie in one piece")
+    if blocks.stride(-1) != 1 or not tables.is_contiguous():
+        raise ValueError("the vectors of blocks, and tables, must lie in one piece")
     if q.stride(-1) != 1:
         q = q.contiguous()
     rows, heads, dim = q.shape
-    kv_heads, size = pages.shape[2:4]
+    kv_heads, size = blocks.shape[2:4]
     group = heads // kv_heads
     group_2, dim_2 = triton.next_power_of_2(group), triton.next_power_of_2(dim)
     out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
@@ -190,7 +197,7 @@ def paged_decode(
     with torch.cuda.device_of(q):  # Triton launches on the current one
         _split_kernel[(rows, kv_heads, splits)](
             q,
-            pages,
+            blocks,
             tables,
             lengths,
             parts,
@@ -201,6 +208,10 @@ def paged_decode(
             scale * _LOG2E,
             _NO_WINDOW if window is None else window,
             splits,
+            BLOCK=blocks.stride(0),
+            VALUES=blocks.stride(1),
+            HEAD=blocks.stride(2),
+            SLOT=blocks.stride(3),
             SIZE=size,
             KV_HEADS=kv_heads,
             GROUP=group,

@@ -7,33 +7,33 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
 from labkit.config import EngineConfig
-from labkit.core.attention import SDPA, Backend, PagedKVCache, Span, build_metadata
-from labkit.core.model import Transformer
+from labkit.core.attention import Span, build_metadata
+from labkit.core.kv_cache import PagedKVCache
+from labkit.core.model_runner import PagedModel
+from labkit.kernels.backend import Backend
 from labkit.kernels.cuda_graphs import Capture, DecodeGraphs
+from labkit.kernels.gathered_sdpa import SDPA
 from labkit.kernels.select import choose_backend
-
-if TYPE_CHECKING:
-    from labkit.models.adapter import AdaptedModel
 
 _GRAPH_SHARE = 0.5  # of what is free beside the KV cache and the activations of a step
 
 
-def backend_for(model: Transformer | AdaptedModel, config: EngineConfig) -> Backend:
+def backend_for(model: PagedModel, config: EngineConfig) -> Backend:
     """How a model's attention is computed.
 
     Raises:
         ValueError: if that which the configuration names is not possible.
     """
-    if isinstance(model, Transformer):
+    if not model.is_adapted:
+        shape = model.kv_shape
         return choose_backend(
             model.device,
-            model.dtype,
-            model.layers[0].self_attn.dim,
+            shape.dtype,
+            shape.head_dim,
             wanted=config.attention_backend,
             as_t4=config.as_t4,
         )
@@ -44,7 +44,7 @@ def backend_for(model: Transformer | AdaptedModel, config: EngineConfig) -> Back
     return SDPA
 
 
-def activation_bytes(model: Transformer | AdaptedModel, backend: Backend, config: EngineConfig) -> int:
+def activation_bytes(model: PagedModel, backend: Backend, config: EngineConfig) -> int:
     """What the widest step takes beside weights and KV cache, by a forward pass of that size on a GPU.
 
     The step is a chunk of the whole token budget at the end of the longest request, over a cache of a single
@@ -58,7 +58,7 @@ def activation_bytes(model: Transformer | AdaptedModel, backend: Backend, config
     longest = min(config.max_model_len or model.max_model_len, model.max_model_len)
     tokens = min(config.max_num_batched_tokens, longest)
     try:
-        cache = model.new_cache(1, size)
+        cache = model.kv_shape.new_cache(1, size)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         row = Span(longest - tokens, tokens, [0] * -(-longest // size))
@@ -75,7 +75,7 @@ def activation_bytes(model: Transformer | AdaptedModel, backend: Backend, config
 
 
 def warm_up(
-    model: Transformer | AdaptedModel,
+    model: PagedModel,
     backend: Backend,
     config: EngineConfig,
     num_blocks: int,
@@ -95,11 +95,11 @@ def warm_up(
         ValueError: if not even a single page, or a decode step, fits.
     """
     device = model.device
-    graphed = config.cuda_graphs and isinstance(model, Transformer)
+    graphed = config.cuda_graphs and not model.is_adapted
     while True:
         cache = graphs = None
         try:
-            cache = model.new_cache(num_blocks, config.block_size)
+            cache = model.kv_shape.new_cache(num_blocks, config.block_size)
             if not graphed or (device.type != "cuda" and capture is None):
                 return cache, None
             free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**30

@@ -24,15 +24,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from labkit.core.attention import (
-    AttentionMetadata,
-    PagedKVCache,
-    Span,
-    additive,
-    attend,
-    build_metadata,
-    gather,
-)
+from labkit.core.attention import AttentionMetadata, Span, attend, build_metadata
+from labkit.core.kv_cache import KVShape, PagedKVCache, read_rows
+from labkit.kernels.gathered_sdpa import SDPA, additive
 from labkit.models.load import ModelError
 
 _PAGED = "labkit_paged"  # transformers knows no mask function of this name, and so makes no masks
@@ -79,6 +73,16 @@ class AdaptedModel(nn.Module):
         self._windows, self._kv_shape = recorder.result()
         self.windows = tuple(set(self._windows))
         _set_attention(self.decoder, _PAGED)
+
+    is_adapted = True
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def kv_shape(self) -> KVShape:
+        return KVShape(len(self._windows), *self._kv_shape, self.dtype, self.device)
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
         """An empty KV cache of this model's shape. Raises `ValueError` if it does not fit."""
@@ -198,13 +202,13 @@ class _Pages(Cache):
         out = torch.zeros_like(q)
         for group in self.layout.groups:
             queries, mask = q[group.first : group.last], group.masks[window]
-            rows = group.blocks.shape[1]
+            rows = group.pieces.shape[1]
             n = len(queries) // rows
             if mask is None:
                 mask = additive(torch.ones(n, n, dtype=torch.bool, device=q.device).tril(), q)
             # Every key head has the same mask.
             bias = mask.clamp(min=torch.finfo(q.dtype).min).view(rows, -1, n, mask.shape[-1])[:, :1]
-            k, v = (x[:, :, : bias.shape[-1]] for x in gather(self.pages.layer(self.layer), group.blocks))
+            k, v = (x[:, :, : bias.shape[-1]] for x in read_rows(self.pages.layer(self.layer), group.pieces))
             batch = queries.view(rows, n, *q.shape[1:]).transpose(1, 2)
             result, _ = formula(module, batch, k, v, bias, scaling=scale, **extra)
             out[group.first : group.last] = result.reshape(queries.shape)
@@ -345,7 +349,7 @@ def _check_logits(model: PreTrainedModel, adapted: AdaptedModel) -> None:
     tables, cache, found = ([7, 1, 5, 2, 9, 4], [0, 8]), adapted.new_cache(10, 4), ([], [])
     for step in ([(0, 0, 9)], [(0, 9, 11), (1, 0, 7)], [(0, 20, 1), (1, 7, 1)]):  # prompt, start, tokens
         spans = [Span(start, n, tables[i]) for i, start, n in step]
-        layout = build_metadata(spans, cache, windows=adapted.windows)
+        layout = build_metadata(spans, cache, SDPA, windows=adapted.windows)
         parts = [torch.stack((long, short)[i])[:, start : start + n] for i, start, n in step]
         logits = adapted.logits(adapted(*torch.cat(parts, dim=1), cache, layout))
         for (i, _, _), rows in zip(step, logits.split([span.num_queries for span in spans]), strict=True):

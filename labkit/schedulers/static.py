@@ -1,36 +1,36 @@
-"""The policies that continuous batching is measured against, on the same pool, runner and trace."""
+"""Static batching: a batch is formed, and runs until its last member is done."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from labkit.core.block_pool import BlockPool
-from labkit.core.plan import StepPlan, StepResult
+from labkit.core.plan import StepPlan
 from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
 
 
 class StaticScheduler(Scheduler):
-    """Static batching: a batch is formed, padded to its longest member, and runs until its last one is done.
+    """A batch is padded to its longest member, and runs until its last one is done.
 
     Prompts are padded on the left, so that all members reach their first token in the same step; each step
     computes as many columns of the padded batch as the budget allows. A finished member's seat stays in the
-    batch and computes padding.
+    batch, and computes padding.
     """
 
     forks = False
+    uses_prefix_cache = False  # its rows go in step
 
     def __init__(self, pool: BlockPool, **limits: Any) -> None:
-        super().__init__(pool, **{**limits, "enable_chunked_prefill": True})  # it knows one way alone
-        pool.enable_prefix_caching = False  # its rows go in step
+        super().__init__(pool, **limits)
         self._batch: list[Request] = []
 
     def schedule(self) -> StepPlan:
-        self._end_aborted()
+        self.end_aborted()
         plan = StepPlan()
         if not self.running:
             while (request := self.waiting.peek()) is not None:
-                reason = self._why_not(plan, request, budget=1)
+                reason = self.try_admit(plan, request, budget=1)
                 if reason:
                     plan.blocked = (request.request_id, reason)
                     break
@@ -45,7 +45,7 @@ class StaticScheduler(Scheduler):
         missing = [len(r.token_ids) - r.num_computed_tokens for r in self.running]
         width = max(missing)
         if width == 1:
-            self._grow(plan, [r for r in self.running if r.num_computed_tokens >= r.num_slots])
+            self.grow(plan, [r for r in self.running if r.num_computed_tokens >= r.num_slots])
         columns = min(width, self.max_num_batched_tokens // len(self._batch))
         for member in self._batch:
             num_tokens = 0
@@ -54,34 +54,5 @@ class StaticScheduler(Scheduler):
                 num_tokens = max(0, len(member.token_ids) - member.num_computed_tokens - after)
             plan.add(member, num_tokens)
             plan.padding.append(columns - num_tokens)
-
-
-class NaiveScheduler(Scheduler):
-    """One request at a time: what a loop over `generate` does."""
-
-    forks = False
-
-    def __init__(self, pool: BlockPool, **limits: Any) -> None:
-        super().__init__(pool, **{**limits, "max_num_seqs": 1})
-
-
-class UncachedScheduler(NaiveScheduler):
-    """One request at a time, and nothing is kept: every token costs the whole text before it once more."""
-
-    def __init__(self, pool: BlockPool, **limits: Any) -> None:
-        super().__init__(pool, **{**limits, "kv_policy": "reserved"})
-        pool.enable_prefix_caching = False
-
-    def commit(self, plan: StepPlan, result: StepResult) -> None:
-        super().commit(plan, result)
-        for request, sampled in zip(plan.requests, result.sampled, strict=True):
-            if sampled:
-                request.num_computed_tokens = 0
-
-
-SCHEDULERS: dict[str, type[Scheduler]] = {
-    "continuous": Scheduler,
-    "static": StaticScheduler,
-    "naive": NaiveScheduler,
-    "uncached": UncachedScheduler,
-}
+            # An idle seat goes through the output layer, too: that is part of what a static batch costs.
+            plan.num_idle += columns == 1 and not num_tokens

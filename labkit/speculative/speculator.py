@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from labkit.core.engine_core import first_line
 from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import Request
 from labkit.sampling_params import check_number
@@ -25,14 +26,6 @@ _FADE = 0.85  # what an earlier check of the same request still counts
 _FADE_ALL = 0.98
 _PATIENCE = 32  # tokens without a draft before one is tried again; doubles each time that it was in vain
 _MOST_PATIENCE = 1024
-
-
-def accept(drafts: Sequence[int], chosen: Sequence[int]) -> int:
-    """How many drafts, from the first on, are what the model chose in their places."""
-    for count, (draft, token) in enumerate(zip(drafts, chosen, strict=True)):
-        if draft != token:
-            return count
-    return len(drafts)
 
 
 class Drafter(Protocol):
@@ -139,6 +132,19 @@ class Speculator:
         self._all = _Odds(_FADE_ALL)
         self._odds: dict[str, _Odds] = {}
 
+    def propose(self, plan: StepPlan, result: StepResult, running: Sequence[Request]) -> str:
+        """Learn from a step that is committed, and draft for the next; returns why there are not more drafts.
+
+        Without drafts, answers are the same: a fault here ends nobody.
+        """
+        for request_id, _ in plan.preempted:
+            self.forget(request_id)
+        self.learn(plan, result)
+        try:
+            return self.draft(running)
+        except Exception as error:
+            return f"nobody drafts: {first_line(error)}"
+
     def learn(self, plan: StepPlan, result: StepResult) -> None:
         """What became of the drafts in a step, once it is committed."""
         for row, drafts in plan.drafts.items():
@@ -149,7 +155,7 @@ class Speculator:
             self._all.add(right, right < len(drafts))
             self._of(request).add(right, right < len(drafts))
 
-    def propose(self, running: Iterable[Request]) -> str:
+    def draft(self, running: Iterable[Request]) -> str:
         """Give drafts to the requests that decode; says why not all of them have as many as may be."""
         rows = [r for r in running if len(r.token_ids) - r.num_computed_tokens == 1]
         price = _MARGIN * self.costs.price(len(rows)) if self.costs and rows else 0.0

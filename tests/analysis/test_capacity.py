@@ -38,6 +38,7 @@ from labkit.config import EngineConfig
 from labkit.engine import Engine
 from labkit.models.load import load_model
 from labkit.sampling_params import SamplingParams
+from labkit.schedulers.audit import check_pool
 from labkit.trace.records import StepRecord
 
 PRICES = FittedClock(step=0.03, tokens=2e-3, keys=5e-6, sampled=1e-3, rows=4e-4, pairs=2e-7)
@@ -332,8 +333,8 @@ def test_a_served_case_is_the_steps_that_were_predicted() -> None:
 def pool_of(replica: Replica) -> tuple[object, ...]:
     """All that the pool knows, with every order that decides what comes next."""
     pool = replica.pool
-    known = {key: pool._node_of[block] for key, block in pool._block_of.items()}
-    return list(pool._free), list(pool._cached), dict(pool._block_of), known, pool.tables
+    known = {key: pool.node_of[block] for key, block in pool.block_of.items()}
+    return list(pool.free), list(pool.cached), dict(pool.block_of), known, pool.tables
 
 
 def after_all(demands: list[Demand], sizes: Settings, *, jump: bool, clock: FittedClock) -> Replica:
@@ -342,7 +343,7 @@ def after_all(demands: list[Demand], sizes: Settings, *, jump: bool, clock: Fitt
         replica.advance(demand.at)
         replica.add(_request(number, demand), demand.at)
     replica.advance(float("inf"))
-    replica.pool.check_invariants()
+    check_pool(replica.pool)
     return replica
 
 

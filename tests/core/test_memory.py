@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
 from labkit.core.block_pool import BlockPool, InvariantError, OutOfBlocks
+from labkit.schedulers.audit import check_pool
 
 BLOCKS, SIZE = 12, 3
 
@@ -97,7 +98,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def rules_hold(self) -> None:
-        self.pool.check_invariants()
+        check_pool(self.pool)
 
     @invariant()
     def pages_hold_their_tokens(self) -> None:
@@ -108,7 +109,7 @@ class PoolMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for name in list(self.tokens):
             self.pool.release(name)
-        self.pool.check_invariants()
+        check_pool(self.pool)
         assert self.pool.num_free == BLOCKS
 
 
@@ -166,9 +167,9 @@ def test_sizes_are_checked(blocks: int, size: int) -> None:
     "breakage, message",
     [
         (lambda pool: pool.ref_counts.__setitem__(0, 2), "reference count 2, but it is in 1 tables"),
-        (lambda pool: pool._free.append(0), "block 0 is in 2 of"),
-        (lambda pool: pool._free.pop(), "is in 0 of"),
-        (lambda pool: pool._free.append(pool._free[-1]), "in the free list twice"),
+        (lambda pool: pool.free.append(0), "block 0 is in 2 of"),
+        (lambda pool: pool.free.pop(), "is in 0 of"),
+        (lambda pool: pool.free.append(pool.free[-1]), "in the free list twice"),
         (lambda pool: pool.tables["a"].append(0), "holds a block twice"),
         (
             lambda pool: (pool.tables.update(b=[1]), pool.ref_counts.__setitem__(1, 2)),
@@ -179,7 +180,7 @@ def test_sizes_are_checked(blocks: int, size: int) -> None:
 def test_a_broken_pool_is_found_out(breakage, message: str) -> None:
     pool = BlockPool(6, 2)
     pool.allocate("a", 2)
-    pool.check_invariants()
+    check_pool(pool)
     breakage(pool)
     with pytest.raises(InvariantError, match=message):
-        pool.check_invariants()
+        check_pool(pool)

@@ -13,6 +13,7 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from labkit.core.attention import Span, build_metadata
 from labkit.core.model import Transformer
+from labkit.kernels.gathered_sdpa import SDPA
 
 CPU = torch.device("cpu")
 
@@ -27,7 +28,7 @@ def our_logits(
     parts, start = [], 0
     for size in chunks:
         span = Span(start, size, table)
-        layout = build_metadata([span], cache, windows=model.windows)
+        layout = build_metadata([span], cache, SDPA, windows=model.windows)
         positions = torch.arange(start, start + size)
         hidden = model(torch.tensor(tokens[start : start + size]), positions, cache, layout)
         parts.append(model.logits(hidden))

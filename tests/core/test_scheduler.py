@@ -14,11 +14,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from labkit.core.block_pool import BlockPool, OutOfBlocks
 from labkit.core.plan import StepPlan, StepResult
+from labkit.core.recorder import record_step
 from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
 from labkit.sampling_params import SamplingParams
-from labkit.schedulers.audit import Auditor
-from labkit.schedulers.static import SCHEDULERS, StaticScheduler, UncachedScheduler
+from labkit.schedulers import SCHEDULERS, scheduler_class
+from labkit.schedulers.audit import Auditor, check_pool
+from labkit.schedulers.naive import UncachedScheduler
+from labkit.schedulers.static import StaticScheduler
+from labkit.schedulers.whole_prompts import WholePromptScheduler
 from labkit.trace.records import StepRecord, TraceMeta
 from labkit.trace.trace import Trace
 
@@ -42,15 +46,11 @@ class Bench:
     ) -> None:
         self.seats, self.budget = seats, budget
         self.pool = BlockPool(blocks, size, enable_prefix_caching=caching)
-        self.scheduler: Scheduler = SCHEDULERS[kind](
-            self.pool,
-            max_num_seqs=seats,
-            max_num_batched_tokens=budget,
-            kv_policy=policy,
-            enable_chunked_prefill=chunked,
+        self.scheduler: Scheduler = scheduler_class(kind, enable_chunked_prefill=chunked)(
+            self.pool, max_num_seqs=seats, max_num_batched_tokens=budget, kv_policy=policy
         )
         self.trace = Trace(TraceMeta(blocks, size, seats, budget, kind, policy))
-        self.auditor = Auditor(self.scheduler, self.pool)
+        self.auditor = Auditor(self.scheduler, self.pool, budget, seats)
         self.steps = 0
         self.count = 0
         self.admissions: list[str] = []
@@ -76,9 +76,9 @@ class Bench:
             request.drafts = (token,) * min(drafts, request.max_len - len(request.token_ids) - 1)
         plan = self.scheduler.schedule()
         self.failed, plan.failed = plan.failed, {}  # which the auditor would not let pass
-        self.auditor.check_plan(plan, self.budget, self.seats, list(self.scheduler.requests))
-        self.pool.check_invariants()
-        if not self.scheduler.enable_chunked_prefill and not plan.padding:
+        self.auditor.check_plan(plan)
+        check_pool(self.pool)
+        if isinstance(self.scheduler, WholePromptScheduler):
             decodes = [n == 1 for n, kind in zip(plan.num_tokens, plan.kinds, strict=True) if kind == "d"]
             prompts = [kind for kind in plan.kinds if kind != "d"]
             assert not (decodes and prompts), "prompts and answers in one step"
@@ -93,7 +93,7 @@ class Bench:
             result.errors[self.steps % len(plan.requests)] = "made up"
             result.sampled[self.steps % len(plan.requests)] = ()
         self.scheduler.commit(plan, result)
-        record = self.trace.append(self.scheduler.record(self.steps, plan, result))
+        record = self.trace.append(record_step(self.steps, plan, result, self.scheduler))
         self._check_queue(record)
         self.auditor.check_record(record)
         self.admissions += [admission.request_id for admission in record.admitted]
@@ -162,7 +162,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if len(prompt) + max_tokens - 1 > capacity:
             with pytest.raises(ValueError, match="lower max_tokens"):
                 self.bench.add(prompt, max_tokens, n=n)
-        elif not self.bench.scheduler.enable_chunked_prefill and (
+        elif isinstance(self.bench.scheduler, WholePromptScheduler) and (
             len(prompt) + max_tokens - 1 > self.bench.budget
         ):
             with pytest.raises(ValueError, match="enable_chunked_prefill"):
@@ -251,7 +251,7 @@ def test_thousands_of_requests_leave_nothing_behind(kind: str) -> None:
     late = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert late < early + 100_000, "memory grows with the number of requests"
-    for leftover in (bench.pool._chain, bench.pool._forked, bench.scheduler._aborting):
+    for leftover in (bench.pool._chain, bench.pool.forked, bench.scheduler._aborting):
         assert not leftover
     assert len(bench.scheduler.waiting._heap) <= 64
 
@@ -260,7 +260,7 @@ def quick_step(bench: Bench) -> None:
     plan = bench.scheduler.schedule()
     result = StepResult([Bench._sample(plan, row, 1) for row in range(len(plan.requests))])
     bench.scheduler.commit(plan, result)
-    bench.scheduler.record(bench.steps, plan, result)
+    record_step(bench.steps, plan, result, bench.scheduler)
     bench.steps += 1
 
 

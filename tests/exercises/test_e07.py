@@ -11,7 +11,8 @@ import torch
 from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 from labkit.analysis.roofline import Shape
-from labkit.core.attention import SDPA, PagedKVCache, Span, reference_attention
+from labkit.core.attention import Span, reference_attention
+from labkit.core.kv_cache import PagedKVCache
 from labkit.exercises.e07 import (
     BLIND,
     T4_BANDWIDTH,
@@ -22,6 +23,7 @@ from labkit.exercises.e07 import (
     step_cost,
     turning_point,
 )
+from labkit.kernels.gathered_sdpa import SDPA
 from labkit.models.load import load_model
 from labkit.trace.records import StepRecord
 
@@ -278,7 +280,7 @@ def test_the_blind_engine_is_right_for_prompts_and_wrong_in_decode() -> None:
 def test_it_is_attention_over_one_token() -> None:
     cache = PagedKVCache(1, 6, 4, 2, 8, dtype=torch.float32, device=torch.device("cpu"))
     torch.manual_seed(0)
-    cache.pages.normal_()
+    cache.blocks.normal_()
     rows = [Span(6, 1, [3, 1]), Span(2, 1, [5])]
     q = torch.randn(2, 6, 8)
     (group,) = BLIND.decode(0, rows, cache, [None])

@@ -17,7 +17,8 @@ from exercising import (
 )
 from torch import Tensor
 
-from labkit.core.attention import PagedKVCache, Span, attend, build_metadata, reference_attention
+from labkit.core.attention import Span, attend, build_metadata, reference_attention
+from labkit.core.kv_cache import PagedKVCache
 from labkit.exercises import e08, judge
 from labkit.exercises.e08 import (
     LargestTensor,
@@ -332,7 +333,7 @@ def test_rows_of_a_learner_equal_the_reference() -> None:
     torch.manual_seed(0)
     rows = [Span(20, 1, [4, 0, 7]), Span(7, 1, [5]), Span(2, 6, [3])]
     cache = PagedKVCache(1, 8, 8, 2, 16, dtype=torch.float32, device=torch.device("cpu"))
-    cache.pages.normal_()
+    cache.blocks.normal_()
     q = torch.randn(8, 6, 16)
     layout = build_metadata(rows, cache, backend=backend_of(paged_attention))
     out = attend(q, cache, 0, layout, scale=0.3)

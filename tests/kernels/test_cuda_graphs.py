@@ -20,10 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from labkit.config import EngineConfig
-from labkit.core.attention import SDPA, Backend, PagedKVCache, Span, build_metadata, gathered_rows, row_order
+from labkit.core.attention import Span, build_metadata, row_order
+from labkit.core.kv_cache import PagedKVCache
 from labkit.engine import Engine
-from labkit.kernels import select
+from labkit.kernels import paged_decode
+from labkit.kernels.backend import Backend
 from labkit.kernels.cuda_graphs import DecodeGraphs, buckets
+from labkit.kernels.gathered_sdpa import SDPA, gathered_rows
+from labkit.kernels.paged_decode import paged_rows, static_paged_rows
 from labkit.kernels.warmup import activation_bytes, backend_for, warm_up
 from labkit.sampling_params import SamplingParams
 
@@ -106,7 +110,7 @@ def rows_of(lengths: list[int], size: int, num_blocks: int, seed: int) -> list[S
 
 def eagerly(family: str, cache: PagedKVCache, token_ids: list[int], rows: list[Span]) -> Tensor:
     model = loaded(family).module
-    layout = build_metadata(rows, cache, windows=model.windows)
+    layout = build_metadata(rows, cache, SDPA, windows=model.windows)
     positions = torch.tensor([row.start for row in rows])
     return model(torch.tensor(token_ids), positions, cache, layout)
 
@@ -118,7 +122,7 @@ def test_replays_equal_eager_steps_whatever_the_rows_lengths_and_tables(family: 
     torch.manual_seed(0)
     model, size, num_blocks = loaded(family).module, 4, 80
     cache = model.new_cache(num_blocks, size)
-    cache.pages.normal_()
+    cache.blocks.normal_()
     graphs = graphs_of((model, cache), TapeCapture(), length=160)
     assert graphs.captured == [(n, width) for n in (1, 2, 4) for width in (10, 20, 40)]
     used = set()
@@ -127,13 +131,13 @@ def test_replays_equal_eager_steps_whatever_the_rows_lengths_and_tables(family: 
     ):
         rows = rows_of(lengths, size, num_blocks, seed)
         token_ids = [(7 * seed + i) % VOCAB for i in range(len(rows))]
-        before = cache.pages.clone()
+        before = cache.blocks.clone()
         replayed = graphs.run(token_ids, rows)
-        pages, cache.pages[:] = cache.pages.clone(), before
+        pages, cache.blocks[:] = cache.blocks.clone(), before
         plain = eagerly(family, cache, token_ids, rows)
         torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-4)
         # Live pages are as an eager step leaves them: padding has written to the null page alone.
-        torch.testing.assert_close(pages[:, :-1], cache.pages[:, :-1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pages[:, :-1], cache.blocks[:, :-1], rtol=1e-4, atol=1e-4)
         used.add(replayed.shape)
     assert used == {(n, 48) for n in (1, 2, 3, 4)}
 
@@ -172,7 +176,7 @@ def test_outputs_stay_when_another_graph_is_replayed() -> None:
 def test_the_tape_notices_what_a_graph_cannot_hold() -> None:
     model = loaded("llama").module
     cache = model.new_cache(20, 4)
-    cache.pages.normal_()
+    cache.blocks.normal_()
 
     def from_the_host(tables: Tensor, lengths: Tensor, cache: PagedKVCache, windows: Any) -> Any:
         return gathered_rows(0, [Span(0, 1, [0])] * len(tables), cache, windows)[0]
@@ -204,11 +208,11 @@ def test_the_triton_backend_equals_plain_attention_under_graphs(monkeypatch: pyt
 
     kernel = _as_operator(flash_decoding.paged_decode)
     monkeypatch.setattr(flash_decoding, "paged_decode", kernel)
-    monkeypatch.setattr(select, "_processors", lambda device: 4)  # so that rows are split
-    backend = Backend("triton", "", select.paged_rows, SDPA.chunks, select.static_paged_rows)
+    monkeypatch.setattr(paged_decode, "_processors", lambda device: 4)  # so that rows are split
+    backend = Backend("triton", "", paged_rows, SDPA.chunks, static_paged_rows)
     model = loaded("mistral").module  # which has a window
     cache = model.new_cache(80, 4)
-    cache.pages.normal_()
+    cache.blocks.normal_()
     graphs = graphs_of((model, cache), TapeCapture(), backend=backend, rows=2, length=160)
     assert graphs.captured == [(n, width) for n in (1, 2) for width in (10, 40)]
     for seed, lengths in enumerate(([5], [40, 41], [159], [4, 1])):
@@ -366,6 +370,7 @@ def test_switches_that_cannot_be_had_are_refused() -> None:
     with pytest.raises(ValueError, match="attention_backend must be auto or sdpa"):
         Engine(EngineConfig(model, attention_backend="triton", device="cpu"))
     other = torch.nn.Module()  # of another class than `Transformer`, as models that transformers runs are
+    other.is_adapted = True
     assert backend_for(other, EngineConfig()) is SDPA
     with pytest.raises(ValueError, match="for a model that transformers runs"):
         backend_for(other, EngineConfig(attention_backend="triton"))

@@ -15,10 +15,14 @@ from conftest import VOCAB, greedy, loaded, reference
 from torch import Tensor
 
 from labkit.config import EngineConfig
-from labkit.core.attention import SDPA, Backend, Span, block_table, build_metadata
+from labkit.core.attention import Span, build_metadata
 from labkit.core.model import Transformer
 from labkit.engine import Engine
-from labkit.kernels.select import PackedChunks, PagedDecode, choose_backend, paged_rows, varlen_attention
+from labkit.kernels.backend import Backend
+from labkit.kernels.gathered_sdpa import SDPA, block_table
+from labkit.kernels.paged_decode import PagedDecode, paged_rows
+from labkit.kernels.select import choose_backend
+from labkit.kernels.varlen import PackedChunks, varlen_attention
 from labkit.models.load import LoadedModel
 from labkit.models.tiny import tiny_tokenizer
 from labkit.sampling_params import SamplingParams
@@ -127,7 +131,7 @@ def test_packed_chunks_equal_single_ones(window: int | None, dtype: torch.dtype)
     model = on_gpu("llama", dtype).module
     backend = choose_backend(CUDA, dtype, 8)
     cache = model.new_cache(64, 16)
-    cache.pages.normal_()
+    cache.blocks.normal_()
     rows = [Span(3, 90, list(range(0, 6))), Span(0, 17, [20, 21]), Span(200, 5, list(range(30, 43)))]
     q = torch.randn(112, 6, 8, device=CUDA, dtype=dtype)
     packed, single = (
@@ -146,11 +150,11 @@ def test_packed_chunks_equal_single_ones(window: int | None, dtype: torch.dtype)
 def test_the_kernel_equals_gathered_attention_over_thousands_of_tokens(
     dtype: torch.dtype, group: int, dim: int
 ) -> None:
-    from labkit.core.attention import PagedKVCache
+    from labkit.core.kv_cache import PagedKVCache
 
     torch.manual_seed(0)
     cache = PagedKVCache(1, 700, 16, 2, dim, dtype=dtype, device=CUDA)
-    cache.pages.normal_()
+    cache.blocks.normal_()
     pages = torch.randperm(700).tolist()
     rows = [Span(6000, 1, pages[:376]), Span(4095, 1, pages[376:632]), Span(33, 1, pages[632:635])]
     q = torch.randn(3, 2 * group, dim, device=CUDA, dtype=dtype)

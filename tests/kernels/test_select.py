@@ -13,30 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from labkit.core.attention import (
-    SDPA,
-    Backend,
-    PagedKVCache,
-    Span,
-    attend,
-    block_table,
-    build_metadata,
-    gathered_chunks,
-    gathered_rows,
-    reference_attention,
-    row_order,
-    static_rows,
-)
+from labkit.core.attention import Span, attend, build_metadata, reference_attention, row_order
+from labkit.core.kv_cache import PagedKVCache
 from labkit.kernels import select
-from labkit.kernels.select import (
-    PackedChunks,
-    PagedDecode,
-    Sm75,
-    choose_backend,
-    num_splits,
-    packed_chunks,
-    paged_rows,
-)
+from labkit.kernels import varlen as kernels_varlen
+from labkit.kernels.backend import Backend
+from labkit.kernels.gathered_sdpa import SDPA, block_table, gathered_chunks, gathered_rows, static_rows
+from labkit.kernels.paged_decode import PagedDecode, num_splits, paged_rows, static_paged_rows
+from labkit.kernels.select import Sm75, choose_backend
+from labkit.kernels.varlen import PackedChunks, packed_chunks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = torch.device("cuda")
@@ -50,10 +35,10 @@ def filled(
 ) -> PagedKVCache:
     """A cache with random keys and values for all tokens of these rows, and NaN everywhere else."""
     cache = PagedKVCache(1, num_blocks, size, kv_heads, dim, dtype=dtype, device=DEVICE)
-    cache.pages.fill_(torch.nan)
+    cache.blocks.fill_(torch.nan)
     for row in rows:
         for token in range(row.length):
-            cache.pages[0, row.table[token // size], :, :, token % size] = torch.randn(2, kv_heads, dim)
+            cache.blocks[0, row.table[token // size], :, :, token % size] = torch.randn(2, kv_heads, dim)
     return cache
 
 
@@ -116,7 +101,7 @@ def test_a_nan_among_the_keys_of_a_row_reaches_that_row_alone() -> None:
 
     rows, num_blocks = rows_of([40, 12], 4)
     cache = filled(rows, num_blocks, 4, 1, 8, torch.float32)
-    cache.pages[0, rows[0].table[3], 0, 0, 2, 5] = torch.nan
+    cache.blocks[0, rows[0].table[3], 0, 0, 2, 5] = torch.nan
     tables, lengths = block_table(rows, cache, 10), torch.tensor([40, 12], device=DEVICE)
     for splits in (1, 4):
         q = torch.ones(2, 2, 8, device=DEVICE)
@@ -133,7 +118,7 @@ def test_the_kernel_says_what_it_cannot_take() -> None:
     with pytest.raises(ValueError, match="splits must be a power of two, not 3"):
         paged_decode(q, pages, tables, lengths, scale=1.0, splits=3)
     with pytest.raises(ValueError, match="in one piece"):
-        paged_decode(q, pages[:, :, ::2], tables, lengths, scale=1.0)
+        paged_decode(q[..., ::2], pages[..., ::2], tables, lengths, scale=1.0)
 
 
 COMPILE = """
@@ -152,9 +137,12 @@ def build(kernel, types, constants):
     source = ASTSource(kernel, types, {places[name]: value for name, value in constants.items()})
     print(len(compile(source, target=GPUTarget("cuda", 75, 32)).asm["cubin"]))
 
-pointers = dict(q="*fp16", pages="*fp16", tables="*i64", lengths="*i64", parts="*fp32", logs="*fp32")
+pointers = dict(
+    q="*fp16", blocks="*fp16", tables="*i64", lengths="*i64", parts="*fp32", logs="*fp32"
+)
 numbers = dict(q_row="i32", q_head="i32", width="i32", scale="fp32", window="i32", splits="i32")
-sizes = dict(SIZE=16, KV_HEADS=3, GROUP=3, DIM=64, TILE=8, GROUP_2=4, DIM_2=64)
+sizes = dict(BLOCK=6144, VALUES=3072, HEAD=1024, SLOT=64)
+sizes |= dict(SIZE=16, KV_HEADS=3, GROUP=3, DIM=64, TILE=8, GROUP_2=4, DIM_2=64)
 build(flash_decoding._split_kernel, pointers | numbers, sizes)
 pointers = dict(parts="*fp32", logs="*fp32", out="*fp16")
 build(flash_decoding._unite_kernel, pointers, dict(SPLITS=8, DIM=64, DIM_2=64))
@@ -178,9 +166,9 @@ def test_a_mixed_batch_goes_through_both_kinds_of_group() -> None:
     pages = list(range(num_blocks, num_blocks + 12))
     rows = [*single, Span(9, 6, pages[:4]), Span(0, 5, pages[4:6])]
     cache = filled(rows, num_blocks + 12, 4, 2, 8, torch.float32)
-    cache.pages.nan_to_num_(0)  # gathered pages are read to their end
+    cache.blocks.nan_to_num_(0)  # gathered pages are read to their end
     q = torch.randn(16, 6, 8, device=DEVICE)
-    backend = Backend("triton", "", paged_rows, gathered_chunks, select.static_paged_rows)
+    backend = Backend("triton", "", paged_rows, gathered_chunks, static_paged_rows)
     layout = build_metadata(rows, cache, num_padding=2, windows=[None, 5], backend=backend)
     assert isinstance(layout.groups[0], PagedDecode)
     assert [(group.first, group.last) for group in layout.groups] == [(0, 3), (3, 9), (9, 14)]
@@ -241,7 +229,7 @@ def varlen(
 def test_packed_chunks_hand_over_the_live_slots_of_each_row(
     size: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(select, "varlen_attention", lambda: varlen)
+    monkeypatch.setattr(kernels_varlen, "varlen_attention", lambda: varlen)
     torch.manual_seed(2)
     rng = random.Random(size)
     shapes = [
@@ -331,7 +319,7 @@ def test_groups_limited_to_the_kernels_of_sm_75_compute_the_same() -> None:
     torch.manual_seed(3)
     rows = [Span(20, 1, [5, 0]), Span(3, 1, [2]), Span(14, 9, [4, 1])]
     cache = PagedKVCache(1, 6, 16, 2, 8, dtype=torch.float32, device=DEVICE)
-    cache.pages.normal_()
+    cache.blocks.normal_()
     q = torch.randn(11, 6, 8, device=DEVICE)
     backend = Backend("sdpa", "", select._as_sm75(SDPA.decode), select._as_sm75(SDPA.chunks), SDPA.static)
     layout = build_metadata(rows, cache, backend=backend)
@@ -344,6 +332,6 @@ def test_groups_limited_to_the_kernels_of_sm_75_compute_the_same() -> None:
 def test_masks_are_cut_out_of_rows_that_the_memory_efficient_kernel_takes_as_they_are() -> None:
     rows = [Span(20, 1, [0, 1]), Span(3, 7, [2])]
     cache = PagedKVCache(1, 6, 11, 2, 8, dtype=torch.float16, device=DEVICE)
-    for group in build_metadata(rows, cache).groups:
+    for group in build_metadata(rows, cache, SDPA).groups:
         mask = group.masks[None]
         assert mask.stride(-1) == 1 and all(stride % 16 == 0 for stride in mask.stride()[:-1])

@@ -25,8 +25,8 @@ def state_of(engine: Engine) -> dict[str, Any]:
     pool, scheduler = engine.pool, engine.scheduler
     return copy.deepcopy(
         {
-            "pool": {name: value for name, value in vars(pool).items() if name != "_cached"},
-            "cached": list(pool._cached),
+            "pool": {name: value for name, value in vars(pool).items() if name != "cached"},
+            "cached": list(pool.cached),
             "requests": [
                 {
                     slot: getattr(request, slot)
@@ -36,7 +36,7 @@ def state_of(engine: Engine) -> dict[str, Any]:
             ],
             "running": [request.request_id for request in scheduler.running],
             "waiting": [request.request_id for request in scheduler.waiting],
-            "arrived": scheduler._arrived,
+            "arrived": scheduler.changes.arrived,
         }
     )
 

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepResult
+from labkit.core.recorder import record_step
 from labkit.core.request import Request
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel, load_model
@@ -29,7 +30,7 @@ from labkit.page.submissions import KEEP
 from labkit.page.upload import MAX_BYTES
 from labkit.page.visitors import mark
 from labkit.sampling_params import SamplingParams
-from labkit.schedulers.static import SCHEDULERS
+from labkit.schedulers import SCHEDULERS
 from labkit.serving.async_engine import AsyncEngine
 from labkit.trace.records import StepRecord
 from labkit.views.live_feed import WINDOW
@@ -347,7 +348,7 @@ def steady(steps: int) -> Iterator[StepRecord]:
         ends = [n and s + n == len(r.token_ids) for r, s, n in rows]
         result = StepResult([(step % 50,) if end else () for end in ends])
         planner.commit(plan, result)
-        yield planner.record(step, plan, result, seconds=0.01)
+        yield record_step(step, plan, result, planner, seconds=0.01)
 
 
 def test_a_text_does_not_grow_with_the_length_of_the_run(lab: Lab) -> None:

@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labkit import Engine, EngineConfig, SamplingParams
+from labkit.core.model_runner import accept
 from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import Request
+from labkit.schedulers.audit import check_pool
 from labkit.speculative.draft_model import ModelDrafter
-from labkit.speculative.speculator import NgramDrafter, Speculator, StepCosts, accept, acceptance
+from labkit.speculative.speculator import NgramDrafter, Speculator, StepCosts, acceptance
 
 
 def engine_of(speculative: str | None, **config) -> Engine:
@@ -35,7 +37,7 @@ def drain(engine: Engine) -> None:
     assert engine.pool.num_free == engine.pool.num_blocks
     if engine.speculator and isinstance(engine.speculator.drafter, ModelDrafter):
         pool = engine.speculator.drafter.pool
-        pool.check_invariants()
+        check_pool(pool)
         assert not pool.tables
 
 
@@ -271,7 +273,7 @@ def test_the_price_of_a_draft_rises_with_the_rows_and_with_who_drafts() -> None:
 def test_nobody_drafts_where_it_cannot_pay() -> None:
     speculator = Speculator(NgramDrafter(), 4, StepCosts(base=1, token=1, plain_base=1, draft_base=9))
     rows = rows_of(3)
-    assert speculator.propose(rows) == (
+    assert speculator.draft(rows) == (
         "nobody drafts: in a step of 3 rows a draft costs more than it can bring"
     )
     assert not any(request.drafts for request in rows)
@@ -279,7 +281,7 @@ def test_nobody_drafts_where_it_cannot_pay() -> None:
 
 def test_leaving_a_captured_graph_must_pay_too() -> None:
     speculator = Speculator(NgramDrafter(), 4, StepCosts(base=100, token=1, plain_base=10))
-    assert "would take too much longer" in speculator.propose(rows_of(1))
+    assert "would take too much longer" in speculator.draft(rows_of(1))
 
 
 def test_who_drafts_badly_stops_and_tries_again_more_and_more_seldom() -> None:
@@ -287,7 +289,7 @@ def test_who_drafts_badly_stops_and_tries_again_more_and_more_seldom() -> None:
     (request,) = rows = rows_of(1)
     tries = []
     for step in range(400):
-        why = speculator.propose(rows)
+        why = speculator.draft(rows)
         if request.drafts:
             tries.append(step)
             plan = StepPlan()
@@ -306,7 +308,7 @@ def test_who_drafts_well_goes_on_with_as_many_as_may_be() -> None:
     speculator = Speculator(NgramDrafter(), 4, StepCosts(base=12, token=1, plain_base=12))
     (request,) = rows = rows_of(1)
     for _ in range(20):
-        assert speculator.propose(rows) == ""
+        assert speculator.draft(rows) == ""
         plan = StepPlan()
         plan.add(request, 1)
         plan.draft(0, request.drafts)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from labkit.schedulers.static import SCHEDULERS
+from labkit.schedulers import SCHEDULERS
 from labkit.trace.records import Finish, StepRecord, TraceError, TraceMeta
 from labkit.trace.trace import Trace
 from tests.core.test_scheduler import Bench
@@ -35,7 +35,7 @@ def played(kind: str = "continuous", *, seed: int = 0, max_steps: int | None = N
         state = bench.trace.state(record.step, after=True)
         assert state.tables == bench.pool.tables
         assert len(state.waiting) == record.waiting == bench.scheduler.num_waiting
-        assert state.cached == set(bench.pool._key_of)
+        assert state.cached == set(bench.pool.key_of)
         for request in bench.scheduler.running:
             if kind != "uncached":  # which computed them, and forgets them at once
                 assert state.computed[request.request_id] == request.num_computed_tokens

@@ -12,9 +12,10 @@ import pytest
 
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepResult
+from labkit.core.recorder import record_step
 from labkit.core.request import Request
 from labkit.sampling_params import SamplingParams
-from labkit.schedulers.static import SCHEDULERS
+from labkit.schedulers import SCHEDULERS
 from labkit.trace.records import Admission, Arrival, Blocks, Finish, StepRecord, TraceMeta
 from labkit.trace.trace import Trace
 from labkit.views import live_feed, style
@@ -103,7 +104,7 @@ def busy_trace(scheduler: str = "continuous", *, steps: int = 10_000, requests: 
         ]
         result = StepResult([(step % 50,) if end else () for end in ends])
         planner.commit(plan, result)
-        trace.append(planner.record(step, plan, result, seconds=0.01))
+        trace.append(record_step(step, plan, result, planner, seconds=0.01))
         step += 1
     return trace
 

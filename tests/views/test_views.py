@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from labkit import views
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepResult
+from labkit.core.recorder import record_step
 from labkit.core.request import Request
 from labkit.sampling_params import SamplingParams
-from labkit.schedulers.static import SCHEDULERS
+from labkit.schedulers import SCHEDULERS
 from labkit.trace.records import Admission, Arrival, Blocks, Finish, StepRecord, TraceMeta
 from labkit.trace.trace import Trace
 from labkit.views import style, text
@@ -103,7 +104,7 @@ def run(
         done = [r.status == "running" and full for r, full in zip(plan.requests, reached, strict=True)]
         result = StepResult([(100 + step,) if ends else () for ends in done])
         engine.commit(plan, result)
-        trace.append(engine.record(step, plan, result))
+        trace.append(record_step(step, plan, result, engine))
     raise RuntimeError("the scheduler does not come to an end")
 
 

@@ -13,9 +13,10 @@ import pytest
 from labkit import views
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepResult
+from labkit.core.recorder import record_step
 from labkit.core.request import Request
 from labkit.sampling_params import SamplingParams
-from labkit.schedulers.static import SCHEDULERS
+from labkit.schedulers import SCHEDULERS
 from labkit.trace.records import Admission, Arrival, Blocks, Finish, Row, StepRecord, TraceMeta
 from labkit.trace.trace import Trace
 from labkit.views import events, perfetto, replay_data, style, text
@@ -81,7 +82,7 @@ def run(seed: int) -> Trace:
             sampled.append((*drafts[:right], 200 + step) if known else ())
         result = StepResult(sampled)
         scheduler.commit(plan, result)
-        trace.append(scheduler.record(step, plan, result))
+        trace.append(record_step(step, plan, result, scheduler))
         for request in scheduler.running:
             room = request.max_len - len(request.token_ids) - 1
             if len(request.token_ids) - request.num_computed_tokens == 1 and room > 0:

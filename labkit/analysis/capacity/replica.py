@@ -9,6 +9,7 @@ from labkit.analysis.capacity.clock import Clock, StepWork
 from labkit.analysis.capacity.decode_run import DecodeRun
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepPlan, StepResult
+from labkit.core.recorder import record_step
 from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
 from labkit.sampling_params import check_number
@@ -200,7 +201,7 @@ class Replica:
             and self.num_running == running
             and plan.kinds.count("d") == running
         )
-        record = self.scheduler.record(self.steps, plan, result, time=self.now, seconds=self._seconds)
+        record = record_step(self.steps, plan, result, self.scheduler, time=self.now, seconds=self._seconds)
         if self.trace is not None:
             self.trace.append(record)
         self.preemptions += len(plan.preempted)

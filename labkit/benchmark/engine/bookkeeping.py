@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepPlan, StepResult
+from labkit.core.recorder import record_step
 from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
 from labkit.sampling_params import SamplingParams
@@ -56,7 +57,7 @@ class Books:
         result = StepResult(self.made_up(plan))
         made = time.perf_counter()
         self.scheduler.commit(plan, result)
-        record = self.scheduler.record(self.steps, plan, result, time=made, seconds=made - begin)
+        record = record_step(self.steps, plan, result, self.scheduler, time=made, seconds=made - begin)
         self.trace.append(record)
         end = time.perf_counter()
         self.steps += 1

@@ -1,0 +1,165 @@
+"""The engine: token ids in, one step at a time, token ids out, and a record of every step.
+
+    engine = EngineCore(model, Scheduler(BlockPool(num_blocks=64, block_size=16)), PlainAttention())
+    request = Request("mine", [1, 2, 3], SamplingParams(max_tokens=8))
+    engine.add(request)
+    engine.run()
+    request.output_token_ids
+
+`labkit.Engine` is the same engine with a model that it loads, fast kernels, text, and times.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from labkit.core.attention import AttentionBackend
+from labkit.core.kv_cache import PagedKVCache
+from labkit.core.model_runner import DecodeGraphs, ModelRunner, PagedModel
+from labkit.core.plan import StepPlan, StepResult
+from labkit.core.recorder import record_step
+from labkit.core.request import Request
+from labkit.core.scheduler import Scheduler
+from labkit.sampling_params import check_number
+from labkit.trace.records import StepRecord, TraceMeta
+from labkit.trace.trace import Trace
+
+
+class Speculation(Protocol):
+    """Drafts tokens, which the next step checks (see `labkit.speculative`)."""
+
+    def propose(self, plan: StepPlan, result: StepResult, running: Sequence[Request]) -> str:
+        """Learn from a step that is committed, and draft; returns why there are not more drafts."""
+        ...
+
+    def forget(self, request_id: str) -> None:
+        """The request is gone."""
+        ...
+
+
+class Audit(Protocol):
+    """Checks every step, and raises where a rule is broken (see `labkit.schedulers.audit`)."""
+
+    def check_plan(self, plan: StepPlan) -> None: ...
+
+    def check_record(self, record: StepRecord) -> None: ...
+
+
+class EngineCore:
+    """Requests in, tokens out, one step at a time. The caller decides when to step.
+
+    Args:
+        model: the model.
+        scheduler: the policy, with the pool that it takes blocks from.
+        attention: the way to compute attention.
+        cache, graphs: those of the model runner; without them, a new cache and no graphs.
+        trace: the trace that records are appended to; without it, a new one.
+    """
+
+    speculator: Speculation | None = None
+    auditor: Audit | None = None
+
+    def __init__(
+        self,
+        model: PagedModel,
+        scheduler: Scheduler,
+        attention: AttentionBackend,
+        *,
+        cache: PagedKVCache | None = None,
+        graphs: DecodeGraphs | None = None,
+        trace: Trace | None = None,
+    ) -> None:
+        self.scheduler, self.pool = scheduler, scheduler.pool
+        sizes = self.pool.num_blocks, self.pool.block_size
+        cache = cache or model.kv_shape.new_cache(*sizes)
+        self.runner = ModelRunner(model, cache, self.pool, backend=attention, graphs=graphs)
+        limits = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+        self.trace = Trace(TraceMeta(*sizes, *limits)) if trace is None else trace
+        self._step = 0
+        self._began = time.perf_counter()
+
+    def add(self, request: Request) -> None:
+        """Queue a request (and its children); it can run from the next step on.
+
+        Raises:
+            ValueError: if an id is in use, or the pool could never hold the request.
+        """
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request, with all its answers, at the next step. False if it is not there or is done."""
+        requests = list(self.scheduler.requests.values())  # a copy: the engine's thread may change it
+        names = [r.request_id for r in requests if request_id in (r.request_id, r.family)]
+        return any([self.scheduler.abort(name) for name in names])
+
+    def set_priority(self, request_id: str, priority: int) -> bool:
+        """Change a request's priority (lower runs first). False if it is not there or is done."""
+        check_number("priority", priority, -(2**31), 2**31, whole=True)
+        return self.scheduler.set_priority(request_id, priority)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a step has anything to do: a request to run, or an abort to carry out and record."""
+        return self.scheduler.has_unfinished
+
+    def run(self) -> Trace:
+        """Step until nothing is left to do; returns the trace."""
+        while self.has_unfinished:
+            self.step()
+        return self.trace
+
+    def step(self) -> StepRecord:
+        """Plan, run, commit and record one step. A fault ends the requests in it, and the others go on."""
+        begin = time.perf_counter()
+        plan = self.scheduler.schedule()
+        if self.auditor:
+            self.auditor.check_plan(plan)
+        interrupt: BaseException | None = None
+        try:
+            result = self.runner.run(plan)
+        except BaseException as error:
+            result = _failed(plan, error)
+            interrupt = None if isinstance(error, Exception) else error  # Ctrl-C: finish the step first
+        self.scheduler.commit(plan, result)
+        if self.speculator:
+            self.scheduler.held_back = self.speculator.propose(plan, result, self.scheduler.running)
+        end = time.perf_counter()
+        times = {"time": end - self._began, "seconds": end - begin}
+        record = record_step(self._step, plan, result, self.scheduler, **times)
+        self._step += 1
+        self.trace.append(record)
+        for request_id, reason, blocks in record.finished:
+            if self.speculator:
+                self.speculator.forget(request_id)
+            if reason == "error":  # what the fault left behind must reach nobody
+                self.runner.cache.clear_blocks([b for b in blocks if not self.pool.ref_counts[b]])
+        self.deliver(plan, result, record, begin, end)
+        if self.auditor:
+            self.auditor.check_record(record)
+        if interrupt is not None:
+            raise interrupt
+        return record
+
+    def deliver(
+        self, plan: StepPlan, result: StepResult, record: StepRecord, begin: float, end: float
+    ) -> None:
+        """Called at the end of each step; `labkit.Engine` hands out text and times here."""
+
+
+def _failed(plan: StepPlan, error: BaseException) -> StepResult:
+    """The result of a step whose forward pass broke: every request in it ends, with the reason."""
+    what = f"the step failed: {first_line(error)}"
+    if isinstance(error, torch.OutOfMemoryError):
+        what = "the step ran out of memory: lower max_num_batched_tokens or num_blocks"
+    rows = range(len(plan.requests))
+    return StepResult([()] * len(rows), errors=dict.fromkeys(rows, what))
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
+    text = str(error).split("\n")[0][:300]
+    return f"{type(error).__name__}: {text}"

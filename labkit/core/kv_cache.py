@@ -1,0 +1,156 @@
+"""The paged KV cache: the tensors, and the one file that knows how a block lies in memory.
+
+A block holds the keys and the values of `block_size` tokens of a request, for one layer:
+
+    (2, num_kv_heads, block_size, head_dim)        2: keys, then values
+
+so that what one head reads lies together. Token t of a request lies in its block `table[t // block_size]`, in
+place `t % block_size` there. There is one block more than the pool has: the null block, which takes what
+padding writes, and fills up block tables to a common width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What one token takes in the cache of a model: a key and a value for each head of each layer."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes_per_token(self) -> int:
+        """The bytes of a token in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
+        """An empty cache of this shape. Raises `ValueError` if it does not fit into memory."""
+        sizes = self.num_layers, num_blocks, block_size, self.num_kv_heads, self.head_dim
+        return PagedKVCache(*sizes, dtype=self.dtype, device=self.device)
+
+
+class PagedKVCache:
+    """Keys and values of all layers, in blocks.
+
+    Args:
+        num_layers, num_blocks, block_size, num_kv_heads, head_dim: the sizes. `num_blocks` does not count the
+            null block, whose index is `num_blocks`.
+        dtype, device: those of the tensors.
+
+    Raises:
+        ValueError: if the device cannot hold it; the message names the size.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = self.null_block = num_blocks
+        self.block_size, self.num_kv_heads = block_size, num_kv_heads
+        shape = (num_layers, num_blocks + 1, 2, num_kv_heads, block_size, head_dim)
+        _check_memory(num_blocks, math.prod(shape) * dtype.itemsize, device)
+        # Zeros, not garbage: a masked score still multiplies its value, and 0 * NaN is NaN.
+        self.blocks = torch.zeros(shape, dtype=dtype, device=device)
+        # The same memory, seen by token: (layers, blocks, block_size, kv_heads, head_dim).
+        self.k, self.v = self.blocks.transpose(3, 4).unbind(2)
+        # What each layer needs at every step is looked up once.
+        self._layers = list(self.blocks.unbind(0))
+        self._vectors = [blocks.view(-1, head_dim) for blocks in self._layers]
+        self._heads = torch.arange(num_kv_heads, device=device) * block_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.blocks.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes
+
+    def layer(self, layer: int) -> Tensor:
+        """The blocks of one layer: (num_blocks + 1, 2, kv_heads, block_size, head_dim)."""
+        return self._layers[layer]
+
+    def slots(self, blocks: Tensor, places: Tensor) -> Tensor:
+        """Where in a layer the vectors of tokens lie that have these places (T,) in these blocks (T,).
+
+        Returns:
+            int64 (2, T * kv_heads): the keys and the values of each head, token by token.
+        """
+        size = self.num_kv_heads * self.block_size
+        keys = ((blocks * (2 * size) + places)[:, None] + self._heads).flatten()
+        return torch.stack((keys, keys + size))
+
+    def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        """Store keys and values (T, kv_heads, head_dim) of one layer where `slots` says."""
+        vectors, dim = self._vectors[layer], k.shape[-1]
+        vectors.index_copy_(0, slots[0], k.reshape(-1, dim))
+        vectors.index_copy_(0, slots[1], v.reshape(-1, dim))
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks (source, destination) in all layers: copy on write."""
+        source, target = torch.tensor(pairs, device=self.device).unbind(1)
+        self.blocks[:, target] = self.blocks[:, source]
+
+    def clear_blocks(self, blocks: Sequence[int]) -> None:
+        """Zero blocks, so that what a failed request left there (NaN, say) reaches nobody."""
+        self.blocks[:, torch.tensor(blocks, dtype=torch.long, device=self.device)] = 0
+
+
+def read_tokens(blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (T, kv_heads, head_dim) of the tokens that lie in these slots of one layer."""
+    kv_heads, dim = blocks.shape[2], blocks.shape[4]
+    found = blocks.view(-1, dim).index_select(0, slots.flatten())
+    k, v = found.view(2, -1, kv_heads, dim).unbind(0)
+    return k, v
+
+
+def half_blocks(tables: Tensor, kv_heads: int) -> Tensor:
+    """Where the keys and the values of each head lie in the blocks of tables (rows, width).
+
+    Returns:
+        int64 (2, rows, kv_heads, width), which counts pieces of (block_size, head_dim): see `read_rows`.
+    """
+    heads = torch.arange(kv_heads, device=tables.device)[:, None]
+    keys = tables[:, None] * (2 * kv_heads) + heads
+    return torch.stack((keys, keys + kv_heads))
+
+
+def read_rows(blocks: Tensor, pieces: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of whole tables in one layer, each (rows, kv_heads, width * block_size, head_dim).
+
+    They come in one piece, as fast kernels want them; `pieces` comes from `half_blocks`.
+    """
+    found = blocks.flatten(0, 2).index_select(0, pieces.flatten())
+    k, v = found.view(*pieces.shape[:3], -1, blocks.shape[-1]).unbind(0)
+    return k, v
+
+
+def _check_memory(num_blocks: int, needed: int, device: torch.device) -> None:
+    if device.type == "cpu":  # it promises memory that it does not have
+        available = psutil.virtual_memory().available
+    else:
+        available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    if needed > available:
+        raise ValueError(
+            f"num_blocks={num_blocks} needs {needed / 2**30:.1f} GiB for the KV cache, but {device} has "
+            f"{available / 2**30:.1f} GiB free"
+        )

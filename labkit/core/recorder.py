@@ -1,0 +1,59 @@
+"""A step as the trace keeps it: the plan, what came of it, and who came and went. No tensors here."""
+
+from __future__ import annotations
+
+from labkit.core.plan import Changes, StepPlan, StepResult
+from labkit.core.scheduler import Scheduler
+from labkit.trace.records import StepRecord
+
+
+def record_step(
+    step: int,
+    plan: StepPlan,
+    result: StepResult,
+    scheduler: Scheduler,
+    *,
+    time: float = 0.0,
+    seconds: float = 0.0,
+) -> StepRecord:
+    """Write the record of a step that is committed; the scheduler's list of changes begins anew.
+
+    Args:
+        step: its number.
+        plan, result: what was planned, and what was computed.
+        scheduler: whose queue, pool and changes are recorded.
+        time, seconds: when the step ended, on the clock of the trace, and how long it took.
+    """
+    pool, changes = scheduler.pool, scheduler.changes
+    scheduler.changes = Changes()
+    published, evicted = pool.drain_changes()
+    head, blocked = scheduler.waiting.peek(), plan.blocked
+    if head and (blocked is None or blocked[0] != head.request_id):
+        # The other answers to a request that has just failed come to the queue after planning.
+        blocked = (head.request_id, "it joined the queue when this step was over")
+    return StepRecord(
+        step,
+        requests=tuple([request.request_id for request in plan.requests]),
+        kinds="".join(plan.kinds),
+        starts=tuple(plan.starts),
+        num_tokens=tuple(plan.num_tokens),
+        sampled=tuple(result.sampled),
+        padding=tuple(plan.padding) if any(plan.padding) else (),
+        drafted=tuple([plan.drafts.get(i, ()) for i in range(len(plan.requests))]) if plan.drafts else (),
+        arrived=tuple(changes.arrived),
+        reprioritised=tuple(changes.reprioritised),
+        admitted=tuple(plan.admitted),
+        preempted=tuple(plan.preempted),
+        taken=tuple(plan.taken),
+        copied=tuple(plan.copied),
+        finished=tuple(changes.finished),
+        returned=tuple(changes.returned),
+        published=published,
+        evicted=evicted,
+        waiting=len(scheduler.requests) - len(scheduler.running),
+        blocked=blocked,
+        held_back=plan.held_back,
+        free_blocks=pool.num_free,
+        time=time,
+        seconds=seconds,
+    )

@@ -1,0 +1,213 @@
+"""Attention in PyTorch's own kernels, over blocks that are gathered side by side. It runs on every device.
+
+Rows with few queries share a call: their blocks are gathered, padded to the longest row, and masked. Longer
+rows go one by one. The query heads that share a key head are folded into the query length, so that
+grouped-query attention needs no repeated keys.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from labkit.core.attention import Span
+from labkit.core.kv_cache import PagedKVCache, half_blocks, read_rows
+from labkit.kernels.backend import Backend
+
+_MAX_GROUPS = 4  # of decode rows with similar lengths
+_MIN_GROUP = 4  # rows worth a call of their own
+_FEW = 16  # queries in a row, such as drafts, with which rows still share a call
+
+
+@dataclass
+class GatheredRows:
+    """Rows of equally many queries, mostly one, in one call over pages gathered side by side.
+
+    `blocks` (see `gather`) are the pages; `masks` maps a sliding window (None: no window) to what is added
+    to the scores, (rows, 1 or kv_heads, queries, width * block_size): 0, or minus infinity where a query may
+    not look.
+    """
+
+    first: int
+    last: int
+    pieces: Tensor
+    masks: dict[int | None, Tensor]
+
+    def attend(self, q: Tensor, blocks: Tensor, *, scale: float, window: int | None) -> Tensor:
+        k, v = read_rows(blocks, self.pieces)
+        rows, kv_heads, length, dim = k.shape
+        mask = self.masks[window]
+        queries = mask.shape[2]
+        folded = q
+        if queries > 1:  # of a group of heads, those of each head come one after the other
+            folded = q.reshape(rows, queries, -1, dim).transpose(1, 2)
+            mask = mask.repeat(1, 1, q.shape[1] // kv_heads, 1)
+        folded = folded.reshape(rows, kv_heads, -1, dim)
+        if _plainly(q):
+            k, v = k.view(-1, length, dim), v.view(-1, length, dim)
+            scores = torch.baddbmm(
+                mask.view(len(k), -1, length), folded.reshape(len(k), -1, dim), k.transpose(1, 2), alpha=scale
+            )
+            out = torch.bmm(scores.softmax(-1), v)
+        else:
+            out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
+        if queries > 1:
+            out = out.reshape(rows, -1, queries, dim).transpose(1, 2).contiguous()
+        return out.reshape(q.shape)
+
+
+@dataclass
+class Chunk:
+    """The queries of one row. A mask (queries, length) is added to the scores; None is plain causal."""
+
+    first: int
+    last: int
+    length: int
+    pieces: Tensor
+    masks: dict[int | None, Tensor | None]
+
+    def attend(self, q: Tensor, blocks: Tensor, *, scale: float, window: int | None) -> Tensor:
+        k, v = read_rows(blocks, self.pieces)
+        group = q.shape[1] // k.shape[1]
+        k, v = (x[:, :, : self.length] for x in (k, v))
+        if group > 1:  # not every kernel of PyTorch's groups queries; to repeat the keys of one row is cheap
+            k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        mask = self.masks[window]
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None, scale=scale
+        )
+        return out[0].transpose(0, 1)
+
+
+def _plainly(q: Tensor) -> bool:
+    """Whether to write single queries out as two batched products: on a CPU in fp32 they are faster.
+
+    PyTorch's fused kernel makes a small product of its own for each row and head there.
+    """
+    return q.device.type == "cpu" and q.dtype == torch.float32
+
+
+def additive(seen: Tensor, like: Tensor) -> Tensor:
+    """A mask to be added to scores: 0 where something is seen, else minus infinity.
+
+    It is cut out of rows of a multiple of 16, as PyTorch's memory-efficient kernel wants them; others it
+    would copy in every layer.
+    """
+    *shape, length = seen.shape
+    mask = torch.zeros(*shape, -(-length // 16) * 16, dtype=like.dtype, device=seen.device)
+    return mask[..., :length].masked_fill_(~seen, -torch.inf)
+
+
+def block_table(rows: Sequence[Span], cache: PagedKVCache, width: int) -> Tensor:
+    """The block tables of these rows, filled up with the null page: (rows, width), int64."""
+    table: list[int] = []
+    for row in rows:
+        used = -(-row.length // cache.block_size)
+        table += row.table[:used]
+        table += [cache.null_block] * (width - used)
+    return torch.tensor(table, device=cache.device).view(len(rows), width)
+
+
+def gathered_rows(
+    first: int, rows: Sequence[Span], cache: PagedKVCache, windows: Sequence[int | None]
+) -> list[GatheredRows]:
+    """Groups of rows with a single query, cut where the padding of the shorter ones would be much."""
+    size = cache.block_size
+    groups = []
+    for begin, end in _cut([-(-row.length // size) for row in rows]):
+        some = rows[begin:end]
+        groups.append(_gathered(first, some, cache, windows))
+        first = groups[-1].last
+    return groups
+
+
+def _gathered(
+    first: int, rows: Sequence[Span], cache: PagedKVCache, windows: Sequence[int | None]
+) -> GatheredRows:
+    """One group of rows with equally many queries, the longest row first."""
+    queries = rows[0].num_queries
+    tables = block_table(rows, cache, -(-rows[0].length // cache.block_size))
+    starts = torch.tensor([row.start for row in rows], device=tables.device)
+    positions = starts[:, None] + torch.arange(queries, device=tables.device)
+    return _group(first, tables, positions, cache, windows)
+
+
+def static_rows(
+    tables: Tensor, lengths: Tensor, cache: PagedKVCache, windows: Sequence[int | None]
+) -> GatheredRows:
+    """One group of rows with a single query, from tensors on the device (see `Backend.static`)."""
+    return _group(0, tables, lengths[:, None] - 1, cache, windows)
+
+
+def _group(
+    first: int, tables: Tensor, positions: Tensor, cache: PagedKVCache, windows: Sequence[int | None]
+) -> GatheredRows:
+    """One group of rows, from their tables (rows, width) and their queries' positions (rows, queries)."""
+    at = torch.arange(tables.shape[1] * cache.block_size, device=tables.device)
+    positions = positions[:, None, :, None]
+    masks = {}
+    for window in windows:
+        seen = at <= positions
+        mask = additive(seen if window is None else seen & (at > positions - window), cache.blocks)
+        masks[window] = mask.repeat(1, cache.num_kv_heads, 1, 1) if _plainly(mask) else mask
+    return GatheredRows(first, first + positions.numel(), half_blocks(tables, cache.num_kv_heads), masks)
+
+
+def gathered_chunks(
+    first: int, rows: Sequence[Span], cache: PagedKVCache, windows: Sequence[int | None]
+) -> list[GatheredRows | Chunk]:
+    """Rows with more than one query: together where they have equally many and few, else one by one."""
+    groups: list[GatheredRows | Chunk] = []
+    for queries, some in itertools.groupby(rows, lambda row: row.num_queries):
+        if queries <= _FEW:
+            groups.append(_gathered(first, list(some), cache, windows))
+        else:
+            groups += _single_chunks(first, list(some), cache, windows)
+        first = groups[-1].last
+    return groups
+
+
+def _single_chunks(
+    first: int, rows: Sequence[Span], cache: PagedKVCache, windows: Sequence[int | None]
+) -> list[Chunk]:
+    device = cache.device
+    chunks = []
+    for row in rows:
+        tables = block_table([row], cache, -(-row.length // cache.block_size))
+        keys = torch.arange(row.length, device=device)
+        queries = torch.arange(row.start, row.length, device=device)[:, None]
+        masks: dict[int | None, Tensor | None] = {}
+        for window in windows:
+            if row.start == 0 and (window is None or window >= row.length):
+                masks[window] = None
+            else:
+                seen = keys <= queries
+                masks[window] = additive(
+                    seen if window is None else seen & (keys > queries - window), cache.blocks
+                )
+        pieces = half_blocks(tables, cache.num_kv_heads)
+        chunks.append(Chunk(first, first + row.num_queries, row.length, pieces, masks))
+        first += row.num_queries
+    return chunks
+
+
+def _cut(widths: list[int]) -> list[tuple[int, int]]:
+    """Cut rows, sorted by falling width, into few groups with little padding between them."""
+    cuts, first = [], 0
+    for i, width in enumerate(widths):
+        if len(cuts) == _MAX_GROUPS - 1:
+            break
+        if i - first >= _MIN_GROUP and 4 * width <= 3 * widths[first] and len(widths) - i >= _MIN_GROUP:
+            cuts.append((first, i))
+            first = i
+    return [*cuts, (first, len(widths))] if widths else []
+
+
+SDPA = Backend(
+    "sdpa", "PyTorch's own attention over gathered pages", gathered_rows, gathered_chunks, static_rows
+)
