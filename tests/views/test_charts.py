@@ -9,7 +9,8 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from labkit.views import charts, style, text
+from labkit.views import style, text
+from labkit.views.figures import charts
 
 HOSTILE = ["<b>bold</b>", "$x^2$", "2024-01-01", "1e5", "line\nbreak", "日本語", "a" * 300]
 
