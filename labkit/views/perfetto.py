@@ -76,7 +76,7 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
 
 
 class _Clock:
-    """It says when a step begins and ends, in whole microseconds, so that no two spans of a track overlap."""
+    """The clock times steps in whole microseconds, so that no two spans of a track ever overlap."""
 
     def __init__(self, trace: Trace, *, timed: bool) -> None:
         self._spans: dict[int, tuple[int, int]] = {}

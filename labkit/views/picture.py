@@ -23,7 +23,7 @@ _MIMETYPE = "application/vnd.plotly.v1+json"
 
 
 class Picture:
-    """A figure and the same facts as text.
+    """A picture holds a figure and the same facts as text.
 
     Args:
         figure: the plotly figure.

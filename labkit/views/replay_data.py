@@ -190,7 +190,7 @@ def _events(record: StepRecord) -> list[tuple[str, str]]:
     ]
     finished = [(name, f"ends: {reason}") for name, reason, _ in record.finished]
     returned = [
-        (name, f"gives {style.plural(len(blocks), 'page')} back, for its drafts were wrong")
+        (name, f"gives {style.plural(len(blocks), 'page')} back, because its drafts were wrong")
         for name, blocks in record.returned
     ]
     found = [*arrived, *preempted, *admitted, *returned, *finished][:MAX_LISTED]

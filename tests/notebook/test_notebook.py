@@ -1,4 +1,4 @@
-"""What notebooks call: pictures with their text, the one line of setup, and the engine's own source."""
+"""Notebooks call pictures with their text, one line of setup, and the source of the engine."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def test_drafts_are_told_where_somebody_drafts(visit: Callable[..., Looker]) -> 
     agrees(me, TRACES["Drafts"], 1)
     assert me.page.inner_text(".lkr-now").endswith("1 generated: 4 drafted, 0 of them right.")
     assert "5 tokens: 4 drafted, 0 of them right" in me.page.inner_text(".lkr-tables")
-    assert "gives 1 page back, for its drafts were wrong" in me.page.inner_text(".lkr-events")
+    assert "gives 1 page back, because its drafts were wrong" in me.page.inner_text(".lkr-events")
     me.page.click(".lkr-last")
     agrees(me, TRACES["Drafts"], 5)
     assert me.page.inner_text(".lkr-now").endswith("2 tokens computed, 2 generated.")

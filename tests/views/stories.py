@@ -26,7 +26,7 @@ WHY = "1 of 2 rows draft nothing: a draft pays if it is right 30% of the time, a
 def record(
     step: int, rows: Sequence[tuple[str, str, int, int, tuple[int, ...]]] = (), **fields
 ) -> StepRecord:
-    """A record from rows of (request, kind letter, start, tokens, sampled)."""
+    """Make a record from rows of (request, kind letter, start, tokens, sampled)."""
     columns = list(zip(*rows, strict=True)) or [()] * 5
     return StepRecord(step, columns[0], "".join(columns[1]), *columns[2:], **fields)
 
@@ -36,7 +36,7 @@ def trace_of(*records: StepRecord, num_blocks: int = 8, block_size: int = 4) -> 
 
 
 def story() -> Trace:
-    """Request a computes its prompt; b shares its first page, is preempted, and comes back."""
+    """Request a computes its prompt; b shares its first block, is preempted, and comes back."""
     return trace_of(
         record(
             3, [("a", "p", 0, 6, (50,))], published=(0,), waiting=1, blocked=("b", "no seat"), free_blocks=6,
@@ -110,7 +110,7 @@ def traces(draw: st.DrawFn) -> Trace:
 
 
 def timed(trace: Trace, step: float = 0.01) -> Trace:
-    """The same steps on a clock: a hundredth of a second each, and a second of rest before every tenth."""
+    """Put the steps on a clock: a hundredth of a second each, and a second of rest before every tenth."""
     clock, records = 0.0, []
     for place, record in enumerate(trace):
         clock += step + (place % 10 == 9)
@@ -120,13 +120,13 @@ def timed(trace: Trace, step: float = 0.01) -> Trace:
 
 
 def busy() -> Trace:
-    """Requests of uneven length, a pool too small for them, chunks, and one that is aborted."""
+    """Serve requests of uneven length from a pool too small for them, with chunks and one abort."""
     jobs = [(0, str(i), 3 + 2 * i, 14 - i) for i in range(6)] + [(5, "late", 10, 4)]
     return timed(run(jobs, num_blocks=10, budget=8, aborts=[(9, "4")]))
 
 
 def with_times(trace: Trace, times: Sequence[tuple[float, float]]) -> Trace:
-    """The same steps, each with the time at which it ends and the seconds that it takes."""
+    """Give each step the time at which it ends and the seconds that it takes."""
     records = [dataclasses.replace(r, time=t, seconds=s) for r, (t, s) in zip(trace, times, strict=True)]
     return Trace(trace.meta, records)
 

@@ -41,7 +41,7 @@ def test_timeline_bars_add_up_to_the_rows_of_the_trace(trace: Trace) -> None:
 
 
 def _lanes(trace: Trace, last: int | None = None) -> tuple[str, dict[str, str]]:
-    """The ruler of a timeline in text, and the line of each request."""
+    """Return the ruler of a timeline in text, and the line of each request."""
     ruler, *lines = text.batch_timeline(trace, last=last).split("\n\n")[1].splitlines()
     return ruler, {line.split()[0]: line for line in lines}
 

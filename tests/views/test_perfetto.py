@@ -1,4 +1,4 @@
-"""What we export for Perfetto: opened by its own trace processor, and held against the trace."""
+"""The export for Perfetto is opened by its own trace processor, and compared with the trace."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def exported(trace: Trace) -> list[dict[str, Any]]:
 
 
 def spans_of(trace: Trace) -> dict[str, list[dict[str, Any]]]:
-    """Spans by the name of their track."""
+    """Return spans by the name of their track."""
     found = exported(trace)
     names = {event["tid"]: event["args"]["name"] for event in found if event["name"] == "thread_name"}
     spans: dict[str, list[dict[str, Any]]] = {name: [] for name in names.values()}
@@ -191,7 +191,7 @@ def test_perfetto_opens_static_batches_and_hostile_names(opened: Callable[[Trace
 
 
 def test_the_trace_processor_would_notice(opened: Callable[[Trace], TraceProcessor], browser: Any) -> None:  # noqa: F811
-    """What the two tests above see as errors, seen: spans that overlap, and a file that ends too early."""
+    """The two tests above rely on errors being seen: spans that overlap, and a file that ends too early."""
     files = folder()
     overlapping = [
         {"ph": "X", "name": str(i), "pid": 1, "tid": 1, "ts": 10 * i, "dur": 15, "args": {}} for i in range(3)

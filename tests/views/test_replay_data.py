@@ -1,4 +1,4 @@
-"""What a browser replays, held against the trace it was made of."""
+"""What a browser replays is compared with the trace that it was made of."""
 
 from __future__ import annotations
 

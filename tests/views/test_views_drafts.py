@@ -1,4 +1,4 @@
-"""Drafts in every picture: how many there were, how many were right, and which pages were given back."""
+"""Every picture says how many drafts there were, how many were right, and which blocks were given back."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_the_story_as_replay_data() -> None:
     assert b == [["p", 3, 3, 3], ["d", 4, 5, 2]]
     frames = replay_data.frames(draft_story(), {"a": 0, "b": 1}, 0, 6)
     assert frames[1]["batch"] == [[0, "d", 5, 5, 0, 4, 0]] and frames[5]["batch"][0] == [0, "d", 14, 1, 0]
-    assert frames[1]["events"] == [[0, "gives 1 page back, for its drafts were wrong"]]
+    assert frames[1]["events"] == [[0, "gives 1 page back, because its drafts were wrong"]]
     assert frames[4]["events"] == [[-1, WHY.format("15%")]]
     assert frames[1]["tables"] == [[0, 10, [0, 1, 2]]], "while the step runs, drafts are in the cache"
     assert frames[2]["tables"] == [[0, 9, [0, 1, 2]]]
@@ -159,7 +159,7 @@ def test_replay_data_add_up(trace: Trace) -> None:
 # -- the live canvas ------------------------------------------------------------------------------
 
 
-def test_the_live_pictures_hear_of_drafts(trace: Trace) -> None:
+def test_the_live_pictures_show_drafts(trace: Trace) -> None:
     feed = Feed(trace.meta, min_interval=0, speculative="ngram")
     spans: dict[tuple[str, str, int], tuple[int, ...]] = {}
     step, steps, events = -1, [], []
@@ -243,7 +243,7 @@ def test_numbers_share_a_gap_among_the_tokens_that_come_together() -> None:
 # -- the pool -------------------------------------------------------------------------------------
 
 
-def test_pages_given_back_leave_with_the_end_of_the_step() -> None:
+def test_blocks_given_back_leave_with_the_end_of_the_step() -> None:
     during, after = blocks_of(draft_story(), 1), blocks_of(draft_story(), 2)
     assert during.owned == 3 and during.headline[1].endswith("; the step's end gives back 1")
     assert "gives back" not in after.headline[1]

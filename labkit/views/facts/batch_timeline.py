@@ -14,7 +14,7 @@ from labkit.views.style import drafts, plural
 
 @dataclass(slots=True)
 class Span:
-    """A request did the same in each of the steps `first` to `last`.
+    """In a span, a request did the same in each of the steps `first` to `last`.
 
     `kind` is prefill, chunk, decode, idle or waiting. `start` counts the tokens that were computed before the
     span. `reasons` says why the request waited while it headed the queue, and for how many steps each. The
@@ -38,7 +38,7 @@ class Span:
 
 
 class End(NamedTuple):
-    """A request ended with a step or, if `early`, before that step ran."""
+    """An end says that a request ended with a step or, if `early`, before that step ran."""
 
     step: int
     reason: str
@@ -47,7 +47,7 @@ class End(NamedTuple):
 
 @dataclass
 class Lane:
-    """One request has one row in the timeline."""
+    """A lane is the row of one request in the timeline."""
 
     request_id: str
     spans: list[Span] = field(default_factory=list)
@@ -77,7 +77,7 @@ class Lane:
 
 @dataclass
 class Timeline:
-    """Steps `first` to `last` of a trace are shown, with one lane per request in order of arrival.
+    """A timeline shows steps `first` to `last` of a trace, with one lane per request in order of arrival.
 
     `blocked` holds why the head of the queue waited, and for how many steps, the most frequent reason first.
     """
@@ -90,12 +90,12 @@ class Timeline:
 
     @property
     def drafting(self) -> bool:
-        """Whether any request has drafts."""
+        """Say whether any request has drafts."""
         return any(lane.num_drafted for lane in self.lanes)
 
     @property
     def headline(self) -> tuple[str, str]:
-        """Two sentences state the numbers."""
+        """State the numbers in two sentences."""
         computed = sum(lane.num_tokens for lane in self.lanes)
         sampled = sum(lane.num_sampled for lane in self.lanes)
         padding = sum(lane.padding for lane in self.lanes)
@@ -132,7 +132,7 @@ def timeline_of(trace: Trace, first: int | None = None, last: int | None = None)
 
 
 class _Builder:
-    """It reads records in order and turns them into lanes."""
+    """The builder reads records in order and turns them into lanes."""
 
     def __init__(self, trace: Trace, records: list[StepRecord]) -> None:
         begin = trace.state(records[0].step)

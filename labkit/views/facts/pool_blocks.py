@@ -10,7 +10,7 @@ from labkit.views.style import plural
 
 
 class PoolBlock(NamedTuple):
-    """One block during a step. `kind` is free, cached (no owner, but its tokens are known), owned or shared.
+    """A block is during a step of one `kind`: free, cached (unowned, with known tokens), owned or shared.
 
     `positions` says where the block stands in each owner's block table, `filled` counts its tokens, and a
     `findable` block holds a prefix that later requests can share.
@@ -26,7 +26,7 @@ class PoolBlock(NamedTuple):
 
 @dataclass(frozen=True)
 class PoolBlocks:
-    """All blocks of the pool during a step.
+    """These are all blocks of the pool during a step.
 
     `requests` maps each owner to its number of blocks and of tokens in the cache. `owned_after` counts the
     owned blocks once the step is over, when finished requests have given theirs back.
@@ -53,7 +53,7 @@ class PoolBlocks:
 
     @property
     def headline(self) -> tuple[str, str]:
-        """Two sentences state the numbers."""
+        """State the numbers in two sentences."""
         owned, total = self.owned, len(self.blocks)
         slots = owned * self.block_size
         first = f"Step {self.step}: KV usage {owned / total:.0%}, {owned} of {plural(total, 'block')} owned"

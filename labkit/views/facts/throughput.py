@@ -15,9 +15,9 @@ _REST = 0.5  # seconds between two steps that count as a pause
 
 @dataclass
 class Rates:
-    """Numbers over a run, with one point per step.
+    """Rates describe a run, with one point per step.
 
-    Rates count tokens per second of work, or per step if the trace has no clock (`per` says which). Each is a
+    They count tokens per second of work, or per step if the trace has no clock (`per` says which). Each is a
     mean over the last `window` seconds or steps.
     """
 
@@ -38,7 +38,7 @@ class Rates:
 
     @property
     def headline(self) -> tuple[str, str]:
-        """Two sentences state the numbers."""
+        """State the numbers in two sentences."""
         took = f" in {self.spent:.3g} s of work" if self.per == "second" else ""
         amount = self.spent or 1
         first = f"{self.num_generated / amount:.4g} generated tokens per {self.per}, "

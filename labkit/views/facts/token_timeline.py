@@ -26,7 +26,7 @@ CLOCKS = {
 
 @dataclass
 class TokenLane:
-    """One request arrived at a moment, and each of its tokens came out at another."""
+    """A lane says when one request arrived, and when each of its tokens came out."""
 
     request_id: str
     arrived: float = 0
@@ -34,23 +34,23 @@ class TokenLane:
 
     @property
     def ttft(self) -> float | None:
-        """Time to first token: from arrival to the first token (None: there is none yet)."""
+        """Return the time to first token, from arrival; None if there is no token yet."""
         return self.tokens[0] - self.arrived if self.tokens else None
 
     @property
     def gaps(self) -> list[float]:
-        """Inter-token latency: the time from each token to the next."""
+        """Return the inter-token latencies: the time from each token to the next."""
         return [after - before for before, after in pairwise(self.tokens)]
 
     @property
     def worst_gap(self) -> float:
-        """The longest gap, or 0 if there is none."""
+        """Return the longest gap, or 0 if there is none."""
         return max(self.gaps, default=0)
 
 
 @dataclass
 class TokenTimeline:
-    """The tokens of a run on one clock, with one lane per request in order of arrival."""
+    """A token timeline shows a run on one clock, with one lane per request in order of arrival."""
 
     clock: Clock
     lanes: dict[str, TokenLane]
@@ -60,12 +60,12 @@ class TokenTimeline:
 
     @property
     def worst_gap(self) -> float:
-        """The longest time that any request waited between two tokens, or 0 if none has two."""
+        """Return the longest time between two tokens of a request, or 0 if none has two tokens."""
         return max((lane.worst_gap for lane in self.lanes.values()), default=0)
 
     @property
     def headline(self) -> str:
-        """One sentence states the numbers."""
+        """State the numbers in one sentence."""
         tokens = sum(len(lane.tokens) for lane in self.lanes.values())
         unit = "tokens computed" if self.clock == "tokens" else self.clock
         longest = f"the longest gap between two: {self.shown(self.worst_gap)} {unit}"

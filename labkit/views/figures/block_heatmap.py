@@ -22,7 +22,7 @@ _GAP = 2  # pixels
 
 
 class _Grid:
-    """It says where a block is drawn: `columns` to a row, in cells a little smaller than the grid's pitch."""
+    """The grid says where a block is drawn: `columns` to a row, in cells a little smaller than its pitch."""
 
     def __init__(self, total: int) -> None:
         self.columns = total if total <= 16 else 16 if total <= 128 else 32 if total <= 512 else 64
