@@ -103,7 +103,7 @@ class _Clock:
 
 def _steps(trace: Trace, clock: _Clock) -> Iterator[Event]:
     for record in trace.records:
-        facts = {
+        facts: Event = {
             "requests": len(record.requests),
             "tokens computed": record.total_tokens,
             "tokens generated": record.total_sampled,
@@ -138,9 +138,9 @@ def _lane(lane: Lane, track: int, clock: _Clock) -> Iterator[Event]:
         yield _span(_name(lane, span), track, begin, end, _span_facts(span))
     for step in lane.preempted:
         yield _instant("preempted", track, clock.begin(step), {"step": step})
-    for end in lane.ends:
-        when = clock.begin(end.step) if end.early else clock.end(end.step)
-        yield _instant(f"ends: {style.label(end.reason, _MAX_NAME)}", track, when, {"step": end.step})
+    for step, reason, early in lane.ends:
+        when = clock.begin(step) if early else clock.end(step)
+        yield _instant(f"ends: {style.label(reason, _MAX_NAME)}", track, when, {"step": step})
 
 
 def _without_overlap(spans: list[Span]) -> Iterator[tuple[Span, int]]:

@@ -205,7 +205,7 @@ def throughput(trace: Trace, *, window: float | None = None) -> str:
     rates = rates_of(trace, window)
     if rates is None:
         return style.NO_STEPS
-    rows = [
+    rows: list[tuple[str, Sequence[float | None], str]] = [
         (f"computed / {rates.per}", rates.computed, ",.4g"),
         (f"generated / {rates.per}", rates.generated, ",.4g"),
         ("KV usage", rates.kv_usage, ".0%"),
@@ -295,7 +295,7 @@ def lines(
     digits: int,
 ) -> str:
     """Write a table: a column for each named series, and a row for each x, or for 40 evenly chosen ones."""
-    kept = range(len(x))
+    kept: Sequence[int] = range(len(x))
     if len(x) > _ROWS:
         kept = [round(i * (len(x) - 1) / (_ROWS - 1)) for i in range(_ROWS)]
     rows = [[x_name, *(style.label(name, 40) for name in ys)]]

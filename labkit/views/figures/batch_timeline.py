@@ -122,8 +122,8 @@ def _kind_swatch(kind: str) -> go.Bar | go.Scatter:
     if kind in ("prefill", "chunk", "idle"):
         return swatch(_NAMES[kind], _look(kind, style.FAINT_INK))
     # A line keeps the height that tells decode and waiting from the others.
-    line = {"color": style.FAINT_INK if kind == "decode" else style.WAITING}
-    line["width"] = 8 if kind == "decode" else 3
+    color, width = (style.FAINT_INK, 8) if kind == "decode" else (style.WAITING, 3)
+    line = {"color": color, "width": width}
     return go.Scatter(x=[None], y=[None], mode="lines", line=line, name=kind, showlegend=True)
 
 

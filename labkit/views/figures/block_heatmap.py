@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import plotly.graph_objects as go
 
 from labkit.trace.trace import Trace
@@ -12,11 +14,11 @@ from labkit.views.style import plural
 
 _SHADES = [style.FREE, style.CACHED, style.PAPER, *(style.tint(color, 0.28) for color in style.PALETTE)]
 _SHADE_OF = {"free": 0, "cached": 1, "shared": 2, "owned": 3}  # owned: plus the owner's place in the palette
-_CACHED = {
+_CACHED: dict[str, Any] = {
     "color": style.CACHED,
     "pattern": {"shape": "/", "size": 6, "solidity": 0.25, "fgcolor": style.PAPER, "bgcolor": style.CACHED},
 }
-_SHARED = {"color": "rgba(0,0,0,0)", "line": {"color": style.SHARED, "width": 2}}
+_SHARED: dict[str, Any] = {"color": "rgba(0,0,0,0)", "line": {"color": style.SHARED, "width": 2}}
 _MAX_OWNERS_NAMED = 12
 _GAP = 2  # pixels
 
@@ -125,7 +127,7 @@ def _fill_bars(pool: PoolBlocks, grid: _Grid) -> go.Bar:
     )
 
 
-def _marked_cells(pool: PoolBlocks, grid: _Grid, kind: str, look: dict[str, object]) -> go.Bar:
+def _marked_cells(pool: PoolBlocks, grid: _Grid, kind: str, look: dict[str, Any]) -> go.Bar:
     """Draw whole cells over the ground: a pattern says cached, an outline says shared."""
     places = [grid.place(block) for block in pool.blocks if block.kind == kind]
     return go.Bar(

@@ -22,7 +22,7 @@ def throughput(trace: Trace, *, window: float | None = None) -> go.Figure:
     if rates is None:
         return no_steps()
     figure = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.05, row_heights=[3, 2, 2])
-    lines = [
+    lines: list[tuple[int, str, Sequence[float | None], dict[str, Any]]] = [
         (1, "computed", rates.computed, {"color": style.PALETTE[1], "dash": "dot", "width": 2}),
         (1, "generated", rates.generated, {"color": style.PALETTE[0], "width": 2.5}),
         (2, "KV usage", rates.kv_usage, {"color": style.PALETTE[2], "shape": "hv"}),
