@@ -12,7 +12,7 @@ from labkit.core.plan import StepResult
 from labkit.core.recorder import record_step
 from labkit.models.detokenizer import IncrementalDetokenizer
 from labkit.models.tiny import tiny_tokenizer
-from tests.core.test_scheduler import Bench
+from tests.core.scheduler_bench import Bench
 from tests.test_engine import drain, engine_of, random_prompt
 
 PROMPT = random_prompt(random.Random(0), 21)

@@ -3,7 +3,7 @@
 Paging is from PagedAttention (Kwon et al. 2023, vLLM): the tokens of a request lie in blocks of a fixed size,
 which its block table lists, so that memory is taken as tokens come, and given back whole. The prefix cache is
 a tree of full blocks: a block is found by the block before it and the tokens in it. Both are compared
-exactly, so there is no collision to fear, as there would be with a hash (compare RadixAttention, Zheng et al. 2023).
+exactly, so there is no collision to fear, as with a hash (compare RadixAttention, Zheng et al. 2023).
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from importlib import import_module
 from typing import Any
 
 from labkit.core.block_pool import InvariantError
-from labkit.notebook import Picture, show
+from labkit.views.picture import Picture, show
 
 _PATIENCE = 60.0  # seconds of computing; a function that has not come back by then never will
 _WAITING = 10  # times as long for one that only waits, or for a machine that is busy with other things

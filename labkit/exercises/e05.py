@@ -18,8 +18,7 @@ from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
 from labkit.models.load import LoadedModel, load_model
 from labkit.sampling_params import SamplingParams
-from labkit.views.token_timeline import rails_of, token_rails, worst_gap
-from labkit.views.token_timeline import text_twin as rails_text
+from labkit.views.facts.token_timeline import token_timeline_of
 
 Split = Callable[[int, list[int], list[int]], tuple[Sequence[int], Sequence[int]]]
 
@@ -226,8 +225,8 @@ def _reference() -> Engine:
 
 def _score(engine: Engine) -> tuple[int, float, int, int]:
     """The longest gap between two tokens of an answer, in tokens computed; mean and worst TTFT; all steps."""
-    gap = worst_gap(rails_of(engine.trace).values())
-    by_steps = rails_of(engine.trace, "steps")
+    gap = token_timeline_of(engine.trace).worst_gap
+    by_steps = token_timeline_of(engine.trace, "steps")
     waits = [by_steps[name].ttft or 0 for name, _, _ in NEWCOMERS]
     return int(gap), mean(waits), int(max(waits)), len(engine.trace)
 
@@ -247,7 +246,7 @@ def _run(function: Callable[..., Any]) -> Run:
         f"({their_last}). All of it: {steps} steps ({their_steps})."
     )
     pictures = [
-        (title, notebook.Picture(token_rails(one.trace), rails_text(one.trace)))
+        (title, notebook.token_timeline(one.trace))
         for title, one in (("Your split:", engine), ("The reference:", reference))
     ]
     return Run(sentence, pictures)

@@ -19,8 +19,6 @@ from labkit.core.request import Request
 from labkit.exercises import Exercise, Run, expect
 from labkit.sampling_params import SamplingParams, check_number
 from labkit.trace.trace import Trace
-from labkit.views.token_timeline import text_twin as rails_text
-from labkit.views.token_timeline import token_rails
 
 TICK = 1 / 1024
 """Seconds. All moments of a run are whole multiples of it, so that no sum of them is ever rounded."""
@@ -240,7 +238,7 @@ def _run(function: Callable[..., Any]) -> Run:
     pictures = []
     for caption, budget in (("At your budget:", one.budget), ("At the one with most:", most.budget)):
         trace = serve(_SCENE, budget=budget).trace
-        picture = notebook.Picture(token_rails(trace, "seconds"), rails_text(trace, "seconds"))
+        picture = notebook.token_timeline(trace, "seconds")
         pictures.append((f"{caption} three answers, and a prompt of 400 tokens", picture))
     return Run(sentence, pictures)
 

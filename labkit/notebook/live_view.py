@@ -21,10 +21,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from labkit.engine import Engine
-from labkit.notebook import Picture, in_colab
 from labkit.notebook.host import Host
 from labkit.views import text
 from labkit.views.live_feed import asset
+from labkit.views.picture import Picture, in_colab
 
 if TYPE_CHECKING:
     import ipywidgets

@@ -102,7 +102,7 @@ class Traces:
                         self._reels.move_to_end(name)
                         return name, reel
             still = Trace(trace.meta, records)
-            reel = _Reel(still, replay_data.lanes_of(still), replay_data.film(still))
+            reel = _Reel(still, replay_data.lanes_of(still), replay_data.pack(still))
         name = secrets.token_hex(16)
         with self._lock:
             self._reels[name] = reel
@@ -146,16 +146,16 @@ def build_replay_tab(sources: Callable[[], Mapping[str, Trace]]) -> gr.HTML:
     def names(_: Any) -> str:
         return _answer([style.label(name, 60) for name in traces.names()])
 
-    def film_of(question: Any) -> str:
+    def open_trace(question: Any) -> str:
         try:
             name, reel = traces.open(_real_key(traces, _text(question, "key")))
         except KeyError:
             return _answer({"error": _GONE})
-        return _answer({"reel": name, "film": reel.packed})
+        return _answer({"opened": name, "data": reel.packed})
 
     def frames_of(question: Any) -> str:
         try:
-            reel = traces.reel(_text(question, "reel"))
+            reel = traces.reel(_text(question, "opened"))
         except KeyError:
             return _answer({"gone": True})
         first, count = _number(question, "first"), _number(question, "count")
@@ -163,7 +163,7 @@ def build_replay_tab(sources: Callable[[], Mapping[str, Trace]]) -> gr.HTML:
 
     def save(question: Any) -> str:
         try:
-            name, text = traces.save(_text(question, "reel"), _text(question, "kind"))
+            name, text = traces.save(_text(question, "opened"), _text(question, "kind"))
         except KeyError:
             return _answer({"error": _GONE})
         return _answer({"name": name, "text": text})
@@ -182,7 +182,7 @@ def build_replay_tab(sources: Callable[[], Mapping[str, Trace]]) -> gr.HTML:
 
     bare: dict[str, Any] = {"apply_default_css": False, "padding": False}
     # The browser knows server functions by their names.
-    named = {"traces": names, "film": film_of, "frames": frames_of, "save": save}
+    named = {"traces": names, "open": open_trace, "frames": frames_of, "save": save}
     for name, function in named.items():
         function.__name__ = name
     with gr.Row(elem_id="lkr-hand-in", equal_height=False):
@@ -197,7 +197,7 @@ def build_replay_tab(sources: Callable[[], Mapping[str, Trace]]) -> gr.HTML:
     )
     view = gr.HTML(
         html_template=f"<style>{asset('replay.css')}</style>{asset('replay.html')}",
-        js_on_load=asset("canvas.js") + asset("film.js") + asset("replay.js") + _GLUE,
+        js_on_load=asset("canvas.js") + asset("replay_data.js") + asset("replay.js") + _GLUE,
         server_functions=list(named.values()),
         elem_id="lkr-replay",
         **bare,

@@ -111,10 +111,11 @@ class Auditor:
         step = f"step {record.step}"
         given_back = (*record.preempted, *((f.request_id, f.blocks) for f in record.finished))
         freed = [(block, name) for name, blocks in given_back for block in blocks]
+        left = {*freed, *((old, name) for name, old, _ in record.copied)}  # held no longer, block by block
         before = self._books.owners
         for name, blocks in record.taken:
             for block in blocks:
-                holders = [holder for holder in before.get(block, ()) if (block, holder) not in freed]
+                holders = [holder for holder in before.get(block, ()) if (block, holder) not in left]
                 if holders:
                     raise InvariantError(
                         f"{step}: block {block} was handed to request {name!r} while "

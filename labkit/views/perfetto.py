@@ -1,6 +1,6 @@
-"""A trace in the trace event format of Chrome, which https://ui.perfetto.dev opens.
+"""Export of a trace in the trace event format of Chrome, which https://ui.perfetto.dev opens.
 
-One track for the engine's steps, one for each request, and counters above them. No tensors and no page here.
+There is one track for the engine's steps and one for each request, and counters stand above them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 
 from labkit.trace.trace import Trace
 from labkit.views import style
-from labkit.views.timeline import Lane, Rates, Span, rates_of, timeline_of
+from labkit.views.facts.batch_timeline import Lane, Span, timeline_of
+from labkit.views.facts.throughput import Rates, rates_of
 
-_PROCESS, _ENGINE = 1, 1  # their ids; requests come after the engine
+_PROCESS, _ENGINE = 1, 1  # ids of the process and of the engine's track; requests come after it
 _UNTIMED_STEP = 1000  # microseconds that a step is given where the trace has no clock
 _MAX_NAME = 64
 
@@ -23,11 +24,11 @@ Event = dict[str, Any]
 
 
 def events(trace: Trace) -> Iterator[Event]:
-    """The trace events of a trace: `ts` and `dur` are in microseconds since the trace began.
+    """Yield the events of a trace; `ts` and `dur` are in microseconds since the trace began.
 
     A span is named after what the request did: waiting, prefill, decode, preempted (it waits to come back)
-    or idle (a padded seat of a static batch). A request is taken to arrive when the first step begins that
-    knows of it. A trace without a clock gets a millisecond for each step.
+    or idle (a padded seat of a static batch). A request counts as arriving when the first step begins that
+    knows of it. In a trace without a clock each step takes a millisecond.
     """
     timeline, rates = timeline_of(trace), rates_of(trace)
     meta = trace.meta
@@ -49,7 +50,7 @@ def events(trace: Trace) -> Iterator[Event]:
 
 
 def lines(trace: Trace) -> Iterator[str]:
-    """The same as JSON text, a line for each event."""
+    """Yield the same as JSON text, a line for each event."""
     meta = trace.meta
     facts = {
         "model": style.label(meta.model, _MAX_NAME),
@@ -75,7 +76,7 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
 
 
 class _Clock:
-    """When a step begins and ends, in whole microseconds: so that no two spans of a track ever overlap."""
+    """The clock times steps in whole microseconds, so that no two spans of a track ever overlap."""
 
     def __init__(self, trace: Trace, *, timed: bool) -> None:
         self._spans: dict[int, tuple[int, int]] = {}
@@ -96,13 +97,13 @@ class _Clock:
         return self._spans[step][1]
 
     def last_within(self, first: int, last: int) -> int:
-        """The latest step of the trace up to `last`: numbers may be missing where it was shortened."""
+        """Return the latest step of the trace up to `last`: a shortened trace does not hold every number."""
         return max(first, self._steps[bisect_right(self._steps, last) - 1])
 
 
 def _steps(trace: Trace, clock: _Clock) -> Iterator[Event]:
     for record in trace.records:
-        facts = {
+        facts: Event = {
             "requests": len(record.requests),
             "tokens computed": record.total_tokens,
             "tokens generated": record.total_sampled,
@@ -121,7 +122,7 @@ def _steps(trace: Trace, clock: _Clock) -> Iterator[Event]:
 
 
 def _counters(rates: Rates, clock: _Clock) -> Iterator[Event]:
-    """Perfetto calls a counter by its event's name and the value's: "KV usage %", "requests waiting"."""
+    """Yield the counters. Perfetto joins the names of event and value: "KV usage %", "requests waiting"."""
     per = f"per {rates.per}"
     for i, step in enumerate(rates.steps):
         begin, end = clock.begin(step), clock.end(step)
@@ -137,15 +138,15 @@ def _lane(lane: Lane, track: int, clock: _Clock) -> Iterator[Event]:
         yield _span(_name(lane, span), track, begin, end, _span_facts(span))
     for step in lane.preempted:
         yield _instant("preempted", track, clock.begin(step), {"step": step})
-    for end in lane.ends:
-        when = clock.begin(end.step) if end.early else clock.end(end.step)
-        yield _instant(f"ends: {style.label(end.reason, _MAX_NAME)}", track, when, {"step": end.step})
+    for step, reason, early in lane.ends:
+        when = clock.begin(step) if early else clock.end(step)
+        yield _instant(f"ends: {style.label(reason, _MAX_NAME)}", track, when, {"step": step})
 
 
 def _without_overlap(spans: list[Span]) -> Iterator[tuple[Span, int]]:
-    """Spans and their last steps, without idle seats where the request itself does something.
+    """Yield spans and their last steps, without idle seats where the request itself does something.
 
-    One that was preempted out of a static batch waits to come back, while its seat is padded.
+    A request that was preempted out of a static batch waits to come back while its seat is padded.
     """
     busy = sorted((span for span in spans if span.kind != "idle"), key=lambda span: span.first)
     firsts = [span.first for span in busy]

@@ -1,7 +1,6 @@
-"""A whole trace packed for a browser that replays it: `film` once, then `frames` of the steps it looks at.
+"""A whole trace for a browser that replays it: `pack` once, then `frames` of the steps that it looks at.
 
-Requests are referred to by their place among the film's lanes, so that no name, however long or odd, is sent
-more than once, and none unabridged.
+Both refer to a request by the place of its lane, so that each name is sent once, shortened and printable.
 """
 
 from __future__ import annotations
@@ -15,25 +14,24 @@ from labkit.trace.pool_state import PoolState
 from labkit.trace.records import StepRecord
 from labkit.trace.trace import Trace
 from labkit.views import style
-from labkit.views.timeline import Lane, rates_of, timeline_of
+from labkit.views.facts.batch_timeline import Lane, timeline_of
+from labkit.views.facts.throughput import rates_of
 
-MAX_FRAMES = 32  # of one answer
-MAX_LISTED = 60  # members of the queue that a frame names
+MAX_FRAMES = 32  # in one answer
+MAX_LISTED = 60  # members of the queue, and events, that a frame names
 _LETTERS = {"prefill": "p", "chunk": "c", "decode": "d", "idle": "i", "waiting": "w"}
 _NAME, _WORDS = 32, 160  # columns
-_MAX_WORK = (
-    20_000_000  # steps times pages; beyond it, memory is looked at in every second step, or third, ...
-)
+_MAX_WORK = 20_000_000  # steps times blocks; beyond it, memory is read in every second step, or third, ...
 
 
-def film(trace: Trace) -> dict[str, Any]:
-    """What does not depend on the step looked at, ready for JSON.
+def pack(trace: Trace) -> dict[str, Any]:
+    """Return what does not depend on the step looked at, ready for JSON.
 
     `steps` holds columns with an entry per step. `begin` and `end` are in seconds since the first step
-    began, or None if the trace has no clock; `owned` counts pages during the step, and `filled` their slots
+    began, or None if the trace has no clock. `owned` counts blocks during the step, and `filled` their slots
     that hold a token. `lanes` has one entry per request: name, place in the palette, spans of
-    [kind, first step, last step, tokens], and ends of [step, reason]. Where somebody drafts, steps have
-    `drafted` and `accepted` tokens too, and spans with drafts have both at their end.
+    [kind, first step, last step, tokens], and ends of [step, reason]. If there are drafts, steps also have
+    `drafted` and `accepted` tokens, and spans with drafts have both at their end.
     """
     timeline, rates = timeline_of(trace), rates_of(trace)
     records = trace.records
@@ -55,7 +53,7 @@ def film(trace: Trace) -> dict[str, Any]:
     if rates and rates.per == "second":
         zero, last = records[0].time - records[0].seconds, 0.0
         begins, ends = [], []
-        for record in records:  # never backwards, whatever a file says
+        for record in records:  # time never runs backwards, whatever a file says
             begins.append(max(last, record.time - record.seconds - zero))
             last = max(begins[-1], record.time - zero)
             ends.append(last)
@@ -66,13 +64,13 @@ def film(trace: Trace) -> dict[str, Any]:
     return {
         "meta": meta,
         "palette": style.PALETTE,
-        "headline": timeline.headline if timeline else ("No steps yet: nothing has run.", ""),
+        "headline": timeline.headline if timeline else (style.NO_STEPS, ""),
         "steps": columns,
-        "lanes": [_pack(lane) for lane in timeline.lanes] if timeline else [],
+        "lanes": [_lane(lane) for lane in timeline.lanes] if timeline else [],
     }
 
 
-def _pack(lane: Lane) -> dict[str, Any]:
+def _lane(lane: Lane) -> dict[str, Any]:
     spans = [
         [_LETTERS[span.kind], span.first, span.last, span.num_tokens, *_drafts(span.drafted, span.accepted)]
         for span in lane.spans
@@ -87,14 +85,16 @@ def _pack(lane: Lane) -> dict[str, Any]:
 
 
 def _drafts(drafted: int, accepted: int) -> tuple[int, ...]:
-    """What a span, or a row of a frame, has at its end: nothing where nobody drafts."""
+    """Return what a span, or a row of a frame, has at its end: nothing if it has no drafts."""
     return (drafted, accepted) if drafted else ()
 
 
 def usage_of(trace: Trace, *, every: int = 1) -> list[tuple[int, int]]:
-    """For each step: pages that somebody owns during it, and how many of their slots hold a token.
+    """Return for each step the blocks that are owned during it, and how many of their slots hold a token.
 
-    With `every` above 1 only so many steps are looked at, and those after them are said to be the same.
+    Args:
+        trace: the trace of a run.
+        every: the distance between steps that are read; those in between get the entry before them.
     """
     state, usage = PoolState(trace.meta.block_size), []
     for place, record in enumerate(trace.records):
@@ -115,13 +115,13 @@ def _usage(state: PoolState) -> tuple[int, int]:
 
 
 def frames(trace: Trace, lanes: dict[str, int], first: int, count: int) -> list[dict[str, Any]]:
-    """The pool, the batch and the queue during some steps, ready for JSON.
+    """Return the pool, the batch and the queue during some steps, ready for JSON.
 
     Args:
-        trace: that the film was made of.
-        lanes: request to its place among the film's lanes.
-        first: place in the trace of the first step wanted, from 0.
-        count: of steps; never more than `MAX_FRAMES` are given, nor any that the trace does not hold.
+        trace: the trace that was packed.
+        lanes: each request's place among its lanes; see `lanes_of`.
+        first: the place in the trace of the first step wanted, from 0.
+        count: the number of steps; at most `MAX_FRAMES` are given, and none that the trace does not hold.
     """
     records = trace.records[max(0, first) : max(0, first) + min(count, MAX_FRAMES)]
     if not records:
@@ -169,7 +169,7 @@ def _frame(trace: Trace, lanes: dict[str, int], state: PoolState, record: StepRe
 
 
 def _why(state: PoolState, record: StepRecord, request_id: str) -> str:
-    """Why a request waits: its own reason at the head of the queue, "" behind it."""
+    """Say why a request waits: the head of the queue has a reason of its own, those behind it have ""."""
     if request_id in state.held:
         return f"waits for the prompt of request {style.label(state.held[request_id], _NAME)}"
     if record.blocked and record.blocked[0] == request_id:
@@ -178,7 +178,7 @@ def _why(state: PoolState, record: StepRecord, request_id: str) -> str:
 
 
 def _events(record: StepRecord) -> list[tuple[str, str]]:
-    """Who came and went in a step, and why."""
+    """List who came and went in a step, and why."""
     arrived = [(a.request_id, f"arrives with {a.num_prompt_tokens} prompt tokens") for a in record.arrived]
     admitted = []
     for admission in record.admitted:
@@ -190,7 +190,7 @@ def _events(record: StepRecord) -> list[tuple[str, str]]:
     ]
     finished = [(name, f"ends: {reason}") for name, reason, _ in record.finished]
     returned = [
-        (name, f"gives {style.plural(len(blocks), 'page')} back, for its drafts were wrong")
+        (name, f"gives {style.plural(len(blocks), 'page')} back, because its drafts were wrong")
         for name, blocks in record.returned
     ]
     found = [*arrived, *preempted, *admitted, *returned, *finished][:MAX_LISTED]
@@ -202,6 +202,6 @@ def _events(record: StepRecord) -> list[tuple[str, str]]:
 
 
 def lanes_of(trace: Trace) -> dict[str, int]:
-    """Request to its place among the film's lanes; see `frames`."""
+    """Return each request's place among the lanes of its packed trace."""
     timeline = timeline_of(trace)
     return {lane.request_id: place for place, lane in enumerate(timeline.lanes)} if timeline else {}

@@ -1,7 +1,8 @@
-"""Colours and names that all views share, so that a request looks the same in every picture.
+"""Colours, marks and words that all views share, so that a request looks the same in every picture.
 
-Hues are Okabe and Ito's (2008), which people with any common colour blindness can tell apart. Colour only
-ever says *whose*; *what* (prefill, chunk, decode, idle, waiting, preempted) is said by shape as well.
+The hues are those of Okabe and Ito (2008), which people with any common colour blindness can tell apart.
+Colour only ever says *whose*; shape says as well *what* it is (prefill, chunk, decode, idle, waiting,
+preempted).
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ INK = "#22262F"
 FAINT_INK = "#5B6270"
 PAPER = "#FFFFFF"
 
-# For text twins and legends: one mark per kind of work.
+NO_STEPS = "No steps yet: nothing has run."  # what a picture of an empty trace says
+
+# Text twins have one mark per kind of work.
 MARKS = {
     "prefill": "█",
     "chunk": "▓",
@@ -29,15 +32,15 @@ MARKS = {
     "waiting": "░",
     "preempted": "x",
 }
-# The same for a decode with drafts.
+# A decode with drafts has a mark for what became of them.
 DRAFT_MARKS = {
     "drafts, some right": "◈",
     "drafts, all right": "◆",
     "drafts, none right": "◇",
 }
 
-# A plotly template as plain data, so that nothing here needs plotly. White paper: dark ink stays readable
-# on a dark page.
+# A plotly template as plain data, so that nothing here needs plotly. The paper is white, because then dark
+# ink stays readable on a dark web page.
 TEMPLATE: dict[str, Any] = {
     "layout": {
         "font": {
@@ -75,25 +78,25 @@ TEMPLATE: dict[str, Any] = {
 
 
 def color_index(request_id: str) -> int:
-    """A request's place in the palette: stable, and different for neighbours when ids count upwards."""
+    """Return a request's place in the palette: a stable one, and another for the next id that counts up."""
     if request_id.isdecimal():
         return int(request_id[-9:]) % len(PALETTE)  # its last digits: Python refuses very long numbers
     return zlib.crc32(request_id.encode(errors="replace")) % len(PALETTE)
 
 
 def color_of(request_id: str) -> str:
-    """The hex colour of a request."""
+    """Return the hex colour of a request."""
     return PALETTE[color_index(request_id)]
 
 
 def tint(color: str, share: float) -> str:
-    """A hex colour mixed with white: `share` of it is left."""
+    """Mix a hex colour with white, so that `share` of it is left."""
     channels = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
     return "#" + "".join(f"{round(255 - share * (255 - value)):02X}" for value in channels)
 
 
 def width_of(text: str) -> int:
-    """The columns that a text takes in a terminal: wide characters take two, combining marks none."""
+    """Count the columns that a text takes in a terminal: wide characters take two, combining marks none."""
     return sum(
         0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF")
         for char in text
@@ -101,7 +104,7 @@ def width_of(text: str) -> int:
 
 
 def label(request_id: str, width: int = 16) -> str:
-    """A request's name for display: one line, printable, at most so many columns (cut in the middle)."""
+    """Return a name for display: one printable line of at most `width` columns, cut in the middle."""
     text = "".join(char if char.isprintable() else "�" for char in request_id) or '""'
     if width_of(text) <= width:
         return text
@@ -115,15 +118,15 @@ def label(request_id: str, width: int = 16) -> str:
 
 
 def escape(text: str) -> str:
-    """A text that plotly shows as it is: no markup, and no formula where a page has MathJax."""
+    """Return a text that plotly shows as it is, without markup, and without formulas if MathJax is loaded."""
     return html.escape(text, quote=False).replace("$", "&#36;")
 
 
 def plural(count: float, noun: str) -> str:
-    """A count and its noun."""
+    """Return a count and its noun, in the plural where it is due."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def drafts(drafted: int, accepted: int) -> str:
-    """What became of drafts."""
+    """Say in words what became of drafts."""
     return f"{drafted} drafted, {accepted} of them right"

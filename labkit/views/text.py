@@ -1,7 +1,7 @@
-"""The three views as text, at most 100 columns wide: for terminals, screen readers, and tests.
+"""The text twins of the figures, at most 100 columns wide: for terminals, screen readers and tests.
 
-They state the same numbers as the figures do, and say so where a column or a character stands for more
-than one step or block.
+They state the same facts as the figures do, and say so where one column or character stands for more than one
+step or block.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from labkit.trace.trace import Trace
 from labkit.views import style
-from labkit.views.pool_picture import Page, Pages, pages_of
+from labkit.views.facts.batch_timeline import Lane, Span, timeline_of
+from labkit.views.facts.pool_blocks import PoolBlock, PoolBlocks, blocks_of
+from labkit.views.facts.throughput import rates_of
+from labkit.views.facts.token_timeline import CLOCKS, Clock, TokenLane, token_timeline_of
 from labkit.views.style import plural
-from labkit.views.timeline import Lane, Span, rates_of, timeline_of
 
 COLUMNS = 100
-_NO_STEPS = "No steps yet: nothing has run."
 _LEVELS = "▁▂▃▄▅▆▇█"
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 
@@ -26,35 +27,35 @@ _FREE, _CACHED, _SHARED, _OTHER, _EMPTY = ".", "~", "*", "#", "-"
 
 
 def block_heatmap(trace: Trace, step: int | None = None) -> str:
-    """The pool's blocks during a step (None: the latest): who owns each, and how full it is.
+    """Show the pool's blocks during a step (None: the latest): who owns each, and how full it is.
 
     Raises:
         ValueError: if the trace does not hold that step.
     """
     if step is None and not trace.records:
-        return _NO_STEPS
-    pages = pages_of(trace, trace[-1].step if step is None else step)
-    letters = dict(zip(pages.requests, _LETTERS, strict=False))
-    return "\n".join([*_headline(pages.headline), "", *_grid(pages, letters), "", *_owners(pages, letters)])
+        return style.NO_STEPS
+    pool = blocks_of(trace, trace[-1].step if step is None else step)
+    letters = dict(zip(pool.requests, _LETTERS, strict=False))
+    return "\n".join([*_headline(pool.headline), "", *_grid(pool, letters), "", *_owners(pool, letters)])
 
 
-def _grid(pages: Pages, letters: dict[str, str]) -> list[str]:
-    """A line per row of blocks, and what the characters mean."""
-    total = len(pages.pages)
+def _grid(pool: PoolBlocks, letters: dict[str, str]) -> list[str]:
+    """Write a line per row of blocks, and what the characters mean."""
+    total = len(pool.blocks)
     per_cell, gap = 1, ""
     kinds = f"{_SHARED} shared, {_CACHED} cached and free, {_FREE} free"
     if total <= 1024:
         columns, gap = (16, " ") if total <= 256 else (32, "")
-        cells = [_letter(page, letters) + _fullness(page, pages.block_size) for page in pages.pages]
+        cells = [_letter(block, letters) + _fullness(block, pool.block_size) for block in pool.blocks]
         full = f"how full: {_EMPTY} not at all, {_LEVELS[0]} to {_LEVELS[-1]}"
         legend = [f"{columns} blocks a line; owner: a letter, {kinds}", full]
     elif total <= 4096:
-        columns, cells = 64, [_letter(page, letters) for page in pages.pages]
+        columns, cells = 64, [_letter(block, letters) for block in pool.blocks]
         legend = [f"64 blocks a line, how full is not shown; owner: a letter, {kinds}"]
     else:
         columns, per_cell = 64, -(-total // 4096)
-        groups = [pages.pages[i : i + per_cell] for i in range(0, total, per_cell)]
-        cells = [_level(sum(bool(page.owners) for page in group), len(group), _FREE) for group in groups]
+        groups = [pool.blocks[i : i + per_cell] for i in range(0, total, per_cell)]
+        cells = [_level(sum(bool(block.owners) for block in group), len(group), _FREE) for group in groups]
         legend = [
             f"each character = {per_cell} blocks: {_FREE} none owned, {_LEVELS[0]} to {_LEVELS[-1]} all"
         ]
@@ -64,31 +65,31 @@ def _grid(pages: Pages, letters: dict[str, str]) -> list[str]:
     return [*rows, "", *_wrapped(legend)]
 
 
-def _letter(page: Page, letters: dict[str, str]) -> str:
-    if page.kind == "owned":
-        return letters.get(page.owners[0], _OTHER)
-    return {"free": _FREE, "cached": _CACHED, "shared": _SHARED}[page.kind]
+def _letter(block: PoolBlock, letters: dict[str, str]) -> str:
+    if block.kind == "owned":
+        return letters.get(block.owners[0], _OTHER)
+    return {"free": _FREE, "cached": _CACHED, "shared": _SHARED}[block.kind]
 
 
-def _fullness(page: Page, block_size: int) -> str:
-    return _FREE if page.kind == "free" else _level(page.filled, block_size, _EMPTY)
+def _fullness(block: PoolBlock, block_size: int) -> str:
+    return _FREE if block.kind == "free" else _level(block.filled, block_size, _EMPTY)
 
 
 def _level(part: float, whole: float, nothing: str) -> str:
-    """A bar as high as the share: full only if the part is the whole."""
+    """Return a bar as high as the share, and full only if the part is the whole."""
     return _LEVELS[int(part / whole * 7)] if part > 0 else nothing
 
 
-def _owners(pages: Pages, letters: dict[str, str]) -> list[str]:
-    """Which letter is whose, and who shares what."""
+def _owners(pool: PoolBlocks, letters: dict[str, str]) -> list[str]:
+    """Write which letter is whose, and who shares what."""
     named = [
         f"{letter} = {style.label(owner)} ({plural(blocks, 'block')}, {plural(tokens, 'token')})"
-        for (owner, (blocks, tokens)), letter in zip(pages.requests.items(), _LETTERS, strict=False)
+        for (owner, (blocks, tokens)), letter in zip(pool.requests.items(), _LETTERS, strict=False)
     ]
     lines = _wrapped(named)
-    if more := len(pages.requests) - len(named):
+    if more := len(pool.requests) - len(named):
         lines.append(f"{_OTHER} = one of {plural(more, 'other request')}")
-    shared = [page for page in pages.pages if page.kind == "shared"]
+    shared = [block for block in pool.blocks if block.kind == "shared"]
     for owners, group in _grouped(shared):
         blocks = ", ".join(map(str, group[:8])) + (", …" if len(group) > 8 else "")
         names = "".join(letters.get(owner, _OTHER) for owner in owners[:40]) + (
@@ -98,11 +99,11 @@ def _owners(pages: Pages, letters: dict[str, str]) -> list[str]:
     return lines
 
 
-def _grouped(shared: list[Page]) -> list[tuple[tuple[str, ...], list[int]]]:
-    """Shared blocks by who shares them."""
+def _grouped(shared: list[PoolBlock]) -> list[tuple[tuple[str, ...], list[int]]]:
+    """Group shared blocks by who shares them."""
     groups: dict[tuple[str, ...], list[int]] = {}
-    for page in shared:
-        groups.setdefault(page.owners, []).append(page.block)
+    for block in shared:
+        groups.setdefault(block.owners, []).append(block.number)
     return list(groups.items())
 
 
@@ -113,14 +114,14 @@ _BEFORE_OTHERS = ("preempted", "prefill", "chunk", *style.DRAFT_MARKS, "decode",
 
 
 def batch_timeline(trace: Trace, *, first: int | None = None, last: int | None = None) -> str:
-    """What each request did in each step, from step `first` to step `last` (None: all that the trace holds).
+    """Show what each request did in each step, from `first` to `last` (None: all that the trace holds).
 
     Raises:
         ValueError: if the trace holds no step within these limits.
     """
     timeline = timeline_of(trace, first, last)
     if timeline is None:
-        return _NO_STEPS
+        return style.NO_STEPS
     names = [style.label(lane.request_id) for lane in timeline.lanes]
     name_width = max(map(style.width_of, [*names, "request"]))
     heading = f" computed generated{'  drafts right' if timeline.drafting else ''}  ends"
@@ -151,7 +152,7 @@ def batch_timeline(trace: Trace, *, first: int | None = None, last: int | None =
 
 
 def _tail(lane: Lane, drafting: bool) -> str:
-    """What stands to the right of a lane."""
+    """Write what stands to the right of a lane."""
     drafts = f"{f'{lane.num_accepted} of {lane.num_drafted}':>14}" if drafting else ""
     return f"{lane.num_tokens:>9}{lane.num_sampled:>10}{drafts}  {_ends(lane)}".rstrip()
 
@@ -161,7 +162,7 @@ def _ends(lane: Lane) -> str:
 
 
 def _ruler(first: int, columns: int, per_column: int) -> str:
-    """Step numbers over the columns, one at every tenth."""
+    """Write step numbers over the columns, one at every tenth."""
     marks = [" "] * columns
     for column in range(0, columns, 10):
         number = str(first + column * per_column)
@@ -182,7 +183,7 @@ def _lane_marks(lane: Lane, first: int, columns: int, per_column: int) -> str:
 
 
 def _what(span: Span) -> str:
-    """By which mark a span is shown."""
+    """Return the name of the mark that shows a span."""
     if not span.drafted:
         return span.kind
     share = "all" if span.accepted == span.drafted else "some" if span.accepted else "none"
@@ -193,7 +194,7 @@ def _what(span: Span) -> str:
 
 
 def throughput(trace: Trace, *, window: float | None = None) -> str:
-    """Tokens per second (per step, if the trace has no clock), KV usage, and requests running and waiting.
+    """Show tokens per second (per step, if the trace has no clock), KV usage, and who runs and waits.
 
     Rates are means over the last `window` seconds of work, or steps if there is no clock (None: a fortieth
     of the run), and over one step at least.
@@ -203,8 +204,8 @@ def throughput(trace: Trace, *, window: float | None = None) -> str:
     """
     rates = rates_of(trace, window)
     if rates is None:
-        return _NO_STEPS
-    rows = [
+        return style.NO_STEPS
+    rows: list[tuple[str, Sequence[float | None], str]] = [
         (f"computed / {rates.per}", rates.computed, ",.4g"),
         (f"generated / {rates.per}", rates.generated, ",.4g"),
         ("KV usage", rates.kv_usage, ".0%"),
@@ -225,15 +226,55 @@ def throughput(trace: Trace, *, window: float | None = None) -> str:
     return "\n".join([*lines, "", *_wrapped(legend)])
 
 
+# -- token timeline -------------------------------------------------------------------------------
+
+_WIDTH = 60  # columns of a lane
+
+
+def token_timeline(trace: Trace, clock: Clock = "tokens") -> str:
+    """Show when each token came out, and the longest gap of each request.
+
+    Raises:
+        ValueError: if there is no such clock.
+    """
+    timeline = token_timeline_of(trace, clock)
+    end = max((lane.tokens[-1] for lane in timeline.lanes.values() if lane.tokens), default=0)
+    if not end:
+        return style.NO_STEPS
+    names = {name: style.label(name) for name in timeline.lanes}
+    width = max(map(style.width_of, [*names.values(), "request"]))
+    lines = [timeline.headline, "", f"{'request':<{width}}  {'0':<{_WIDTH}} {'TTFT':>8} {'worst gap':>10}"]
+    for name, lane in timeline.lanes.items():
+        tail = f"{timeline.shown(lane.ttft):>8} {timeline.shown(lane.worst_gap):>10}"
+        pad = " " * (width - style.width_of(names[name]))
+        lines.append(f"{names[name]}{pad}  {_token_marks(lane, end)} {tail}")
+    marks = style.MARKS
+    legend = f"{marks['waiting']} waits for its first token; {marks['decode']} a token (or several)"
+    scale = f"0 to {timeline.shown(end)} {CLOCKS[clock]}"
+    return "\n".join([*lines, "", scale, f"{legend}; {marks['idle']} none"])
+
+
+def _token_marks(lane: TokenLane, end: float) -> str:
+    marks = [" "] * _WIDTH
+    arrived, *places = (min(_WIDTH - 1, int(_WIDTH * time / end)) for time in (lane.arrived, *lane.tokens))
+    if places:
+        first, last = places[0], places[-1]
+        marks[arrived:first] = style.MARKS["waiting"] * (first - arrived)
+        marks[first:last] = style.MARKS["idle"] * (last - first)
+    for place in places:
+        marks[place] = style.MARKS["decode"]
+    return "".join(marks)
+
+
 # -- charts ---------------------------------------------------------------------------------------
 
 
 _BAR = 40  # characters of the longest bar
-_ROWS = 40  # of a table; a longer one leaves out rows
+_ROWS = 40  # of a table; a longer one leaves rows out
 
 
 def bars(values: Mapping[str, float], title: str, unit: str, digits: int) -> str:
-    """One bar of text for each named value; its length says nothing below zero."""
+    """Draw one bar of text for each named value; a value below zero has no bar."""
     names = [style.label(name, 60) for name in values]
     width = max(map(style.width_of, names), default=0)
     top = max((value for value in values.values() if math.isfinite(value)), default=0)
@@ -253,8 +294,8 @@ def lines(
     y_name: str,
     digits: int,
 ) -> str:
-    """A table: a column for each named series, and a row for each x, or for 40 evenly chosen ones."""
-    kept = range(len(x))
+    """Write a table: a column for each named series, and a row for each x, or for 40 evenly chosen ones."""
+    kept: Sequence[int] = range(len(x))
     if len(x) > _ROWS:
         kept = [round(i * (len(x) - 1) / (_ROWS - 1)) for i in range(_ROWS)]
     rows = [[x_name, *(style.label(name, 40) for name in ys)]]
@@ -283,7 +324,7 @@ def _headline(sentences: tuple[str, str]) -> list[str]:
 
 
 def _wrapped(parts: Iterable[str]) -> list[str]:
-    """Parts joined by semicolons, on as many lines as they need."""
+    """Join parts with semicolons, on as many lines as they need."""
     lines: list[str] = []
     for part in parts:
         joined = f"{lines[-1]}; {part}" if lines else part

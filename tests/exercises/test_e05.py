@@ -10,7 +10,7 @@ from labkit.core.block_pool import InvariantError
 from labkit.engine import Engine
 from labkit.exercises.e05 import NEWCOMERS, Split, run_split, scheduler_of, split_budget
 from labkit.sampling_params import SamplingParams
-from labkit.views.token_timeline import rails_of, worst_gap
+from labkit.views.facts.token_timeline import token_timeline_of
 
 Answer = tuple[list[int], list[int]]
 
@@ -191,7 +191,7 @@ def test_whoever_gives_prompts_the_budget_first_is_right_and_slow() -> None:
     assert {n: o.token_ids for n, o in slow.outputs.items()} == {
         n: o.token_ids for n, o in quick.outputs.items()
     }
-    assert worst_gap(rails_of(slow.trace).values()) > 2 * worst_gap(rails_of(quick.trace).values())
+    assert token_timeline_of(slow.trace).worst_gap > 2 * token_timeline_of(quick.trace).worst_gap
 
 
 def test_the_audit_stops_a_split_that_spends_too_much() -> None:

@@ -21,8 +21,8 @@ from labkit.config import EngineConfig
 from labkit.core.block_pool import InvariantError
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, check, expect, find, judge
-from labkit.notebook import Picture, bars
 from labkit.sampling_params import SamplingParams
+from labkit.views.picture import Picture, bars
 
 UNTIL = "Until it is right, the cells below use the reference."
 

@@ -1,4 +1,4 @@
-"""What notebooks call: pictures with their text, the one line of setup, and the engine's own source."""
+"""Notebooks call pictures with their text, one line of setup, and the source of the engine."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import labkit
 from labkit import exercises, notebook
 from labkit.core.block_pool import BlockPool
 from labkit.core.scheduler import Scheduler
-from labkit.notebook import Picture
 from labkit.sampling_params import SamplingParams
 from labkit.trace.trace import Trace
 from labkit.views import text
+from labkit.views.picture import Picture, in_colab
 
 PLOTLY = "application/vnd.plotly.v1+json"
 
@@ -41,6 +41,8 @@ def pictures(trace: Trace) -> dict[str, Picture]:
         "heatmap": notebook.heatmap(trace),
         "heatmap of a step": notebook.heatmap(trace, 2),
         "throughput": notebook.throughput(trace),
+        "token timeline": notebook.token_timeline(trace),
+        "token timeline in seconds": notebook.token_timeline(trace, "seconds"),
         "bars": notebook.bars({"a": 1, "b": 2}, "Bars", unit="pages"),
         "lines": notebook.lines([1, 2], curve, "Lines", x_name="x", y_name="y", log="xy"),
     }
@@ -65,14 +67,16 @@ def test_pictures_of_a_trace_are_those_of_its_views(trace: Trace) -> None:
     assert notebook.heatmap(trace, 2).figure == views.block_heatmap(trace, 2)
     assert notebook.timeline(trace, last=2).figure == views.batch_timeline(trace, last=2)
     assert repr(notebook.throughput(trace, window=1.0)) == text.throughput(trace, window=1.0)
+    assert repr(notebook.token_timeline(trace, "steps")) == text.token_timeline(trace, "steps")
+    assert notebook.token_timeline(trace).figure == views.token_timeline(trace)
 
 
-def test_in_colab_a_picture_is_html_that_loads_its_plotly_from_afar(
+def test_in_colab_a_picture_is_html_that_loads_plotly_from_a_server(
     trace: Trace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not notebook.in_colab()
+    assert not in_colab()
     monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
-    assert notebook.in_colab()
+    assert in_colab()
     for name, picture in pictures(trace).items():
         data, _ = DisplayFormatter().format(picture)
         assert set(data) == {"text/html", "text/plain"}, name
@@ -153,7 +157,7 @@ def test_source_prints_a_property_and_what_is_wrapped(capsys: pytest.CaptureFixt
     notebook.source(Scheduler.has_unfinished, notebook.default_model)
     out = capsys.readouterr().out
     assert "# labkit/core/scheduler.py\n@property\ndef has_unfinished" in out
-    assert "# labkit/notebook.py\n@functools.cache\ndef default_model" in out
+    assert "# labkit/notebook/__init__.py\n@functools.cache\ndef default_model" in out
 
 
 def test_source_of_something_from_elsewhere_names_its_module_and_no_path(

@@ -16,17 +16,15 @@ from labkit.page.upload import MAX_BYTES
 from labkit.trace.records import TraceError
 from labkit.trace.trace import Trace
 from labkit.views import perfetto
+from labkit.views.facts.pool_blocks import blocks_of
 from labkit.views.live_feed import asset
-from labkit.views.pool_picture import pages_of
-from tests.views.test_perfetto import busy, timed
-from tests.views.test_views import run, story
-from tests.views.test_views_drafts import story as drafting
+from tests.views.stories import busy, draft_story, run, story, timed
 
 TRACES = {
     "A busy one": busy(),
     "The story": story(),
     HOSTILE: run([(0, HOSTILE, 5, 3), (0, "b", 6, 9)]),
-    "Drafts": drafting(),
+    "Drafts": draft_story(),
 }
 
 
@@ -54,16 +52,16 @@ def visit(browser: Any, address: str) -> Iterator[Callable[..., Looker]]:  # noq
 def agrees(me: Looker, trace: Trace, step: int) -> None:
     """The page shows a step as the trace has it."""
     me.until("document.querySelector('.lkr').dataset.drawn === String(arg)", step)
-    pages = pages_of(trace, step)
+    pool = blocks_of(trace, step)
     owners = me.look(
         "[...it.state.past.owners].map(([block, list]) => "
-        "[block, list.map(({ request, filled }) => [it.film().lanes[request].name, filled])])"
+        "[block, list.map(({ request, filled }) => [it.data().lanes[request].name, filled])])"
     )
     assert {block: [name for name, _ in found] for block, found in owners} == {
-        page.block: list(page.owners) for page in pages.pages if page.owners
+        block.number: list(block.owners) for block in pool.blocks if block.owners
     }
     words = me.page.inner_text(".lkr-now")
-    assert words.startswith(f"Step {step}: ") and f"{pages.owned} of " in words
+    assert words.startswith(f"Step {step}: ") and f"{pool.owned} of " in words
 
 
 # -- looking --------------------------------------------------------------------------------------
@@ -136,14 +134,14 @@ def test_drafts_are_told_where_somebody_drafts(visit: Callable[..., Looker]) -> 
     me = visit()
     assert me.page.is_hidden(".lkr-drafts") and "drafted" not in me.page.inner_text(".lkr")
     me.page.select_option(".lkr-source", "s:Drafts")
-    me.until("it.where() === 0 && it.film().drafting")
+    me.until("it.where() === 0 && it.data().drafting")
     assert me.page.is_visible(".lkr-drafts")
     assert "10 drafted, 5 of them right" in me.page.inner_text(".lkr-headline")
     me.page.click(".lkr-forward")
     agrees(me, TRACES["Drafts"], 1)
     assert me.page.inner_text(".lkr-now").endswith("1 generated: 4 drafted, 0 of them right.")
     assert "5 tokens: 4 drafted, 0 of them right" in me.page.inner_text(".lkr-tables")
-    assert "gives 1 page back, for its drafts were wrong" in me.page.inner_text(".lkr-events")
+    assert "gives 1 page back, because its drafts were wrong" in me.page.inner_text(".lkr-events")
     me.page.click(".lkr-last")
     agrees(me, TRACES["Drafts"], 5)
     assert me.page.inner_text(".lkr-now").endswith("2 tokens computed, 2 generated.")
@@ -162,7 +160,7 @@ def test_names_stay_text(visit: Callable[..., Looker]) -> None:
     me = visit()
     me.until("document.querySelector('.lkr-source').options.length === arg", len(TRACES))
     me.page.select_option(".lkr-source", index=2)
-    me.until("it.film().lanes.length === 2")
+    me.until("it.data().lanes.length === 2")
     me.until("document.querySelector('.lkr-tables').textContent.includes('<img')")
     me.no_markup()
 
@@ -195,7 +193,7 @@ def test_saved_files_come_back(visit: Callable[..., Looker], tmp_path: Path) -> 
     assert json.loads((tmp_path / "p.json").read_text()) == json.loads("".join(perfetto.lines(trace)))
     me.page.set_input_files("#lkr-hand-in input[type=file]", tmp_path / "back.jsonl")
     me.until("document.querySelector('.lkr-source').selectedOptions[0]?.text === 'File: back.jsonl'")
-    me.until("it.film().count === arg", len(trace))
+    me.until("it.data().count === arg", len(trace))
     agrees(me, trace, 0)
     assert me.page.is_hidden("#lkr-message")
 
@@ -225,7 +223,7 @@ def test_a_good_file_with_hostile_names(visit: Callable[..., Looker], tmp_path: 
     path = tmp_path / "x.jsonl"
     TRACES[HOSTILE].save(path)
     me.page.set_input_files("#lkr-hand-in input[type=file]", path)
-    me.until("it.film().lanes.length === 2")
+    me.until("it.data().lanes.length === 2")
     me.until("document.querySelector('.lkr-tables').textContent.includes('<img')")
     me.no_markup()
 
@@ -276,19 +274,21 @@ def test_a_bad_file_leaves_nothing(tmp_path: Path) -> None:
     assert not traces._uploads
 
 
-@pytest.mark.parametrize("junk", [None, 5, "text", [], {}, {"key": 5, "reel": [], "first": "x", "count": -1}])
+@pytest.mark.parametrize(
+    "junk", [None, 5, "text", [], {}, {"key": 5, "opened": [], "first": "x", "count": -1}]
+)
 def test_nonsense_is_answered(junk: Any) -> None:
     import gradio as gr
 
     with gr.Blocks():
         view = build_replay_tab(lambda: TRACES)
-    answers = [json.loads(getattr(view, name)(junk)) for name in ("film", "frames", "save")]
+    answers = [json.loads(getattr(view, name)(junk)) for name in ("open", "frames", "save")]
     assert ["error" in answers[0], answers[1] == {"gone": True}, "error" in answers[2]] == [True] * 3
     assert len(json.loads(view.traces(junk))) == len(TRACES)
 
 
 def test_the_files_of_both_tabs_are_safe_to_put_into_a_template() -> None:
-    for name in ("film.js", "race.js", "replay.js", "race.html", "replay.html", "replay.css"):
+    for name in ("replay_data.js", "race.js", "replay.js", "race.html", "replay.html", "replay.css"):
         text = asset(name)
         if name.endswith(".js"):
             assert not any(mark in text for mark in ("innerHTML", "outerHTML", "insertAdjacentHTML", "eval("))

@@ -14,7 +14,7 @@ from labkit.page import upload
 from labkit.page.upload import read_upload
 from labkit.trace.records import TraceError
 from labkit.trace.trace import Trace
-from tests.views.test_views import run
+from tests.views.stories import run
 
 HEAD = {
     "format": "labkit-trace",

@@ -12,7 +12,7 @@ import pytest
 from labkit.schedulers import SCHEDULERS
 from labkit.trace.records import Finish, StepRecord, TraceError, TraceMeta
 from labkit.trace.trace import Trace
-from tests.core.test_scheduler import Bench
+from tests.core.scheduler_bench import Bench
 
 
 def played(kind: str = "continuous", *, seed: int = 0, max_steps: int | None = None) -> Bench:

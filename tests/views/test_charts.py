@@ -1,4 +1,4 @@
-"""The two plain charts: a figure and a text that state the same numbers, whatever the numbers come from."""
+"""The two plain charts state the same numbers in figure and text, wherever the numbers come from."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from labkit.views import charts, style, text
+from labkit.views import style, text
+from labkit.views.figures import charts
 
 HOSTILE = ["<b>bold</b>", "$x^2$", "2024-01-01", "1e5", "line\nbreak", "日本語", "a" * 300]
 
 
 def plain(figure: go.Figure) -> dict:
-    """A figure as JSON has it; `NaN`, which is not JSON, is refused."""
+    """Return a figure as JSON has it; `NaN`, which is not JSON, is refused."""
     return json.loads(json.dumps(figure.to_plotly_json(), allow_nan=False))
 
 

@@ -1,4 +1,4 @@
-"""What we export for Perfetto: opened by its own trace processor, and held against the trace."""
+"""The export for Perfetto is opened by its own trace processor, and compared with the trace."""
 
 from __future__ import annotations
 
@@ -14,29 +14,12 @@ import pytest
 from hypothesis import given, settings
 from tabs import browser  # noqa: F401
 
-from labkit.trace.records import StepRecord
 from labkit.trace.trace import Trace
 from labkit.views import perfetto
-from tests.views.test_views import HOSTILE, run, story, trace_of, traces
+from tests.views.stories import HOSTILE, busy, run, story, timed, trace_of, traces
 from tests.views.trace_processor import TraceProcessor, folder
 
 SPANS = {"prefill", "decode", "idle", "waiting", "preempted"}
-
-
-def timed(trace: Trace, step: float = 0.01) -> Trace:
-    """The same steps on a clock: a hundredth of a second each, and a second of rest before every tenth."""
-    clock, records = 0.0, []
-    for place, record in enumerate(trace):
-        clock += step + (place % 10 == 9)
-        fields = {name: getattr(record, name) for name in record.__dataclass_fields__}
-        records.append(StepRecord(**{**fields, "time": clock, "seconds": step}))
-    return Trace(trace.meta, records)
-
-
-def busy() -> Trace:
-    """Requests of uneven length, a pool too small for them, chunks, and one that is aborted."""
-    jobs = [(0, str(i), 3 + 2 * i, 14 - i) for i in range(6)] + [(5, "late", 10, 4)]
-    return timed(run(jobs, num_blocks=10, budget=8, aborts=[(9, "4")]))
 
 
 def exported(trace: Trace) -> list[dict[str, Any]]:
@@ -44,7 +27,7 @@ def exported(trace: Trace) -> list[dict[str, Any]]:
 
 
 def spans_of(trace: Trace) -> dict[str, list[dict[str, Any]]]:
-    """Spans by the name of their track."""
+    """Return spans by the name of their track."""
     found = exported(trace)
     names = {event["tid"]: event["args"]["name"] for event in found if event["name"] == "thread_name"}
     spans: dict[str, list[dict[str, Any]]] = {name: [] for name in names.values()}
@@ -208,7 +191,7 @@ def test_perfetto_opens_static_batches_and_hostile_names(opened: Callable[[Trace
 
 
 def test_the_trace_processor_would_notice(opened: Callable[[Trace], TraceProcessor], browser: Any) -> None:  # noqa: F811
-    """What the two tests above see as errors, seen: spans that overlap, and a file that ends too early."""
+    """The two tests above rely on errors being seen: spans that overlap, and a file that ends too early."""
     files = folder()
     overlapping = [
         {"ph": "X", "name": str(i), "pid": 1, "tid": 1, "ts": 10 * i, "dur": 15, "args": {}} for i in range(3)

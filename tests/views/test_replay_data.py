@@ -1,4 +1,4 @@
-"""What a browser replays, held against the trace it was made of."""
+"""What a browser replays is compared with the trace that it was made of."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from hypothesis import given, settings
 
 from labkit.trace.trace import Trace
 from labkit.views import replay_data
-from labkit.views.pool_picture import pages_of
-from tests.views.test_perfetto import busy, timed
-from tests.views.test_views import HOSTILE, run, story, trace_of, traces
+from labkit.views.facts.pool_blocks import blocks_of
+from tests.views.stories import HOSTILE, busy, run, story, timed, trace_of, traces
 
 
 def bits(text: str) -> set[int]:
@@ -23,13 +22,13 @@ def bits(text: str) -> set[int]:
 @settings(max_examples=60, deadline=None)
 @given(traces())
 def test_columns_say_what_the_pool_held(trace: Trace) -> None:
-    packed = json.loads(json.dumps(replay_data.film(trace)))
+    packed = json.loads(json.dumps(replay_data.pack(trace)))
     steps = packed["steps"]
     assert steps["begin"] is None
     assert steps["step"] == [record.step for record in trace]
     for place, record in enumerate(trace):
-        pages = pages_of(trace, record.step)
-        assert (steps["owned"][place], steps["filled"][place]) == (pages.owned, pages.filled_slots)
+        pool = blocks_of(trace, record.step)
+        assert (steps["owned"][place], steps["filled"][place]) == (pool.owned, pool.filled_slots)
         assert steps["sampled"][place] == record.total_sampled
     assert all(len(column) == len(trace) for column in steps.values() if column is not None)
 
@@ -39,7 +38,7 @@ def test_columns_say_what_the_pool_held(trace: Trace) -> None:
 def test_frames_say_who_held_what_and_who_waited(trace: Trace) -> None:
     lanes = replay_data.lanes_of(trace)
     names = list(lanes)
-    assert list(lanes.values()) == list(range(len(replay_data.film(trace)["lanes"])))
+    assert list(lanes.values()) == list(range(len(replay_data.pack(trace)["lanes"])))
     found: list[dict] = []
     while len(found) < len(trace):
         found += replay_data.frames(trace, lanes, len(found), 7)
@@ -60,7 +59,7 @@ def test_frames_say_who_held_what_and_who_waited(trace: Trace) -> None:
 @settings(max_examples=40, deadline=None)
 @given(traces())
 def test_lanes_show_all_rows(trace: Trace) -> None:
-    packed = replay_data.film(trace)["lanes"]
+    packed = replay_data.pack(trace)["lanes"]
     numbers = replay_data.lanes_of(trace)
     letters = {"prefill": "p", "chunk": "c", "decode": "d", "idle": "i"}
     for record in trace:
@@ -76,13 +75,13 @@ def test_lanes_show_all_rows(trace: Trace) -> None:
 
 def test_the_clock_starts_with_the_first_step_and_never_goes_back() -> None:
     trace = timed(run([(0, "a", 5, 12), (3, "b", 4, 3)]))
-    steps = replay_data.film(trace)["steps"]
+    steps = replay_data.pack(trace)["steps"]
     assert steps["begin"][0] == 0 and steps["end"][0] == pytest.approx(0.01)
     assert steps["end"] == sorted(steps["end"]) and steps["begin"] == sorted(steps["begin"])
     assert steps["begin"][9] - steps["end"][8] == pytest.approx(1)
     backwards = Trace(trace.meta, [trace[i] for i in range(3)])
     object.__setattr__(backwards.records[2], "time", 0.001)
-    steps = replay_data.film(backwards)["steps"]
+    steps = replay_data.pack(backwards)["steps"]
     assert steps["end"] == sorted(steps["end"])
 
 
@@ -112,12 +111,12 @@ def test_a_huge_trace_is_looked_at_now_and_then(monkeypatch: pytest.MonkeyPatch)
     trace = busy()
     exact = replay_data.usage_of(trace)
     monkeypatch.setattr(replay_data, "_MAX_WORK", len(trace) * trace.meta.num_blocks // 2)
-    owned = replay_data.film(trace)["steps"]["owned"]
+    owned = replay_data.pack(trace)["steps"]["owned"]
     assert owned == [exact[place - place % 3][0] for place in range(len(trace))]
 
 
 def test_an_empty_trace() -> None:
-    packed = replay_data.film(trace_of())
+    packed = replay_data.pack(trace_of())
     assert packed["lanes"] == [] and packed["headline"][0] == "No steps yet: nothing has run."
     assert replay_data.frames(trace_of(), {}, 0, 5) == []
 
@@ -126,7 +125,7 @@ def test_an_empty_trace() -> None:
 def test_names_are_short_and_printable(name: str) -> None:
     trace = run([(0, name, 5, 3)])
     packed = json.dumps(
-        [replay_data.film(trace), replay_data.frames(trace, replay_data.lanes_of(trace), 0, 3)]
+        [replay_data.pack(trace), replay_data.frames(trace, replay_data.lanes_of(trace), 0, 3)]
     )
     assert len(packed) < 4000
     assert json.loads(packed)[0]["lanes"][0]["name"].isprintable()

@@ -1,4 +1,4 @@
-"""Rails: moments of tokens on each clock, and the figure and its twin against them."""
+"""The token timeline: when tokens come out on each clock, and the figure and its text twin against that."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from itertools import pairwise
 
 import pytest
 
+from labkit import views
 from labkit.config import EngineConfig
 from labkit.engine import Engine
 from labkit.sampling_params import SamplingParams
 from labkit.trace.trace import Trace
-from labkit.views.token_timeline import rails_of, text_twin, token_rails, worst_gap
+from labkit.views import text
+from labkit.views.facts.token_timeline import token_timeline_of
 
 
 @pytest.fixture(scope="module")
@@ -35,25 +37,25 @@ def trace() -> Trace:
 
 
 def test_moments_count_the_tokens_computed(trace: Trace) -> None:
-    rails = rails_of(trace)
-    assert list(rails) == ["a", "b", "<c>"]
-    assert rails["a"].tokens == [6, 8, 31, 33, 35]  # 2 prompts of 3, a step of 2, the prompt of 20 and 3
-    assert rails["<c>"].tokens == [28, 31]
-    assert (rails["a"].ttft, rails["<c>"].ttft) == (6, 20)
-    assert rails["a"].gaps == [2, 23, 2, 2]
-    assert rails["a"].worst_gap == worst_gap(rails.values()) == 23
+    timeline = token_timeline_of(trace)
+    assert list(timeline.lanes) == ["a", "b", "<c>"]
+    assert timeline["a"].tokens == [6, 8, 31, 33, 35]  # 2 prompts of 3, a step of 2, the prompt of 20 and 3
+    assert timeline["<c>"].tokens == [28, 31]
+    assert (timeline["a"].ttft, timeline["<c>"].ttft) == (6, 20)
+    assert timeline["a"].gaps == [2, 23, 2, 2]
+    assert timeline["a"].worst_gap == timeline.worst_gap == 23
 
 
 def test_other_clocks(trace: Trace) -> None:
-    by_steps = rails_of(trace, "steps")
+    by_steps = token_timeline_of(trace, "steps")
     assert by_steps["a"].tokens == [1, 2, 4, 5, 6]
     assert by_steps["<c>"].ttft == 1
-    assert rails_of(trace, fixed=10)["a"].tokens == [16, 28, 71, 83, 95]
-    seconds = rails_of(trace, "seconds")["a"].tokens
+    assert token_timeline_of(trace, fixed=10)["a"].tokens == [16, 28, 71, 83, 95]
+    seconds = token_timeline_of(trace, "seconds")["a"].tokens
     assert all(0 < before < after for before, after in pairwise(seconds))
     assert seconds[-1] == pytest.approx(sum(record.seconds for record in trace))
     with pytest.raises(ValueError, match="clock must be one of tokens, steps, seconds, not 'hours'"):
-        rails_of(trace, "hours")  # type: ignore[arg-type]
+        token_timeline_of(trace, "hours")  # type: ignore[arg-type]
 
 
 def test_padding_costs_too() -> None:
@@ -65,11 +67,11 @@ def test_padding_costs_too() -> None:
         engine.add_request(list(range(400, 400 + length)), SamplingParams(max_tokens=2, ignore_eos=True))
     while engine.has_unfinished:
         engine.step()
-    assert rails_of(engine.trace)["0"].tokens == [14, 16]
+    assert token_timeline_of(engine.trace)["0"].tokens == [14, 16]
 
 
 def test_the_figure_draws_each_token_and_shades_the_longest_gap(trace: Trace) -> None:
-    figure = token_rails(trace)
+    figure = views.token_timeline(trace)
     tokens = {one.y[0]: list(one.x) for one in figure.data if one.name == "a token"}
     assert tokens == {"a": [6, 8, 31, 33, 35], "b": [6, 8, 31, 33, 35], "&lt;c&gt;": [28, 31]}
     shaded = [list(one.x) for one in figure.data if one.name == "the longest gap"]
@@ -82,20 +84,20 @@ def test_the_figure_draws_each_token_and_shades_the_longest_gap(trace: Trace) ->
 
 
 def test_the_twin_says_the_same(trace: Trace) -> None:
-    lines = text_twin(trace).splitlines()
-    assert lines[0] == token_rails(trace).layout.title.text
+    lines = text.token_timeline(trace).splitlines()
+    assert lines[0] == views.token_timeline(trace).layout.title.text
     assert max(map(len, lines)) <= 100
     assert lines[3].split()[-2:] == ["6", "23"]
     assert lines[5].split()[-2:] == ["20", "3"]
     assert lines[5].count("▪") == 2 and "░" in lines[5]
-    assert "seconds of work" in text_twin(trace, "seconds")
+    assert "seconds of work" in text.token_timeline(trace, "seconds")
 
 
 def test_nothing_has_run() -> None:
     empty = Trace(Engine(EngineConfig("tiny-random", device="cpu", num_blocks=4)).trace.meta)
-    assert text_twin(empty) == "No steps yet: nothing has run."
-    assert not token_rails(empty).data
-    assert worst_gap(rails_of(empty).values()) == 0
+    assert text.token_timeline(empty) == "No steps yet: nothing has run."
+    assert not views.token_timeline(empty).data
+    assert token_timeline_of(empty).worst_gap == 0
 
 
 def test_a_request_that_waits_has_no_first_token() -> None:
@@ -103,6 +105,6 @@ def test_a_request_that_waits_has_no_first_token() -> None:
     for _ in range(2):
         engine.add_request([300, 301], SamplingParams(max_tokens=3, ignore_eos=True))
     engine.step()
-    rails = rails_of(engine.trace)
-    assert rails["1"].ttft is None and rails["1"].gaps == []
-    assert text_twin(engine.trace).splitlines()[4].split() == ["1", "-", "0"]
+    timeline = token_timeline_of(engine.trace)
+    assert timeline["1"].ttft is None and timeline["1"].gaps == []
+    assert text.token_timeline(engine.trace).splitlines()[4].split() == ["1", "-", "0"]

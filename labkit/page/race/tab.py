@@ -109,7 +109,7 @@ def build_race_tab(model: LoadedModel, *, keep: Callable[[str, Trace], object]) 
             look = gr.HTML(COURSES[first].look, elem_id="lkr-look", **line)
             meaning = gr.HTML(_meaning(COURSES[first].settings), elem_id="lkr-meaning", **line)
     refused = gr.HTML(elem_id="lkr-refused", **line | {"html_template": '<p role="alert"></p>'})
-    scripts = ("canvas.js", "film.js", "race.js")
+    scripts = ("canvas.js", "replay_data.js", "race.js")
     view = gr.HTML(
         html_template=f"<style>{asset('replay.css')}</style>{asset('race.html')}",
         js_on_load="".join(map(asset, scripts)) + _GLUE,

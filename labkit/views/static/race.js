@@ -65,8 +65,8 @@ Object.assign(labkit, (() => {
 
     function show(packed) {
       shown = packed.race;
-      tracks = packed.results.map((result) => ({ ...result, film: labkit.openFilm(result.film) }));
-      Object.assign(state, { meta: tracks[0].film.meta, palette: tracks[0].film.palette });
+      tracks = packed.results.map((result) => ({ ...result, data: labkit.unpack(result.data) }));
+      Object.assign(state, { meta: tracks[0].data.meta, palette: tracks[0].data.palette });
       find(".lkr-shown").hidden = false;
       const known = document.querySelector("#lkr-look p")?.textContent === packed.look;
       find(".lkr-title").textContent = known ? packed.title : `${packed.title}. ${packed.look}`;
@@ -80,7 +80,7 @@ Object.assign(labkit, (() => {
       check.dataset.check = packed.check.same ? "same" : packed.check.fault ? "fault" : "differs";
       find(".lkr-tracks").replaceChildren(...tracks.map(trackOf));
       find(".lkr-cards").replaceChildren(...tracks.map(cardOf));
-      root.classList.toggle("lkr-drafting", tracks.some(({ film }) => film.drafting));
+      root.classList.toggle("lkr-drafting", tracks.some(({ data }) => data.drafting));
       theme = null;
       requestAnimationFrame(again); // the legend, too
       if (matchMedia("(prefers-reduced-motion: reduce)").matches) go(length());
@@ -93,7 +93,7 @@ Object.assign(labkit, (() => {
       track.canvas.dataset.picture = "track";
       track.canvas.setAttribute("role", "img");
       track.canvas.setAttribute("aria-label", `${track.name}: ${track.numbers.slice(0, 3).map((n) => n[1]).join(", ")}`);
-      track.canvas.style.height = `${track.film.lanes.length * LANE + MEMORY + AXIS + 10}px`;
+      track.canvas.style.height = `${track.data.lanes.length * LANE + MEMORY + AXIS + 10}px`;
       track.figures = el("p", "lkr-numbers");
       caption.append(el("h3", "", track.name), el("p", "lkr-meaning", track.words), track.figures);
       figure.append(caption, track.canvas);
@@ -122,7 +122,7 @@ Object.assign(labkit, (() => {
 
     // -- the clock --------------------------------------------------------------------------------
 
-    const clocks = () => tracks.map((track) => labkit.clockOf(track.film, unit));
+    const clocks = () => tracks.map((track) => labkit.clockOf(track.data, unit));
     const length = () => Math.max(1e-6, ...clocks().map((clock) => clock.length));
 
     function go(time) {
@@ -161,29 +161,29 @@ Object.assign(labkit, (() => {
       if (!tracks.length || !tracks[0].canvas.clientWidth) return;
       theme ||= labkit.themeOf(root, state);
       const view = { from: 0, to: length() };
-      const top = Math.max(0.01, ...tracks.map(({ film }) => Math.max(0, ...film.steps.owned) / film.meta.num_blocks));
+      const top = Math.max(0.01, ...tracks.map(({ data }) => Math.max(0, ...data.steps.owned) / data.meta.num_blocks));
       tracks.forEach((track, i) => paintTrack(track, clocks()[i], view, top));
       root.dataset.now = String(now);
     }
 
     function paintTrack(track, clock, view, top) {
-      const { film, canvas } = track, { ctx, width, height } = labkit.context(canvas);
-      const rows = film.lanes, area = areaOf(width, rows.length * LANE);
+      const { data, canvas } = track, { ctx, width, height } = labkit.context(canvas);
+      const rows = data.lanes, area = areaOf(width, rows.length * LANE);
       area.pitch = LANE;
       ctx.font = theme.font;
       const memory = { ...area, top: area.top + area.height + 8, height: MEMORY };
       labkit.drawAxis(ctx, theme, area, view, clock.unit, height - 8);
-      labkit.drawFilm(ctx, film, theme, clock, area, view, { rows, now });
+      labkit.drawLanes(ctx, data, theme, clock, area, view, { rows, now });
       rows.forEach((lane, row) => {
         labkit.text(ctx, lane.label, area.left - 8, area.top + (row + 0.5) * LANE, theme.muted, "right");
       });
-      labkit.drawMemory(ctx, film, theme, clock, memory, view, { now, top });
+      labkit.drawMemory(ctx, data, theme, clock, memory, view, { now, top });
       labkit.text(ctx, `${Math.round(100 * top)}%`, area.left - 8, memory.top + 3, theme.muted, "right");
       labkit.text(ctx, "0", area.left - 8, memory.top + MEMORY - 2, theme.muted, "right");
       const x = area.left + (Math.min(now, view.to) * area.width) / view.to;
       labkit.box(ctx, x - 0.75, 0, 1.5, height - AXIS, theme.ink);
-      const at = labkit.stepAtTime(film, clock, now), { sampled, running, waiting } = film.steps;
-      const done = now >= clock.length, began = Math.max(0, done ? film.count : at);
+      const at = labkit.stepAtTime(data, clock, now), { sampled, running, waiting } = data.steps;
+      const done = now >= clock.length, began = Math.max(0, done ? data.count : at);
       let tokens = 0;
       for (let i = 0; i < began; i++) tokens += sampled[i];
       const end = clock.unit === "seconds" ? `${clock.length.toFixed(2)} s` : `${clock.length} steps`;

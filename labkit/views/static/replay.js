@@ -1,4 +1,4 @@
-// A scrubber over a trace: pages, batch, queue and block tables at any step. `ask(name, argument)` reaches the lab.
+// A scrubber over a trace: blocks, batch, queue and block tables at any step. `ask(name, argument)` reaches the lab.
 Object.assign(labkit, (() => {
   const AHEAD = 32, KEPT = 600; // frames fetched at once, and remembered
   const AXIS = 18;
@@ -12,7 +12,7 @@ Object.assign(labkit, (() => {
       .map((canvas) => [canvas.dataset.picture, canvas]));
     const scrub = find(".lkr-scrub"), source = find(".lkr-source");
     const state = labkit.createState(), frames = new Map(), uploads = [];
-    let reel = "", film = null, at = 0, playing = null, wanted = null, drawn = -1, focus, theme = null, opening = 0;
+    let opened = "", data = null, at = 0, playing = null, wanted = null, drawn = -1, focus, theme = null, opening = 0;
 
     // -- which trace ------------------------------------------------------------------------------
 
@@ -26,58 +26,58 @@ Object.assign(labkit, (() => {
       const chosen = source.value;
       source.replaceChildren(...options.map(({ key, name }) => Object.assign(el("option", "", name), { value: key })));
       if (options.some(({ key }) => key === chosen)) source.value = chosen;
-      if (!film && options.length) open(source.value);
+      if (!data && options.length) open(source.value);
     }
 
     async function open(key, step) {
       const turn = ++opening;
       play(false);
       find(".lkr-headline").textContent = "Reading the trace …";
-      const answer = await ask("film", { key });
+      const answer = await ask("open", { key });
       if (turn !== opening) return; // something else was asked for meanwhile
       if (!answer || answer.error) {
         find(".lkr-headline").textContent = answer ? answer.error : "The lab does not answer: try again.";
         return;
       }
-      reel = answer.reel;
-      film = labkit.openFilm(answer.film);
+      opened = answer.opened;
+      data = labkit.unpack(answer.data);
       frames.clear();
-      Object.assign(state, { meta: film.meta, palette: film.palette, hover: {},
-                             lanes: new Map(film.lanes.map((lane) => [lane.id, lane])) });
+      Object.assign(state, { meta: data.meta, palette: data.palette, hover: {},
+                             lanes: new Map(data.lanes.map((lane) => [lane.id, lane])) });
       theme = null;
-      find(".lkr-headline").textContent = film.headline.filter(Boolean).join(". ");
-      scrub.max = Math.max(0, film.count - 1);
+      find(".lkr-headline").textContent = data.headline.filter(Boolean).join(". ");
+      scrub.max = Math.max(0, data.count - 1);
       drawn = -1;
-      root.classList.toggle("lkr-nothing", !film.count);
-      root.classList.toggle("lkr-drafting", film.drafting);
+      root.classList.toggle("lkr-nothing", !data.count);
+      root.classList.toggle("lkr-drafting", data.drafting);
       requestAnimationFrame(again); // the legend, too
-      go(step === undefined ? 0 : (film.place.get(step) ?? film.count - 1));
+      go(step === undefined ? 0 : (data.place.get(step) ?? data.count - 1));
     }
 
     // -- which step -------------------------------------------------------------------------------
 
     function go(place) {
-      if (!film || !film.count) return paint();
-      at = Math.max(0, Math.min(film.count - 1, place));
+      if (!data || !data.count) return paint();
+      at = Math.max(0, Math.min(data.count - 1, place));
       scrub.value = at;
-      scrub.setAttribute("aria-valuetext", `step ${film.steps.step[at]}`);
-      find(".lkr-where").textContent = `step ${film.steps.step[at]} of ${film.steps.step[film.count - 1]}`;
+      scrub.setAttribute("aria-valuetext", `step ${data.steps.step[at]}`);
+      find(".lkr-where").textContent = `step ${data.steps.step[at]} of ${data.steps.step[data.count - 1]}`;
       fetchFrames();
       requestAnimationFrame(paint);
     }
 
-    // One question at a time, for the step on show and those after it.
+    // Ask one question at a time: for the frames of the step on show and of those after it.
     async function fetchFrames() {
       let from = at;
       while (frames.has(from) && from < at + AHEAD) from += 1;
-      const needed = from === at || (playing && from < Math.min(film.count, at + AHEAD / 2));
-      if (wanted !== null || !needed || from >= film.count) return;
+      const needed = from === at || (playing && from < Math.min(data.count, at + AHEAD / 2));
+      if (wanted !== null || !needed || from >= data.count) return;
       wanted = from;
-      const asked = reel, answer = await ask("frames", { reel, first: from, count: playing ? AHEAD : 8 });
+      const asked = opened, answer = await ask("frames", { opened, first: from, count: playing ? AHEAD : 8 });
       wanted = null;
-      if (asked !== reel) return fetchFrames();
+      if (asked !== opened) return fetchFrames();
       if (!answer) return void setTimeout(fetchFrames, 1000);
-      if (answer.gone) return open(source.value, film.steps.step[at]);
+      if (answer.gone) return open(source.value, data.steps.step[at]);
       answer.frames.forEach((frame, i) => frames.set(from + i, frame));
       for (const key of frames.keys()) if (frames.size > KEPT) frames.delete(key);
       requestAnimationFrame(paint);
@@ -89,13 +89,13 @@ Object.assign(labkit, (() => {
       playing = null;
       find(".lkr-play").textContent = on ? "Pause" : "Play";
       find(".lkr-play").setAttribute("aria-pressed", String(on));
-      if (!on || !film) return;
-      if (at >= film.count - 1) go(0);
+      if (!on || !data) return;
+      if (at >= data.count - 1) go(0);
       const tick = () => {
         playing = setTimeout(tick, 1000 / Number(find(".lkr-speed").value));
         if (!root.isConnected) return play(false);
-        if (!frames.has(at + 1) && at + 1 < film.count) return fetchFrames(); // not there yet
-        if (at + 1 < film.count) go(at + 1);
+        if (!frames.has(at + 1) && at + 1 < data.count) return fetchFrames(); // not there yet
+        if (at + 1 < data.count) go(at + 1);
         else play(false);
       };
       playing = setTimeout(tick, 1000 / Number(find(".lkr-speed").value));
@@ -104,7 +104,7 @@ Object.assign(labkit, (() => {
     // -- pictures ---------------------------------------------------------------------------------
 
     function paint() {
-      if (!film || !canvases.strip.clientWidth) return;
+      if (!data || !canvases.strip.clientWidth) return;
       theme ||= labkit.themeOf(root, state);
       const frame = frames.get(at);
       paintStrip();
@@ -122,12 +122,12 @@ Object.assign(labkit, (() => {
     }
 
     function paintStrip() {
-      const { ctx, width, height } = labkit.context(canvases.strip), clock = labkit.clockOf(film, "steps");
-      const area = stripArea(width, height), view = { from: 0, to: Math.max(1, film.count) };
+      const { ctx, width, height } = labkit.context(canvases.strip), clock = labkit.clockOf(data, "steps");
+      const area = stripArea(width, height), view = { from: 0, to: Math.max(1, data.count) };
       ctx.font = theme.font;
       labkit.text(ctx, "100%", area.left - 8, area.top + 4, theme.muted, "right");
       labkit.text(ctx, "0", area.left - 8, area.top + area.height - 4, theme.muted, "right");
-      labkit.drawMemory(ctx, film, theme, clock, area, view);
+      labkit.drawMemory(ctx, data, theme, clock, area, view);
       const x = area.left + ((at + 0.5) * area.width) / view.to;
       labkit.box(ctx, x - 1, 0, 2, height, theme.ink);
     }
@@ -135,17 +135,17 @@ Object.assign(labkit, (() => {
     const stripArea = (width, height) => ({ left: labkit.GUTTER, top: 2, width: width - labkit.GUTTER - labkit.RIGHT,
                                             height: height - 6 });
 
-    // The steps around the one on show: as many as have room.
+    // The steps around the one on show, as many as fit.
     function windowOf(width) {
       const room = width - labkit.GUTTER - labkit.RIGHT, fits = Math.max(30, Math.floor(room / 5));
-      const many = Math.min(fits, Math.max(30, film.count));
-      const from = Math.max(0, Math.min(film.count - many, at - Math.floor(many / 2)));
+      const many = Math.min(fits, Math.max(30, data.count));
+      const from = Math.max(0, Math.min(data.count - many, at - Math.floor(many / 2)));
       return { from, to: from + many };
     }
 
     function lanesNow(width, height) {
-      const view = windowOf(width), clock = labkit.clockOf(film, "steps");
-      const { rows, hidden } = labkit.lanesIn(film, clock, view, Math.floor((height - AXIS) / 6));
+      const view = windowOf(width), clock = labkit.clockOf(data, "steps");
+      const { rows, hidden } = labkit.lanesIn(data, clock, view, Math.floor((height - AXIS) / 6));
       const area = { left: labkit.GUTTER, top: 1, width: width - labkit.GUTTER - labkit.RIGHT, height: height - AXIS };
       area.pitch = Math.min(18, area.height / Math.max(1, rows.length));
       return { view, clock, rows, hidden, area };
@@ -155,13 +155,13 @@ Object.assign(labkit, (() => {
       const { ctx, width, height } = labkit.context(canvases.lanes);
       const { view, clock, rows, hidden, area } = lanesNow(width, height);
       ctx.font = theme.font;
-      const zero = film.steps.step[0] || 0;
+      const zero = data.steps.step[0] || 0;
       labkit.drawAxis(ctx, theme, area, { from: view.from + zero, to: view.to + zero }, "steps", height - 8);
       const pitch = area.width / (view.to - view.from), x = area.left + (at - view.from) * pitch;
       ctx.globalAlpha = 0.14;
       labkit.box(ctx, x, 0, Math.max(2, pitch), area.height, theme.ink);
       ctx.globalAlpha = 1;
-      labkit.drawFilm(ctx, film, theme, clock, area, view, { rows, focus });
+      labkit.drawLanes(ctx, data, theme, clock, area, view, { rows, focus });
       const every = Math.ceil(11 / area.pitch);
       rows.forEach((lane, row) => {
         if (row % every) return;
@@ -173,12 +173,12 @@ Object.assign(labkit, (() => {
 
     // -- words ------------------------------------------------------------------------------------
 
-    const nameOf = (number) => film.lanes[number]?.name ?? "?";
+    const nameOf = (number) => data.lanes[number]?.name ?? "?";
 
     function who(number) {
       const name = el("button", "lkr-who", nameOf(number));
       name.type = "button";
-      name.style.setProperty("--lkr-whose", theme.palette[film.lanes[number]?.color ?? 0]);
+      name.style.setProperty("--lkr-whose", theme.palette[data.lanes[number]?.color ?? 0]);
       const look = (on) => { focus = state.hover.request = on ? number : undefined; paint(); };
       name.onpointerenter = name.onfocus = () => look(true);
       name.onpointerleave = name.onblur = () => look(false);
@@ -186,8 +186,8 @@ Object.assign(labkit, (() => {
     }
 
     function words(frame) {
-      const { owned, filled, running, waiting, sampled, computed, drafted, accepted } = film.steps;
-      const { num_blocks: blocks, block_size: size } = film.meta;
+      const { owned, filled, running, waiting, sampled, computed, drafted, accepted } = data.steps;
+      const { num_blocks: blocks, block_size: size } = data.meta;
       const empty = owned[at] ? Math.round(100 * (1 - filled[at] / (owned[at] * size))) : 0;
       find(".lkr-now").textContent = `Step ${frame.step}: ${running[at]} running, ${waiting[at]} waiting; `
         + `${owned[at]} of ${count(blocks, "page")} owned, ${empty}% of their slots empty; `
@@ -223,13 +223,13 @@ Object.assign(labkit, (() => {
     // -- hands ------------------------------------------------------------------------------------
 
     const deeds = { first: () => go(0), back: () => go(at - 1), forward: () => go(at + 1),
-                    last: () => go(film ? film.count - 1 : 0), play: () => play(playing === null) };
+                    last: () => go(data ? data.count - 1 : 0), play: () => play(playing === null) };
     for (const [name, deed] of Object.entries(deeds)) {
       find(`.lkr-${name}`).onclick = () => { if (name !== "play") play(false); deed(); };
     }
     scrub.oninput = () => { play(false); go(Number(scrub.value)); };
     source.onchange = () => open(source.value);
-    find(".lkr-reload").onclick = () => open(source.value, film?.steps.step[at]);
+    find(".lkr-reload").onclick = () => open(source.value, data?.steps.step[at]);
     root.addEventListener("keydown", (event) => {
       const keys = { ArrowLeft: "back", ArrowRight: "forward", Home: "first", End: "last", " ": "play" };
       const deed = keys[event.key], { tagName, type } = event.target;
@@ -240,15 +240,15 @@ Object.assign(labkit, (() => {
       deeds[deed]();
     });
     const seek = (canvas, step) => {
-      const move = (event) => { if (film?.count) { play(false); go(step(event.offsetX, canvas.clientWidth)); } };
+      const move = (event) => { if (data?.count) { play(false); go(step(event.offsetX, canvas.clientWidth)); } };
       canvas.onpointerdown = (event) => { canvas.setPointerCapture(event.pointerId); move(event); };
       canvas.onpointermove = (event) => { if (event.buttons) move(event); };
     };
     seek(canvases.strip, (x, width) => {
       const area = stripArea(width, 1);
-      return Math.floor(((x - area.left) * film.count) / area.width);
+      return Math.floor(((x - area.left) * data.count) / area.width);
     });
-    let held = null; // the window stays where it is while it is dragged over
+    let held = null; // the window, which stays where it is while the pointer drags
     canvases.lanes.addEventListener("pointerdown", () => { held = windowOf(canvases.lanes.clientWidth); }, true);
     seek(canvases.lanes, (x, width) => {
       const room = width - labkit.GUTTER - labkit.RIGHT;
@@ -257,7 +257,7 @@ Object.assign(labkit, (() => {
     for (const button of root.querySelectorAll("[data-save]")) {
       button.onclick = async () => {
         button.disabled = true;
-        const kind = button.dataset.save, answer = await ask("save", { reel, kind });
+        const kind = button.dataset.save, answer = await ask("save", { opened, kind });
         button.disabled = false;
         if (!answer || answer.error) {
           find(".lkr-headline").textContent = answer ? answer.error : "The lab does not answer: try again.";
@@ -280,21 +280,21 @@ Object.assign(labkit, (() => {
         labkit.drawSpan(ctx, theme, canvas.dataset.swatch, theme.muted, 0, 0, width, height);
       }
     }
-    const again = () => { if (film) { theme = labkit.themeOf(root, state); drawn = -1; swatches(); paint(); } };
+    const again = () => { if (data) { theme = labkit.themeOf(root, state); drawn = -1; swatches(); paint(); } };
     new ResizeObserver(again).observe(canvases.strip);
     const dark = () => document.body.classList.contains("dark");
     let was = dark();
     new MutationObserver(() => { if (dark() !== was) { was = dark(); again(); } })
       .observe(document.body, { attributes: true, attributeFilter: ["class"] });
     (function listen() {
-      if (canvases.strip.clientWidth && !document.hidden) list().then(() => { if (film) swatches(); });
-      setTimeout(listen, film ? 3000 : 700);
+      if (canvases.strip.clientWidth && !document.hidden) list().then(() => { if (data) swatches(); });
+      setTimeout(listen, data ? 3000 : 700);
     })();
 
     return {
       open,
       add: (key, name) => { uploads.push({ key, name }); list().then(() => { source.value = key; open(key); }); },
-      where: () => (film && film.count ? film.steps.step[at] : -1), film: () => film, frame: () => frames.get(at), state,
+      where: () => (data && data.count ? data.steps.step[at] : -1), data: () => data, frame: () => frames.get(at), state,
     };
   }
 

@@ -75,7 +75,7 @@ def test_a_race_from_start_to_cards(track: RaceTrack, kept: dict[str, Trace]) ->
         assert numbers["Waste inside pages"][0] == f"{result.waste:.0%}"
         assert numbers["Padding"][0] == f"{result.padding} slots"
         assert "Drafted" not in numbers
-        assert card["generated"] == 169 and card["film"]["steps"]["step"] == list(range(result.steps))
+        assert card["generated"] == 169 and card["data"]["steps"]["step"] == list(range(result.steps))
     best = [[name for name, _, best, _ in card["numbers"] if best] for card in packed["results"]]
     assert "Steps" in best[2] and "Steps" not in best[0] + best[1]
     assert "Preemptions" not in [*best[0], *best[1], *best[2]], "nobody is best where all are alike"
@@ -90,8 +90,8 @@ def test_drafts_are_on_the_cards_where_somebody_drafts(track: RaceTrack) -> None
     result = race.results[1]
     assert drafting["Drafted"] == f"{result.drafted:,} tokens" and result.drafted > 0
     assert drafting["Drafts right"] == f"{result.acceptance:.0%}"
-    assert packed["check"]["same"] and "drafted" in packed["results"][1]["film"]["steps"]
-    assert "drafted" not in packed["results"][0]["film"]["steps"]
+    assert packed["check"]["same"] and "drafted" in packed["results"][1]["data"]["steps"]
+    assert "drafted" not in packed["results"][0]["data"]["steps"]
 
 
 def test_one_at_a_time_and_the_others_are_told_how_far_it_is(

@@ -97,7 +97,7 @@ def test_one_clock_for_all(visit: Callable[..., Looker]) -> None:
                      "&& document.querySelector('.lkr-play').click()")  # fmt: skip
     me.page.locator(".lkr-scrub").evaluate("(e) => { e.value = 250; e.dispatchEvent(new Event('input')); }")
     me.until("Math.abs(it.now() - 42.25) < 1e-6")
-    trace = me.look("it.tracks()[0].film.steps.sampled.slice(0, 42)")
+    trace = me.look("it.tracks()[0].data.steps.sampled.slice(0, 42)")
     said = "document.querySelectorAll('.lkr-track .lkr-numbers')[arg[0]].innerText.startsWith(arg[1])"
     me.until(said, [0, f"{sum(trace)} of 169 tokens; 1 running, "])  # the page writes a few times a second
     me.until(said, [2, "done after 42 steps, 169 tokens"])

@@ -1,45 +1,45 @@
-// A run that is over, on a clock of steps or of seconds: what race and replay have in common. Films come from
-// `film.py`; requests are referred to by their place among the lanes.
+// A run that is over, on a clock of steps or of seconds: race and replay both draw it. The data come from
+// `replay_data.py`, which refers to a request by the place of its lane.
 Object.assign(labkit, (() => {
-  // Ready for drawing: spans as objects, and a place for each step's number.
-  function openFilm({ meta, palette, headline, steps, lanes }) {
+  // Make packed data ready for drawing: spans become objects, and each step's number gets its place.
+  function unpack({ meta, palette, headline, steps, lanes }) {
     const place = new Map(steps.step.map((step, i) => [step, i]));
-    const film = { meta, palette, headline, steps, place, count: steps.step.length, timed: Boolean(steps.begin),
+    const data = { meta, palette, headline, steps, place, count: steps.step.length, timed: Boolean(steps.begin),
                    drafting: Boolean(steps.drafted) };
-    film.lanes = lanes.map((lane, id) => {
+    data.lanes = lanes.map((lane, id) => {
       const spans = lane.spans.map(([kind, from, to, tokens, drafted, right]) => (
-        { kind, from: placeOf(film, from, 1), to: placeOf(film, to, -1), tokens, drafted, right }));
-      const ends = lane.ends.map(([step, reason]) => ({ at: placeOf(film, step, -1), reason }));
+        { kind, from: placeOf(data, from, 1), to: placeOf(data, to, -1), tokens, drafted, right }));
+      const ends = lane.ends.map(([step, reason]) => ({ at: placeOf(data, step, -1), reason }));
       return { id, ...lane, spans, ends };
     });
-    return film;
+    return data;
   }
 
-  // A step's place in the trace; where the trace has a hole, that of the next one or of the one before.
-  function placeOf(film, step, toward) {
-    if (film.place.has(step)) return film.place.get(step);
-    const steps = film.steps.step;
-    let low = 0, high = film.count;
+  // A step's place in the trace. A step that the trace does not hold gets the place of the next or previous one.
+  function placeOf(data, step, toward) {
+    if (data.place.has(step)) return data.place.get(step);
+    const steps = data.steps.step;
+    let low = 0, high = data.count;
     while (low < high) {
       const middle = (low + high) >> 1;
       if (steps[middle] < step) low = middle + 1;
       else high = middle;
     }
-    return Math.max(0, Math.min(film.count - 1, toward > 0 ? low : low - 1));
+    return Math.max(0, Math.min(data.count - 1, toward > 0 ? low : low - 1));
   }
 
-  // When a step begins and ends, in steps or in seconds.
-  function clockOf(film, unit) {
-    if (unit === "seconds" && film.timed) {
-      const { begin, end } = film.steps;
-      return { unit, begin: (i) => begin[i], end: (i) => end[i], length: film.count ? end[film.count - 1] : 0 };
+  // When each step begins and ends, in steps or in seconds.
+  function clockOf(data, unit) {
+    if (unit === "seconds" && data.timed) {
+      const { begin, end } = data.steps;
+      return { unit, begin: (i) => begin[i], end: (i) => end[i], length: data.count ? end[data.count - 1] : 0 };
     }
-    return { unit: "steps", begin: (i) => i, end: (i) => i + 1, length: film.count };
+    return { unit: "steps", begin: (i) => i, end: (i) => i + 1, length: data.count };
   }
 
   // The last step that has begun at a moment of the clock; -1 before the first.
-  function stepAtTime(film, clock, time) {
-    let low = 0, high = film.count;
+  function stepAtTime(data, clock, time) {
+    let low = 0, high = data.count;
     while (low < high) {
       const middle = (low + high) >> 1;
       if (clock.begin(middle) <= time) low = middle + 1;
@@ -48,8 +48,8 @@ Object.assign(labkit, (() => {
     return low - 1;
   }
 
-  // `area` is where to draw, in pixels; `view` which part of the clock it shows. What is later than `now` is faint.
-  function drawFilm(ctx, film, theme, clock, area, view, { now = Infinity, focus, rows } = {}) {
+  // Draw in `area`, in pixels, the part of the clock that `view` names. What is later than `now` is faint.
+  function drawLanes(ctx, data, theme, clock, area, view, { now = Infinity, focus, rows } = {}) {
     const scale = area.width / (view.to - view.from), x = (time) => area.left + (time - view.from) * scale;
     const cut = Math.max(area.left, Math.min(area.left + area.width, x(now)));
     const parts = [[area.left, cut, 1], [cut, area.left + area.width, 0.18]];
@@ -61,13 +61,13 @@ Object.assign(labkit, (() => {
       ctx.clip();
       rows.forEach((lane, row) => {
         ctx.globalAlpha = alpha * (focus === undefined || focus === lane.id ? 1 : 0.22);
-        drawFilmLane(ctx, film, theme, lane, clock, x, area.top + row * area.pitch, area.pitch, view);
+        drawLane(ctx, data, theme, lane, clock, x, area.top + row * area.pitch, area.pitch, view);
       });
       ctx.restore();
     }
   }
 
-  function drawFilmLane(ctx, film, theme, lane, clock, x, y, pitch, view) {
+  function drawLane(ctx, data, theme, lane, clock, x, y, pitch, view) {
     const height = Math.max(1, pitch - (pitch > 8 ? 3 : pitch > 3 ? 1 : 0)), color = theme.palette[lane.color];
     for (const span of lane.spans) {
       const { kind, from, to } = span;
@@ -79,13 +79,13 @@ Object.assign(labkit, (() => {
     for (const { at } of lane.ends) labkit.box(ctx, x(clock.end(at)) - 1, y, 2, height, theme.ink);
   }
 
-  // Memory during each step: solid where tokens lie, hatched where pages are owned but empty. The area is as high
-  // as `top` of the pool.
-  function drawMemory(ctx, film, theme, clock, area, view, { now = Infinity, top = 1 } = {}) {
-    const { owned, filled } = film.steps, { num_blocks: blocks, block_size: size } = film.meta;
+  // Draw memory during each step: solid where tokens lie, hatched where blocks are owned but empty. The area is
+  // as high as `top` of the pool.
+  function drawMemory(ctx, data, theme, clock, area, view, { now = Infinity, top = 1 } = {}) {
+    const { owned, filled } = data.steps, { num_blocks: blocks, block_size: size } = data.meta;
     const scale = area.width / (view.to - view.from), floor = area.top + area.height;
-    const first = Math.max(0, stepAtTime(film, clock, view.from)), bars = new Map();
-    for (let i = first; i < film.count && clock.begin(i) < view.to; i++) {
+    const first = Math.max(0, stepAtTime(data, clock, view.from)), bars = new Map();
+    for (let i = first; i < data.count && clock.begin(i) < view.to; i++) {
       const from = Math.max(area.left, area.left + (clock.begin(i) - view.from) * scale);
       const to = Math.min(area.left + area.width, area.left + (clock.end(i) - view.from) * scale);
       const column = Math.floor(from); // of pixels: drawn once, for the last of its steps
@@ -102,7 +102,7 @@ Object.assign(labkit, (() => {
     labkit.box(ctx, area.left, floor, area.width, 1, theme.line);
   }
 
-  // Marks along the clock, at round numbers.
+  // Draw marks along the clock, at round numbers.
   function drawAxis(ctx, theme, area, view, unit, y) {
     const wanted = ((view.to - view.from) * 64) / area.width;
     const power = 10 ** Math.floor(Math.log10(wanted));
@@ -118,10 +118,10 @@ Object.assign(labkit, (() => {
     }
   }
 
-  // The lanes of which something is in view: those that did work first, where there is no room for all.
-  function lanesIn(film, clock, view, most) {
+  // The lanes that have something in view. If there is no room for all, those that did work come first.
+  function lanesIn(data, clock, view, most) {
     const seen = (span) => clock.end(span.to) > view.from && clock.begin(span.from) < view.to;
-    const lanes = film.lanes.filter((lane) => lane.spans.some(seen));
+    const lanes = data.lanes.filter((lane) => lane.spans.some(seen));
     if (lanes.length <= most) return { rows: lanes, hidden: 0 };
     const busy = lanes.filter((lane) => lane.spans.some((span) => span.kind !== "w" && seen(span))).slice(-most);
     const chosen = new Set([...busy, ...lanes.filter((lane) => !busy.includes(lane)).slice(0, most - busy.length)]);
@@ -135,5 +135,5 @@ Object.assign(labkit, (() => {
     return made;
   };
 
-  return { openFilm, clockOf, stepAtTime, drawFilm, drawMemory, drawAxis, lanesIn, el };
+  return { unpack, clockOf, stepAtTime, drawLanes, drawMemory, drawAxis, lanesIn, el };
 })());

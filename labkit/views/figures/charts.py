@@ -1,4 +1,4 @@
-"""Two plain charts for numbers that come from no trace. Their text twins are in `labkit.views.text`."""
+"""Two plain charts, of bars and of lines, for numbers that come from no trace."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import plotly.graph_objects as go
 
 from labkit.views import style
 
-_DASHES = ("solid", "dash", "dot", "dashdot")  # so that colour is not all that tells lines apart
-
-_TICKS = 10  # values that are few enough to mark each of them
+_DASHES = ("solid", "dash", "dot", "dashdot")  # so that more than colour tells lines apart
+_TICKS = 10  # up to so many values, a log scale marks each of them
 
 
 def bars(values: Mapping[str, float], title: str, unit: str, digits: int) -> go.Figure:
-    """One bar for each named value."""
+    """Draw one bar for each named value."""
     names = [style.escape(style.label(name, 60)) for name in values]
     numbers = [_plain(value) for value in values.values()]
     figure = go.Figure(
@@ -26,14 +25,14 @@ def bars(values: Mapping[str, float], title: str, unit: str, digits: int) -> go.
             orientation="h",
             marker={"color": style.PALETTE[0]},
             text=[f"{value:,.{digits}f} {unit}".strip() for value in values.values()],
-            # Left to itself, plotly says nothing beside a bar that has no length.
+            # By default plotly writes nothing beside a bar that has no length.
             textposition="auto" if all(numbers) else ["auto" if value else "outside" for value in numbers],
             hoverinfo="skip",
         )
     )
     _lay_out(figure, title, 90 + 34 * len(names))
     figure.update_xaxes(title={"text": unit, "standoff": 4}, showgrid=True, gridcolor=style.FREE)
-    figure.update_yaxes(autorange="reversed", type="category")  # or a name like "1e5" would be a number
+    figure.update_yaxes(autorange="reversed", type="category")  # else a name like "1e5" is a number
     return figure
 
 
@@ -45,7 +44,7 @@ def lines(
     y_name: str,
     log: str,
 ) -> go.Figure:
-    """One line for each named series over the same x."""
+    """Draw one line for each named series over the same x; `log` holds "x", "y" or both for log scales."""
     figure = go.Figure()
     for i, (name, series) in enumerate(ys.items()):
         line = {"color": style.PALETTE[i % len(style.PALETTE)], "dash": _DASHES[i % len(_DASHES)]}
@@ -65,9 +64,9 @@ def lines(
 
 
 def _marks(values: Sequence[float | None], most: int) -> dict[str, Any]:
-    """Where a log scale is marked: at its values, if there are at most so many, or at 1, 2, 5, 10 and so on.
+    """Mark a log scale at its values, if there are at most `most` of them, or else at 1, 2, 5, 10 and so on.
 
-    Written in full, for plotly's own mark is a lone 2 where 20 is meant.
+    The marks are written in full, because plotly's own mark for 20 is a lone 2.
     """
     plain = {_plain(value) for value in values}
     places = sorted(value for value in plain if value is not None and value > 0)
@@ -80,7 +79,7 @@ def _marks(values: Sequence[float | None], most: int) -> dict[str, Any]:
 
 
 def _plain(value: float | None) -> float | None:
-    """A number of Python's own, whatever numpy or torch made it; a gap where it is none that JSON knows."""
+    """Return a number as Python's own, whether numpy or torch made it, or None if JSON has no such number."""
     if value is None or isinstance(value, int):
         return value
     number = value.item() if hasattr(value, "item") else value
