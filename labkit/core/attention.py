@@ -4,8 +4,8 @@ The tokens of a step lie one after the other in a flattened batch, and attention
 ends. `AttentionMetadata` says so: it is built once per step, and used by every layer.
 
 A backend cuts the rows of the batch into groups, and each group is one call. `PlainAttention` makes each row
-a group; faster ones are in `labkit.kernels`. `reference_attention` states what all of them mean, one query at a
-time.
+a group; faster ones are in `labkit.kernels`. `reference_attention` states what all of them mean, one query at
+a time.
 """
 
 from __future__ import annotations
