@@ -13,7 +13,7 @@ from labkit.core.recorder import record_step
 from labkit.models.detokenizer import IncrementalDetokenizer
 from labkit.models.tiny import tiny_tokenizer
 from tests.core.scheduler_bench import Bench
-from tests.test_engine import drain, engine_of, random_prompt
+from tests.engines import drain, engine_of, random_prompt
 
 PROMPT = random_prompt(random.Random(0), 21)
 

@@ -1,8 +1,4 @@
-"""CUDA graphs without CUDA: a tape that records operators, and replays them on the same memory.
-
-The tape keeps every operator with its tensors and its numbers as they were, as a graph does: what a step
-should have brought anew, and did not, is wrong in the replay.
-"""
+"""Decode steps from recorded graphs equal eager ones, on a tape that stands in for CUDA (see `tape.py`)."""
 
 from __future__ import annotations
 
@@ -16,8 +12,6 @@ import pytest
 import torch
 from conftest import VOCAB, greedy, loaded
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from labkit.config import EngineConfig
 from labkit.core.attention import Span, build_metadata, row_order
@@ -28,59 +22,8 @@ from labkit.kernels.backend import Backend
 from labkit.kernels.cuda_graphs import DecodeGraphs, buckets
 from labkit.kernels.gathered_sdpa import SDPA, gathered_rows
 from labkit.kernels.paged_decode import paged_rows, static_paged_rows
-from labkit.kernels.warmup import activation_bytes, backend_for, warm_up
 from labkit.sampling_params import SamplingParams
-
-# What waits for the device, or brings numbers from the host: a graph can hold neither.
-FORBIDDEN = {"item", "_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "unique"}
-
-
-class Tape(TorchDispatchMode):
-    """Records the operators run under it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps: list[tuple[Any, tuple, dict[str, Any], Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        name = func.name().split("::")[1].split(".")[0]
-        if name in FORBIDDEN:
-            raise AssertionError(f"{name} cannot be captured")
-        out = func(*args, **(kwargs or {}))
-        self.steps.append((func, args, kwargs or {}, out))
-        return out
-
-    @torch.inference_mode()
-    def replay(self) -> None:
-        for func, args, kwargs, out in self.steps:
-            inputs = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
-            if func._schema.is_mutable:
-                func(*args, **kwargs)
-            elif any(x.untyped_storage().data_ptr() not in inputs for x in tensors(out)):  # else a view
-                for old, new in zip(tensors(out), tensors(func(*args, **kwargs)), strict=True):
-                    old.copy_(new)
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-class TapeCapture:
-    """Stands in for `CudaCapture`; each recording takes `cost` bytes."""
-
-    def __init__(self, cost: int = 0) -> None:
-        self.cost, self.nbytes, self.replays = cost, 0, 0
-
-    def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        self.nbytes += self.cost
-        with Tape() as tape:
-            out = compute()
-
-        def replay() -> None:
-            self.replays += 1
-            tape.replay()
-
-        return replay, out
+from tests.kernels.tape import TapeCapture
 
 
 def graphs_of(
@@ -294,83 +237,3 @@ def test_without_any_graph_steps_run_eagerly() -> None:
     while engine.has_unfinished:
         engine.step()
     assert engine.outputs[name].token_ids == greedy("llama", [1, 2, 3], 6)
-
-
-# -- warm-up --------------------------------------------------------------------------------------
-
-
-class Full(TapeCapture):
-    """Has room for graphs only after so many attempts."""
-
-    def __init__(self, attempts: int) -> None:
-        super().__init__()
-        self.attempts = attempts
-
-    def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        if self.attempts:
-            self.attempts -= 1
-            raise torch.OutOfMemoryError("out of memory")
-        return super().__call__(compute)
-
-
-def test_out_of_memory_in_warm_up_lowers_num_blocks_and_says_so() -> None:
-    model, lines = loaded("llama").module, []
-    config = EngineConfig(loaded("llama"), max_num_seqs=2, block_size=4)
-    cache, graphs = warm_up(model, SDPA, config, 80, say=lines.append, capture=Full(2))
-    assert cache.num_blocks == 45
-    assert graphs.cache is cache and graphs.captured
-    said = [line for line in lines if line.startswith("Out of memory")]
-    assert said == [
-        "Out of memory in warm-up: num_blocks is lowered from 80 to 60.",
-        "Out of memory in warm-up: num_blocks is lowered from 60 to 45.",
-    ]
-    with pytest.raises(ValueError, match="too little memory on cpu for a decode step"):
-        warm_up(model, SDPA, config, 3, say=lines.append, capture=Full(10**6))
-
-
-def test_the_widest_step_is_tried_before_pages_are_counted(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, seen = loaded(family).module, []
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5000)
-    hook = model.register_forward_pre_hook(lambda module, args: seen.append(args))
-    try:
-        config = EngineConfig(loaded(family), max_num_seqs=4, max_num_batched_tokens=100, max_model_len=300)
-        assert activation_bytes(model, SDPA, config) == 4000
-    finally:
-        hook.remove()
-    token_ids, positions, cache, _ = seen[0]
-    assert len(token_ids) == 100 and positions.tolist() == list(range(200, 300))
-    assert cache.num_blocks == 1
-
-
-def test_a_cpu_and_who_does_not_want_them_get_no_graphs() -> None:
-    model = loaded("llama").module
-    config = EngineConfig(loaded("llama"), num_blocks=8)
-    assert warm_up(model, SDPA, config, 8)[1] is None
-    config = EngineConfig(loaded("llama"), num_blocks=8, cuda_graphs=False)
-    assert warm_up(model, SDPA, config, 8, capture=TapeCapture())[1] is None
-    engine = Engine(config)
-    assert engine.runner.graphs is None and engine.runner.backend.name == "sdpa"
-
-
-def test_switches_that_cannot_be_had_are_refused() -> None:
-    with pytest.raises(ValueError, match="attention_backend must be one of auto, sdpa, triton, not 'flash'"):
-        EngineConfig(attention_backend="flash")
-    with pytest.raises(ValueError, match="cuda_graphs must be"):
-        EngineConfig(cuda_graphs=1)
-    with pytest.raises(ValueError, match="as_t4 computes in float16: dtype must be auto or float16"):
-        EngineConfig(as_t4=True, dtype="bfloat16")
-    EngineConfig(as_t4=True, dtype="float16")
-    model = loaded("llama")
-    with pytest.raises(ValueError, match="as_t4 needs a CUDA GPU, and the device is cpu"):
-        Engine(EngineConfig(model, as_t4=True))
-    with pytest.raises(ValueError, match="attention_backend must be auto or sdpa"):
-        Engine(EngineConfig(model, attention_backend="triton", device="cpu"))
-    other = torch.nn.Module()  # of another class than `Transformer`, as models that transformers runs are
-    other.is_adapted = True
-    assert backend_for(other, EngineConfig()) is SDPA
-    with pytest.raises(ValueError, match="for a model that transformers runs"):
-        backend_for(other, EngineConfig(attention_backend="triton"))

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import random
 
-from labkit.kernels.gathered_sdpa import _cut
+import torch
+
+from labkit.core.attention import Span, build_metadata
+from labkit.core.kv_cache import PagedKVCache
+from labkit.kernels.gathered_sdpa import SDPA, _cut
+from tests.kernels.paged import DEVICE
 
 
 def test_decode_rows_are_grouped_by_length() -> None:
@@ -18,3 +23,11 @@ def test_decode_rows_are_grouped_by_length() -> None:
         assert [first for first, _ in cuts] == [0, *(last for _, last in cuts[:-1])]
         assert cuts[-1][1] == len(widths)
         assert len(cuts) <= 4
+
+
+def test_masks_are_cut_out_of_rows_that_the_memory_efficient_kernel_takes_as_they_are() -> None:
+    rows = [Span(20, 1, [0, 1]), Span(3, 7, [2])]
+    cache = PagedKVCache(1, 6, 11, 2, 8, dtype=torch.float16, device=DEVICE)
+    for group in build_metadata(rows, cache, SDPA).groups:
+        mask = group.masks[None]
+        assert mask.stride(-1) == 1 and all(stride % 16 == 0 for stride in mask.stride()[:-1])

@@ -1,6 +1,6 @@
 """What only a GPU can show: graphs, kernels and choices there equal the plain path.
 
-Skipped, with this reason, where there is none. `tests/test_kernels.py` runs its kernel on the GPU as well.
+Skipped, with this reason, where there is none. `test_flash_decoding.py` runs its kernel on the GPU as well.
 """
 
 from __future__ import annotations

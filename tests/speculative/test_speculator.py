@@ -2,53 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
-from types import SimpleNamespace
 
 import pytest
-from conftest import VOCAB, greedy, loaded
+from conftest import greedy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labkit import Engine, EngineConfig, SamplingParams
-from labkit.core.model_runner import accept
+from labkit import SamplingParams
 from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import Request
-from labkit.schedulers.audit import check_pool
-from labkit.speculative.draft_model import ModelDrafter
-from labkit.speculative.speculator import NgramDrafter, Speculator, StepCosts, acceptance
-
-
-def engine_of(speculative: str | None, **config) -> Engine:
-    defaults = dict(block_size=4, num_blocks=80, max_num_seqs=6, max_num_batched_tokens=64, audit=True)
-    if speculative == "draft":
-        defaults["draft_model"] = loaded("qwen2")
-    return Engine(
-        EngineConfig(
-            model=loaded("llama"), speculative=speculative, speculative_gate=False, **{**defaults, **config}
-        )
-    )
-
-
-def drain(engine: Engine) -> None:
-    while engine.has_unfinished:
-        engine.step()
-    assert engine.pool.num_free == engine.pool.num_blocks
-    if engine.speculator and isinstance(engine.speculator.drafter, ModelDrafter):
-        pool = engine.speculator.drafter.pool
-        check_pool(pool)
-        assert not pool.tables
-
-
-def repetitive(rng: random.Random, length: int) -> list[int]:
-    """A prompt in which n-grams occur again and again."""
-    words = [[rng.randrange(VOCAB) for _ in range(rng.randint(2, 4))] for _ in range(3)]
-    tokens: list[int] = []
-    while len(tokens) < length:
-        tokens += rng.choice(words)
-    return tokens[:length]
-
+from labkit.speculative.speculator import NgramDrafter, Speculator, StepCosts
+from tests.speculative.drafting import drain, engine_of, repetitive
 
 # -- the same tokens ------------------------------------------------------------------------------
 
@@ -125,19 +90,6 @@ def test_sampled_tokens_logprobs_and_penalties_are_those_without_speculation(spe
     assert run.steps <= plain_steps
 
 
-def test_the_model_itself_drafts_what_it_then_chooses() -> None:
-    """With noise of its own a sampled draft would be right by luck alone; with the request's it is right."""
-    engine = engine_of("draft", draft_model=loaded("llama"), num_speculative_tokens=4)
-    request_id = engine.add_request([5, 6, 7], SamplingParams(max_tokens=21, temperature=1.5, seed=1))
-    drain(engine)
-    plain = engine_of(None)
-    other = plain.add_request([5, 6, 7], SamplingParams(max_tokens=21, temperature=1.5, seed=1))
-    drain(plain)
-    assert engine.outputs[request_id].token_ids == plain.outputs[other].token_ids
-    assert acceptance(engine.trace) == [(4, 4)] * 4
-    assert len(engine.trace) == 1 + 4, "one token from the prompt, then five in a step"
-
-
 @pytest.mark.parametrize("speculative", ["ngram", "draft"])
 def test_answers_of_n_stops_and_ends_are_those_without_speculation(speculative: str) -> None:
     prompt = repetitive(random.Random(8), 18)
@@ -170,38 +122,7 @@ def test_answers_of_n_stops_and_ends_are_those_without_speculation(speculative: 
             assert len(drafted.logprobs) == len(drafted.token_ids)
 
 
-def test_an_abort_or_a_fault_in_drafting_ends_nobody_else() -> None:
-    prompt = repetitive(random.Random(2), 20)
-    engine = engine_of("draft")
-    kept = engine.add_request(prompt, SamplingParams(max_tokens=30))
-    gone = engine.add_request(prompt[1:], SamplingParams(max_tokens=30))
-    for _ in range(3):
-        engine.step()
-    engine.abort(gone)
-    run = engine.speculator.drafter.runner.run
-
-    def broken(plan: StepPlan) -> StepResult:
-        raise RuntimeError("made up")
-
-    engine.step()
-    engine.speculator.drafter.runner.run = broken
-    engine.step()
-    engine.step()
-    assert engine.trace[-1].held_back == "nobody drafts: RuntimeError: made up"
-    engine.speculator.drafter.runner.run = run
-    drain(engine)
-    assert engine.outputs[kept].token_ids == greedy("llama", prompt, 30)
-    assert engine.outputs[gone].finish_reason == "abort"
-
-
 # -- who drafts -----------------------------------------------------------------------------------
-
-
-def test_accept_counts_up_to_the_first_that_differs() -> None:
-    assert accept((), ()) == 0
-    assert accept((1, 2, 3), (1, 2, 3)) == 3
-    assert accept((1, 2, 3), (1, 9, 3)) == 1
-    assert accept((1, 2), (9, 2)) == 0
 
 
 @given(tokens=st.lists(st.integers(0, 3), min_size=1, max_size=40), data=st.data())
@@ -231,23 +152,6 @@ def by_hand(tokens: list[int], count: int) -> tuple[int, ...]:
                     text.append(text[place + i])
                 return tuple(text[len(tokens) :])
     return ()
-
-
-def test_another_vocabulary_is_refused_and_so_is_what_cannot_draft() -> None:
-    foreign = dataclasses.replace(loaded("qwen2"), tokenizer=SimpleNamespace(get_vocab=dict))
-    with pytest.raises(ValueError, match="draft_model qwen2 has another vocabulary than llama"):
-        engine_of("draft", draft_model=foreign)
-    with pytest.raises(ValueError, match="draft_model must be named"):
-        Engine(EngineConfig(model=loaded("llama"), speculative="draft"))
-    for wrong, message in (
-        (dict(speculative="magic"), "speculative must be None or 'ngram' or 'draft', not 'magic'"),
-        (dict(speculative="ngram", scheduler="static"), "scheduler continuous or naive, not 'static'"),
-        (dict(draft_model="tiny-random"), "draft_model needs speculative 'draft'"),
-        (dict(num_speculative_tokens=0), "num_speculative_tokens must be at least 1"),
-        (dict(speculative_gate=1), "speculative_gate must be True or False"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            EngineConfig(**wrong)
 
 
 # -- whether it pays ------------------------------------------------------------------------------
@@ -314,16 +218,3 @@ def test_who_drafts_well_goes_on_with_as_many_as_may_be() -> None:
         plan.draft(0, request.drafts)
         speculator.learn(plan, StepResult([(*request.drafts, 7)]))
     assert len(request.drafts) == 4
-
-
-def test_the_gate_measures_this_machine_and_changes_no_token() -> None:
-    prompt = repetitive(random.Random(5), 30)
-    engine = Engine(
-        EngineConfig(model=loaded("llama"), speculative="ngram", block_size=4, num_blocks=40, audit=True)
-    )
-    costs = engine.speculator.costs
-    assert costs.base + costs.token > 0
-    assert engine.pool.num_free == 40
-    request_id = engine.add_request(prompt, SamplingParams(max_tokens=40))
-    drain(engine)
-    assert engine.outputs[request_id].token_ids == greedy("llama", prompt, 40)

@@ -1,0 +1,40 @@
+"""A cache with rows in it, and where there is Triton to read them."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+
+import pytest
+import torch
+
+from labkit.core.attention import Span
+from labkit.core.kv_cache import PagedKVCache
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="the package triton is not installed")
+
+
+def filled(
+    rows: list[Span], num_blocks: int, size: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> PagedKVCache:
+    """A cache with random keys and values for all tokens of these rows, and NaN everywhere else."""
+    cache = PagedKVCache(1, num_blocks, size, kv_heads, dim, dtype=dtype, device=DEVICE)
+    cache.blocks.fill_(torch.nan)
+    for row in rows:
+        for token in range(row.length):
+            cache.blocks[0, row.table[token // size], :, :, token % size] = torch.randn(2, kv_heads, dim)
+    return cache
+
+
+def rows_of(lengths: list[int], size: int, seed: int = 0) -> tuple[list[Span], int]:
+    """Rows with a single query, longest first, over shuffled pages, and how many pages there are."""
+    needs = [-(-length // size) for length in lengths]
+    pages = list(range(sum(needs) + 3))
+    random.Random(seed).shuffle(pages)
+    rows = [
+        Span(length - 1, 1, [pages.pop() for _ in range(need)])
+        for length, need in zip(lengths, needs, strict=True)
+    ]
+    return sorted(rows, key=lambda row: -row.length), sum(needs) + 3
