@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from conftest import greedy, loaded
 
 from labkit import Engine, EngineConfig, SamplingParams
 from labkit.core.block_pool import BlockPool, InvariantError, OutOfBlocks
+from labkit.core.plan import StepPlan
+from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
+from tests.engines import drain, random_prompt
 
 
 def run_with(scheduler: type[Scheduler] | None = None, pool: type[BlockPool] | None = None) -> Engine:
@@ -127,3 +132,99 @@ def test_a_policy_of_ones_own_runs_and_is_right() -> None:
 def test_a_broken_rule_is_caught_at_its_step_by_name(parts: dict, message: str) -> None:
     with pytest.raises(InvariantError, match=message):
         run_with(**parts)
+
+
+# -- a scheduler of one's own, made of the building blocks ----------------------------------------
+
+
+class PromptsFirst(Scheduler):
+    """Admits whenever it can; answers go on in the steps in which nobody is admitted."""
+
+    def schedule(self) -> StepPlan:
+        self.end_aborted()
+        plan = StepPlan(held_back=self.held_back)
+        self.plan_waiting(plan, self.max_num_batched_tokens)
+        if not plan.requests:
+            self.plan_running(plan)
+            if (head := self.waiting.peek()) is not None:
+                plan.blocked = (head.request_id, "answers go on")
+        return plan
+
+
+class ChunksBeforeDecode(Scheduler):
+    """The order of `plan_running` turned round: answers get what the prompts leave of the budget."""
+
+    def schedule(self) -> StepPlan:
+        self.end_aborted()
+        plan = StepPlan(held_back=self.held_back)
+        decoding = [r for r in self.running if len(r.token_ids) - r.num_computed_tokens == 1]
+        # Blocks come first, so that nobody is preempted who is in the plan already.
+        self.grow(plan, [r for r in decoding if r.num_computed_tokens >= r.num_slots or r.shares_tail])
+        budget = self.max_num_batched_tokens
+        for request in sorted(self.running, key=lambda r: r in decoding):
+            if budget:
+                budget -= self.plan_row(plan, request, budget)
+        self.plan_waiting(plan, budget)
+        return plan
+
+
+class OneAtATime(Scheduler):
+    """Admits at most one request in a step, and runs the newest first."""
+
+    def schedule(self) -> StepPlan:
+        self.running.reverse()
+        return super().schedule()
+
+    def try_admit(self, plan: StepPlan, request: Request, budget: int) -> str | None:
+        if plan.admitted:
+            return "one was admitted in this step already"
+        return super().try_admit(plan, request, budget)
+
+
+class ShortestPromptFirst(Scheduler):
+    """Admits whoever has the shortest prompt of those that wait, and jumps the queue."""
+
+    def plan_waiting(self, plan: StepPlan, budget: int) -> None:
+        for request in sorted(self.waiting, key=lambda r: r.num_prompt_tokens):
+            if reason := self.try_admit(plan, request, budget):
+                plan.blocked = (self.waiting.peek().request_id, reason)
+                return
+            budget -= self.plan_row(plan, request, budget)
+
+
+@pytest.mark.parametrize("policy", [PromptsFirst, ChunksBeforeDecode, OneAtATime, ShortestPromptFirst])
+@pytest.mark.parametrize("num_blocks", [16, 60])
+def test_the_building_blocks_in_another_order_give_the_same_tokens(
+    policy: type[Scheduler], num_blocks: int
+) -> None:
+    rng = random.Random(3)
+    jobs = [
+        (random_prompt(rng, rng.randint(1, 30)), SamplingParams(max_tokens=rng.randint(1, 20)))
+        for _ in range(8)
+    ]
+    hot = SamplingParams(max_tokens=12, temperature=1.0, seed=4, n=3)
+    config = EngineConfig(
+        model=loaded("llama"),
+        block_size=4,
+        num_blocks=num_blocks,
+        max_num_seqs=4,
+        max_num_batched_tokens=9,
+    )
+    traces, answers = [], []
+    for scheduler in (policy, None):
+        engine = Engine(config, scheduler=scheduler)
+        for prompt, params in jobs:
+            engine.add_request(prompt, params)
+            engine.step()
+        engine.add_request(jobs[0][0][:7], hot, request_id="hot")
+        engine.add_request([1, 2, 3], SamplingParams(max_tokens=30), request_id="gone")
+        engine.step()
+        assert engine.abort("gone")
+        drain(engine)
+        assert engine.outputs.pop("gone").finish_reason == "abort"
+        answers.append({name: output.token_ids for name, output in engine.outputs.items()})
+        traces.append(list(engine.trace))
+    assert answers[0] == answers[1]
+    assert [answers[0][str(i)] for i in range(8)] == [greedy("llama", p, q.max_tokens) for p, q in jobs]
+    assert traces[0] != traces[1], "another policy takes other steps"
+    assert any(record.preempted for record in traces[0]) == (num_blocks == 16)

@@ -1,0 +1,496 @@
+"""The core runs by itself: the tokens of `transformers`, and step by step what `labkit.Engine` does."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import VOCAB, greedy, loaded
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from labkit import Engine, EngineConfig, SamplingParams
+from labkit.core.attention import PlainAttention
+from labkit.core.block_pool import BlockPool
+from labkit.core.engine_core import EngineCore
+from labkit.core.request import Request
+from labkit.core.scheduler import Scheduler
+from labkit.schedulers import scheduler_class
+from labkit.speculative.speculator import NgramDrafter, Speculator
+from labkit.trace.records import TraceMeta
+from labkit.trace.trace import Trace
+from tests.core.cores import core_of, request_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def random_prompt(rng: random.Random, length: int) -> list[int]:
+    return [rng.randrange(VOCAB) for _ in range(length)]
+
+
+def finish(core: EngineCore) -> None:
+    core.run()
+    assert core.pool.num_free == core.pool.num_blocks
+    assert not core.scheduler.requests
+
+
+# -- equal to `transformers`, and to the engine ---------------------------------------------------
+
+
+def test_the_example_of_the_module_runs() -> None:
+    engine = EngineCore(
+        loaded("llama").module, Scheduler(BlockPool(num_blocks=64, block_size=16)), PlainAttention()
+    )
+    request = Request("mine", [1, 2, 3], SamplingParams(max_tokens=8))
+    engine.add(request)
+    assert engine.run() is engine.trace
+    assert request.output_token_ids == greedy("llama", [1, 2, 3], 8)
+    assert engine.trace.meta == TraceMeta(64, 16, 32, 512)
+    assert not engine.has_unfinished
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_greedy_tokens_equal_transformers(family: str, caching: bool) -> None:
+    """Chunks, block boundaries, shared prefixes, and a pool in which some are preempted."""
+    rng = random.Random(0)
+    common = random_prompt(rng, 20)
+    jobs = [(random_prompt(rng, length), rng.randint(1, 24)) for length in (1, 15, 16, 17, 33)]
+    jobs += [(common + random_prompt(rng, length), 24) for length in (1, 4)]
+    core = core_of(family, blocks=24, budget=7, caching=caching)
+    requests = [
+        Request(str(i), prompt, SamplingParams(max_tokens=most)) for i, (prompt, most) in enumerate(jobs)
+    ]
+    for request in requests:
+        core.add(request)
+    finish(core)
+    for request, job in zip(requests, jobs, strict=True):
+        assert request.output_token_ids == greedy(family, *job), request.request_id
+    assert any(record.preempted for record in core.trace)
+    assert any(admission.shared for record in core.trace for admission in record.admitted) == caching
+
+
+SAMPLING = [
+    SamplingParams(max_tokens=9),
+    SamplingParams(max_tokens=5, temperature=0.9, seed=3),
+    SamplingParams(max_tokens=7, temperature=1.2, top_k=5),
+    SamplingParams(max_tokens=6, temperature=0.8, n=3),
+    SamplingParams(max_tokens=8, temperature=0.7, top_p=0.9, repetition_penalty=1.2, n=2, seed=1),
+    SamplingParams(max_tokens=14, temperature=1.0, logit_bias=dict.fromkeys(range(3), 30)),  # can be guessed
+    SamplingParams(max_tokens=14, stop_token_ids=range(0, VOCAB, 9)),
+    SamplingParams(max_tokens=14, stop=["a", "e", "ing"]),
+    SamplingParams(max_tokens=14, temperature=1.0, stop=["s", "or"], stop_token_ids=[7, 8], n=2),
+]
+ADD = st.tuples(
+    st.just("add"),
+    st.lists(st.integers(0, 2), min_size=1, max_size=16),
+    st.integers(0, len(SAMPLING) - 1),
+    st.integers(-1, 1),
+)
+MOVES = st.one_of(
+    ADD,
+    ADD,
+    st.tuples(st.just("step"), st.integers(1, 5)),
+    st.tuples(st.just("abort"), st.integers(0, 9)),
+    st.tuples(st.just("priority"), st.integers(0, 9), st.integers(-2, 2)),
+)
+
+
+class Both:
+    """The core and the engine on the same weights, which are told the same."""
+
+    def __init__(self, kind: str, chunked: bool, drafts: int, family: str, **sizes: Any) -> None:
+        self.core = core_of(family, scheduler_class(kind, enable_chunked_prefill=chunked), **sizes)
+        self.engine = Engine(
+            EngineConfig(
+                model=loaded(family),
+                scheduler=kind,
+                enable_chunked_prefill=chunked,
+                block_size=sizes["size"],
+                num_blocks=sizes["blocks"],
+                max_num_seqs=sizes["seats"],
+                max_num_batched_tokens=sizes["budget"],
+                kv_policy=sizes["kv_policy"],
+                enable_prefix_caching=sizes["caching"],
+                speculative="ngram" if drafts else None,
+                num_speculative_tokens=drafts or 1,
+                speculative_gate=False,
+                audit=True,
+            )
+        )
+        if drafts:
+            self.core.speculator = Speculator(NgramDrafter(longest=3, shortest=1), drafts)
+            self.engine.speculator = Speculator(NgramDrafter(longest=3, shortest=1), drafts)
+        self.requests: list[Request] = []
+        self.answers: list[Request] = []
+
+    def add(self, prompt: list[int], params: SamplingParams, priority: int) -> None:
+        number, most = len(self.requests), self.engine.max_model_len
+        prompt = prompt[: most - 1]  # a longer one is for the engine to refuse
+        values = dict(number=number, priority=priority, max_model_len=most)
+        request = request_of(str(number), prompt, params, **values)
+        family = [request, *request.children]
+        try:
+            self.core.add(request)
+        except ValueError as refused:  # by both, for the same reason
+            with pytest.raises(ValueError) as other:
+                self.engine.add_request(prompt, params, request_id=str(number), priority=priority)
+            assert str(other.value) == str(refused)
+            family = []
+        else:
+            self.engine.add_request(prompt, params, request_id=str(number), priority=priority)
+        self.requests.append(request)
+        self.answers += family
+
+    def play(self, moves: Sequence[tuple]) -> None:
+        for what, *how in moves:
+            if what == "add":
+                self.add(how[0], SAMPLING[how[1]], how[2])
+            elif what == "step":
+                for _ in range(how[0]):
+                    assert self.core.step() == self.engine.step()
+            elif what == "abort":
+                assert self.core.abort(str(how[0])) == self.engine.abort(str(how[0]))
+            else:
+                assert self.core.set_priority(str(how[0]), how[1]) == self.engine.set_priority(
+                    str(how[0]), how[1]
+                )
+
+    def compare(self) -> None:
+        finish(self.core)
+        self.engine.run()
+        assert list(self.core.trace) == list(self.engine.trace)
+        for answer in self.answers:
+            output = self.engine.outputs[answer.request_id]
+            assert answer.output_token_ids == output.token_ids
+            assert output.finished
+            if answer.reader:
+                answer.reader.finish()
+                assert answer.reader.text == output.text
+
+
+@given(
+    kind=st.sampled_from(["continuous", "continuous", "static", "naive", "uncached"]),
+    chunked=st.booleans(),
+    drafts=st.sampled_from([0, 0, 1, 5]),
+    family=st.sampled_from(["llama", "mistral"]),
+    sizes=st.fixed_dictionaries(
+        dict(
+            blocks=st.integers(8, 30),
+            size=st.integers(1, 5),
+            seats=st.integers(1, 5),
+            budget=st.integers(5, 40),
+            kv_policy=st.sampled_from(["paged", "paged", "reserved"]),
+            caching=st.booleans(),
+        )
+    ),
+    moves=st.lists(MOVES, min_size=1, max_size=14),
+)
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_the_core_and_the_engine_take_the_same_steps(kind, chunked, drafts, family, sizes, moves) -> None:
+    """Where traces are equal every decision is: who ran, which blocks moved, what was sampled, who ended."""
+    both = Both(kind, chunked, drafts if kind in ("continuous", "naive") else 0, family, **sizes)
+    both.play(moves)
+    both.compare()
+
+
+def busy(rng: random.Random) -> list[tuple]:
+    """Moves that keep an engine full: in a small pool, some requests are preempted."""
+    moves: list[tuple] = []
+    for _ in range(16):
+        prompt = [rng.randrange(2) for _ in range(rng.randint(1, 16))]
+        moves.append(("add", prompt, rng.randrange(len(SAMPLING)), rng.randint(-1, 1)))
+        moves.append(("step", rng.randint(1, 3)))
+        name = rng.randrange(16)
+        moves.append(rng.choice([("abort", name), ("priority", name, 1), ("step", 1)]))
+    return moves
+
+
+SEEN = ("admitted", "finished", "taken", "reprioritised", "preempted", "copied", "evicted")
+
+
+@pytest.mark.parametrize(
+    "kind, chunked, drafts, sizes",
+    [
+        ("continuous", True, 0, {}),
+        ("continuous", True, 4, {}),
+        ("continuous", True, 0, dict(caching=False, budget=6)),
+        ("continuous", True, 4, dict(kv_policy="reserved", blocks=30)),
+        ("continuous", False, 2, dict(budget=32)),
+        ("static", True, 0, dict(blocks=30)),
+        ("naive", True, 3, {}),
+        ("uncached", False, 0, dict(budget=32)),
+    ],
+)
+def test_a_busy_core_and_a_busy_engine_take_the_same_steps(
+    kind: str, chunked: bool, drafts: int, sizes: dict
+) -> None:
+    usual = dict(blocks=14, size=3, seats=5, budget=16, kv_policy="paged", caching=True)
+    both = Both(kind, chunked, drafts, "llama", **usual | sizes)
+    both.play(busy(random.Random(7)))
+    both.compare()
+    seen = {name for record in both.core.trace for name in SEEN if getattr(record, name)}
+    assert seen >= {"admitted", "finished", "taken", "reprioritised"}
+    ends = {finish.reason for record in both.core.trace for finish in record.finished}
+    assert ends == {"stop", "length", "abort"}
+    if kind == "continuous":
+        assert ("preempted" in seen) == ("copied" in seen) == ("kv_policy" not in sizes)
+        assert ("evicted" in seen) == ("caching" not in sizes)
+    assert (sum(record.total_accepted for record in both.core.trace) > 0) == (drafts > 0)
+
+
+def test_drafts_are_checked_and_change_nothing_but_the_number_of_steps() -> None:
+    prompt = [1, 2, 3, 4, 1, 2, 3, 4, 1, 2]
+    runs = []
+    for drafts in (0, 4):
+        core = core_of(blocks=100)
+        core.speculator = Speculator(NgramDrafter(longest=2, shortest=1), drafts) if drafts else None
+        requests = [
+            request_of(str(i), [*prompt, i], SamplingParams(max_tokens=40, temperature=0.4 * i), number=i)
+            for i in range(3)
+        ]
+        for request in requests:
+            core.add(request)
+        finish(core)
+        runs.append([request.output_token_ids for request in requests])
+    assert runs[0] == runs[1]
+    assert runs[0][0] == greedy("llama", [*prompt, 0], 40)
+    assert sum(record.total_accepted for record in core.trace) > 0
+    assert sum(record.total_drafted for record in core.trace) > 0
+
+
+def test_it_takes_a_cache_and_a_trace_that_are_there_already() -> None:
+    pool = BlockPool(9, 4)
+    cache = loaded("llama").module.kv_shape.new_cache(9, 4)
+    trace = Trace(TraceMeta(9, 4, 2, 8, model="by hand"))
+    core = EngineCore(
+        loaded("llama").module,
+        Scheduler(pool, max_num_seqs=2, max_num_batched_tokens=8),
+        PlainAttention(),
+        cache=cache,
+        trace=trace,
+    )
+    request = Request("a", [5, 6], SamplingParams(max_tokens=4))
+    core.add(request)
+    assert core.run() is trace
+    assert core.runner.cache is cache and cache.k[:, 0].any()
+    assert [record.step for record in trace] == [0, 1, 2, 3]
+    assert request.output_token_ids == greedy("llama", [5, 6], 4)
+
+
+# -- ends -----------------------------------------------------------------------------------------
+
+
+class StopsAt:
+    """A reader whose text ends with a certain token; that is all the core knows of text."""
+
+    def __init__(self, token: int) -> None:
+        self.token, self.text, self.seen = token, "", []
+
+    def push(self, token: int) -> bool:
+        self.seen.append(token)
+        return token == self.token
+
+    def finish(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("drafts", [0, 5])
+def test_a_stop_token_a_stop_string_and_the_length_end_a_request_where_they_should(drafts: int) -> None:
+    prompt = [5, 6, 7]
+    free = greedy("llama", prompt, 30)
+    at = next(i for i in range(4, 30) if free[i] not in free[:i])
+    core = core_of(blocks=100)
+    if drafts:
+        core.speculator = Speculator(Knows(free, len(prompt)), drafts)
+    most, reader = SamplingParams(max_tokens=30), StopsAt(free[at])
+    by_token = Request("token", prompt, most, stop_ids=frozenset([free[at], VOCAB]))
+    by_string = Request("string", prompt, most, reader=reader)
+    by_length = Request("length", prompt, most, max_len=len(prompt) + at + 1)
+    alone = Request("all", prompt, most)
+    requests = {r.request_id: r for r in (by_token, by_string, by_length, alone)}
+    for request in requests.values():
+        core.add(request)
+    finish(core)
+    ends = {finish.request_id: finish.reason for record in core.trace for finish in record.finished}
+    assert ends == {"token": "stop", "string": "stop", "length": "length", "all": "length"}
+    for request in (by_token, by_string, by_length):
+        assert request.output_token_ids == free[: at + 1]
+    assert reader.seen == free[: at + 1]
+    assert alone.output_token_ids == free
+    # What was sampled past an end is in no record.
+    sampled: dict[str, list[int]] = {name: [] for name in requests}
+    for record in core.trace:
+        for name, tokens in zip(record.requests, record.sampled, strict=True):
+            sampled[name] += tokens
+    assert sampled == {name: request.output_token_ids for name, request in requests.items()}
+
+
+class Knows:
+    """Drafts what will come."""
+
+    def __init__(self, answer: list[int], start: int) -> None:
+        self.answer, self.start = answer, start
+
+    def propose(self, wanted: Sequence[tuple[Request, int]]) -> list[tuple[int, ...]]:
+        done = [len(request.token_ids) - self.start for request, _ in wanted]
+        return [tuple(self.answer[at : at + count]) for at, (_, count) in zip(done, wanted, strict=True)]
+
+    def forget(self, request_id: str) -> None:
+        return None
+
+
+# -- aborts and faults ----------------------------------------------------------------------------
+
+
+def test_an_abort_ends_all_answers_of_a_request_and_no_other() -> None:
+    core = core_of(blocks=100)
+    hot = SamplingParams(max_tokens=9, temperature=1.0, n=3)
+    first, other = request_of("7", [1, 2, 3], hot), request_of("8", [1, 2, 3], hot, number=8)
+    namesake = request_of("7.5", [1], SamplingParams(max_tokens=2))  # its id alone looks like a child's
+    for request in (first, other, namesake):
+        core.add(request)
+    family = [other, *other.children]
+    core.step()
+    assert core.abort("7")
+    assert core.abort("8.1")  # one answer alone
+    assert not core.abort("nobody")
+    finish(core)
+    ends = {finish.request_id: finish.reason for record in core.trace for finish in record.finished}
+    assert {name for name, reason in ends.items() if reason == "abort"} == {"7", "7.1", "7.2", "8.1"}
+    assert [len(request.output_token_ids) for request in family] == [9, 1, 9]
+    assert not core.abort("7")
+    assert not core.set_priority("7", 1)
+    with pytest.raises(ValueError, match="priority must be a whole number"):
+        core.set_priority("7", 0.5)
+
+
+class Breaks:
+    """A model whose nth forward pass fails when it has written all its keys and values."""
+
+    def __init__(self, model: Any, nth: int, error: BaseException) -> None:
+        self.model, self.calls, self.nth, self.error = model, 0, nth, error
+
+    def __call__(self, *args: Any) -> torch.Tensor:
+        hidden = self.model(*args)
+        self.calls += 1
+        if self.calls == self.nth:
+            raise self.error
+        return hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom\nmore"), KeyboardInterrupt(), torch.OutOfMemoryError()])
+def test_a_fault_in_the_model_ends_who_was_in_the_step_and_zeroes_their_blocks(error: BaseException) -> None:
+    core = core_of(seats=2)
+    core.runner.model = Breaks(core.runner.model, 3, error)
+    jobs = [([i + 1] * 7, 12) for i in range(4)]
+    requests = [Request(str(i), prompt, SamplingParams(max_tokens=m)) for i, (prompt, m) in enumerate(jobs)]
+    for request in requests:
+        core.add(request)
+    core.step()
+    core.step()
+    held = [block for name in ("0", "1") for block in core.pool.table(name)]
+    assert core.runner.cache.k[:, held].any(dim=-1).any(dim=-1).any(dim=-1).all()
+    if isinstance(error, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):  # when the step is over
+            core.step()
+    else:
+        core.step()
+    assert [(f.request_id, f.reason) for f in core.trace[-1].finished] == [("0", "error"), ("1", "error")]
+    assert not core.runner.cache.blocks[:, held].any()
+    assert core.pool.num_free == 60 and not core.pool.key_of, "nor are they known to the prefix cache"
+    message = {
+        RuntimeError: "the step failed: RuntimeError: boom",
+        KeyboardInterrupt: "the step failed: KeyboardInterrupt: ",
+        torch.OutOfMemoryError: "the step ran out of memory: lower max_num_batched_tokens or num_blocks",
+    }[type(error)]
+    assert [request.error for request in requests] == [message, message, None, None]
+    finish(core)
+    for request, job in zip(requests[2:], jobs[2:], strict=True):
+        assert request.output_token_ids == greedy("llama", *job)
+
+
+def test_a_fault_of_one_row_leaves_the_blocks_that_it_shares_to_the_others() -> None:
+    core = core_of()
+    prompt, most = list(range(9)), SamplingParams(max_tokens=9)
+    first, second = Request("a", prompt, most), Request("b", prompt, most)
+    core.add(first)
+    core.step()
+    core.add(second)
+    core.step()
+    shared = core.pool.table("b")[:2]
+    own = core.pool.table("b")[2:]
+    assert core.pool.table("a")[:2] == shared
+    sample = core.runner.sample
+
+    def unsound(logits: torch.Tensor, requests: Sequence[Request]) -> tuple:
+        tokens, logprobs, _ = sample(logits, requests)
+        return tokens, logprobs, [request is not second for request in requests]
+
+    core.runner.sample = unsound
+    core.step()
+    core.runner.sample = sample
+    assert second.error == "the logits of this request are not finite"
+    assert second.status == "finished"
+    assert not core.runner.cache.blocks[:, own].any()
+    assert core.runner.cache.blocks[:, shared].any()
+    finish(core)
+    assert first.output_token_ids == greedy("llama", prompt, 9)
+
+
+# -- by itself ------------------------------------------------------------------------------------
+
+BLOCKED = ("transformers", "labkit.models", "labkit.kernels", "labkit.engine", "labkit.schedulers")
+BLOCK = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in BLOCKED)
+# As long as the transformer's own file reads configurations of `transformers`, imports alone are checked.
+OF_TRANSFORMERS = "from transformers" in (ROOT / "labkit/core/model.py").read_text(encoding="utf-8")
+ALONE = """
+import torch
+from labkit.core.attention import PlainAttention
+from labkit.core.block_pool import BlockPool
+from labkit.core.engine_core import EngineCore
+from labkit.core.model import ModelShape, Transformer
+from labkit.core.request import Request
+from labkit.core.scheduler import Scheduler
+from labkit.sampling_params import SamplingParams
+
+shape = ModelShape(
+    vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=4, max_position_embeddings=64, rms_norm_eps=1e-5, qkv_bias=True,
+    o_bias=False, mlp_bias=False, qk_norm=True, windows=(None, 5), inv_freq=torch.tensor([1.0, 0.1]),
+    rope_scaling=1.0, tie_word_embeddings=False,
+)
+model = Transformer(shape, dtype=torch.float32, device=torch.device("cpu"))
+torch.manual_seed(0)
+for weight in model.parameters():
+    weight.normal_()
+
+
+def run(pool, **limits):
+    engine = EngineCore(model, Scheduler(pool, **limits), PlainAttention())
+    requests = [Request(str(i), range(i + 3), SamplingParams(max_tokens=12)) for i in range(4)]
+    for request in requests:
+        engine.add(request)
+    engine.run()
+    assert pool.num_free == pool.num_blocks
+    return [request.output_token_ids for request in requests]
+
+
+alone = run(BlockPool(64, 16), max_num_seqs=1)
+assert [len(tokens) for tokens in alone] == [12] * 4 and len({*map(tuple, alone)}) == 4, alone
+assert run(BlockPool(9, 3), max_num_seqs=4, max_num_batched_tokens=5) == alone
+"""
+
+
+def test_it_runs_without_transformers_models_kernels_and_engine() -> None:
+    code = BLOCK + ("import labkit.core.engine_core" if OF_TRANSFORMERS else ALONE)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
