@@ -214,6 +214,15 @@ def test_bad_input_names_the_field_and_the_limit_and_costs_nobody_anything(
     assert list(engine.outputs) == ["0"]
 
 
+def test_a_priority_is_checked_when_it_is_changed_too() -> None:
+    engine = engine_of()
+    engine.add_request([1, 2, 3])
+    with pytest.raises(ValueError, match="priority must be a whole number, not 0.5"):
+        engine.set_priority("0", 0.5)
+    assert engine.set_priority("0", -1)
+    assert not engine.set_priority("1", -1)
+
+
 def test_an_abort_ends_the_answers_of_its_own_request_and_no_namesake() -> None:
     engine = engine_of(num_blocks=100)
     hot = dict(temperature=1.0, max_tokens=8)

@@ -157,9 +157,8 @@ class Both:
             elif what == "abort":
                 assert self.core.abort(str(how[0])) == self.engine.abort(str(how[0]))
             else:
-                assert self.core.set_priority(str(how[0]), how[1]) == self.engine.set_priority(
-                    str(how[0]), how[1]
-                )
+                found = self.engine.set_priority(str(how[0]), how[1])
+                assert self.core.scheduler.set_priority(str(how[0]), how[1]) == found
 
     def compare(self) -> None:
         finish(self.core)
@@ -365,9 +364,7 @@ def test_an_abort_ends_all_answers_of_a_request_and_no_other() -> None:
     assert {name for name, reason in ends.items() if reason == "abort"} == {"7", "7.1", "7.2", "8.1"}
     assert [len(request.output_token_ids) for request in family] == [9, 1, 9]
     assert not core.abort("7")
-    assert not core.set_priority("7", 1)
-    with pytest.raises(ValueError, match="priority must be a whole number"):
-        core.set_priority("7", 0.5)
+    assert not core.scheduler.set_priority("7", 1)
 
 
 class Breaks:
@@ -397,7 +394,7 @@ def test_a_fault_in_the_model_ends_who_was_in_the_step_and_zeroes_their_blocks(e
         core.add(request)
     core.step()
     core.step()
-    held = [block for name in ("0", "1") for block in core.pool.table(name)]
+    held = [block for name in ("0", "1") for block in core.pool.tables[name]]
     assert core.runner.cache.k[:, held].any(dim=-1).any(dim=-1).any(dim=-1).all()
     if isinstance(error, KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):  # when the step is over
@@ -426,9 +423,9 @@ def test_a_fault_of_one_row_leaves_the_blocks_that_it_shares_to_the_others() -> 
     core.step()
     core.add(second)
     core.step()
-    shared = core.pool.table("b")[:2]
-    own = core.pool.table("b")[2:]
-    assert core.pool.table("a")[:2] == shared
+    shared = core.pool.tables["b"][:2]
+    own = core.pool.tables["b"][2:]
+    assert core.pool.tables["a"][:2] == shared
     sample = core.runner.sample
 
     def unsound(logits: torch.Tensor, requests: Sequence[Request]) -> tuple:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from labkit.core.attention import Span
-from labkit.core.kv_cache import PagedKVCache
+from labkit.core.kv_cache import KVShape, PagedKVCache
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -20,7 +20,7 @@ def filled(
     rows: list[Span], num_blocks: int, size: int, kv_heads: int, dim: int, dtype: torch.dtype
 ) -> PagedKVCache:
     """A cache with random keys and values for all tokens of these rows, and NaN everywhere else."""
-    cache = PagedKVCache(1, num_blocks, size, kv_heads, dim, dtype=dtype, device=DEVICE)
+    cache = KVShape(1, kv_heads, dim, dtype, DEVICE).new_cache(num_blocks, size)
     cache.blocks.fill_(torch.nan)
     for row in rows:
         for token in range(row.length):

@@ -7,7 +7,7 @@ import random
 import torch
 
 from labkit.core.attention import Span, build_metadata
-from labkit.core.kv_cache import PagedKVCache
+from labkit.core.kv_cache import KVShape
 from labkit.kernels.gathered_sdpa import SDPA, _cut
 from tests.kernels.paged import DEVICE
 
@@ -27,7 +27,7 @@ def test_decode_rows_are_grouped_by_length() -> None:
 
 def test_masks_are_cut_out_of_rows_that_the_memory_efficient_kernel_takes_as_they_are() -> None:
     rows = [Span(20, 1, [0, 1]), Span(3, 7, [2])]
-    cache = PagedKVCache(1, 6, 11, 2, 8, dtype=torch.float16, device=DEVICE)
+    cache = KVShape(1, 2, 8, torch.float16, DEVICE).new_cache(6, 11)
     for group in build_metadata(rows, cache, SDPA).groups:
         mask = group.masks[None]
         assert mask.stride(-1) == 1 and all(stride % 16 == 0 for stride in mask.stride()[:-1])

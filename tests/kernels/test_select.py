@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from labkit.core.attention import Span, attend, build_metadata, reference_attention
-from labkit.core.kv_cache import PagedKVCache
+from labkit.core.kv_cache import KVShape
 from labkit.kernels import select
 from labkit.kernels.backend import Backend
 from labkit.kernels.gathered_sdpa import SDPA, gathered_chunks
@@ -81,7 +81,7 @@ def test_where_triton_cannot_be_had_the_reason_says_so(gpu: pytest.MonkeyPatch) 
 def test_groups_limited_to_the_kernels_of_sm_75_compute_the_same() -> None:
     torch.manual_seed(3)
     rows = [Span(20, 1, [5, 0]), Span(3, 1, [2]), Span(14, 9, [4, 1])]
-    cache = PagedKVCache(1, 6, 16, 2, 8, dtype=torch.float32, device=DEVICE)
+    cache = KVShape(1, 2, 8, torch.float32, DEVICE).new_cache(6, 16)
     cache.blocks.normal_()
     q = torch.randn(11, 6, 8, device=DEVICE)
     backend = Backend("sdpa", "", select._as_sm75(SDPA.decode), select._as_sm75(SDPA.chunks), SDPA.static)
