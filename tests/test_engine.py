@@ -217,7 +217,7 @@ def test_bad_input_names_the_field_and_the_limit_and_costs_nobody_anything(
 def test_a_priority_is_checked_when_it_is_changed_too() -> None:
     engine = engine_of()
     engine.add_request([1, 2, 3])
-    with pytest.raises(ValueError, match="priority must be a whole number, not 0.5"):
+    with pytest.raises(ValueError, match=r"priority must be a whole number, not 0\.5"):
         engine.set_priority("0", 0.5)
     assert engine.set_priority("0", -1)
     assert not engine.set_priority("1", -1)
