@@ -22,7 +22,8 @@ from labkit.core.sampler import mix
 from labkit.core.scheduler import Scheduler
 from labkit.kernels.warmup import activation_bytes, backend_for, warm_up
 from labkit.models.detokenizer import IncrementalDetokenizer
-from labkit.models.load import LoadedModel, load_model, resolve_device, resolve_dtype
+from labkit.models.devices import resolve_device, resolve_dtype
+from labkit.models.load import LoadedModel, load_model
 from labkit.outputs import RequestMetrics, RequestOutput
 from labkit.sampling_params import MAX_N, SamplingParams, check_number
 from labkit.schedulers.audit import Auditor
@@ -109,7 +110,7 @@ class Engine:
         """
         config, module = self.config, self.model.module
         modules = [module, draft.module] if draft else [module]
-        page = sum(each.kv_bytes_per_token() for each in modules) * config.block_size
+        page = sum(each.kv_shape.bytes_per_token for each in modules) * config.block_size
         if module.device.type == "cuda":
             torch.cuda.empty_cache()
             budget = _GPU_POOL_SHARE * (torch.cuda.mem_get_info(module.device)[0] - reserve)

@@ -477,3 +477,34 @@ def reference_attention(
             out[i] = torch.einsum("hl,lhd->hd", scores.softmax(-1), v.float())
             i += 1
     return out
+
+
+# -- to be replaced by `labkit.core.kv_cache.KVShape`, which is the same --------------------------
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What one token takes in the KV cache."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes_per_token(self) -> int:
+        """A key and a value for each head of each layer."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
+        """An empty cache. Raises `ValueError` if it does not fit."""
+        return PagedKVCache(
+            self.num_layers,
+            num_blocks,
+            block_size,
+            self.num_kv_heads,
+            self.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )

@@ -33,7 +33,7 @@ def backend_for(model: Transformer | AdaptedModel, config: EngineConfig) -> Back
         return choose_backend(
             model.device,
             model.dtype,
-            model.layers[0].self_attn.dim,
+            model.shape.head_dim,
             wanted=config.attention_backend,
             as_t4=config.as_t4,
         )
@@ -58,7 +58,7 @@ def activation_bytes(model: Transformer | AdaptedModel, backend: Backend, config
     longest = min(config.max_model_len or model.max_model_len, model.max_model_len)
     tokens = min(config.max_num_batched_tokens, longest)
     try:
-        cache = model.new_cache(1, size)
+        cache = model.kv_shape.new_cache(1, size)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         row = Span(longest - tokens, tokens, [0] * -(-longest // size))
@@ -99,7 +99,7 @@ def warm_up(
     while True:
         cache = graphs = None
         try:
-            cache = model.new_cache(num_blocks, config.block_size)
+            cache = model.kv_shape.new_cache(num_blocks, config.block_size)
             if not graphed or (device.type != "cuda" and capture is None):
                 return cache, None
             free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**30
