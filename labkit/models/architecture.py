@@ -6,10 +6,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from labkit.core.model import ModelShape, Transformer
+from labkit.models.checkpoint import Config
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the length
@@ -18,7 +17,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def supports(config: PreTrainedConfig) -> bool:
+def supports(config: Config) -> bool:
     """Whether our own transformer computes this model: its type, activation and rotary frequencies."""
     rope = getattr(config, "rope_parameters", None) or {}
     return (
@@ -28,7 +27,7 @@ def supports(config: PreTrainedConfig) -> bool:
     )
 
 
-def shape_of(config: PreTrainedConfig) -> ModelShape:
+def shape_of(config: Config) -> ModelShape:
     """Translate the configuration of a model that `supports` accepts."""
     attention_bias = bool(getattr(config, "attention_bias", False))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -54,16 +53,18 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
     )
 
 
-def _rotary(config: PreTrainedConfig, head_dim: int) -> tuple[Tensor, float]:
+def _rotary(config: Config, head_dim: int) -> tuple[Tensor, float]:
     """Return the rotary frequencies and the factor for their cosines and sines (see `ModelShape`)."""
     rope = config.rope_parameters
     if rope["rope_type"] != "default":  # stretched for longer texts, in one of several ways
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # here, because few models need it
+
         inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, None)
         return inv_freq.float(), scaling
     return 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim), 1.0
 
 
-def _window(config: PreTrainedConfig, layer: int) -> int | None:
+def _window(config: Config, layer: int) -> int | None:
     """Return the sliding window of a layer: all of Mistral's have one, some of Qwen's, no others."""
     if config.model_type == "mistral":
         return config.sliding_window
@@ -72,7 +73,7 @@ def _window(config: PreTrainedConfig, layer: int) -> int | None:
 
 
 def build(
-    config: PreTrainedConfig,
+    config: Config,
     tensors: Iterable[tuple[str, Tensor]],
     *,
     dtype: torch.dtype,

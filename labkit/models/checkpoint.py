@@ -5,19 +5,35 @@ Weights are read from `safetensors` alone, never from pickles, and no code that 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from labkit.models.errors import DamagedError, ModelError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Config: TypeAlias = "PreTrainedConfig | SimpleNamespace"  # what `read_config` returns
 
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+# What a `config.json` must say, and in which type, to be understood without `transformers`.
+EXPLICIT = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"), int),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "max_position_embeddings"), int),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings"), bool),
+    **{"rms_norm_eps": float, "hidden_act": str, "rope_parameters": dict, "eos_token_id": (int, list)},
+}
 
 
 def check_folder(folder: Path) -> Path:
@@ -43,8 +59,7 @@ def check_whole(folder: Path) -> Path:
     """
     check_folder(folder)
     for name in JSON_FILES:
-        if (folder / name).is_file():
-            _read_json(folder / name)
+        _read_if_there(folder / name)
     for _ in read_tensors(folder):  # compares each file's size with its header, and reads no values
         pass
     return folder
@@ -69,20 +84,47 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
             raise DamagedError(f"{folder / file} is damaged or cannot be read: {error}") from error
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
-    """Read `config.json`. Raises `ModelError` if it cannot be used."""
-    return _read(AutoConfig, folder, "config.json")
+def read_config(folder: Path) -> Config:
+    """Read `config.json`.
+
+    `transformers` knows what a file leaves out and what older files mean, but importing its configurations
+    takes a second. So the file of a Llama that says everything itself, as recent ones do, is taken as it is.
+
+    Raises:
+        ModelError: if it cannot be used.
+    """
+    with _usable("config.json", folder):
+        config = _read_json(folder / "config.json")
+        if _is_explicit(config):
+            return SimpleNamespace(**config)
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _is_explicit(config: dict) -> bool:
+    """Whether a configuration is a Llama's and says all that we need, with plain rotary positions."""
+    if config.get("model_type") != "llama":
+        return False
+    if not all(isinstance(config.get(name), kind) for name, kind in EXPLICIT.items()):
+        return False
+    rope = config["rope_parameters"]
+    return rope.get("rope_type") == "default" and isinstance(rope.get("rope_theta"), float)
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Read the tokenizer, with its chat template. Raises `ModelError` if it cannot be used."""
-    return _read(AutoTokenizer, folder, "the tokenizer")
+    with _usable("the tokenizer", folder):
+        named = _read_if_there(folder / "tokenizer_config.json").get("tokenizer_class")
+        kind: Any = PreTrainedTokenizerFast  # takes tokenizer.json as it is
+        if named != "TokenizersBackend":  # which is the new name of that class
+            from transformers import AutoTokenizer as kind  # here, because it imports all configurations
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def read_generation_config(folder: Path) -> dict:
     """Read `generation_config.json`, which a model need not have. Raises `DamagedError`."""
-    file = folder / "generation_config.json"
-    return _read_json(file) if file.is_file() else {}
+    return _read_if_there(folder / "generation_config.json")
 
 
 def _shards(folder: Path) -> dict[str, list[str] | None]:
@@ -115,11 +157,16 @@ def _shards(folder: Path) -> dict[str, list[str] | None]:
     return shards
 
 
-def _read(kind: type, folder: Path, what: str) -> PreTrainedConfig | PreTrainedTokenizerBase:
+@contextlib.contextmanager
+def _usable(what: str, folder: Path) -> Iterator[None]:
     try:
-        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        yield
     except Exception as error:  # a damaged file can come out as any kind of error
         raise ModelError(f"{what} in {folder} cannot be used: {first_line(error)}") from error
+
+
+def _read_if_there(file: Path) -> dict:
+    return _read_json(file) if file.is_file() else {}
 
 
 def _read_json(file: Path) -> dict:

@@ -12,19 +12,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from labkit.core.model import Transformer
 from labkit.kernels.int8 import from_quantized, pick_kernel, quantize
 from labkit.models.architecture import build, shape_of
 from labkit.models.cache_dir import cache_dir
+from labkit.models.checkpoint import Config
 from labkit.models.progress import Say, tell
 
 _VERSION = 1  # of what `quantize` makes; a new number leaves older copies aside
 
 
 def int8_model(
-    config: PreTrainedConfig,
+    config: Config,
     tensors: Iterable[tuple[str, Tensor]],
     folder: Path | None,
     *,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -12,11 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from labkit.core.model import Transformer
 from labkit.kernels import packed_linear
 from labkit.models import architecture, checkpoint, gguf_fetch
+from labkit.models.checkpoint import Config
 from labkit.models.devices import auto_reason, resolve_device, resolve_dtype
 from labkit.models.errors import ModelError
 from labkit.models.hub import TINY, find, is_folder
@@ -36,7 +38,7 @@ class LoadedModel:
         name: the short name, the Hub id, or the name of the folder.
         module: the weights, on their device and in their dtype.
         tokenizer: the tokenizer, with its chat template if the model has one.
-        config: the architecture, as `transformers` describes it.
+        config: the architecture, with the names of `config.json` as attributes.
         eos_token_ids: every token that ends an answer.
         quantization: None, or "int8".
     """
@@ -44,7 +46,7 @@ class LoadedModel:
     name: str
     module: Transformer | AdaptedModel
     tokenizer: PreTrainedTokenizerBase
-    config: PreTrainedConfig
+    config: Config
     eos_token_ids: frozenset[int]
     quantization: str | None = None
 
@@ -86,13 +88,17 @@ def load_model(
     if quantization not in (None, "int8"):
         raise ModelError(f"quantization must be None or 'int8', not {quantization!r}")
     to = resolve_device(device)
-    switches = dict(
-        quantization=quantization, fused_projections=fused_projections, packed_weights=packed_weights
+    own = functools.partial(
+        own_module,
+        device=to,
+        quantization=quantization,
+        fused_projections=fused_projections,
+        packed_weights=packed_weights,
     )
     if model == TINY:
         config, tensors, tokenizer = tiny_random()
         as_type = resolve_dtype("float32" if dtype == "auto" else dtype, to)
-        module = own_module(config, tensors.items(), dtype=as_type, device=to, **switches)
+        module = own(config, tensors.items(), dtype=as_type)
         ends = _eos_token_ids(config, tokenizer, {})
         return LoadedModel(TINY, module, tokenizer, config, ends, quantization)
 
@@ -109,8 +115,7 @@ def load_model(
     tell(say, f"Loading {name} from {folder}.")
     with _explained(name, folder, to):
         if ours:
-            tensors = checkpoint.read_tensors(folder)
-            module = own_module(config, tensors, dtype=as_type, device=to, **switches, folder=folder, say=say)
+            module = own(config, checkpoint.read_tensors(folder), dtype=as_type, folder=folder, say=say)
         else:
             # Imported here because it brings in the modelling code of transformers, which takes two seconds.
             from labkit.models import adapter
@@ -124,7 +129,7 @@ def load_model(
 
 
 def own_module(
-    config: PreTrainedConfig,
+    config: Config,
     tensors: Iterable[tuple[str, Tensor]],
     *,
     dtype: torch.dtype,
@@ -172,9 +177,7 @@ def _explained(name: str, folder: Path, device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def _eos_token_ids(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, generation: dict
-) -> frozenset[int]:
+def _eos_token_ids(config: Config, tokenizer: PreTrainedTokenizerBase, generation: dict) -> frozenset[int]:
     """Collect every end: each of the three places may name one, several or none, and they may differ."""
     ids: set[int] = set()
     of_config = getattr(config, "eos_token_id", None)  # not every configuration has the field

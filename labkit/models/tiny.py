@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import math
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # padding, bos, eos
 CAPITALISED = 200  # so many of the most common words also have a token with a capital letter
@@ -33,6 +37,8 @@ def tiny_random(seed: int = 0) -> tuple[LlamaConfig, dict[str, Tensor], PreTrain
         tensors: fp32 on the CPU, under the names `LlamaForCausalLM.load_state_dict` knows.
         tokenizer: byte-level; a common word is one token, other text goes byte by byte; all of it comes back.
     """
+    from transformers import LlamaConfig  # here, because it takes a second to import
+
     tokenizer = tiny_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
