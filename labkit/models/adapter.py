@@ -41,6 +41,7 @@ from labkit.core.attention import (
     build_metadata,
     gather,
 )
+from labkit.models.checkpoint import FROM_FILES
 from labkit.models.errors import ModelError, first_line
 
 # Two names for our attention function in the registry. For "paged" no mask function is registered, and so
@@ -151,11 +152,12 @@ def load(folder: Path, *, dtype: torch.dtype, device: torch.device) -> AdaptedMo
         ModelError: if `transformers` cannot load it, tensors do not fit, or `adapt` refuses the model.
         MemoryError, RuntimeError: if memory does not suffice.
     """
-    safely = dict(use_safetensors=True, local_files_only=True, trust_remote_code=False)
     # transformers makes up what is missing or misshapen, at random. Have it reported, and refuse it below.
     report = dict(output_loading_info=True, ignore_mismatched_sizes=True)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **safely, **report)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, **FROM_FILES, **report
+        )
         wrong = sorted(str(name) for key in ("missing_keys", "mismatched_keys") for name in found[key])
     except Exception as error:
         if "memory" in str(error):

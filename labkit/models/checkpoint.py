@@ -27,8 +27,10 @@ JSON_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokeni
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
+FROM_FILES: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
+
 # What a `config.json` must say, and in which type, to be understood without `transformers`.
-EXPLICIT = {
+EXPLICIT: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"), int),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "max_position_embeddings"), int),
     **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings"), bool),
@@ -99,7 +101,7 @@ def read_config(folder: Path) -> Config:
             return SimpleNamespace(**config)
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, **FROM_FILES)
 
 
 def _is_explicit(config: dict) -> bool:
@@ -116,10 +118,11 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Read the tokenizer, with its chat template. Raises `ModelError` if it cannot be used."""
     with _usable("the tokenizer", folder):
         named = _read_if_there(folder / "tokenizer_config.json").get("tokenizer_class")
-        kind: Any = PreTrainedTokenizerFast  # takes tokenizer.json as it is
-        if named != "TokenizersBackend":  # which is the new name of that class
-            from transformers import AutoTokenizer as kind  # here, because it imports all configurations
-        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if named == "TokenizersBackend":  # the class that takes tokenizer.json as it is
+            return PreTrainedTokenizerFast.from_pretrained(folder, **FROM_FILES)
+        from transformers import AutoTokenizer  # here, because it imports the configurations, too
+
+        return AutoTokenizer.from_pretrained(folder, **FROM_FILES)
 
 
 def read_generation_config(folder: Path) -> dict:

@@ -51,7 +51,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
         in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if in_hardware else torch.float16
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+    if found is None or found not in DTYPES.values():
         raise ModelError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
     return found
 

@@ -187,8 +187,9 @@ def _run(command: list[str], into: Path, *, quiet: bool) -> None:
     log = into / "installer.log"
     bar = tqdm(desc="download", total=WHEEL_BYTES, unit="B", unit_scale=True, disable=quiet)
     with bar, log.open("wb") as output:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, env=environment, **streams)
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
         try:
             while process.poll() is None:
                 time.sleep(0.1)

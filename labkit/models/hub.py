@@ -5,6 +5,7 @@ What was fetched once is found again without asking the network.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from pathlib import Path
@@ -23,10 +24,8 @@ HUB_IDS = {gguf_fetch.NAME: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 SHORT_NAMES = (*HUB_IDS, TINY)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-_HUB_FILES = {
-    "allow_patterns": ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
-    "ignore_patterns": ["*/*", "consolidated*"],  # other formats, and a second copy of the weights
-}
+_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+_UNWANTED = ["*/*", "consolidated*"]  # other formats, and a second copy of the weights
 _HUB_SECONDS = 5  # how long to wait for the Hub's first answer
 
 
@@ -127,11 +126,14 @@ def _fetch_from_hub(repo: str, say: Say | None) -> Path:
             raise ModelError("it has no safetensors of that model, and pickles (.bin, .pt) are never read")
         size = sum(file.size or 0 for file in weights) / 1e6
         tell(say, f"Fetching {repo} from the Hugging Face Hub ({size:,.0f} MB).")
+        fetch = functools.partial(
+            huggingface_hub.snapshot_download, repo, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+        )
         try:
-            return check_whole(Path(huggingface_hub.snapshot_download(repo, **_HUB_FILES)))
+            return check_whole(Path(fetch()))
         except DamagedError as error:
             tell(say, f"{error}; fetching it anew.")
-        return check_whole(Path(huggingface_hub.snapshot_download(repo, **_HUB_FILES, force_download=True)))
+        return check_whole(Path(fetch(force_download=True)))
     except ModelError:
         raise
     except GatedRepoError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import time
@@ -46,11 +47,11 @@ def int8_model(
     """
     kernel, why = pick_kernel(device)
     tell(say, f"Products of 8 bits by {why}.")
-    made = dict(dtype=dtype, device=device, kernel=kernel)
+    module_of = functools.partial(from_quantized, shape_of(config), dtype=dtype, device=device, kernel=kernel)
     copy = cache_dir() / "int8" / f"{_key(folder)}.safetensors" if folder else None
     if copy and copy.is_file():
         try:
-            return from_quantized(shape_of(config), load_file(copy), **made)
+            return module_of(load_file(copy))
         except (SafetensorError, ValueError, OSError):  # the copy is damaged: make another
             copy.unlink(missing_ok=True)
     begin = time.perf_counter()
@@ -59,7 +60,7 @@ def int8_model(
     tell(say, f"Quantised in {time.perf_counter() - begin:.1f} s{kept}.")
     if copy:
         _keep(copy, quantized, say)
-    return from_quantized(shape_of(config), quantized, **made)
+    return module_of(quantized)
 
 
 def _keep(copy: Path, tensors: dict[str, Tensor], say: Say | None) -> None:
