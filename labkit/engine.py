@@ -24,7 +24,8 @@ from labkit.core.sampler import mix
 from labkit.core.scheduler import Scheduler
 from labkit.kernels.warmup import activation_bytes, backend_for, warm_up
 from labkit.models.detokenizer import IncrementalDetokenizer
-from labkit.models.load import LoadedModel, load_model, resolve_device, resolve_dtype
+from labkit.models.devices import resolve_device, resolve_dtype
+from labkit.models.load import LoadedModel, load_model
 from labkit.outputs import RequestMetrics, RequestOutput
 from labkit.sampling_params import SamplingParams, check_number
 from labkit.schedulers import scheduler_class

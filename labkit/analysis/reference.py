@@ -22,7 +22,8 @@ from labkit.analysis.workload import Job
 from labkit.benchmark.engine.meter import Meter
 from labkit.config import EngineConfig
 from labkit.engine import Engine
-from labkit.models.load import TINY, LoadedModel, find
+from labkit.models.hub import TINY, find
+from labkit.models.load import LoadedModel
 from labkit.models.tiny import tiny_random
 from labkit.sampling_params import SamplingParams
 from labkit.trace.records import StepRecord

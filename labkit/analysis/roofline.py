@@ -71,7 +71,7 @@ class Shape:
             )
         layers = Counter(layer.self_attn.window for layer in module.layers)
         return cls.of_config(
-            module.config,
+            loaded.config,
             tuple(layers.items()),
             weight_bytes=1 if loaded.quantization == "int8" else module.dtype.itemsize,
             value_bytes=module.dtype.itemsize,

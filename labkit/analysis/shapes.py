@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
-from labkit.core.model import Transformer
-from labkit.kernels import packed_linear
-from labkit.models.int8_cache import int8_model
-from labkit.models.load import LoadedModel, ModelError, Say, resolve_device, resolve_dtype
+from labkit.models.devices import resolve_device, resolve_dtype
+from labkit.models.errors import ModelError
+from labkit.models.load import LoadedModel, own_module
+from labkit.models.progress import Say
 from labkit.models.tiny import tiny_tokenizer
 
 SEATS = (1, 8, 32, 128)
@@ -107,14 +107,16 @@ def random_model(
     as_type = resolve_dtype(dtype, to)
     config = config_of(shape)
     tensors = random_tensors(config, as_type, to)
-    if quantization:
-        module = int8_model(config, tensors.items(), None, dtype=as_type, device=to, say=say)
-    else:
-        module = Transformer.from_tensors(config, tensors.items(), dtype=as_type, device=to)
-        if not fused_projections:
-            packed_linear.split(module)
-        if packed_weights and packed_linear.can_pack(module):
-            packed_linear.pack(module)
+    module = own_module(
+        config,
+        tensors.items(),
+        dtype=as_type,
+        device=to,
+        quantization=quantization,
+        fused_projections=fused_projections,
+        packed_weights=packed_weights,
+        say=say,
+    )
     return LoadedModel(f"{shape} (random)", module, tiny_tokenizer(), config, frozenset(), quantization)
 
 

@@ -24,7 +24,8 @@ from labkit.benchmark.engine.stream import REQUESTS, stream
 from labkit.benchmark.serving import load_report
 from labkit.benchmark.serving.load_sweep import Plan, measure_load
 from labkit.benchmark.serving.watchers import WATCHERS
-from labkit.models.load import load_model, resolve_device
+from labkit.models.devices import resolve_device
+from labkit.models.load import load_model
 
 _LOAD = ("rates", "rate_seconds", "streams", "slo_ttft", "slo_itl", "url", "url_model")  # with --serve
 _FROM = "mixed prefill, decode"  # where the ladder begins on shapes: those below differ by policy alone

@@ -46,7 +46,7 @@ class CachedModel:
     def __init__(self, loaded: LoadedModel, room: int = ROOM) -> None:
         self.module = loaded.module
         self.table = list(range(-(-room // PAGE)))
-        self.cache = self.module.new_cache(len(self.table), PAGE)
+        self.cache = self.module.kv_shape.new_cache(len(self.table), PAGE)
         self.passes: list[tuple[int, int]] = []
 
     @property

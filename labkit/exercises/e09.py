@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from labkit import notebook
 from labkit.config import EngineConfig
-from labkit.core.model import Transformer
 from labkit.exercises import Exercise, Run, Wrong, expect
 from labkit.kernels import int8
-from labkit.models.load import TINY, LoadedModel, find, load_model, read_tensors
+from labkit.models.architecture import build
+from labkit.models.checkpoint import read_tensors
+from labkit.models.hub import TINY, find
+from labkit.models.load import LoadedModel, load_model
 from labkit.models.teacher_forcing import teacher_forced
 from labkit.models.tiny import tiny_random
 
@@ -95,7 +97,7 @@ def plain_model(name: str = "smollm2-135m") -> LoadedModel:
     """A model in fp32 with plain weights on the CPU, to be quantised; `int8.rotate` may change it."""
     loaded = _tiny() if name == TINY else notebook.default_model()
     tensors = tiny_random()[1].items() if name == TINY else read_tensors(find(name, say=None))
-    module = Transformer.from_tensors(loaded.config, tensors, dtype=torch.float32, device=torch.device("cpu"))
+    module = build(loaded.config, tensors, dtype=torch.float32, device=torch.device("cpu"))
     return LoadedModel(name, module, loaded.tokenizer, loaded.config, loaded.eos_token_ids)
 
 

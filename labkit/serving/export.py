@@ -108,7 +108,7 @@ def commands(config: EngineConfig) -> dict[str, Command]:
 
 def _path(model: str | os.PathLike[str] | LoadedModel, what: str) -> tuple[str, str]:
     """What the other engine loads, and the name that clients of ours know it by."""
-    from labkit.models.load import HUB_IDS, TINY  # here, for it takes seconds
+    from labkit.models.hub import HUB_IDS, TINY  # here, for it takes seconds
 
     if not isinstance(model, str | os.PathLike):
         raise ValueError(f"{what}: {model.name!r} is loaded already; name its Hub id or its folder")

@@ -22,7 +22,7 @@ from labkit.benchmark.engine.ladder_report import LadderReport, figure
 from labkit.benchmark.engine.peers import run_padded
 from labkit.benchmark.engine.rungs import NAMES, Sizes, rungs_for
 from labkit.benchmark.engine.stream import stream
-from labkit.core.model import Transformer
+from labkit.models.architecture import build, supports
 from labkit.models.load import LoadedModel, load_model
 from labkit.models.tiny import tiny_random
 
@@ -193,9 +193,7 @@ def other_weights(**switches: Any) -> LoadedModel:
     if not switches["fused_projections"]:
         return load(**switches)
     config, tensors, tokenizer = tiny_random(seed=1)
-    module = Transformer.from_tensors(
-        config, tensors.items(), dtype=torch.float32, device=torch.device("cpu")
-    )
+    module = build(config, tensors.items(), dtype=torch.float32, device=torch.device("cpu"))
     return LoadedModel("other", module, tokenizer, config, frozenset())
 
 
@@ -276,7 +274,7 @@ def test_shapes_are_those_of_the_models() -> None:
     sizes = {}
     for name in SHAPES:
         config = config_of(name)
-        assert Transformer.supports(config)
+        assert supports(config)
         shape = Shape.of_config(config, ((None, config.num_hidden_layers),), weight_bytes=2, value_bytes=2)
         layers = shape.layers * (shape.layer_parameters + shape.vectors)
         sizes[name] = round((layers + shape.hidden + shape.vocab * shape.hidden) / 1e6)

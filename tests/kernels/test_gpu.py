@@ -23,6 +23,7 @@ from labkit.kernels.gathered_sdpa import SDPA, block_table
 from labkit.kernels.paged_decode import PagedDecode, paged_rows
 from labkit.kernels.select import choose_backend
 from labkit.kernels.varlen import PackedChunks, varlen_attention
+from labkit.models.architecture import build
 from labkit.models.load import LoadedModel
 from labkit.models.tiny import tiny_tokenizer
 from labkit.sampling_params import SamplingParams
@@ -38,7 +39,7 @@ SM_80 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 
 @functools.cache
 def on_gpu(family: str, dtype: torch.dtype) -> LoadedModel:
     model = reference(family)
-    module = Transformer.from_tensors(model.config, model.state_dict().items(), dtype=dtype, device=CUDA)
+    module = build(model.config, model.state_dict().items(), dtype=dtype, device=CUDA)
     return LoadedModel(family, module, tiny_tokenizer(), model.config, frozenset())
 
 
@@ -106,7 +107,7 @@ def teacher_forced(model: Transformer, backend: Backend) -> Tensor:
     rng = random.Random(1)
     texts = [[rng.randrange(VOCAB) for _ in range(n)] for n in (50, 33)]
     tables = [[9, 3, 1, 7], [0, 8, 2]]
-    cache, found = model.new_cache(10, 16), ([], [])
+    cache, found = model.kv_shape.new_cache(10, 16), ([], [])
     done = [0, 0]
     for take in ((30, 20), (5, 1), (1, 7), *[(1, 1)] * 5, *[(1, 0)] * 9):
         some = sorted((i for i in (0, 1) if take[i]), key=lambda i: (take[i] > 1, -done[i]))
@@ -130,7 +131,7 @@ def test_packed_chunks_equal_single_ones(window: int | None, dtype: torch.dtype)
     torch.manual_seed(0)
     model = on_gpu("llama", dtype).module
     backend = choose_backend(CUDA, dtype, 8)
-    cache = model.new_cache(64, 16)
+    cache = model.kv_shape.new_cache(64, 16)
     cache.blocks.normal_()
     rows = [Span(3, 90, list(range(0, 6))), Span(0, 17, [20, 21]), Span(200, 5, list(range(30, 43)))]
     q = torch.randn(112, 6, 8, device=CUDA, dtype=dtype)

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from labkit.analysis.workload import prose
-from labkit.models.load import TINY, find
+from labkit.models.hub import TINY, find
 from labkit.models.tiny import tiny_tokenizer
 from labkit.sampling_params import check_number
 
