@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from labkit.config import ModelConfig
 from labkit.core.model import Transformer
 from labkit.kernels import packed_linear
 from labkit.models import architecture, checkpoint, gguf_fetch
@@ -57,6 +58,26 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         return self.module.device
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise `ValueError` if a configuration asks for another model than this one was loaded as."""
+        asked: dict[str, object] = {}  # what is not left at its default
+        if config.dtype != "auto":
+            asked["dtype"] = resolve_dtype(config.dtype, self.device)
+        if config.device != "auto":
+            asked["device"] = resolve_device(config.device).type
+        if config.quantization:
+            asked["quantization"] = config.quantization
+        has = {"dtype": self.dtype, "device": self.device.type, "quantization": self.quantization}
+        for name, value in asked.items():
+            if value != has[name]:
+                default = getattr(ModelConfig, name)
+                raise ValueError(
+                    f"{name} must be {default} for a loaded model: it is {has[name]}, not {value}"
+                )
+        for name in ("fused_projections", "packed_weights"):
+            if not getattr(config, name):
+                raise ValueError(f"{name} must be left alone for a loaded model: load_model takes it")
 
 
 def load_model(
