@@ -16,14 +16,14 @@ from labkit.core.attention import (
     reference_attention,
     row_order,
 )
-from labkit.core.kv_cache import PagedKVCache
+from labkit.core.kv_cache import KVShape, PagedKVCache
 from labkit.kernels.gathered_sdpa import SDPA
 
 CPU = torch.device("cpu")
 
 
 def cache_of(num_blocks: int, block_size: int, *, kv_heads: int = 2, dim: int = 8) -> PagedKVCache:
-    return PagedKVCache(2, num_blocks, block_size, kv_heads, dim, dtype=torch.float32, device=CPU)
+    return KVShape(2, kv_heads, dim, torch.float32, CPU).new_cache(num_blocks, block_size)
 
 
 def random_rows(rng: random.Random, block_size: int, count: int) -> tuple[list[Span], int]:

@@ -12,7 +12,7 @@ from exercising import assert_accepted, assert_open, assert_refused, function_fr
 
 from labkit.analysis.roofline import Shape
 from labkit.core.attention import Span, reference_attention
-from labkit.core.kv_cache import PagedKVCache
+from labkit.core.kv_cache import KVShape
 from labkit.exercises.e07 import (
     BLIND,
     T4_BANDWIDTH,
@@ -278,7 +278,7 @@ def test_the_blind_engine_is_right_for_prompts_and_wrong_in_decode() -> None:
 
 
 def test_it_is_attention_over_one_token() -> None:
-    cache = PagedKVCache(1, 6, 4, 2, 8, dtype=torch.float32, device=torch.device("cpu"))
+    cache = KVShape(1, 2, 8, torch.float32, torch.device("cpu")).new_cache(6, 4)
     torch.manual_seed(0)
     cache.blocks.normal_()
     rows = [Span(6, 1, [3, 1]), Span(2, 1, [5])]

@@ -18,7 +18,7 @@ from exercising import (
 from torch import Tensor
 
 from labkit.core.attention import Span, attend, build_metadata, reference_attention
-from labkit.core.kv_cache import PagedKVCache
+from labkit.core.kv_cache import KVShape
 from labkit.exercises import e08, judge
 from labkit.exercises.e08 import (
     LargestTensor,
@@ -332,7 +332,7 @@ def test_states_know_what_they_have_not_seen() -> None:
 def test_rows_of_a_learner_equal_the_reference() -> None:
     torch.manual_seed(0)
     rows = [Span(20, 1, [4, 0, 7]), Span(7, 1, [5]), Span(2, 6, [3])]
-    cache = PagedKVCache(1, 8, 8, 2, 16, dtype=torch.float32, device=torch.device("cpu"))
+    cache = KVShape(1, 2, 16, torch.float32, torch.device("cpu")).new_cache(8, 8)
     cache.blocks.normal_()
     q = torch.randn(8, 6, 16)
     layout = build_metadata(rows, cache, backend=backend_of(paged_attention))
@@ -342,14 +342,14 @@ def test_rows_of_a_learner_equal_the_reference() -> None:
 
 
 def test_rows_of_a_learner_know_no_window() -> None:
-    cache = PagedKVCache(1, 2, 8, 1, 4, dtype=torch.float32, device=torch.device("cpu"))
+    cache = KVShape(1, 1, 4, torch.float32, torch.device("cpu")).new_cache(2, 8)
     layout = build_metadata([Span(3, 1, [0])], cache, windows=[5], backend=backend_of(paged_attention))
     with pytest.raises(ValueError, match="no sliding window"):
         attend(torch.ones(1, 1, 4), cache, 0, layout, scale=1.0, window=5)
 
 
 def test_bytes_are_counted_as_they_move() -> None:
-    cache = PagedKVCache(3, 40, 8, 2, 16, dtype=torch.float32, device=torch.device("cpu"))
+    cache = KVShape(3, 2, 16, torch.float32, torch.device("cpu")).new_cache(40, 8)
     page = 2 * 2 * 8 * 16 * 4
     assert bytes_moved([Span(79, 1, range(10))], cache) == (3 * 10 * page, 10 * page)
     rows = [Span(79, 1, range(10)), Span(7, 1, [11])]  # the short row is as wide as the long one

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from labkit.config import EngineConfig
 from labkit.core.attention import Span, build_metadata
+from labkit.core.kv_cache import KVShape
 from labkit.core.model import Transformer
 from labkit.engine import Engine
 from labkit.kernels.backend import Backend
@@ -151,10 +152,9 @@ def test_packed_chunks_equal_single_ones(window: int | None, dtype: torch.dtype)
 def test_the_kernel_equals_gathered_attention_over_thousands_of_tokens(
     dtype: torch.dtype, group: int, dim: int
 ) -> None:
-    from labkit.core.kv_cache import PagedKVCache
 
     torch.manual_seed(0)
-    cache = PagedKVCache(1, 700, 16, 2, dim, dtype=dtype, device=CUDA)
+    cache = KVShape(1, 2, dim, dtype, CUDA).new_cache(700, 16)
     cache.blocks.normal_()
     pages = torch.randperm(700).tolist()
     rows = [Span(6000, 1, pages[:376]), Span(4095, 1, pages[376:632]), Span(33, 1, pages[632:635])]

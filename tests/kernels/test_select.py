@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from labkit.core.attention import Span, attend, build_metadata, reference_attention, row_order
-from labkit.core.kv_cache import PagedKVCache
+from labkit.core.kv_cache import KVShape, PagedKVCache
 from labkit.kernels import select
 from labkit.kernels import varlen as kernels_varlen
 from labkit.kernels.backend import Backend
@@ -34,7 +34,7 @@ def filled(
     rows: list[Span], num_blocks: int, size: int, kv_heads: int, dim: int, dtype: torch.dtype
 ) -> PagedKVCache:
     """A cache with random keys and values for all tokens of these rows, and NaN everywhere else."""
-    cache = PagedKVCache(1, num_blocks, size, kv_heads, dim, dtype=dtype, device=DEVICE)
+    cache = KVShape(1, kv_heads, dim, dtype, DEVICE).new_cache(num_blocks, size)
     cache.blocks.fill_(torch.nan)
     for row in rows:
         for token in range(row.length):
@@ -318,7 +318,7 @@ def test_where_triton_cannot_be_had_the_reason_says_so(gpu: pytest.MonkeyPatch) 
 def test_groups_limited_to_the_kernels_of_sm_75_compute_the_same() -> None:
     torch.manual_seed(3)
     rows = [Span(20, 1, [5, 0]), Span(3, 1, [2]), Span(14, 9, [4, 1])]
-    cache = PagedKVCache(1, 6, 16, 2, 8, dtype=torch.float32, device=DEVICE)
+    cache = KVShape(1, 2, 8, torch.float32, DEVICE).new_cache(6, 16)
     cache.blocks.normal_()
     q = torch.randn(11, 6, 8, device=DEVICE)
     backend = Backend("sdpa", "", select._as_sm75(SDPA.decode), select._as_sm75(SDPA.chunks), SDPA.static)
@@ -331,7 +331,7 @@ def test_groups_limited_to_the_kernels_of_sm_75_compute_the_same() -> None:
 
 def test_masks_are_cut_out_of_rows_that_the_memory_efficient_kernel_takes_as_they_are() -> None:
     rows = [Span(20, 1, [0, 1]), Span(3, 7, [2])]
-    cache = PagedKVCache(1, 6, 11, 2, 8, dtype=torch.float16, device=DEVICE)
+    cache = KVShape(1, 2, 8, torch.float16, DEVICE).new_cache(6, 11)
     for group in build_metadata(rows, cache, SDPA).groups:
         mask = group.masks[None]
         assert mask.stride(-1) == 1 and all(stride % 16 == 0 for stride in mask.stride()[:-1])
