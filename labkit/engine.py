@@ -259,6 +259,11 @@ class Engine(EngineCore):
             )
         return request.request_id
 
+    def set_priority(self, request_id: str, priority: int) -> bool:
+        """Change a request's priority (lower runs first). False if it is not there or is done."""
+        check_number("priority", priority, -(2**31), 2**31, whole=True)
+        return self.scheduler.set_priority(request_id, priority)
+
     # -- at the end of each step ------------------------------------------------------------------
 
     def deliver(

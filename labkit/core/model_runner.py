@@ -19,7 +19,7 @@ from labkit.outputs import TokenLogprobs
 
 
 class PagedModel(Protocol):
-    """A decoder that keeps its keys and values in a paged cache."""
+    """A decoder that keeps its keys and values in a paged cache (see `labkit.core.model.Transformer`)."""
 
     device: torch.device
     kv_shape: KVShape
@@ -30,21 +30,15 @@ class PagedModel(Protocol):
 
     def __call__(
         self, token_ids: Tensor, positions: Tensor, cache: PagedKVCache, metadata: AttentionMetadata
-    ) -> Tensor:
-        """Hidden states (T, hidden_size) of tokens (T,) at positions (T,); writes their keys and values."""
-        ...
+    ) -> Tensor: ...
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (S, vocab_size) of hidden states (S, hidden_size)."""
-        ...
+    def logits(self, hidden: Tensor) -> Tensor: ...
 
 
 class DecodeGraphs(Protocol):
-    """Recorded steps in which every row computes one token."""
+    """Recorded steps in which every row computes one token; None where none is large enough."""
 
-    def run(self, token_ids: Sequence[int], rows: Sequence[Span]) -> Tensor | None:
-        """Hidden states (rows, hidden_size); None if no recorded step is large enough."""
-        ...
+    def run(self, token_ids: Sequence[int], rows: Sequence[Span]) -> Tensor | None: ...
 
 
 class ModelRunner:
@@ -56,11 +50,6 @@ class ModelRunner:
         pool: the pool whose block tables say where tokens lie.
         backend: the way to compute attention.
         graphs: recorded decode steps on the same cache; without, every step runs eagerly.
-
-    Attributes:
-        sample: called with logits and requests, picks the tokens (see `labkit.core.sampler.sample`).
-        accept: called with the drafts of a row and the tokens that the model chose in their places, says how
-            many drafts, from the first on, become part of the answer.
     """
 
     def __init__(
@@ -74,7 +63,7 @@ class ModelRunner:
     ) -> None:
         self.model, self.cache, self.pool = model, cache, pool
         self.backend, self.graphs = backend, graphs
-        self.sample = sample
+        self.sample = sample  # these two can be replaced, to time them or to try another rule
         self.accept: Callable[[Sequence[int], Sequence[int]], int] = accept
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -82,14 +71,13 @@ class ModelRunner:
         result = StepResult([()] * len(plan.requests))
         if plan.copied:  # before anybody writes to the copies
             self.cache.copy_blocks([(copy.old, copy.new) for copy in plan.copied])
-        rows, spans = [], []
-        for row, (request, start, num_tokens) in enumerate(
-            zip(plan.requests, plan.starts, plan.num_tokens, strict=True)
-        ):
-            if num_tokens:
-                rows.append(row)
-                spans.append(Span(start, num_tokens, self.pool.table(request.request_id)))
+        rows = [row for row, num_tokens in enumerate(plan.num_tokens) if num_tokens]
         if rows:
+            tables = [self.pool.table(plan.requests[row].request_id) for row in rows]
+            spans = [
+                Span(plan.starts[row], plan.num_tokens[row], table)
+                for row, table in zip(rows, tables, strict=True)
+            ]
             order = row_order(spans)
             rows, spans = [rows[i] for i in order], [spans[i] for i in order]
             hidden, ends = self._forward(plan, rows, spans)
