@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from labkit.models.devices import resolve_device, resolve_dtype
 from labkit.models.errors import ModelError
-from labkit.models.load import LoadedModel, own_module
+from labkit.models.load import LoadedModel, build_transformer
 from labkit.models.progress import Say
 from labkit.models.tiny import tiny_tokenizer
 
@@ -107,7 +107,7 @@ def random_model(
     as_type = resolve_dtype(dtype, to)
     config = config_of(shape)
     tensors = random_tensors(config, as_type, to)
-    module = own_module(
+    module = build_transformer(
         config,
         tensors.items(),
         dtype=as_type,

@@ -147,12 +147,14 @@ class Transformer(nn.Module):
         # Built on "meta", where tensors have no values: to draw random weights only for a checkpoint to
         # overwrite them would take seconds.
         with torch.device("meta"):
-            # (from_pretrained, because Embedding's own constructor starts torch's compiler even on "meta")
+            # from_pretrained, because Embedding's constructor draws numbers even on "meta", by the compiler.
             self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(shape.vocab_size, shape.hidden_size))
             self.layers = nn.ModuleList(DecoderLayer(shape, i) for i in range(shape.num_hidden_layers))
             self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
             self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
-        self.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+        # Now give them memory. `to_empty` would do the same, but imports torch's compiler.
+        self._apply(lambda parameter: torch.empty(parameter.shape, dtype=dtype, device=device))
+        self.requires_grad_(False).eval()
         if shape.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         # Not a buffer: `to` must not round it to half precision, which would misplace distant tokens.

@@ -109,8 +109,8 @@ def load_model(
     if quantization not in (None, "int8"):
         raise ModelError(f"quantization must be None or 'int8', not {quantization!r}")
     to = resolve_device(device)
-    own = functools.partial(
-        own_module,
+    build = functools.partial(
+        build_transformer,
         device=to,
         quantization=quantization,
         fused_projections=fused_projections,
@@ -119,7 +119,7 @@ def load_model(
     if model == TINY:
         config, tensors, tokenizer = tiny_random()
         as_type = resolve_dtype("float32" if dtype == "auto" else dtype, to)
-        module = own(config, tensors.items(), dtype=as_type)
+        module = build(config, tensors.items(), dtype=as_type)
         ends = _eos_token_ids(config, tokenizer, {})
         return LoadedModel(TINY, module, tokenizer, config, ends, quantization)
 
@@ -136,7 +136,7 @@ def load_model(
     tell(say, f"Loading {name} from {folder}.")
     with _explained(name, folder, to):
         if ours:
-            module = own(config, checkpoint.read_tensors(folder), dtype=as_type, folder=folder, say=say)
+            module = build(config, checkpoint.read_tensors(folder), dtype=as_type, folder=folder, say=say)
         else:
             # Imported here because it brings in the modelling code of transformers, which takes two seconds.
             from labkit.models import adapter
@@ -149,7 +149,7 @@ def load_model(
     return LoadedModel(name, module, tokenizer, config, ends, quantization)
 
 
-def own_module(
+def build_transformer(
     config: Config,
     tensors: Iterable[tuple[str, Tensor]],
     *,
@@ -161,7 +161,7 @@ def own_module(
     folder: Path | None = None,
     say: Say | None = None,
 ) -> Transformer:
-    """Build a model of our own code, with its weights laid out as the switches say.
+    """Build our own transformer from a checkpoint, quantised and laid out as the switches say.
 
     Args:
         config, tensors, dtype, device: what `architecture.build` takes.
