@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from labkit.trace.memory_use import MemoryUse, memory_use
 from labkit.trace.trace import Trace
 from labkit.views.style import plural
 
@@ -32,6 +33,7 @@ class Pages:
     block_size: int
     pages: list[Page]
     requests: dict[str, tuple[int, int]]  # owner -> (pages, tokens in the cache)
+    use: MemoryUse
     owned_after: int
 
     def count(self, *kinds: str) -> int:
@@ -40,20 +42,20 @@ class Pages:
 
     @property
     def owned(self) -> int:
-        return self.count("owned", "shared")
+        return self.use.owned
 
     @property
     def filled_slots(self) -> int:
         """Slots of owned pages that hold a token."""
-        return sum(page.filled for page in self.pages if page.owners)
+        return self.use.used
 
     @property
     def headline(self) -> tuple[str, str]:
         """The numbers in words, in two sentences."""
         owned, total = self.owned, len(self.pages)
-        slots = owned * self.block_size
+        slots = self.use.reserved
         first = f"Step {self.step}: KV usage {owned / total:.0%}, {owned} of {plural(total, 'block')} owned"
-        second = f"{self.count('shared')} shared, {self.count('cached')} cached and free, "
+        second = f"{self.use.shared} shared, {self.count('cached')} cached and free, "
         second += f"{self.count('free')} free"
         if owned:
             second += f"; tokens fill {self.filled_slots} of {slots} owned slots"
@@ -80,4 +82,4 @@ def pages_of(trace: Trace, step: int) -> Pages:
         pages.append(Page(block, kind, owners, positions, filled.get(block, 0), findable))
     requests = {name: (len(table), state.computed.get(name, 0)) for name, table in state.tables.items()}
     owned_after = len(trace.state(step, after=True).owners)
-    return Pages(step, trace.meta.block_size, pages, requests, owned_after)
+    return Pages(step, trace.meta.block_size, pages, requests, memory_use(state), owned_after)

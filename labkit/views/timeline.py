@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
+from labkit.trace.memory_use import kv_usage
 from labkit.trace.records import Row, StepRecord
 from labkit.trace.trace import Trace
 from labkit.views.style import drafts, plural
@@ -280,7 +281,7 @@ def rates_of(trace: Trace, window: float | None = None) -> Rates | None:
         steps=[record.step for record in records],
         computed=_smooth(computed, spent, window),
         generated=_smooth(generated, spent, window),
-        kv_usage=[1 - record.free_blocks / trace.meta.num_blocks for record in records],
+        kv_usage=[kv_usage(record.free_blocks, trace.meta.num_blocks) for record in records],
         running=running,
         waiting=[record.waiting for record in records],
         preempted=[len(record.preempted) for record in records],

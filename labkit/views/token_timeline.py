@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
+from labkit.trace import latency
 from labkit.trace.records import StepRecord
 from labkit.trace.trace import Trace
 from labkit.views import style
@@ -39,13 +40,13 @@ class Rail:
 
     @property
     def ttft(self) -> float | None:
-        """Time to the first token, from arrival (None: there is none yet)."""
-        return self.tokens[0] - self.arrived if self.tokens else None
+        """Time to first token; None if there is none yet."""
+        return latency.ttft(self.arrived, self.tokens)
 
     @property
     def gaps(self) -> list[float]:
-        """Between one token and the next: inter-token latency."""
-        return [after - before for before, after in pairwise(self.tokens)]
+        """Inter-token latencies, token by token (`latency.itl`)."""
+        return latency.itl(self.tokens)
 
     @property
     def worst_gap(self) -> float:
