@@ -49,6 +49,7 @@ class ModelRunner:
         self.backend = backend
         self.graphs = graphs
         self.accept: Callable[[Sequence[int], Sequence[int]], int] = accept
+        self.sample = sample
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute every row of a plan in one forward pass, and sample where a row reaches its end."""
@@ -128,7 +129,7 @@ class ModelRunner:
         if idle:
             wanted = torch.cat((wanted, hidden[-idle:]))
         logits = self.model.logits(wanted)[: len(requests)]
-        chosen = zip(*sample(logits, requests), strict=True)
+        chosen = zip(*self.sample(logits, requests), strict=True)
         reported: dict[int, tuple[TokenLogprobs, ...]] = {}
         for i in picked:
             drafts = plan.drafts.get(i, ())

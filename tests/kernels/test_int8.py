@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit import EngineConfig
-from labkit.benchmark.engine.equality import teacher_forced
 from labkit.core.model import Transformer
 from labkit.engine import Engine
 from labkit.kernels import int8
 from labkit.models.load import LoadedModel, ModelError, load_model
+from labkit.models.teacher_forcing import teacher_forced
 from labkit.models.tiny import tiny_tokenizer
 from labkit.sampling_params import SamplingParams
 

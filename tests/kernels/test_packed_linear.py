@@ -7,9 +7,9 @@ import torch
 from conftest import loaded, reference
 from torch import nn
 
-from labkit.benchmark.engine.equality import teacher_forced
 from labkit.core.model import Transformer
 from labkit.kernels import packed_linear
+from labkit.models.teacher_forcing import teacher_forced
 
 TOKENS = list(range(50))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from labkit.analysis.capacity.clock import StepWork
+from labkit.analysis.roofline import StepWork
 from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
 
