@@ -1,7 +1,7 @@
 """A client that puts a server under load and measures its answers. The server must speak OpenAI's API.
 
     measures = load.run(url, arrivals.poisson(tokenizer, rate=2, seconds=20))
-    print(load.summary(measures))
+    print(client_measures.summary(measures))
 
 An open loop sends each request at its time, whether or not others are answered. Independent people do the
 same, and a server that is too slow gets a queue. A closed loop has a number of clients, each of which sends
@@ -21,11 +21,9 @@ from typing import Any
 
 import httpx
 
-from labkit.analysis.client_measures import Measure, Slo, summary
+from labkit.analysis.client_measures import Measure
 from labkit.benchmark.serving.arrivals import Arrival
 from labkit.sampling_params import check_number
-
-__all__ = ["EXTRAS", "Measure", "ServerError", "Slo", "follow", "run", "summary", "supported"]
 
 EXTRAS: dict[str, Any] = {"ignore_eos": True, "stream_options": {"include_usage": True}}
 _KEEP_ALIVE = 1.0  # seconds: far below the 5 after which uvicorn closes a connection that we might just take
