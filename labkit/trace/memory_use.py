@@ -12,9 +12,7 @@ requests that finish in it still hold their blocks.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
-from itertools import chain
 from typing import NamedTuple
 
 from labkit.trace.pool_state import PoolState
@@ -37,25 +35,30 @@ class MemoryUse(NamedTuple):
 
 def memory_use(state: PoolState) -> MemoryUse:
     """The use of the pool at one moment."""
-    size = state.block_size
     owned: set[int] = set()
-    full: set[int] = set()
-    partial: dict[int, int] = {}  # tokens in blocks that a request has not filled
-    held = 0
-    for request_id, table in state.tables.items():
-        held += len(table)
+    shared: set[int] = set()
+    for table in state.tables.values():
+        shared.update(owned.intersection(table))
         owned.update(table)
+    reserved = len(owned) * state.block_size
+    return MemoryUse(len(owned), len(shared), reserved, reserved - wasted_slots(state))
+
+
+def wasted_slots(state: PoolState) -> int:
+    """`MemoryUse.wasted` alone, for each step of a live engine: it looks at little but the last blocks."""
+    size = state.block_size
+    empty: dict[int, int] = {}  # slots without a token, of blocks that a request has not filled
+    full: list[list[int]] = []
+    for request_id, table in state.tables.items():
         whole, rest = divmod(state.computed.get(request_id, 0), size)
-        full.update(table[:whole])
+        full.append(table[:whole])
         for block in table[whole:]:
-            partial[block] = max(rest, partial.get(block, 0))
+            empty[block] = min(size - rest, empty.get(block, size))
             rest = 0
-    full |= owned & state.cached  # only full blocks are published
-    used = len(full) * size + sum(tokens for block, tokens in partial.items() if block not in full)
-    shared = 0
-    if held > len(owned):
-        shared = sum(count > 1 for count in Counter(chain.from_iterable(state.tables.values())).values())
-    return MemoryUse(len(owned), shared, len(owned) * size, used)
+    for blocks in (*full, state.cached):  # another owner may have filled them; cached blocks are full
+        if not empty.keys().isdisjoint(blocks):
+            empty = {block: slots for block, slots in empty.items() if block not in blocks}
+    return sum(empty.values())
 
 
 def memory_uses(trace: Trace, *, every: int = 1) -> list[MemoryUse]:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from labkit.trace.memory_use import memory_use
+from labkit.trace.memory_use import wasted_slots
 from labkit.trace.pool_state import PoolState
 from labkit.trace.records import StepRecord, TraceMeta
 from labkit.views import events, style
@@ -160,7 +160,7 @@ class Feed:
                 ran,
                 record.waiting,
                 record.blocked,
-                memory_use(self._state).wasted,
+                wasted_slots(self._state),
                 *((record.total_drafted, record.total_accepted) if record.drafted else ()),
             )
         )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labkit.trace.memory_use import MemoryUse, kv_usage, memory_use, memory_uses, waste
+from labkit.trace.memory_use import MemoryUse, kv_usage, memory_use, memory_uses, waste, wasted_slots
 from labkit.trace.pool_state import PoolState
 from labkit.trace.records import TraceMeta
 from labkit.trace.trace import Trace
@@ -55,7 +55,7 @@ def test_it_is_what_one_counts_block_by_block(state: PoolState) -> None:
     use = memory_use(state)
     assert use == counted(state)
     assert 0 <= use.shared <= use.owned and 0 <= use.used <= use.reserved
-    assert use.wasted == use.reserved - use.used
+    assert use.wasted == use.reserved - use.used == wasted_slots(state)
 
 
 @pytest.mark.parametrize("kind", ["continuous", "static"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -193,36 +194,42 @@ def figure(report: LadderReport) -> go.Figure:
     """
     rungs = [row for row in report.rungs if not row.failure]
     peers = [peer for peer in report.peers if not peer.failure]
+    pattern = {"shape": "/", "size": 6, "solidity": 0.3, "fgcolor": style.PALETTE[1], "bgcolor": style.PAPER}
     drawn = go.Figure()
-    drawn.add_trace(
-        go.Bar(
-            orientation="h",
-            name="rung (share of the roofline)",
-            y=[style.escape(row.name) for row in rungs],
-            x=[row.tokens_per_second for row in rungs],
-            text=[
-                f"{row.tokens_per_second:,.0f} ({row.roofline_share:.0%} of the roofline)" for row in rungs
-            ],
-            customdata=[_facts(row) for row in rungs],
-            marker={"color": style.PALETTE[0]},
-        )
-    )
-    if peers:
-        pattern = {"shape": "/", "size": 6, "solidity": 0.3, "fgcolor": style.PALETTE[1]}
+
+    def bars(
+        name: str, rows: dict[str, Any], texts: list[str], facts: list[str], marker: dict[str, Any]
+    ) -> None:
         drawn.add_trace(
             go.Bar(
                 orientation="h",
-                name="peers and other numbers of seats",
-                y=[style.escape(peer.system) for peer in peers],
-                x=[peer.tokens_per_second for peer in peers],
-                text=[f"{peer.tokens_per_second:,.0f}" for peer in peers],
-                customdata=[_peer_facts(peer) for peer in peers],
-                marker={
-                    "color": style.PALETTE[1],
-                    "pattern": {**pattern, "bgcolor": style.PAPER},
-                    "line": {"color": style.PALETTE[1], "width": 1},
-                },
+                name=name,
+                y=[style.escape(label) for label in rows],
+                x=[row.tokens_per_second for row in rows.values()],
+                text=texts,
+                customdata=facts,
+                marker=marker,
             )
+        )
+
+    bars(
+        "rung (share of the roofline)",
+        {row.name: row for row in rungs},
+        [f"{row.tokens_per_second:,.0f} ({row.roofline_share:.0%} of the roofline)" for row in rungs],
+        [_facts(row) for row in rungs],
+        {"color": style.PALETTE[0]},
+    )
+    if peers:
+        bars(
+            "peers and other numbers of seats",
+            {peer.system: peer for peer in peers},
+            [f"{peer.tokens_per_second:,.0f}" for peer in peers],
+            [_peer_facts(peer) for peer in peers],
+            {
+                "color": style.PALETTE[1],
+                "pattern": pattern,
+                "line": {"color": style.PALETTE[1], "width": 1},
+            },
         )
     drawn.update_traces(
         textposition="outside",
