@@ -24,8 +24,10 @@ from labkit.trace.latency import Spread
 
 OURS = ("naive", "static", "continuous")
 
-_HEAD = ("", "tokens/s", "speed-up", "seconds", "steps", "tok/step", "KV usage")
-_HEAD += ("TTFT s", "p95", "ITL ms", "p95")
+_HEAD = (
+    *("", "tokens/s", "speed-up", "seconds", "steps", "tok/step", "KV usage"),
+    *("TTFT s", "p95", "ITL ms", "p95"),
+)
 _WIDTHS = (12,) + (9,) * (len(_HEAD) - 1)
 
 
