@@ -164,6 +164,7 @@ class Replay:
 
     @property
     def arrival(self) -> np.ndarray:
+        """When each demand arrived."""
         return np.array([demand.at for demand in self.demands])
 
     @property
@@ -178,6 +179,7 @@ class Replay:
 
     @property
     def tokens_per_second(self) -> float:
+        """Output tokens per second."""
         return self.num_tokens / self.seconds
 
     @property

@@ -87,18 +87,22 @@ class Replica:
 
     @property
     def num_unfinished(self) -> int:
+        """Requests that run or wait."""
         return len(self.scheduler.requests)
 
     @property
     def num_running(self) -> int:
+        """Requests that have a seat."""
         return len(self.scheduler.running)
 
     @property
     def num_waiting(self) -> int:
+        """Requests that have no seat."""
         return self.scheduler.num_waiting
 
     @property
     def num_free_blocks(self) -> int:
+        """Blocks without an owner."""
         return self.pool.num_free
 
     def num_cached_tokens(self, request: Request) -> int:

@@ -152,6 +152,7 @@ class EngineProcess:
         return [answers[0] for _, answers in (self.together([arrival]) for arrival in arrivals)]
 
     def close(self) -> None:
+        """End the process."""
         self._pool.shutdown()
 
 
