@@ -65,6 +65,7 @@ class ModelRunner:
         self.backend, self.graphs = backend, graphs
         self.sample = sample  # these two can be replaced, to time them or to try another rule
         self.accept: Callable[[Sequence[int], Sequence[int]], int] = accept
+        self.sample = sample
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute every row of a plan in one forward pass, and sample where a row reaches its end."""

@@ -13,6 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from labkit.outputs import RequestOutput
 from labkit.serving.async_engine import AsyncEngine
+from labkit.trace import latency
+from labkit.trace.memory_use import kv_usage
 from labkit.trace.records import StepRecord
 
 PREFIX = "labkit:"
@@ -66,7 +68,7 @@ class Metrics:
             registry=self.registry,
         )
         self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", _LONG)
-        self.itl = histogram("inter_token_latency_seconds", "From one token to the next.", _SHORT)
+        self.itl = histogram("inter_token_latency_seconds", "From one step's tokens to the next.", _SHORT)
         self.e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", _LONG)
         self.queue_time = histogram("request_queue_time_seconds", "From arrival to the first step.", _LONG)
         self.prefill_time = histogram("request_prefill_time_seconds", "First step to first token.", _LONG)
@@ -94,7 +96,7 @@ class Metrics:
         """Count a step. Runs on the engine's thread."""
         self.running.set(len(record.requests))
         self.waiting.set(record.waiting)
-        self.kv_usage.set(1 - record.free_blocks / live.engine.pool.num_blocks)
+        self.kv_usage.set(kv_usage(record.free_blocks, live.engine.pool.num_blocks))
         for admission in record.admitted:
             self.queries.inc(admission.num_looked_up)
             if admission.num_looked_up:
@@ -126,9 +128,10 @@ class Metrics:
         if before >= len(times):  # of another request, which has taken the name
             return
         if before == 0:
-            self.ttft.observe(times[0] - output.metrics.arrival_time)
-        else:  # once for all that come together, as in vLLM
-            self.itl.observe(times[before] - times[before - 1])
+            self.ttft.observe(output.metrics.ttft)
+        else:
+            for gap in latency.itl_per_step(times[before - 1 : before + 1]):
+                self.itl.observe(gap)
 
     def _finished(self, output: RequestOutput) -> None:
         metrics, times = output.metrics, output.metrics.token_times
@@ -140,7 +143,7 @@ class Metrics:
             self.queue_time.observe(metrics.queue_time)
         if times and metrics.first_scheduled_time is not None:
             self.prefill_time.observe(times[0] - metrics.first_scheduled_time)
-            self.decode_time.observe(times[-1] - times[0])
+            self.decode_time.observe(latency.decode_time(times))
 
 
 class _Drafts:
