@@ -281,7 +281,7 @@ def test_a_nan_ends_its_own_request_and_no_other() -> None:
     ids = [engine.add_request(p, SamplingParams(max_tokens=m)) for p, m in jobs]
     engine.step()
     engine.step()
-    poisoned = engine.pool.table(ids[2])[0]
+    poisoned = engine.pool.tables[ids[2]][0]
     engine.runner.cache.v[0, poisoned] = math.nan
     record = engine.step()
     assert [(f.request_id, f.reason) for f in record.finished] == [(ids[2], "error")]

@@ -78,7 +78,7 @@ def test_05_a_page_is_found_only_once_written_and_only_for_its_own_tokens() -> N
     result = StepResult([(1,)])
     bench.scheduler.commit(plan, result)
     bench.auditor.check_record(bench.trace.append(record_step(-1, plan, result, bench.scheduler)))
-    table = bench.pool.table("0")
+    table = bench.pool.tables["0"]
     assert bench.pool.match(list(range(9))) == table[:2]
     assert bench.pool.match([0, 1, 2, 3, 4, 5, 6, 99, 8]) == table[:1]
     assert bench.pool.match([99, *range(1, 9)]) == []
@@ -196,9 +196,9 @@ def test_13_an_abort_waits_for_the_step_boundary_and_frees_once() -> None:
     def abort_within(*args):
         engine.runner._forward = forward
         engine.abort("0")  # as another thread might
-        held = engine.pool.table("0")
+        held = engine.pool.tables["0"]
         out = forward(*args)
-        assert engine.pool.table("0") == held
+        assert engine.pool.tables["0"] == held
         return out
 
     engine.runner._forward = abort_within

@@ -112,7 +112,7 @@ def attend(
     Returns:
         (T, heads, head_dim); zeros for padding.
     """
-    groups, blocks = metadata.groups, cache.layer(layer)
+    groups, blocks = metadata.groups, cache.layers[layer]
     if len(groups) == 1 and groups[0].last == len(q):  # as in most decode steps: nothing to put together
         return groups[0].attend(q, blocks, scale=scale, window=window)
     out = torch.zeros_like(q) if not groups or groups[-1].last < len(q) else torch.empty_like(q)

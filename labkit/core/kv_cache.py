@@ -49,22 +49,15 @@ class PagedKVCache:
         self.blocks = torch.zeros(sizes, dtype=shape.dtype, device=shape.device)
         # The same memory, seen by token: (layers, blocks, block_size, kv_heads, head_dim).
         self.k, self.v = self.blocks.transpose(3, 4).unbind(2)
-        # What each layer needs at every step is looked up once.
-        self._layers = list(self.blocks.unbind(0))
-        self._vectors = [blocks.view(-1, shape.head_dim) for blocks in self._layers]
+        self.device = self.blocks.device
+        # One tensor for each layer: (blocks, 2, kv_heads, block_size, head_dim), and the same as vectors.
+        self.layers = self.blocks.unbind(0)
+        self._vectors = [blocks.view(-1, shape.head_dim) for blocks in self.layers]
         self._heads = torch.arange(shape.num_kv_heads, device=shape.device) * block_size
-
-    @property
-    def device(self) -> torch.device:
-        return self.blocks.device
 
     @property
     def nbytes(self) -> int:
         return self.blocks.nbytes
-
-    def layer(self, layer: int) -> Tensor:
-        """The blocks of one layer: (num_blocks + 1, 2, kv_heads, block_size, head_dim)."""
-        return self._layers[layer]
 
     def slots(self, blocks: Tensor, places: Tensor) -> Tensor:
         """Where in a layer the vectors of tokens lie that have these places (T,) in these blocks (T,).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -16,6 +16,8 @@ from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import Request
 from labkit.core.sampler import sample
 from labkit.outputs import TokenLogprobs
+
+Chosen = tuple[int, TokenLogprobs | None, bool]  # a token, its log-probabilities, and whether they are sound
 
 
 class PagedModel(Protocol):
@@ -65,7 +67,6 @@ class ModelRunner:
         self.backend, self.graphs = backend, graphs
         self.sample = sample  # these two can be replaced, to time them or to try another rule
         self.accept: Callable[[Sequence[int], Sequence[int]], int] = accept
-        self.sample = sample
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute every row of a plan in one forward pass, and sample where a row reaches its end."""
@@ -73,12 +74,9 @@ class ModelRunner:
         if plan.copied:  # before anybody writes to the copies
             self.cache.copy_blocks([(copy.old, copy.new) for copy in plan.copied])
         rows = [row for row, num_tokens in enumerate(plan.num_tokens) if num_tokens]
+        tables = [self.pool.tables[plan.requests[row].request_id] for row in rows]
+        spans = [Span(plan.starts[row], plan.num_tokens[row], t) for row, t in zip(rows, tables, strict=True)]
         if rows:
-            tables = [self.pool.table(plan.requests[row].request_id) for row in rows]
-            spans = [
-                Span(plan.starts[row], plan.num_tokens[row], table)
-                for row, table in zip(rows, tables, strict=True)
-            ]
             order = row_order(spans)
             rows, spans = [rows[i] for i in order], [spans[i] for i in order]
             hidden, ends = self._forward(plan, rows, spans)
@@ -143,18 +141,12 @@ class ModelRunner:
         logits = self.model.logits(hidden[torch.tensor(places, device=hidden.device)])
         chosen = zip(*self.sample(logits[: len(requests)], requests), strict=True)
         for row, _ in picked:
-            self._keep(plan, row, list(itertools.islice(chosen, 1 + len(plan.drafts.get(row, ())))), result)
+            self._keep(plan, row, chosen, result)
 
-    def _keep(
-        self,
-        plan: StepPlan,
-        row: int,
-        chosen: list[tuple[int, TokenLogprobs | None, bool]],
-        result: StepResult,
-    ) -> None:
+    def _keep(self, plan: StepPlan, row: int, chosen: Iterable[Chosen], result: StepResult) -> None:
         """Keep the drafts that were right, and the token that the model chose after them."""
-        tokens, logprobs, sound = zip(*chosen, strict=True)
         drafts = plan.drafts.get(row, ())
+        tokens, logprobs, sound = zip(*itertools.islice(chosen, 1 + len(drafts)), strict=True)
         right = self.accept(drafts, tokens[:-1]) if drafts else 0
         if not all(sound[: right + 1]):
             result.errors[row] = "the logits of this request are not finite"

@@ -141,7 +141,7 @@ def facts_of(engine: Engine | Scheduler) -> Facts:
     running = sorted(scheduler.running, key=_is_prompt)  # the sort keeps the order of equals
     return Facts(
         tuple(
-            Running(r.request_id, len(r.token_ids), r.num_computed_tokens, len(pool.table(r.request_id)))
+            Running(r.request_id, len(r.token_ids), r.num_computed_tokens, len(pool.tables[r.request_id]))
             for r in running
         ),
         tuple(Waiting(r.request_id, len(r.token_ids)) for r in scheduler.waiting),

@@ -448,7 +448,7 @@ class _LearnersRunner(ModelRunner):
 
     def _slots(self, plan: StepPlan) -> list[int]:
         spans = [
-            Span(start, count, self.pool.table(request.request_id))
+            Span(start, count, self.pool.tables[request.request_id])
             for request, start, count in zip(plan.requests, plan.starts, plan.num_tokens, strict=True)
             if count
         ]

@@ -211,7 +211,7 @@ class _StepCache(Cache):
                 mask = additive(torch.ones(n, n, dtype=torch.bool, device=q.device).tril(), q)
             # Every key head has the same mask.
             bias = mask.clamp(min=torch.finfo(q.dtype).min).view(rows, -1, n, mask.shape[-1])[:, :1]
-            k, v = (x[:, :, : bias.shape[-1]] for x in read_rows(self.cache.layer(self.layer), group.pieces))
+            k, v = (x[:, :, : bias.shape[-1]] for x in read_rows(self.cache.layers[self.layer], group.pieces))
             batch = queries.view(rows, n, *q.shape[1:]).transpose(1, 2)
             result, _ = formula(module, batch, k, v, bias, scaling=scale, **extra)
             out[group.first : group.last] = result.reshape(queries.shape)

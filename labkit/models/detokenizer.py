@@ -31,6 +31,7 @@ class IncrementalDetokenizer:
         self._token_ids: list[int] = []
         self._decoded = ""  # all whole characters so far
         self._searched = 0  # no stop string begins before this place
+        self._stopped = False
         self.text = ""
 
     def push(self, token: int) -> bool:
@@ -41,6 +42,8 @@ class IncrementalDetokenizer:
 
     def finish(self) -> bool:
         """Let out what was held back, as no more tokens come. Return whether that completes a stop string."""
+        if self._stopped:
+            return True
         self._decoded = self._decode_all()
         return self._show(final=True)
 
@@ -65,10 +68,14 @@ class IncrementalDetokenizer:
 
     def _show(self, *, final: bool) -> bool:
         """Move `text` on as far as it may be shown. Return whether a stop string was found."""
+        if not self._stop:
+            self.text = self._decoded
+            return False
         places = [self._decoded.find(stop, self._searched) for stop in self._stop]
         found = min((place for place in places if place >= 0), default=-1)
         if found >= 0:
             self._decoded = self.text = self._decoded[:found]
+            self._stopped = True
             return True
         held = 0 if final else self._head_of_stop()
         self._searched = len(self._decoded) - held

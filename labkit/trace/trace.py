@@ -40,7 +40,7 @@ class Trace:
 
     def append(self, record: StepRecord) -> StepRecord:
         """Keep a record; returns it."""
-        records = self.records
+        records = self._kept[0]
         records.append(record)
         if self.max_steps is not None and len(records) >= 2 * self.max_steps:
             self._forget(len(records) - self.max_steps)

@@ -28,7 +28,7 @@ from labkit.benchmark.serving.load_sweep import (
 )
 from labkit.benchmark.serving.processes import Answer, ServerProcess
 from tests.analysis.test_client_measures import answered
-from tests.benchmark.test_load import until_gone
+from tests.benchmark.test_load_client import until_gone
 
 
 def curve(rates: Sequence[float], seconds: Any) -> list[RateRow]:

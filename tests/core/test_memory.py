@@ -26,7 +26,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.count = 0
 
     def write(self, name: str, start: int, end: int) -> None:
-        table = self.pool.table(name)
+        table = self.pool.tables[name]
         for t in range(start, end):
             block = table[t // SIZE]
             assert self.pool.ref_counts[block] == 1, "a write reached a shared page"
@@ -54,7 +54,7 @@ class PoolMachine(RuleBasedStateMachine):
     def grow(self, name: str, token: int) -> None:
         if name not in self.tokens:
             return
-        tokens, table = self.tokens[name], self.pool.table(name)
+        tokens, table = self.tokens[name], self.pool.tables[name]
         at = len(tokens)
         if at == len(table) * SIZE:
             if self.pool.num_free == 0:
@@ -85,7 +85,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(name=consumes(requests))
     def release(self, name: str) -> None:
         if name in self.tokens:
-            table = list(self.pool.table(name))
+            table = list(self.pool.tables[name])
             assert self.pool.release(name) == table
             del self.tokens[name]
         with pytest.raises(InvariantError, match="double free"):
@@ -103,7 +103,7 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def pages_hold_their_tokens(self) -> None:
         for name, tokens in self.tokens.items():
-            held = [token for block in self.pool.table(name) for token in self.written[block]]
+            held = [token for block in self.pool.tables[name] for token in self.written[block]]
             assert held[: len(tokens)] == tokens, f"{name} was overwritten"
 
     def teardown(self) -> None:

@@ -286,6 +286,6 @@ def test_it_is_attention_over_one_token() -> None:
     (group,) = BLIND.decode(0, rows, cache, [None])
     alone = [cache.v[0, 1, 2], cache.v[0, 5, 2]]  # pages and places of the two tokens themselves
     expected = torch.stack([v.repeat_interleave(3, dim=0) for v in alone])
-    assert torch.equal(group.attend(q, cache.layer(0), scale=1.0, window=None), expected)
+    assert torch.equal(group.attend(q, cache.layers[0], scale=1.0, window=None), expected)
     windowed = reference_attention(q, cache, 0, rows, scale=1.0, window=1)
     assert torch.allclose(windowed, expected, atol=1e-6)

@@ -140,9 +140,9 @@ def test_packed_chunks_equal_single_ones(window: int | None, dtype: torch.dtype)
         build_metadata(rows, cache, windows=[window], backend=b).groups for b in (backend, SDPA)
     )
     assert len(packed) == 1 and isinstance(packed[0], PackedChunks)
-    out = packed[0].attend(q, cache.layer(0), scale=0.3, window=window)
+    out = packed[0].attend(q, cache.layers[0], scale=0.3, window=window)
     for group in single:
-        plain = group.attend(q[group.first : group.last], cache.layer(0), scale=0.3, window=window)
+        plain = group.attend(q[group.first : group.last], cache.layers[0], scale=0.3, window=window)
         torch.testing.assert_close(out[group.first : group.last], plain, rtol=2e-2, atol=2e-2)
 
 
@@ -163,10 +163,10 @@ def test_the_kernel_equals_gathered_attention_over_thousands_of_tokens(
     lengths = torch.tensor([row.length for row in rows], device=CUDA)
     (gathered,) = SDPA.decode(0, rows, cache, [None, 300])
     for window in (None, 300):
-        plain = gathered.attend(q, cache.layer(0), scale=dim**-0.5, window=window)
+        plain = gathered.attend(q, cache.layers[0], scale=dim**-0.5, window=window)
         for splits in (1, 2, 64):
             decode = PagedDecode(0, 3, tables, lengths, splits)
-            out = decode.attend(q, cache.layer(0), scale=dim**-0.5, window=window)
+            out = decode.attend(q, cache.layers[0], scale=dim**-0.5, window=window)
             tolerance = 1e-4 if dtype == torch.float32 else 4e-3
             torch.testing.assert_close(out, plain, rtol=tolerance, atol=tolerance)
 
