@@ -114,13 +114,14 @@ def launch(engine: AsyncEngine | Lab, *, share: bool | None = None, **options: A
 
 def add_api(demo: gr.Blocks, lab: Lab, api_key: str | None) -> None:
     """Speak OpenAI's API at the address of a page that is served; what comes in gets a card on it."""
+    from labkit.serving.asgi import beside
     from labkit.serving.handler import Options
-    from labkit.serving.server import beside, create_app
+    from labkit.serving.routes import create_app
 
     def card(request_id: str, prompt: str, params: Any) -> None:
         lab.bench.desk.enter("", request_id, prompt, params.max_tokens, name="API")
 
-    api = create_app(lambda: lab.bench.live, Options(limits=lab.limits, api_key=api_key), file=card)
+    api = create_app(lambda: lab.bench.live, Options(limits=lab.limits, api_key=api_key), on_request=card)
     demo.app.middleware_stack = beside(api, demo.app.middleware_stack)
 
 

@@ -1,11 +1,12 @@
 """Numbers for Prometheus, under vLLM's names, so that its dashboards work with another prefix.
 
-All of them come from the records of the steps, like the pictures do; seconds come from the clocks of the
-answers. Counters go on when the engine is replaced by another.
+All counts come from the records of the steps, as the pictures do; seconds come from the times that the
+answers keep. Counters go on when another engine takes the engine's place.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 
@@ -22,10 +23,10 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 
 
 class Metrics:
-    """What a server counts.
+    """The numbers that a server counts.
 
     Args:
-        model_name: the label that all of it carries.
+        model_name: the label that all of them carry.
     """
 
     def __init__(self, model_name: str) -> None:
@@ -33,7 +34,7 @@ class Metrics:
         self._model = model_name
         self._lock = threading.Lock()
         self._live: AsyncEngine | None = None
-        self._stop: Callable[[], None] = lambda: None
+        self._unsubscribe: Callable[[], None] = lambda: None
         self._tokens: dict[str, int] = {}  # sampled so far, of requests under way
         self._drafts: _Drafts | None = None  # once there is an engine that drafts
 
@@ -75,22 +76,22 @@ class Metrics:
         self.answer_length = histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
 
     def follow(self, live: AsyncEngine) -> None:
-        """Count what this engine does, from the first step that its trace holds, and no other any more."""
+        """Count what this engine does, from the first step that its trace holds, and no longer another's."""
         with self._lock:
             if live is self._live:
                 return
-            self._stop()
+            self._unsubscribe()
             self._live, self._tokens = live, {}
             config = live.engine.config
             if config.speculative and self._drafts is None:
                 self._drafts = _Drafts(self.registry, self._model, config.num_speculative_tokens)
-            self._stop = live.listen(lambda record: self._hear(live, record))
+            self._unsubscribe = live.subscribe(functools.partial(self._count, live))
 
     def text(self) -> bytes:
-        """All numbers, in Prometheus' text format."""
+        """All numbers in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    def _hear(self, live: AsyncEngine, record: StepRecord) -> None:
+    def _count(self, live: AsyncEngine, record: StepRecord) -> None:
         """Count a step. Runs on the engine's thread."""
         self.running.set(len(record.requests))
         self.waiting.set(record.waiting)

@@ -24,7 +24,8 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from labkit.serving import cli
 from labkit.serving.async_engine import EngineStoppedError
-from labkit.serving.server import create_app, options_of
+from labkit.serving.routes import create_app
+from labkit.serving.server import options_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -66,7 +67,7 @@ class _Replica:
 
     def check_health(self) -> None:
         """Raise if the engine has stopped: Ray then puts another replica into this one's place."""
-        live = self.app.state.server.engine()
+        live = self.app.state.handler.engine()
         if live.failure is not None:
             raise EngineStoppedError(f"the engine failed: {live.failure}")
 

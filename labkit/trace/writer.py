@@ -47,7 +47,7 @@ class TraceWriters:
                 if not file.closed:
                     file.write(line + "\n")
 
-        self._deafen = live.listen(write, last=None)
+        self._deafen = live.subscribe(write, last=None)
         return path
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from serving import MODEL, Served, served
+from serving.api_server import MODEL, Served, served
 
 from labkit.analysis.client_measures import Measure, Slo, Spread, summary
 from labkit.analysis.reference import DifferentTokens

@@ -98,10 +98,10 @@ def test_whoever_comes_late_counts_what_the_trace_holds() -> None:
         early.follow(live)
         early.follow(live)  # twice is once
         run(live)
-        heard = threading.Event()
+        told = threading.Event()
         late.follow(live)
-        live.listen(lambda record: heard.set())  # told in turn: when this one hears, the other has heard
-        assert heard.wait(20)
+        live.subscribe(lambda record: told.set())  # one after the other: then the other has been told, too
+        assert told.wait(20)
     ours, theirs = values_of(early), values_of(late)
     same = [key for key in ours if not key[0].endswith(("_created", "_sum", "_bucket"))]
     assert {key: ours[key] for key in same} == {key: theirs[key] for key in same}
