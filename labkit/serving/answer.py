@@ -37,19 +37,21 @@ class Answer:
 
     Args:
         output: the engine's output; a blank one until the engine has seen the request.
-        family: all answers to the same prompt, this one included; the first bears the request's own id.
+        family: the ids of all answers to the same prompt; the first is that of the request itself.
     """
 
     output: RequestOutput
-    family: list[Answer]
+    family: tuple[str, ...]
     text: str = ""
     num_tokens: int = 0
     finished: bool = False
     wakers: set[Callable[[], object]] = field(default_factory=set)  # each is called once, at the next news
 
-    def ends_with(self) -> list[Answer]:
-        """The answers that end when this one's id is aborted: all of the family if it is the first."""
-        return self.family if self is self.family[0] else [self]
+    @property
+    def ends_with(self) -> tuple[str, ...]:
+        """The ids of the answers that end when this one is aborted: all of the family if it is the first."""
+        own = self.output.request_id
+        return self.family if own == self.family[0] else (own,)
 
     def snapshot(self) -> RequestOutput:
         """A copy that never changes: the state at the end of a step, not in the middle of one."""

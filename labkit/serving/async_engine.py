@@ -56,9 +56,9 @@ class AsyncEngine:
         self.failure: BaseException | None = None  # what a step raised, if one did
         self._keep_finished = keep_finished
         self._changed = threading.Condition()  # guards everything below
-        self._inbox: list[Callable[[], None]] = []
+        self._inbox: list[Callable[[], object]] = []
         self._answers: dict[str, Answer] = {}
-        self._finished: deque[Answer] = deque()
+        self._finished: deque[str] = deque()
         self._subscriptions: dict[_Subscription, None] = {}  # in the order in which they came
         self._paused = False
         self._steps_wanted = 0  # single steps asked for while paused
@@ -106,28 +106,29 @@ class AsyncEngine:
         Answers can be read as long as the caller holds them, also when the engine has forgotten them.
         Raises as `submit` does.
         """
-        family: list[Answer] = []
-        now = time.perf_counter()
-        for index, member in enumerate((request, *request.children)):
+        members = (request, *request.children)
+        ids, now = tuple(member.request_id for member in members), time.perf_counter()
+        answers = []
+        for index, member in enumerate(members):
             prompt = member.token_ids[: member.num_prompt_tokens]
             blank = RequestOutput(member.request_id, prompt, [], "", None, RequestMetrics(now), index=index)
-            family.append(Answer(blank, family))
+            answers.append(Answer(blank, ids))
         with self._changed:
             if self._closed:
                 raise EngineStoppedError(self._why_closed)
-            for answer in family:
-                if answer.output.request_id in self._answers:
-                    raise ValueError(f"request_id {answer.output.request_id!r} is already in use")
-            self._answers |= {answer.output.request_id: answer for answer in family}
-            self._inbox.append(lambda: self._enqueue(request, family))
+            for name in ids:
+                if name in self._answers:
+                    raise ValueError(f"request_id {name!r} is already in use")
+            self._answers |= zip(ids, answers, strict=True)
+            self._inbox.append(lambda: self._enqueue(request, answers))
             self._changed.notify_all()
-        return family
+        return answers
 
     def abort(self, request_id: str) -> bool:
         """End a request, with all its answers, before the next step. False if it is unknown or over."""
         with self._changed:
             answer = self._answers.get(request_id)
-            if self._closed or answer is None or all(member.finished for member in answer.ends_with()):
+            if self._closed or answer is None or not any(map(self.unfinished, answer.ends_with)):
                 return False
             self._inbox.append(lambda: self.engine.abort(request_id))
             self._changed.notify_all()
@@ -343,7 +344,7 @@ class AsyncEngine:
         else:
             self._end_all("abort")
 
-    def _wait(self, begun: float) -> list[Callable[[], None]] | None:
+    def _wait(self, begun: float) -> list[Callable[[], object]] | None:
         """Sleep until there are commands to obey, or (an empty list) a step to run. None once closed."""
         with self._changed:
             while not self._closed:
@@ -374,14 +375,14 @@ class AsyncEngine:
             logger.exception("the next step could not be planned ahead")
         self._previewed = True
 
-    def _enqueue(self, request: Request, family: Sequence[Answer]) -> None:
+    def _enqueue(self, request: Request, answers: Sequence[Answer]) -> None:
         try:
             self.engine.enqueue(request)
         except ValueError as error:  # this request is at fault, and no other
-            self._end(family, "error", str(error))
+            self._end(answers, "error", str(error))
             return
         with self._changed:
-            for answer in family:
+            for answer in answers:
                 answer.output = self.engine.outputs[answer.output.request_id]
 
     def _after(self, record: StepRecord) -> None:
@@ -404,13 +405,13 @@ class AsyncEngine:
             if answer.finished or output.finish_reason is None:
                 continue
             answer.finished = True
-            if all(member.finished for member in answer.family):
+            if all(self._answers[name].finished for name in answer.family):
                 self._finished.extend(answer.family)  # together: an abort of the first must find the others
         for wake in wakers:
             with contextlib.suppress(RuntimeError):  # the event loop of a coroutine is gone
                 wake()
         while len(self._finished) > self._keep_finished:
-            old = self._finished.popleft().output.request_id
+            old = self._finished.popleft()
             self._answers.pop(old, None)
             self.engine.outputs.pop(old, None)
 

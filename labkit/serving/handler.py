@@ -126,7 +126,7 @@ class Handler:
         vocabulary = None if params.logprobs is None else Vocabulary(live.engine.model.tokenizer)
         written = write(head, vocabulary, bool(body.stream_options and body.stream_options.include_usage))
         call = Call(live, body, client, prompts, params, len(prompts) * params.n, written, began)
-        self._under_way += Counter({client: call.num_answers})  # the engine does not know them yet
+        self._under_way += Counter({client: call.num_answers})  # the engine learns of them when tokenised
         try:
             await asyncio.to_thread(self._submit, call)
         except BaseException as error:
@@ -161,7 +161,7 @@ class Handler:
             raise RequestError(400, str(error), param=field_of(body, str(error), "max_tokens")) from None
 
         more, own = len(prompts) * params.n, self._under_way[client]
-        everybody = max(live.num_unfinished, self._under_way.total())  # that of others is being tokenised
+        everybody = max(live.num_unfinished, self._under_way.total())  # the engine lags behind: see `start`
         if more > (most := min(limits.requests, limits.queue)):
             message = f"prompt: {more} answers in one call, and {most} is the limit"
             raise RequestError(400, message, param="prompt")
@@ -191,9 +191,9 @@ class Handler:
             answers = live.start(request)
             call.request_ids.append(request.request_id)
             call.answers += answers
-        call.echoes = [
-            text if echo else "" for text in call.shown or call.prompts for _ in range(call.params.n)
-        ]
+        call.echoes = [""] * call.num_answers
+        if echo:
+            call.echoes = [text for text in call.shown for _ in range(call.params.n)]
 
     # -- out --------------------------------------------------------------------------------------
 
@@ -272,9 +272,7 @@ class Handler:
         if not all(answer.finished for answer in call.answers):
             for request_id in call.request_ids:
                 call.live.abort(request_id)
-        self._under_way -= Counter(
-            {call.client: call.num_answers}
-        )  # drops clients with none: they come and go
+        self._under_way -= Counter({call.client: call.num_answers})  # and forgets a client who has none left
 
 
 def _failed(piece: Piece) -> RequestError:

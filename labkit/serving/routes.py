@@ -42,8 +42,8 @@ def create_app(
     app.add_middleware(BodyLimit, limit=options.body_bytes)
     answer_errors(app)
     guard = [Depends(_key_check(options.api_key))] if options.api_key else []
-    error = {"description": "An error in OpenAI's shape.", "model": ErrorAnswer}
-    calls = dict.fromkeys(STATUSES, error) | {
+    error: dict[str, Any] = {"description": "An error in OpenAI's shape.", "model": ErrorAnswer}
+    calls: dict[int | str, dict[str, Any]] = dict.fromkeys(STATUSES, error) | {
         200: {"description": "The answer.", "content": {"text/event-stream": {}}}
     }
 
