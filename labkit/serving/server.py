@@ -58,18 +58,22 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (default: %(default)s)")
     add("--port", type=cli.port, default=8000, help="default: %(default)s")
-    add("--served-model-name", help="that clients must name (default: that of --model)")
-    add("--api-key", default=os.environ.get("LABKIT_API_KEY"), help="that clients must bring (default: none)")
-    add("--cors", action="append", default=[], metavar="ORIGIN", help="whose pages may call; may be repeated")
+    add("--served-model-name", help="the name that clients must give (default: that of --model)")
+    key = os.environ.get("LABKIT_API_KEY")
+    add("--api-key", default=key, help="the key that clients must bring (default: none)")
+    add(
+        "--cors",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="origin whose pages may call; repeatable",
+    )
     add("--log-prompts", action="store_true", help="write prompts into the log")
     cli.add_limits(parser.add_argument_group("limits"), requests=1024, queue=1024, whose="client")
-    add("--request-seconds", type=cli.seconds, default=600.0, help="of an answer (default: %(default)s)")
-    add(
-        "--drain-seconds",
-        type=cli.seconds,
-        default=30.0,
-        help="that answers under way have to end when the server stops (default: %(default)s)",
-    )
+    longest = "the longest time that an answer may take (default: %(default)s)"
+    add("--request-seconds", type=cli.seconds, default=600.0, help=longest)
+    drain = "the time that answers under way have to end when the server stops (default: %(default)s)"
+    add("--drain-seconds", type=cli.seconds, default=30.0, help=drain)
     return parser.parse_args(arguments)
 
 

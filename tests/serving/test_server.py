@@ -191,6 +191,12 @@ def test_limits_are_those_of_a_client_and_of_all() -> None:
     with served(Options(limits=limits)) as site:
         assert "limit of this lab is 20" in post(site, ask(max_tokens=21)).json()["error"]["message"]
         assert "the limit is 10" in post(site, ask(prompt="word " * 12)).json()["error"]["message"]
+        half = httpx.post(
+            f"{site.url}/v1/completions",
+            content=b'{"model": "tiny-random", "prompt": "\\ud83d"}',
+            headers={"Content-Type": "application/json"},
+        )
+        assert (half.status_code, half.json()["error"]["param"]) == (400, "prompt")
         assert post(site, ask(prompt=["a"] * 3)).json()["error"]["param"] == "prompt"
         site.live.pause()
         body = ask(prompt="a b", max_tokens=20, stream=True, ignore_eos=True)
