@@ -53,11 +53,11 @@ class Metrics:
         self.running = gauge("num_requests_running", "Requests that ran in the latest step.")
         self.waiting = gauge("num_requests_waiting", "Requests in the queue.")
         self.kv_usage = gauge(
-            "kv_cache_usage_perc", "Share of the KV cache's pages that have an owner, 0 to 1."
+            "kv_cache_usage_perc", "Share of the KV cache's blocks that have an owner, 0 to 1."
         )
         self.queries = counter("prefix_cache_queries", "Tokens looked up in the prefix cache.")
         self.hits = counter("prefix_cache_hits", "Tokens found in the prefix cache.")
-        self.preemptions = counter("num_preemptions", "Requests that had to give their pages back.")
+        self.preemptions = counter("num_preemptions", "Requests that had to give their blocks back.")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests whose first token came.")
         self.generation_tokens = counter("generation_tokens", "Tokens generated.")
         self._success = Counter(
@@ -114,21 +114,21 @@ class Metrics:
             if output := outputs.get(finish.request_id):
                 self._finished(output)
         if not (record.waiting or set(record.requests) - {finish.request_id for finish in record.finished}):
-            self.running.set(0)  # no step comes to say so
+            self.running.set(0)  # no further step will say so
 
     def _sampled(self, name: str, count: int, output: RequestOutput | None) -> None:
         before = self._tokens.get(name, 0)
         self._tokens[name] = before + count
-        if output is None:  # finished so long ago that it was forgotten
+        if output is None:  # it finished so long ago that it was forgotten
             return
         if before == 0:
             self.prompt_tokens.inc(len(output.prompt_token_ids))
         times = output.metrics.token_times
-        if before >= len(times):  # of another request, which has taken the name
+        if before >= len(times):  # they are of another request, which has taken the name
             return
         if before == 0:
             self.ttft.observe(times[0] - output.metrics.arrival_time)
-        else:  # once for all that come together, as in vLLM
+        else:  # once for all tokens of a step, as in vLLM
             self.itl.observe(times[before] - times[before - 1])
 
     def _finished(self, output: RequestOutput) -> None:
@@ -145,7 +145,7 @@ class Metrics:
 
 
 class _Drafts:
-    """Counters of drafts, from zero on."""
+    """Counters of drafts. They show from the start, with zeros."""
 
     def __init__(self, registry: CollectorRegistry, model: str, most: int) -> None:
         def counter(name: str, what: str, *labels: str) -> Counter:
