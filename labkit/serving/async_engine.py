@@ -55,7 +55,7 @@ class AsyncEngine:
         self.engine = engine
         self.failure: BaseException | None = None  # what a step raised, if one did
         self._keep_finished = keep_finished
-        self._changed = threading.Condition()  # guards everything below
+        self._changed = threading.Condition()  # guards what follows, and is told when it changes
         self._inbox: list[Callable[[], object]] = []
         self._answers: dict[str, Answer] = {}
         self._finished: deque[str] = deque()

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 
 from labkit.serving.asgi import ClientGone
 
-STATUSES = (400, 401, 404, 413, 422, 429, 500, 503, 504)  # of calls, for the schema of the API
+STATUSES: tuple[int | str, ...] = (400, 401, 404, 413, 422, 429, 500, 503, 504)  # of calls
 _LONGEST_TEXT = 1000  # characters of a message: it may repeat what was sent
 
 

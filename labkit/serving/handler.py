@@ -93,6 +93,7 @@ class Handler:
 
     @property
     def model_name(self) -> str:
+        """The name that clients must give."""
         return self.options.model_name or self.engine().engine.model.name
 
     @property
@@ -132,8 +133,7 @@ class Handler:
         except BaseException as error:
             self._let_go(call)
             if isinstance(error, ValueError):
-                field = field_of(body, str(error), "prompt")
-                raise RequestError(400, str(error), param=field) from None
+                raise RequestError(400, str(error), param=field_of(body, str(error), "prompt")) from None
             if isinstance(error, EngineStoppedError):
                 raise RequestError(503, str(error), code="engine_stopped") from None
             raise
@@ -244,7 +244,7 @@ class Handler:
             raise RequestError(504, message, code="timeout") from None
 
     async def finish(self, call: Call) -> None:
-        """End what is still under way of a call, and write its line to the log."""
+        """Abort what is still under way of a call, and write its line to the log."""
         self._let_go(call)
         if not logger.isEnabledFor(logging.INFO):
             return

@@ -142,7 +142,7 @@ class CompletionBody(Body):
         if isinstance(prompt, str):
             return prompt
         try:
-            return tokenizer.decode(prompt, clean_up_tokenization_spaces=False)
+            return tokenizer.decode(prompt, clean_up_tokenization_spaces=False)  # type: ignore[return-value]
         except (OverflowError, IndexError, TypeError):
             return ""
 

@@ -29,7 +29,7 @@ class Vocabulary:
         self._bytes = {char: byte for byte, char in bytes_to_unicode().items()}
 
     def text(self, token: int) -> str:
-        return self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        return self._tokenizer.decode([token], clean_up_tokenization_spaces=False)  # type: ignore[return-value]
 
     def bytes(self, token: int) -> list[int]:
         """A token's bytes, which need not be a whole character."""
@@ -122,7 +122,7 @@ class Format:
         return event({**self.head, "object": self.part, "choices": [], "usage": usage(outputs)})
 
     def opening(self, index: int, echo: str) -> list[dict[str, Any]]:
-        """The choices that open a stream."""
+        """The choices that open a stream. `echo` is the text with which the answer begins."""
         raise NotImplementedError
 
     def growth(self, index: int, echo: str, piece: Piece) -> list[dict[str, Any]]:
