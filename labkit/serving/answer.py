@@ -89,7 +89,7 @@ class Answer:
 
 @dataclass
 class Cursor:
-    """How far somebody has read one of several answers."""
+    """How far a reader has come in one of several answers."""
 
     index: int
     answer: Answer

@@ -275,7 +275,7 @@ class AsyncEngine:
                 summed up in one record that only says who held which block then; it comes first.
 
         Returns:
-            A function that unsubscribes, for any thread: after it the subscriber is called no more.
+            A function that unsubscribes, from any thread: after it the subscriber is called no more.
         """
         subscription = _Subscription(subscriber)
 

@@ -66,7 +66,7 @@ class Call:
     num_answers: int
     format: Format
     began: float
-    shown: list[str] = field(default_factory=list)  # each prompt as text, where somebody wants to see it
+    shown: list[str] = field(default_factory=list)  # each prompt as text, where it is to be seen
     echoes: list[str] = field(default_factory=list)  # the text with which each choice begins
     request_ids: list[str] = field(default_factory=list)  # one for each prompt
     answers: list[Answer] = field(default_factory=list)  # one for each choice
@@ -226,7 +226,7 @@ class Handler:
         """The answers of a call piece by piece, each with the number of its choice, until all are finished.
 
         Raises:
-            RequestError: if an answer fails, is ended by somebody else, or takes too long.
+            RequestError: if an answer fails, is ended by another, or takes too long.
         """
         left = call.began + self.options.request_seconds - time.perf_counter()
         try:

@@ -92,7 +92,7 @@ def test_metrics_equal_a_count_of_the_trace() -> None:
     assert got["kv_cache_usage_perc", ""] == 0
 
 
-def test_whoever_comes_late_counts_what_the_trace_holds() -> None:
+def test_late_metrics_count_what_the_trace_holds() -> None:
     early, late = Metrics("tiny-random"), Metrics("tiny-random")
     with AsyncEngine(Engine(EngineConfig(model="tiny-random", num_blocks=64, block_size=4))) as live:
         early.follow(live)

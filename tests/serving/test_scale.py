@@ -29,7 +29,7 @@ from labkit.serving.cli import StartError
 
 SIZES = {"num_blocks": 1024, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 64}
 PROMPTS = [f"the {word} of these words is a word" for word in ("first", "second", "third", "last")]
-LONG = 1800  # tokens: much longer than it takes to kill somebody
+LONG = 1800  # tokens: much longer than it takes to kill an engine
 
 
 # Ray's own.
@@ -243,7 +243,7 @@ def started(folder: str, *, tries: int = 2) -> Iterator[Scaled]:
 @pytest.fixture(scope="module")
 def scaled() -> Iterator[Scaled]:
     pytest.importorskip("ray")
-    folder = tempfile.mkdtemp(prefix="ray")  # a short path, for Ray puts sockets there
+    folder = tempfile.mkdtemp(prefix="ray")  # a short path, because Ray puts sockets there
     with started(folder) as scaled:
         yield scaled
     shutil.rmtree(folder, ignore_errors=True)
@@ -338,7 +338,7 @@ def test_a_killed_engine_costs_its_own_streams_and_is_replaced(
 
 
 def right(scaled: Scaled, session: str, alone: Callable[[str, int], str]) -> bool:
-    """Whether an answer comes, which must be right. Ray may need a moment to see that somebody is dead."""
+    """Whether an answer comes, which must be right. Ray may need a moment to see that a replica is dead."""
     try:
         answer = scaled.post(session, prompt=PROMPTS[0])
     except httpx.HTTPError:

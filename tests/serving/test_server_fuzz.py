@@ -372,7 +372,7 @@ RAW = {
 
 @pytest.mark.parametrize("case", RAW)
 def test_requests_that_are_none(site: Served, web: httpx.Client, case: str) -> None:
-    """An answer, or a closed door; and whoever comes next is served."""
+    """An answer, or a closed connection; and the next client is served."""
     host, port = site.url.removeprefix("http://").split(":")
     received = b""
     with socket.create_connection((host, int(port)), timeout=60) as connection:

@@ -56,7 +56,7 @@ def streaming(port: int, **fields: Any) -> Iterator[Iterator[str]]:
 
 
 def until_draining(port: int) -> None:
-    """Wait until the server says to whoever comes that it stops."""
+    """Wait until the server tells new clients that it stops."""
     while True:
         answer = httpx.get(f"http://127.0.0.1:{port}/health", timeout=PATIENCE)
         if answer.status_code == 503:
