@@ -61,7 +61,7 @@ class Bench:
     def around(cls, live: AsyncEngine, limits: Limits) -> Bench:
         feed = Feed(live.engine.trace.meta, speculative=live.engine.config.speculative)
         desk = Desk(live, limits)
-        return cls(live, feed, desk, Player(desk), live.listen(feed.append, last=WINDOW))
+        return cls(live, feed, desk, Player(desk), live.subscribe(feed.append, last=WINDOW))
 
     def leave(self) -> None:
         """Watch the engine no more; it goes on."""

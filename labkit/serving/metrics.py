@@ -1,11 +1,12 @@
 """Numbers for Prometheus, under vLLM's names, so that its dashboards work with another prefix.
 
-All of them come from the records of the steps, like the pictures do; seconds come from the clocks of the
-answers. Counters go on when the engine is replaced by another.
+All counts come from the records of the steps, as the pictures do; seconds come from the times that the
+answers keep. Counters go on when another engine takes the engine's place.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 
@@ -24,10 +25,10 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 
 
 class Metrics:
-    """What a server counts.
+    """The numbers that a server counts.
 
     Args:
-        model_name: the label that all of it carries.
+        model_name: the label that all of them carry.
     """
 
     def __init__(self, model_name: str) -> None:
@@ -35,7 +36,7 @@ class Metrics:
         self._model = model_name
         self._lock = threading.Lock()
         self._live: AsyncEngine | None = None
-        self._stop: Callable[[], None] = lambda: None
+        self._unsubscribe: Callable[[], None] = lambda: None
         self._tokens: dict[str, int] = {}  # sampled so far, of requests under way
         self._drafts: _Drafts | None = None  # once there is an engine that drafts
 
@@ -54,11 +55,11 @@ class Metrics:
         self.running = gauge("num_requests_running", "Requests that ran in the latest step.")
         self.waiting = gauge("num_requests_waiting", "Requests in the queue.")
         self.kv_usage = gauge(
-            "kv_cache_usage_perc", "Share of the KV cache's pages that have an owner, 0 to 1."
+            "kv_cache_usage_perc", "Share of the KV cache's blocks that have an owner, 0 to 1."
         )
         self.queries = counter("prefix_cache_queries", "Tokens looked up in the prefix cache.")
         self.hits = counter("prefix_cache_hits", "Tokens found in the prefix cache.")
-        self.preemptions = counter("num_preemptions", "Requests that had to give their pages back.")
+        self.preemptions = counter("num_preemptions", "Requests that had to give their blocks back.")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests whose first token came.")
         self.generation_tokens = counter("generation_tokens", "Tokens generated.")
         self._success = Counter(
@@ -77,22 +78,22 @@ class Metrics:
         self.answer_length = histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
 
     def follow(self, live: AsyncEngine) -> None:
-        """Count what this engine does, from the first step that its trace holds, and no other any more."""
+        """Count what this engine does, from the first step that its trace holds, and no longer another's."""
         with self._lock:
             if live is self._live:
                 return
-            self._stop()
+            self._unsubscribe()
             self._live, self._tokens = live, {}
             config = live.engine.config
             if config.speculative and self._drafts is None:
                 self._drafts = _Drafts(self.registry, self._model, config.num_speculative_tokens)
-            self._stop = live.listen(lambda record: self._hear(live, record))
+            self._unsubscribe = live.subscribe(functools.partial(self._count, live))
 
     def text(self) -> bytes:
-        """All numbers, in Prometheus' text format."""
+        """All numbers in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    def _hear(self, live: AsyncEngine, record: StepRecord) -> None:
+    def _count(self, live: AsyncEngine, record: StepRecord) -> None:
         """Count a step. Runs on the engine's thread."""
         self.running.set(len(record.requests))
         self.waiting.set(record.waiting)
@@ -115,21 +116,21 @@ class Metrics:
             if output := outputs.get(finish.request_id):
                 self._finished(output)
         if not (record.waiting or set(record.requests) - {finish.request_id for finish in record.finished}):
-            self.running.set(0)  # no step comes to say so
+            self.running.set(0)  # no further step will say so
 
     def _sampled(self, name: str, count: int, output: RequestOutput | None) -> None:
         before = self._tokens.get(name, 0)
         self._tokens[name] = before + count
-        if output is None:  # finished so long ago that it was forgotten
+        if output is None:  # it finished so long ago that it was forgotten
             return
         if before == 0:
             self.prompt_tokens.inc(len(output.prompt_token_ids))
         times = output.metrics.token_times
-        if before >= len(times):  # of another request, which has taken the name
+        if before >= len(times):  # they are of another request, which has taken the name
             return
         if before == 0:
             self.ttft.observe(output.metrics.ttft)
-        else:
+        else:  # once for all tokens of a step, as in vLLM
             for gap in latency.itl_per_step(times[before - 1 : before + 1]):
                 self.itl.observe(gap)
 
@@ -147,7 +148,7 @@ class Metrics:
 
 
 class _Drafts:
-    """Counters of drafts, from zero on."""
+    """Counters of drafts. They show from the start, with zeros."""
 
     def __init__(self, registry: CollectorRegistry, model: str, most: int) -> None:
         def counter(name: str, what: str, *labels: str) -> Counter:

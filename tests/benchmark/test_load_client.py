@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from serving import MODEL, Served, served
+from serving.api_server import MODEL, Served, served
 
 from labkit.analysis.client_measures import Measure, Slo, summary
 from labkit.benchmark.serving import load

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from serving import MODEL
+from serving.api_server import MODEL
 
 from labkit.analysis.client_measures import Measure, summary
 from labkit.analysis.reference import DifferentTokens

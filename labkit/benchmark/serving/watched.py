@@ -157,7 +157,7 @@ def _answer(name: str, lab: Lab, jobs: Sequence[Job], bar: tqdm | None) -> Run:
         if len(outputs) == len(ids):
             done.set()
 
-    deafen = bench.live.listen(hear)
+    deafen = bench.live.subscribe(hear)
     begin = time.perf_counter()
     bench.live.resume()
     while not done.wait(1) and not bench.live.failure:
