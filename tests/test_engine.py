@@ -549,7 +549,7 @@ class Loses(Scheduler):
 
 
 class Sleeps(Scheduler):
-    def _plan_waiting(self, plan, budget) -> None:
+    def plan_waiting(self, plan, budget) -> None:
         return None
 
 

@@ -175,25 +175,25 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Plan one step: running requests first, then waiting ones, under one budget and one seat limit."""
-        self._end_aborted()
+        self.end_aborted()
         plan = StepPlan(held_back=self.held_back)
         if self.enable_chunked_prefill:
-            self._plan_waiting(plan, self._plan_running(plan))
+            self.plan_waiting(plan, self.plan_running(plan))
             return plan
-        self._plan_waiting(plan, self.max_num_batched_tokens)
+        self.plan_waiting(plan, self.max_num_batched_tokens)
         if not plan.requests:
-            self._plan_running(plan)
+            self.plan_running(plan)
             if plan.preempted:
                 plan.blocked = (self.waiting.peek().request_id, _PREEMPTED)
         return plan
 
-    def _end_aborted(self) -> None:
+    def end_aborted(self) -> None:
         while self._aborting:  # one by one: another thread may add to it
             request_id, _ = self._aborting.popitem()
             if request_id in self.requests:
                 self.finish(self.requests[request_id], "abort")
 
-    def _plan_running(self, plan: StepPlan) -> int:
+    def plan_running(self, plan: StepPlan) -> int:
         """Plan one token for each request that decodes, then chunks of prompts; returns the budget left.
 
         Decode goes first, so that no prompt, however long, keeps a running answer waiting.
@@ -208,18 +208,18 @@ class Scheduler:
             if start >= request.num_slots or request.shares_tail:
                 growing.append(request)
         if growing:
-            self._grow(plan, growing)
+            self.grow(plan, growing)
         budget = self.max_num_batched_tokens
         for request in decoding:
             if request.status == "running":  # not preempted just now
-                budget -= self._plan_row(plan, request, budget)
-        budget -= self._plan_drafts(plan, budget)
+                budget -= self.plan_row(plan, request, budget)
+        budget -= self.plan_drafts(plan, budget)
         for request in prefilling:
             if budget and request.status == "running":
-                budget -= self._plan_row(plan, request, budget)
+                budget -= self.plan_row(plan, request, budget)
         return budget
 
-    def _plan_drafts(self, plan: StepPlan, budget: int) -> int:
+    def plan_drafts(self, plan: StepPlan, budget: int) -> int:
         """Add drafts to the rows that decode, as the budget and free pages allow; returns how many tokens.
 
         Nobody is preempted for a draft.
@@ -234,14 +234,14 @@ class Scheduler:
             pages = min(pages, max(0, self.pool.num_free - self.watermark))
             if pages:
                 with contextlib.suppress(OutOfBlocks):
-                    self._allocate(plan, request, pages)
+                    self.allocate(plan, request, pages)
                     room += pages * self.pool.block_size
             if drafts := drafts[:room]:
                 plan.draft(row, drafts)
                 taken += len(drafts)
         return taken
 
-    def _plan_row(self, plan: StepPlan, request: Request, budget: int) -> int:
+    def plan_row(self, plan: StepPlan, request: Request, budget: int) -> int:
         missing = len(request.token_ids) - request.num_computed_tokens
         num_tokens = min(missing, budget)
         plan.add(request, num_tokens)
@@ -249,19 +249,19 @@ class Scheduler:
             self._plan_forks(plan, request)
         return num_tokens
 
-    def _grow(self, plan: StepPlan, growing: list[Request]) -> None:
+    def grow(self, plan: StepPlan, growing: list[Request]) -> None:
         """Give each of these requests the page its next token needs, preempting the newest until it fits."""
         while sum(map(self._needs_page, growing)) > self.pool.num_free:
             victim = max(self.running, key=order)
             if len(self.running) == 1:
                 raise InvariantError(f"request {victim.request_id!r} runs alone and finds no page")
-            self._preempt(plan, victim)
+            self.preempt(plan, victim)
             growing = [request for request in growing if request is not victim]
         for request in growing:
             with self._ending(plan, request):
                 start = request.num_computed_tokens
                 if start >= request.num_slots:
-                    self._allocate(plan, request, 1)
+                    self.allocate(plan, request, 1)
                 elif pair := self.pool.make_writable(request.request_id, start // self.pool.block_size):
                     plan.copied.append(Copy(request.request_id, *pair))
             request.shares_tail = False
@@ -273,7 +273,7 @@ class Scheduler:
         table = self.pool.table(request.request_id)
         return self.pool.ref_counts[table[start // self.pool.block_size]] > 1
 
-    def _allocate(self, plan: StepPlan, request: Request, count: int) -> None:
+    def allocate(self, plan: StepPlan, request: Request, count: int) -> None:
         blocks = self.pool.allocate(request.request_id, count)
         request.num_slots += count * self.pool.block_size
         plan.taken.append(Blocks(request.request_id, tuple(blocks)))
@@ -287,7 +287,7 @@ class Scheduler:
             plan.failed[request.request_id] = f"the pool gave it no page: {error}"
             self.finish(request, "error")
 
-    def _preempt(self, plan: StepPlan, victim: Request) -> None:
+    def preempt(self, plan: StepPlan, victim: Request) -> None:
         """Take a request's pages and seat away; it keeps its tokens and will compute them again."""
         self.running.remove(victim)
         plan.preempted.append(Blocks(victim.request_id, self._release(victim)))
@@ -295,17 +295,17 @@ class Scheduler:
         victim.num_computed_tokens = 0
         self.waiting.push(victim)
 
-    def _plan_waiting(self, plan: StepPlan, budget: int) -> None:
+    def plan_waiting(self, plan: StepPlan, budget: int) -> None:
         """Admit from the head of the queue while seats, budget and pages last; say why it stopped."""
         while (request := self.waiting.peek()) is not None:
-            reason = self._why_not(plan, request, budget)
+            reason = self.try_admit(plan, request, budget)
             if reason:
                 plan.blocked = (request.request_id, reason)
                 return
             if request.status == "running":  # not ended just now
-                budget -= self._plan_row(plan, request, budget)
+                budget -= self.plan_row(plan, request, budget)
 
-    def _why_not(self, plan: StepPlan, request: Request, budget: int) -> str | None:
+    def try_admit(self, plan: StepPlan, request: Request, budget: int) -> str | None:
         """Admit the request, or say why it must wait."""
         if plan.preempted:
             return _PREEMPTED
@@ -341,7 +341,7 @@ class Scheduler:
         plan.admitted.append(Admission(request.request_id, cached, tuple(shared), len(request.token_ids)))
         self._seat(request, cached)
         with self._ending(plan, request):
-            self._allocate(plan, request, count)
+            self.allocate(plan, request, count)
         return None
 
     def _seat(self, request: Request, num_computed_tokens: int) -> None:

@@ -347,10 +347,10 @@ def _planned_by(function: Callable[..., Any]) -> type[Scheduler]:
 
     class Foretold(Scheduler):
         def schedule(self) -> StepPlan:
-            self._end_aborted()
+            self.end_aborted()
             foretold, plan = _checked(function(facts_of(self))), StepPlan()
             growing = [r for r in self.running if r.num_computed_tokens >= r.num_slots]
-            self._grow(plan, growing)
+            self.grow(plan, growing)
             for request in sorted(self.running, key=_is_prompt):
                 if request.request_id in foretold:
                     plan.add(request, foretold[request.request_id])
@@ -358,7 +358,7 @@ def _planned_by(function: Callable[..., Any]) -> type[Scheduler]:
                 if request.request_id not in foretold:
                     plan.blocked = (request.request_id, "your function left it out")
                     break
-                if reason := self._admit(plan, request):
+                if reason := self.try_admit(plan, request, foretold[request.request_id]):
                     raise InvariantError(f"request {request.request_id!r} cannot join: {reason}")
                 plan.add(request, foretold[request.request_id])
             return plan

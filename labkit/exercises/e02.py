@@ -95,10 +95,10 @@ class _Grouped(StaticScheduler):
         super().__init__(pool, **limits)
         self._place = place
 
-    def _why_not(self, plan: StepPlan, request: Request, budget: int) -> str | None:
+    def try_admit(self, plan: StepPlan, request: Request, budget: int) -> str | None:
         if self.running and self._place[request.request_id] != self._place[self.running[0].request_id]:
             return "its batch comes later"
-        return super()._why_not(plan, request, budget)
+        return super().try_admit(plan, request, budget)
 
 
 # -- 02.1 ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from labkit import notebook
 from labkit.config import EngineConfig
-from labkit.core.block_pool import BlockPool
+from labkit.core.block_pool import BlockPool, InvariantError
 from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
@@ -18,7 +18,6 @@ from labkit.exercises import Exercise, Run, Wrong, expect
 from labkit.models.load import LoadedModel, load_model
 from labkit.sampling_params import SamplingParams
 from labkit.schedulers.audit import Auditor
-from labkit.trace.records import Admission
 from labkit.trace.trace import Trace
 
 
@@ -242,20 +241,22 @@ class LearnersScheduler(Scheduler):
     def __init__(self, pool: BlockPool, *, decide: Schedule, **limits: Any) -> None:
         pool.enable_prefix_caching = False
         super().__init__(pool, **limits)
+        self.watermark = 0  # how many pages stay free for growth is the function's choice
         self._decide = decide
 
     def schedule(self) -> StepPlan:
-        self._end_aborted()
+        self.end_aborted()
         plan = StepPlan()
         growing = [r for r in self.running if r.num_computed_tokens >= r.num_slots]
         if growing:
-            self._grow(plan, growing)
+            self.grow(plan, growing)
         if not self.requests:
             return plan
         rows = self._situation().ask(self._decide)
         wanted = dict(rows)
         for request in [r for r in self.waiting if r.request_id in wanted]:
-            self._take_seat(plan, request)
+            if reason := self.try_admit(plan, request, wanted[request.request_id]):
+                raise InvariantError(f"request {request.request_id!r} cannot join: {reason}")
         for name, num_tokens in rows:
             plan.add(self.requests[name], num_tokens)
         if (head := self.waiting.peek()) is not None:
@@ -272,14 +273,6 @@ class LearnersScheduler(Scheduler):
             self.pool.num_free,
             self.pool.block_size,
         )
-
-    def _take_seat(self, plan: StepPlan, request: Request) -> None:
-        self.waiting.remove(request)
-        self.pool.share(request.request_id, [])
-        known = len(request.token_ids)
-        plan.admitted.append(Admission(request.request_id, num_looked_up=known))
-        self._seat(request, 0)
-        self._allocate(plan, request, self.pool.blocks_for(known))
 
 
 def _ticket(request: Request) -> Ticket:

@@ -132,44 +132,36 @@ def scheduler_of(split: Split) -> type[Scheduler]:
 
     class Asking(Scheduler):
         def schedule(self) -> StepPlan:
-            self._end_aborted()
+            self.end_aborted()
             plan = StepPlan()
-            self._grow(plan, [request for request in self.running if _must_grow(request)])
+            self.grow(plan, [request for request in self.running if _must_grow(request)])
             rows = list(self.running)
             queue = list(self.waiting)[: 0 if plan.preempted else self.max_num_seqs - len(rows)]
             given, offered = split(
                 self.max_num_batched_tokens, [_missing(r) for r in rows], [_missing(r) for r in queue]
             )
             for request, num_tokens in zip(rows, given, strict=True):
-                self._add(plan, request, num_tokens)
+                if num_tokens:
+                    self.plan_row(plan, request, num_tokens)
             for request, num_tokens in zip(queue, offered, strict=True):
-                reason = self._let_in(plan, request) if num_tokens else "the split leaves it no tokens"
+                if num_tokens:
+                    reason = self.try_admit(plan, request, num_tokens)
+                else:
+                    reason = "the split leaves it no tokens"
                 if reason:
                     plan.blocked = plan.blocked or (request.request_id, reason)
                 else:
-                    self._add(plan, request, min(num_tokens, _missing(request)))
+                    self.plan_row(plan, request, num_tokens)
             self._say_why(plan)
             return plan
-
-        def _let_in(self, plan: StepPlan, request: Request) -> str | None:
-            full = len(self.running) >= self.max_num_seqs  # other answers of n > 1 may have sat down
-            return self._no_seat() if full else self._admit(plan, request)
-
-        def _no_seat(self) -> str:
-            return f"all {self.max_num_seqs} seats are taken"
-
-        def _add(self, plan: StepPlan, request: Request, num_tokens: int) -> None:
-            if num_tokens:
-                plan.add(request, num_tokens)
-                if request.children and num_tokens == _missing(request):
-                    self._plan_forks(plan, request)
 
         def _say_why(self, plan: StepPlan) -> None:
             """The head of the queue waits, and not for the split."""
             head = self.waiting.peek()
             if head is not None and (plan.blocked is None or plan.blocked[0] != head.request_id):
                 preempted = "nobody is admitted in a step that preempted"
-                plan.blocked = (head.request_id, preempted if plan.preempted else self._no_seat())
+                full = f"all {self.max_num_seqs} seats are taken"
+                plan.blocked = (head.request_id, preempted if plan.preempted else full)
 
     return Asking
 

@@ -149,14 +149,15 @@ def victim_scheduler(function: Callable[[list[Request]], Request]) -> type[Sched
     """A scheduler that asks a function whose pages to take, for `Engine(config, scheduler=...)`."""
 
     class Asking(Scheduler):
-        def _grow(self, plan: StepPlan, growing: list[Request]) -> None:
-            while len(self.running) > 1 and sum(map(self._needs_page, growing)) > self.pool.num_free:
+        def grow(self, plan: StepPlan, growing: list[Request]) -> None:
+            # Each of them needs one page.
+            while len(self.running) > 1 and len(growing) > self.pool.num_free:
                 victim = function(list(self.running))
                 names = ", ".join(request.request_id for request in self.running)
                 _check_victim(victim, self.running, f"in the engine, with requests {names} running")
-                self._preempt(plan, victim)
+                self.preempt(plan, victim)
                 growing = [request for request in growing if request is not victim]
-            super()._grow(plan, growing)  # which finds room now
+            super().grow(plan, growing)  # which finds room now
 
     return Asking
 

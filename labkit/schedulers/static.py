@@ -26,11 +26,11 @@ class StaticScheduler(Scheduler):
         self._batch: list[Request] = []
 
     def schedule(self) -> StepPlan:
-        self._end_aborted()
+        self.end_aborted()
         plan = StepPlan()
         if not self.running:
             while (request := self.waiting.peek()) is not None:
-                reason = self._why_not(plan, request, budget=1)
+                reason = self.try_admit(plan, request, budget=1)
                 if reason:
                     plan.blocked = (request.request_id, reason)
                     break
@@ -45,7 +45,7 @@ class StaticScheduler(Scheduler):
         missing = [len(r.token_ids) - r.num_computed_tokens for r in self.running]
         width = max(missing)
         if width == 1:
-            self._grow(plan, [r for r in self.running if r.num_computed_tokens >= r.num_slots])
+            self.grow(plan, [r for r in self.running if r.num_computed_tokens >= r.num_slots])
         columns = min(width, self.max_num_batched_tokens // len(self._batch))
         for member in self._batch:
             num_tokens = 0
