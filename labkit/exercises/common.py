@@ -43,6 +43,10 @@ def tiny_engine(
     return Engine(EngineConfig(model=tiny_model(), **config), scheduler=scheduler_class, pool=pool)
 
 
+PROMPTS = ("the sea is", "a prime number is one that", "once upon a time there was a very old house by the")
+TEXT = [(7 * i + i * i) % 900 + 300 for i in range(192)]
+"""Token ids of a text that tiny-random can read."""
+
 # -- requests --------------------------------------------------------------------------------------
 
 

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from labkit.core.attention import SDPA, Backend, PagedKVCache, Span, gathered_rows
-from labkit.exercises.common import answers, exactly, tiny_engine
+from labkit.exercises.common import PROMPTS, answers, exactly, tiny_engine
 from labkit.trace.trace import Trace
 
 Read = Callable[[int], tuple[Tensor, Tensor]]
 PagedAttention = Callable[[Tensor, Read, Sequence[int], int, int], Tensor]
 
-_PROMPTS = ("the sea is", "a prime number is one that", "once upon a time there was a very old house by the")
 _ANSWERS = (30, 22, 12)
 
 
@@ -75,7 +74,7 @@ def run_engine(backend: Backend = SDPA) -> tuple[Trace, dict[str, list[int]]]:
     """
     engine = tiny_engine(num_blocks=64, block_size=4)
     engine.runner.backend = backend
-    for name, prompt, tokens in zip("abc", _PROMPTS, _ANSWERS, strict=True):
+    for name, prompt, tokens in zip("abc", PROMPTS, _ANSWERS, strict=True):
         engine.add_request(prompt, exactly(tokens), request_id=name)
     return engine.run(), answers(engine)
 
