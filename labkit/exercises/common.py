@@ -53,7 +53,7 @@ TEXT = [(7 * i + i * i) % 900 + 300 for i in range(192)]
 class Job(NamedTuple):
     """A request to come: the lengths of its prompt and its answer, and the step before which it arrives.
 
-    An engine gives a job without a name its number as a name.
+    A job without a name gets its place in the list as the name of its request.
     """
 
     prompt_tokens: int
@@ -62,13 +62,20 @@ class Job(NamedTuple):
     name: str = ""
 
 
+# The length of a prompt says nothing about the length of its answer.
+_LENGTHS = ((9, 6), (13, 28), (5, 4), (12, 12), (8, 32), (14, 5), (3, 8), (10, 24))
+_LENGTHS += ((6, 4), (11, 10), (4, 30), (7, 6))
+JOBS: tuple[Job, ...] = tuple(Job(*lengths, name=str(i)) for i, lengths in enumerate(_LENGTHS))
+"""The twelve requests of notebooks 02 and 04."""
+
+
 def prompt_of(number: int, length: int) -> list[int]:
     """Token ids for the prompt of a request. No two of the first 500 prompts begin alike."""
     return [300 + (37 * number + 11 * place) % 500 for place in range(length)]
 
 
 def exactly(answer_tokens: int) -> SamplingParams:
-    """Asks for a greedy answer of exactly this many tokens."""
+    """Parameters for a greedy answer of exactly this many tokens."""
     return SamplingParams(max_tokens=answer_tokens, ignore_eos=True)
 
 
@@ -86,11 +93,11 @@ def inject(
 
 
 def arrivals(engine: Engine, jobs: Sequence[Job]) -> Iterator[int]:
-    """Add each job before its step. Yields the number of every step, and leaves the step to the caller.
+    """Add each job before its step, and yield the number of the step; the caller makes the step.
 
     It ends when all jobs have arrived and all requests are done.
     """
-    step, last = 0, max(job.step for job in jobs)
+    step, last = 0, max((job.step for job in jobs), default=-1)
     while step <= last or engine.has_unfinished:
         for number, job in enumerate(jobs):
             if job.step == step:

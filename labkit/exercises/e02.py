@@ -12,18 +12,13 @@ from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepPlan
 from labkit.core.request import Request
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.exercises.common import Job, answers, exactly, prompt_of, timelines, tiny_engine
+from labkit.exercises.common import JOBS, Job, answers, exactly, prompt_of, timelines, tiny_engine
 from labkit.schedulers.static import StaticScheduler
 from labkit.trace.records import StepRecord
 from labkit.trace.trace import Trace
 from labkit.views.style import plural
 
 SEATS = 4
-
-# Prompt and answer: the length of a prompt says nothing about the length of its answer.
-_LENGTHS = ((9, 6), (13, 28), (5, 4), (12, 12), (8, 32), (14, 5), (3, 8), (10, 24))
-_LENGTHS += ((6, 4), (11, 10), (4, 30), (7, 6))
-JOBS: tuple[Job, ...] = tuple(Job(*lengths, name=str(i)) for i, lengths in enumerate(_LENGTHS))
 
 Batches = list[list[str]]
 

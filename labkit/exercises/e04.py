@@ -13,7 +13,7 @@ from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.exercises.common import Job, answers, exactly, serve, timelines, tiny_engine
+from labkit.exercises.common import JOBS, Job, answers, exactly, serve, timelines, tiny_engine
 from labkit.schedulers.audit import Auditor
 from labkit.trace.trace import Trace
 from labkit.views.style import plural
@@ -281,18 +281,13 @@ def _ticket(request: Request) -> Ticket:
     return Ticket(request.request_id, len(request.token_ids), request.num_computed_tokens)
 
 
-_LENGTHS = ((9, 6), (13, 28), (5, 4), (12, 12), (8, 32), (14, 5), (3, 8), (10, 24))
-_LENGTHS += ((6, 4), (11, 10), (4, 30), (7, 6))
-JOBS: tuple[Job, ...] = tuple(Job(*lengths) for lengths in _LENGTHS)
-
-
 def run_jobs(
     jobs: Sequence[Job] = JOBS, decide: Schedule | None = None, **config: Any
 ) -> tuple[Trace, dict[str, list[int]]]:
     """Run jobs in the real engine, with tiny-random, which gives the same tokens on every machine.
 
     Args:
-        jobs: the requests; they are named "0", "1" and so on.
+        jobs: the requests.
         decide: a schedule; None leaves the decisions to the engine.
         config: fields of `EngineConfig`, in place of 4 seats, and of a budget and pages that never run out.
 

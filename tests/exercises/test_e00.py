@@ -123,7 +123,7 @@ def by_head_count(facts: Facts) -> Plan:
 
 
 def with_zeros(facts: Facts) -> Plan:
-    """Those who compute nothing may be named as well."""
+    """It may name requests that compute nothing."""
     return {w.request_id: 0 for w in facts.waiting} | next_step(facts)
 
 

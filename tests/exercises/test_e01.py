@@ -104,7 +104,7 @@ def test_a_wrong_loop_is_refused_for_its_own_reason(name: str) -> None:
 
 
 def in_chunks(model: CachedModel, prompt: list[int], max_tokens: int) -> list[int]:
-    """The prompt token by token: slow, and each position is computed once all the same."""
+    """Computes the prompt token by token: slow, but each position once."""
     text = list(prompt)
     for position in range(len(prompt) + max_tokens - 1):
         best = int(model.forward([text[position]], position).argmax())
@@ -163,7 +163,7 @@ def as_sets(decoder: Decoder, reference: Decoder) -> bool:
 
 
 def looks_broken(decoder: Decoder, reference: Decoder) -> bool:
-    """Judges by the look of it: a text that repeats itself."""
+    """Judges by the look of a text: it is wrong if it repeats itself."""
     answer = decoder(LONG, 40)
     return len(set(answer)) < len(answer) // 2
 

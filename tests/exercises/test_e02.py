@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
-from labkit.exercises.common import Job
+from labkit.exercises.common import JOBS, Job
 from labkit.exercises.e02 import (
-    JOBS,
     SEATS,
     Batches,
     idle_share,
@@ -194,7 +193,7 @@ def test_right_batches_are_accepted() -> None:
 
 
 def partitions(names: list[str], seats: int) -> Iterator[Batches]:
-    """All ways to put names into batches of at most so many."""
+    """All ways to put names into batches of at most `seats`."""
     if not names:
         yield []
         return

@@ -78,7 +78,7 @@ class Owners:
 
 
 class Alias(Pool):
-    """Returns a new request's own table, which grows under the caller's hands; it was read at once."""
+    """Returns the table of a new request itself, which grows later; that is right, if it is read at once."""
 
     def allocate(self, request_id: str, count: int) -> list[int]:
         blocks = super().allocate(request_id, count)
@@ -120,7 +120,7 @@ class TakesAndFails(Pool):
 
 
 class FailsAndKeeps(Pool):
-    """Takes nothing, but writes down what it could not give."""
+    """Takes no page when it refuses, but keeps the refused pages in the table."""
 
     def allocate(self, request_id: str, count: int) -> list[int]:
         if count > len(self.unused):
@@ -188,7 +188,7 @@ class FreesNobody(Pool):
 
 
 class FreesTwice(Pool):
-    """Keeps the table after it was given back."""
+    """Keeps the table after its pages were freed."""
 
     def free(self, request_id: str) -> list[int]:
         self.unused.extend(self.tables[request_id])
@@ -257,7 +257,7 @@ def test_a_wrong_pool_is_refused_for_its_own_reason(pool: type, rule: str) -> No
 
 
 def test_what_the_engine_finds_is_told_too() -> None:
-    """The engine holds a pool against the audit, whatever the examination let pass."""
+    """The audit in the engine finds a fault that the examination let pass."""
 
     class Late(Pool):
         """Right for a while."""
@@ -309,7 +309,7 @@ def test_the_solution_of_the_mapping_is_right() -> None:
 
 
 def checked(function: Callable[..., list[int]]) -> Callable[..., list[int]]:
-    """With the ValueError that a right answer raises."""
+    """Adds the ValueError that a right answer raises."""
 
     def mapping(table: list[int], size: int, start: int, count: int) -> list[int]:
         if count and -(-(start + count) // size) > len(table):
@@ -412,7 +412,7 @@ def test_a_wrong_mapping_is_refused_for_its_own_reason(function: Callable[..., o
 
 
 def test_wrong_slots_in_the_engine_give_other_tokens() -> None:
-    """What the examination spares the learner: the engine really writes where the function says."""
+    """The engine really writes where the function says."""
 
     def mirrored(table: list[int], size: int, start: int, count: int) -> list[int]:
         return [

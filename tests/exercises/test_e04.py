@@ -11,8 +11,8 @@ import pytest
 from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 from labkit.exercises import Wrong
-from labkit.exercises.common import Job
-from labkit.exercises.e04 import JOBS, SMALL, Situation, Ticket, run_jobs, schedule
+from labkit.exercises.common import JOBS, Job
+from labkit.exercises.e04 import SMALL, Situation, Ticket, run_jobs, schedule
 from labkit.trace.trace import Trace
 
 

@@ -49,7 +49,7 @@ def any_of_them(running: list[Request]) -> Request:
 
 
 def by_sorting(running: list[Request]) -> Request:
-    """Disturbs the list that it was given, which is its own."""
+    """Changes the list, which it may do: the list is a copy."""
     running.sort(key=order)
     return running.pop()
 
@@ -358,7 +358,7 @@ def test_a_right_hash_finds_what_the_tree_finds() -> None:
 
 
 def test_a_wrong_hash_gives_wrong_tokens_in_the_engine() -> None:
-    """What the rule about parents is for: a page after another one holds other keys and values."""
+    """Why the parent counts: equal tokens after another page have other keys and values."""
     assert answers(ask_all(hashed_pool(without_parent))) != answers(ask_all(caching=False))
 
 

@@ -281,7 +281,7 @@ def test_a_rounded_layer_is_the_engines() -> None:
 
 
 def test_inputs_of_the_cases_are_never_close_to_half_way() -> None:
-    """So that no right answer is refused for how it divides."""
+    """So that no right answer is refused because of how it divides."""
     x = e09._inputs(9, 96).double()
     steps = x / x.abs().amax(1, keepdim=True) * 127
     assert float((steps - steps.floor() - 0.5).abs().min()) > 0.1

@@ -312,7 +312,7 @@ def test_chance_of_is_that_of_the_chi_square_distribution() -> None:
 
 
 def test_no_two_mistakes_come_out_alike() -> None:
-    """Or a message could name another mistake than the one that was made."""
+    """Otherwise a message could name a mistake that was not made."""
     shares = [tuple(round(x, 4) for x in some) for some in e10._mistakes(e10._P, e10._Q).values()]
     assert len({*shares, e10._P}) == len(shares) + 1
     assert all(sum(some) == pytest.approx(1, abs=1e-3) and min(some) >= 0 for some in shares)

@@ -161,6 +161,6 @@ def test_what_a_message_shows_is_the_smallest_case() -> None:
 
 
 def test_the_reference_wins_where_it_is_run() -> None:
-    """Or the picture shows nothing."""
+    """Otherwise the picture shows nothing."""
     late = {name: e12.serve(name).percentile("ttft", 95) for name in ("prefix-aware", "round-robin")}
     assert late["prefix-aware"] < 0.5 * late["round-robin"]

@@ -45,7 +45,7 @@ def in_engine(fn: Callable[[int, int], int]) -> Run:
 
 @pytest.fixture(autouse=True)
 def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two exercises of a notebook 98 that there is not."""
+    """Two exercises of a made-up notebook 98."""
     module = ModuleType("labkit.exercises.e98")
     module.EXERCISES = (
         Exercise("98.1", "Count pages", pages, examine, in_engine),
@@ -263,7 +263,7 @@ def test_an_endless_loop_is_stopped_and_named_though_it_catches_exceptions() -> 
 
 @stoppable
 def test_an_endless_loop_inside_the_engine_is_stopped_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine ends requests for an exception in a step, and goes on; not for this one."""
+    """The engine survives an exception in a step, but it must not survive this one."""
     engine = Engine(EngineConfig(model="tiny-random", num_blocks=16, block_size=4))
     engine.add_request("a", SamplingParams(max_tokens=2))
 
@@ -274,7 +274,7 @@ def test_an_endless_loop_inside_the_engine_is_stopped_too(monkeypatch: pytest.Mo
 
     def endless(tokens: int, size: int) -> int:
         while tokens < 0:
-            time.sleep(0.001)  # which is no computing, but takes time as well
+            time.sleep(0.001)  # computes nothing, but takes time
         return -(-tokens // size)
 
     with_run(monkeypatch, run)
