@@ -1,7 +1,8 @@
 """Exercises: a learner's function is examined, runs in the real engine, and is drawn beside the reference.
 
-A notebook calls `check`. Its exercises stand in the module with its number: `e03.py` lists those of notebook
-03. Each exercise says three things: what is right, how to find out, and how the engine runs with it.
+A notebook calls `check`. The module with its number lists its exercises: `e03.py` those of notebook 03. Where
+they are long, each has a file of its own: `e03_pool.py`. An exercise says three things: what is right, how to
+find out, and how the engine runs with it.
 """
 
 from __future__ import annotations

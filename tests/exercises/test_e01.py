@@ -15,7 +15,6 @@ from labkit.exercises.e01_detector import is_faulty
 from labkit.exercises.e01_loop import generate, without_cache
 from labkit.exercises.e01_model import CachedModel, Decoder, tiny_reference
 from labkit.exercises.e01_suspects import SUSPECTS, Suspect, two_engines
-from labkit.models.load import load_model
 
 # -- 01.1 ------------------------------------------------------------------------------------------
 
@@ -230,7 +229,7 @@ def test_a_suspect_is_what_it_is_said_to_be(suspect: Suspect) -> None:
 
 def test_one_of_two_engines_is_right() -> None:
     engines, reference = (
-        two_engines(load_model("tiny-random", device="cpu", say=None)),
+        two_engines(tiny_model()),
         tiny_reference(),
     )
     assert [engine(LONG, 24) == reference(LONG, 24) for engine in engines.values()] == [True, False]

@@ -11,6 +11,7 @@ from exercising import assert_accepted, assert_open, assert_refused, function_fr
 from torch import Tensor
 
 from labkit.exercises import e09, judge
+from labkit.exercises.common import tiny_model
 from labkit.exercises.e09 import int8_product, one_scale, plain_model, quantize_rows, rounded
 from labkit.kernels import int8
 from labkit.models.teacher_forcing import teacher_forced
@@ -259,9 +260,7 @@ def test_a_rounded_model_leaves_the_plain_one_alone_and_is_close_to_it() -> None
 
 def test_a_rounded_model_in_floats_is_the_engines_in_whole_numbers() -> None:
     """With the engine's own rows, what `Rounded` gives is what its integer products give."""
-    from labkit.models.load import load_model
-
-    engine = load_model("tiny-random", quantization="int8", device="cpu", say=None)
+    engine = tiny_model("int8")
     plain = plain_model("tiny-random")
     int8.rotate(plain.module)
     mine = rounded(plain, lambda weight, levels: int8.quantize_rows(weight), rotated=True)
