@@ -210,7 +210,7 @@ class Lab:
 
     def _seat(self, live: AsyncEngine) -> Bench:
         if self._writers:
-            self._writers.follow(live.engine.trace.meta, live.listen)
+            self._writers.follow(live.engine.trace.meta, live.subscribe)
         return Bench.around(live, self.limits)
 
     def _wait_for_the_end(self, change: _Change) -> None:
