@@ -1,6 +1,6 @@
 """The lab: `python app.py` loads a model and opens the page at http://127.0.0.1:7860.
 
-What takes seconds to import is imported after the options are checked, so that a mistake is answered at once.
+Slow imports come after the options are checked, so that a mistake is answered at once.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from labkit.page.session import Lab
     from labkit.serving.async_engine import AsyncEngine
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before anybody imports it: the lab calls nobody
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before any import of gradio: nobody is told
 
-TRACE_STEPS = 5_000  # that the engine remembers: many times what the page draws
+TRACE_STEPS = 5_000  # the steps that the engine remembers: many times what the page draws
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options. Ends the program with status 2 and one line on stderr for one that cannot be."""
+    """The options. A wrong one ends the program with status 2 and one line on stderr."""
     parser = cli.Parser(
         prog="app.py", description="A page on a real LLM engine: inject requests, watch it work."
     )
@@ -50,7 +50,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=True,
         help="also speak OpenAI's API, under /v1 (default: yes)",
     )
-    add("--api-key", default=os.environ.get("LABKIT_API_KEY"), help="that its clients must bring")
+    add("--api-key", default=os.environ.get("LABKIT_API_KEY"), help="the key that its clients must bring")
     group = parser.add_argument_group("for a class", "what visitors may do")
     cli.add_limits(group, requests=64, queue=512, whose="visitor")
     add = group.add_argument
@@ -75,24 +75,24 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def on_colab() -> bool:
-    """Whether this runs in Google Colab, where a page can be seen through a public link only."""
+    """Whether this runs in Google Colab, where only a public link shows a page."""
     return "google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ
 
 
 def build(engine: AsyncEngine | Lab) -> gr.Blocks:
-    """The page on a running engine, to launch it or to mount it into another app."""
+    """The page on a running engine, to be launched or mounted into another app."""
     from labkit.page.gradio_page import build
 
     return build(engine)
 
 
 def load(options: argparse.Namespace) -> AsyncEngine:
-    """Load the model and set the engine going. Raises `StartError` if that cannot be done."""
+    """Load the model and start the engine. Raises `StartError` if the engine cannot start."""
     return cli.load(options, trace_steps=TRACE_STEPS)
 
 
 def lab_of(live: AsyncEngine, options: argparse.Namespace) -> Lab:
-    """The lab round an engine, with the limits that the options set."""
+    """The lab around an engine, with the limits that the options set."""
     from labkit.page.session import Lab
 
     limits = cli.limits_of(options)
@@ -100,12 +100,12 @@ def lab_of(live: AsyncEngine, options: argparse.Namespace) -> Lab:
 
 
 def launch(engine: AsyncEngine | Lab, *, share: bool | None = None, **options: Any) -> gr.Blocks:
-    """Serve the page in the background, from a notebook for instance; `close()` what it returns to end.
+    """Serve the page in the background, for instance from a notebook. `close()` of what it returns ends it.
 
     Args:
-        engine: to show; a `Lab` round one has limits for visitors, and more.
-        share: also open a public link (None: on Colab only).
-        options: for `gr.Blocks.launch`.
+        engine: the engine to show; a `Lab` around one has limits for visitors, and more.
+        share: whether to open a public link as well (None: on Colab only).
+        options: further arguments of `gr.Blocks.launch`.
     """
     from labkit.page.gradio_page import serve
 
@@ -113,14 +113,15 @@ def launch(engine: AsyncEngine | Lab, *, share: bool | None = None, **options: A
 
 
 def add_api(demo: gr.Blocks, lab: Lab, api_key: str | None) -> None:
-    """Speak OpenAI's API at the address of a page that is served; what comes in gets a card on it."""
+    """Speak OpenAI's API at the address of a page that is served. Each request gets a card on the page."""
+    from labkit.serving.asgi import beside
     from labkit.serving.handler import Options
-    from labkit.serving.server import beside, create_app
+    from labkit.serving.routes import create_app
 
     def card(request_id: str, prompt: str, params: Any) -> None:
         lab.bench.desk.enter("", request_id, prompt, params.max_tokens, name="API")
 
-    api = create_app(lambda: lab.bench.live, Options(limits=lab.limits, api_key=api_key), file=card)
+    api = create_app(lambda: lab.bench.live, Options(limits=lab.limits, api_key=api_key), on_request=card)
     demo.app.middleware_stack = beside(api, demo.app.middleware_stack)
 
 
@@ -149,7 +150,7 @@ def serve(live: AsyncEngine, options: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C or SIGTERM.
 
     Raises:
-        StartError: if that cannot be done, for instance because the port was taken meanwhile.
+        StartError: if the page cannot be served, for instance because another program took the port.
     """
     try:
         lab = lab_of(live, options)
@@ -160,7 +161,7 @@ def serve(live: AsyncEngine, options: argparse.Namespace) -> None:
             add_api(demo, lab, options.api_key)
     except (OSError, ValueError) as error:  # gradio raises either
         raise StartError(" ".join(str(error).split())) from None
-    # A shell that starts the lab in the background has it ignore Ctrl-C: take it back.
+    # A shell that starts the lab in the background makes it ignore Ctrl-C. Here it listens again.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     shown = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
@@ -168,7 +169,7 @@ def serve(live: AsyncEngine, options: argparse.Namespace) -> None:
     if options.api:
         print(f"OpenAI's API is at http://{shown}:{options.port}/v1", flush=True)
     if options.share:
-        print(f"and, for everyone, at {demo.share_url}" if demo.share_url else "No public link could be had.")
+        print(f"and, for everyone, at {demo.share_url}" if demo.share_url else "There is no public link.")
     print("Ctrl-C ends it.", flush=True)
     try:
         threading.Event().wait()

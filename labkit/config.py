@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal, Protocol
 
 from labkit.sampling_params import check_flag, check_number
-
-if TYPE_CHECKING:
-    from labkit.models.load import LoadedModel
 
 SCHEDULERS = ("continuous", "static", "naive", "uncached")
 KV_POLICIES = ("paged", "reserved")
@@ -20,55 +17,87 @@ ATTENTION_BACKENDS = ("auto", "sdpa", "triton")
 T4_DTYPES = ("auto", "float16", "fp16", "half")
 
 
+class Loaded(Protocol):
+    """A model that is loaded already: a `labkit.models.load.LoadedModel`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def module(self) -> Any: ...
+
+
 @dataclass(frozen=True)
-class EngineConfig:
-    """How to build an engine.
+class ModelConfig:
+    """What to load, and how; `load_model` takes the same.
 
     Args:
-        model: a short name ("smollm2-135m", "tiny-random"), a Hub id, a folder that `save_pretrained`
-            wrote, or a model already loaded (many engines can share one copy of the weights).
-        dtype: of weights, activations and KV cache; "auto" is fp32 on a CPU.
+        model: a short name ("smollm2-135m", "tiny-random"), a Hub id, a folder that `save_pretrained` wrote,
+            or a model that is loaded already (many engines can share one copy of the weights).
+        dtype: the dtype of weights, activations and KV cache; "auto" is fp32 on a CPU.
         device: "auto" is cuda if there is one, else the CPU.
-        block_size: tokens to a page of the KV cache.
-        num_blocks: pages in the pool; None sizes it from the memory that is free.
-        max_model_len: longest prompt + answer, in tokens; None takes the model's own limit, but no more
-            than the pool holds.
-        max_num_seqs: seats: how many requests run at once.
-        max_num_batched_tokens: the token budget of a step.
-        scheduler: "continuous" (requests join and leave at every step), "static" (a batch waits until its
-            last member is done), "naive" (one request at a time) or "uncached" (and without its KV cache).
-        kv_policy: "paged" takes pages as tokens come, "reserved" takes a request's whole maximum up front.
-        enable_prefix_caching: keep pages whose tokens are known, for later requests with the same start
-            (a static batch, whose rows go in step, does without).
-        enable_chunked_prefill: let a step mix prompts, cut to the token budget, with decode; without it a
-            step computes either whole prompts or one token of each answer.
         quantization: None, or "int8" for 8-bit weights and activations.
-        speculative: None, or who drafts tokens that a step then checks: "ngram" (what followed the last few
-            tokens when they were last seen) or "draft" (a smaller model).
-        draft_model: that model, named or loaded as `model` is; None is the model itself in int8.
-        num_speculative_tokens: drafts of a request in a step, at most.
-        speculative_gate: draft only as many as pay, by what steps take on this machine and by how often
-            drafts were right.
-        fused_projections: queries, keys and values in one product, and likewise gate and up.
-        packed_weights: lay fp32 weights out for this CPU once, when they are loaded.
-        num_threads: of PyTorch on a CPU, for the whole process; None leaves its own choice (the physical
-            cores, or OMP_NUM_THREADS).
-        attention_backend: "sdpa" is PyTorch's own attention over gathered pages, "triton" a kernel that reads
-            pages in place (needs a CUDA GPU); "auto" is the fastest that there is.
-        cuda_graphs: capture decode steps as CUDA graphs; no effect without a CUDA GPU, or on a model that
-            `transformers` runs.
-        as_t4: on any newer GPU, use only what a T4 has: fp16, and no kernels for sm_80 or newer.
-        max_trace_steps: keep the records of so many steps; None keeps all.
-        audit: check every rule at every step (slow); always done for a scheduler or pool of your own.
-        seed: for the requests that bring none.
+        fused_projections: whether queries, keys and values are one product, and likewise gate and up.
+        packed_weights: whether fp32 weights are laid out for this CPU once, when they are loaded.
 
     Raises:
         ValueError: for a value that cannot work; the message names the field and the limit.
     """
 
-    model: str | os.PathLike[str] | LoadedModel = "smollm2-135m"
+    model: str | os.PathLike[str] | Loaded = "smollm2-135m"
     dtype: str = "auto"
     device: str = "auto"
+    quantization: Literal["int8"] | None = None
+    fused_projections: bool = True
+    packed_weights: bool = True
+
+    def __post_init__(self) -> None:
+        _check_choice("quantization", self.quantization, (None, *QUANTIZATIONS))
+        for name in ("fused_projections", "packed_weights"):
+            check_flag(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class EngineConfig(ModelConfig):
+    """How to build an engine: a model, as in `ModelConfig`, and what runs it.
+
+    Args:
+        model, dtype, device, quantization, fused_projections, packed_weights: what `ModelConfig` says.
+        block_size: the number of tokens in a block of the KV cache.
+        num_blocks: the number of blocks in the pool; None sizes it from the memory that is free.
+        max_model_len: the longest prompt and answer together, in tokens; None takes the model's own limit,
+            but no more than the pool holds.
+        max_num_seqs: the number of seats: how many requests run at once.
+        max_num_batched_tokens: the token budget of a step.
+        scheduler: "continuous" (requests join and leave at every step), "static" (a batch waits until its
+            last member is done), "naive" (one request at a time) or "uncached" (and without its KV cache).
+        kv_policy: "paged" takes pages as tokens come, "reserved" takes a request's whole maximum up front.
+        enable_prefix_caching: whether blocks whose tokens are known are kept, so that later requests with
+            the same start can share them (a static batch, whose rows go in step, does without).
+        enable_chunked_prefill: whether a step mixes prompts, cut to the token budget, with decode; without
+            it, a step computes either whole prompts or one token of each answer.
+        speculative: None, or what drafts tokens that a step then checks: "ngram" (what followed the last few
+            tokens when they were last seen) or "draft" (a smaller model).
+        draft_model: that model, named or loaded as `model` is; None is the model itself in int8.
+        num_speculative_tokens: how many drafts a request has in a step, at most.
+        speculative_gate: whether only as many are drafted as pay, by what steps take on this machine and by
+            how often drafts were right.
+        num_threads: the threads of PyTorch on a CPU, for the whole process; None leaves its own choice (the
+            physical cores, or OMP_NUM_THREADS).
+        attention_backend: "sdpa" is PyTorch's own attention over gathered blocks, "triton" a kernel that
+            reads blocks in place (it needs a CUDA GPU); "auto" is the fastest that there is.
+        cuda_graphs: whether decode steps are captured as CUDA graphs; it has no effect without a CUDA GPU,
+            or on a model that `transformers` runs.
+        as_t4: whether a newer GPU uses only what a T4 has: fp16, and no kernels that need sm_80.
+        max_trace_steps: how many steps the trace keeps the records of; None keeps all.
+        audit: whether every rule is checked at every step, which is slow; a scheduler or pool of your own is
+            always checked.
+        seed: the seed of the requests that bring none.
+
+    Raises:
+        ValueError: for a value that cannot work; the message names the field and the limit.
+    """
+
     block_size: int = 16
     num_blocks: int | None = None
     max_model_len: int | None = None
@@ -78,13 +107,10 @@ class EngineConfig:
     kv_policy: Literal["paged", "reserved"] = "paged"
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
-    quantization: Literal["int8"] | None = None
     speculative: Literal["ngram", "draft"] | None = None
-    draft_model: str | os.PathLike[str] | LoadedModel | None = None
+    draft_model: str | os.PathLike[str] | Loaded | None = None
     num_speculative_tokens: int = 8
     speculative_gate: bool = True
-    fused_projections: bool = True
-    packed_weights: bool = True
     num_threads: int | None = None
     attention_backend: Literal["auto", "sdpa", "triton"] = "auto"
     cuda_graphs: bool = True
@@ -94,27 +120,21 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "num_speculative_tokens"):
             check_number(name, getattr(self, name), 1, math.inf, whole=True)
         lowest = {"num_blocks": 1, "max_model_len": 2, "max_trace_steps": 1, "num_threads": 1}
         for name, low in lowest.items():
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low, math.inf, whole=True)
-        flags = ("enable_prefix_caching", "enable_chunked_prefill", "fused_projections", "packed_weights")
-        for name in (*flags, "speculative_gate", "cuda_graphs", "as_t4", "audit"):
+        flags = ("enable_prefix_caching", "enable_chunked_prefill", "speculative_gate", "cuda_graphs")
+        for name in (*flags, "as_t4", "audit"):
             check_flag(name, getattr(self, name))
         check_number("seed", self.seed, -(2**63), 2**63 - 1, whole=True)
-        for name, choices in (
-            ("scheduler", SCHEDULERS),
-            ("kv_policy", KV_POLICIES),
-            ("attention_backend", ATTENTION_BACKENDS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        for name, choices in (("quantization", QUANTIZATIONS), ("speculative", DRAFTERS)):
-            if getattr(self, name) not in (None, *choices):
-                wanted = " or ".join(map(repr, (None, *choices)))
-                raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
+        _check_choice("scheduler", self.scheduler, SCHEDULERS)
+        _check_choice("kv_policy", self.kv_policy, KV_POLICIES)
+        _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        _check_choice("speculative", self.speculative, (None, *DRAFTERS))
         if self.speculative and self.scheduler not in ("continuous", "naive"):
             raise ValueError(f"speculative needs scheduler continuous or naive, not {self.scheduler!r}")
         if self.draft_model is not None and self.speculative != "draft":
@@ -122,6 +142,14 @@ class EngineConfig:
         if self.as_t4 and self.dtype not in T4_DTYPES:
             raise ValueError(f"as_t4 computes in float16: dtype must be auto or float16, not {self.dtype!r}")
         check_seats(self.max_num_seqs, self.max_num_batched_tokens)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
+    if value not in choices:
+        words = (
+            " or ".join(map(repr, choices)) if None in choices else f"one of {', '.join(map(str, choices))}"
+        )
+        raise ValueError(f"{name} must be {words}, not {value!r}")
 
 
 def check_seats(max_num_seqs: int, max_num_batched_tokens: int) -> None:

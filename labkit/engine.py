@@ -10,6 +10,7 @@ import copy
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import psutil
 import torch
@@ -24,7 +25,8 @@ from labkit.core.sampler import mix
 from labkit.core.scheduler import Scheduler
 from labkit.kernels.warmup import activation_bytes, backend_for, warm_up
 from labkit.models.detokenizer import IncrementalDetokenizer
-from labkit.models.load import LoadedModel, load_model, resolve_device, resolve_dtype
+from labkit.models.devices import resolve_device
+from labkit.models.load import LoadedModel, load_model
 from labkit.outputs import RequestMetrics, RequestOutput
 from labkit.sampling_params import SamplingParams, check_number
 from labkit.schedulers import scheduler_class
@@ -257,6 +259,11 @@ class Engine(EngineCore):
             )
         return request.request_id
 
+    def set_priority(self, request_id: str, priority: int) -> bool:
+        """Change a request's priority (lower runs first). False if it is not there or is done."""
+        check_number("priority", priority, -(2**31), 2**31, whole=True)
+        return self.scheduler.set_priority(request_id, priority)
+
     # -- at the end of each step ------------------------------------------------------------------
 
     def deliver(
@@ -305,31 +312,20 @@ class Engine(EngineCore):
 
 def _model_of(config: EngineConfig) -> LoadedModel:
     """The model that a configuration names, or the loaded one that it holds."""
-    model = config.model
+    loaded = config.model if isinstance(config.model, LoadedModel) else None
     if config.as_t4:
-        device = model.device if isinstance(model, LoadedModel) else resolve_device(config.device)
+        device = loaded.device if loaded else resolve_device(config.device)
         if device.type != "cuda":
             raise ValueError(f"as_t4 needs a CUDA GPU, and the device is {device}")
-        if isinstance(model, LoadedModel) and model.dtype != torch.float16:
-            raise ValueError(f"as_t4 computes in float16, and the loaded model is {model.dtype}")
-    if not isinstance(model, LoadedModel):
-        return load_model(
-            model,
-            dtype="float16" if config.as_t4 else config.dtype,
-            device=config.device,
-            quantization=config.quantization,
-            fused_projections=config.fused_projections,
-            packed_weights=config.packed_weights,
-        )
-    if config.quantization not in (None, model.quantization):
-        raise ValueError(f"quantization must be None for a loaded model: it has {model.quantization}")
-    for name in ("fused_projections", "packed_weights"):
-        if not getattr(config, name):
-            raise ValueError(f"{name} must be left alone for a loaded model: load_model takes it")
-    if config.dtype != "auto" and resolve_dtype(config.dtype, model.device) != model.dtype:
-        raise ValueError(f"dtype must be auto for a loaded model: it is {model.dtype}, not {config.dtype}")
-    if config.device != "auto" and resolve_device(config.device).type != model.device.type:
-        raise ValueError(
-            f"device must be auto for a loaded model: it is on {model.device}, not {config.device}"
-        )
-    return model
+    dtype = "float16" if config.as_t4 else config.dtype
+    if loaded:
+        loaded.check(replace(config, dtype=dtype))
+        return loaded
+    return load_model(
+        config.model,
+        dtype=dtype,
+        device=config.device,
+        quantization=config.quantization,
+        fused_projections=config.fused_projections,
+        packed_weights=config.packed_weights,
+    )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 from typing import Literal
+
+from labkit.trace import latency
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -13,7 +14,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 class TokenLogprobs:
     """Log-probabilities at one position, as the model gives them: before bias, penalties and filters.
 
-    `token` is the chosen one; `top` holds the likeliest (token id, log-probability), best first.
+    `token` is the chosen token; `top` holds the likeliest ones as (token id, log-probability), best first.
     """
 
     token: int
@@ -23,47 +24,52 @@ class TokenLogprobs:
 
 @dataclass
 class RequestMetrics:
-    """Moments in the life of a request, in seconds on the engine's clock (`time.perf_counter`)."""
+    """When things happened to a request, in seconds on the engine's clock (`time.perf_counter`).
+
+    `labkit.trace.latency` says what each latency means.
+    """
 
     arrival_time: float
     first_scheduled_time: float | None = None
     finish_time: float | None = None
-    token_times: list[float] = field(default_factory=list)  # when each generated token came out
+    token_times: list[float] = field(
+        default_factory=list
+    )  # of each generated token; equal for those of one step
     num_cached_tokens: int = 0
     num_preemptions: int = 0
 
     @property
     def ttft(self) -> float | None:
-        """Time to first token, from arrival."""
-        return self.token_times[0] - self.arrival_time if self.token_times else None
+        """Time to first token; None before it came."""
+        return latency.ttft(self.arrival_time, self.token_times)
 
     @property
     def itl(self) -> list[float]:
-        """Inter-token latencies: the gaps between one token and the next."""
-        return [b - a for a, b in itertools.pairwise(self.token_times)]
+        """Inter-token latencies, token by token (`latency.itl`)."""
+        return latency.itl(self.token_times)
 
     @property
     def tpot(self) -> float | None:
-        """Time per output token after the first: decode time / (n - 1)."""
-        gaps = self.itl
-        return sum(gaps) / len(gaps) if gaps else None
+        """Time per output token after the first; None before the second."""
+        return latency.tpot(self.token_times)
 
     @property
     def queue_time(self) -> float | None:
-        """Time spent waiting before the first step that worked on the request."""
-        return None if self.first_scheduled_time is None else self.first_scheduled_time - self.arrival_time
+        """The time before the first step that worked on the request; None before that step."""
+        return latency.queue_time(self.arrival_time, self.first_scheduled_time)
 
     @property
     def e2e_latency(self) -> float | None:
-        return None if self.finish_time is None else self.finish_time - self.arrival_time
+        """The time from arrival to the end; None before the end."""
+        return latency.e2e(self.arrival_time, self.finish_time)
 
 
 @dataclass
 class RequestOutput:
-    """What a request has produced so far; complete once `finish_reason` is set.
+    """What a request has produced so far. It is complete once `finish_reason` is set.
 
     `text` never ends in half a character and, once finished, holds no stop string. `error` says what went
-    wrong when `finish_reason` is "error". For n > 1, `index` counts the answers of one prompt.
+    wrong when `finish_reason` is "error". For n > 1, `index` counts the answers to one prompt.
     """
 
     request_id: str
@@ -78,4 +84,5 @@ class RequestOutput:
 
     @property
     def finished(self) -> bool:
+        """Whether nothing more will come."""
         return self.finish_reason is not None

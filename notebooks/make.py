@@ -1,12 +1,12 @@
-"""Stamps the notebooks, runs them, and keeps what they say.
+"""Stamps the notebooks, runs them, and keeps their outputs.
 
     python notebooks/make.py            # stamp and run all of them
-    python notebooks/make.py 03 07      # those two
+    python notebooks/make.py 03 07      # only these two
     python notebooks/make.py --stamp    # stamp only: badge, first cell, metadata
     python notebooks/make.py --check    # change nothing; say what is not as stamped
 
-The address of the repository stands in `pyproject.toml` alone. What a run brings along that is no result
-(times, widget state) is left out, so that a second run changes as little as possible.
+The address of the repository stands only in `pyproject.toml`. Times, widget state and whatever else of a run
+is not a result are left out, so that a second run changes as little as possible.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ METADATA = {
 
 
 def repository() -> str:
-    """The address of the repository, as `pyproject.toml` has it."""
+    """The address of the repository, from `pyproject.toml`."""
     text = (HERE.parent / "pyproject.toml").read_text()
     found = re.search(r'^Repository = "(https://[^"]+)"', text, re.MULTILINE)
     if not found:
@@ -73,7 +73,7 @@ def stamp(notebook: NotebookNode, name: str) -> None:
 
 
 def tidy(notebook: NotebookNode) -> None:
-    """Leave out what a run brings along that is no result, and join what arrived in pieces."""
+    """Leave out what is not a result of the run, and join what arrived in pieces."""
     notebook.metadata = METADATA
     for cell in notebook.cells:
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
@@ -81,7 +81,7 @@ def tidy(notebook: NotebookNode) -> None:
             continue
         outputs: list[NotebookNode] = []
         for output in cell.outputs:
-            # A widget lives in the kernel that made it; its text twin stays.
+            # A widget lives only in the kernel that made it; its text twin stays.
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
             last = outputs[-1] if outputs else {}
             if output.output_type == "stream" and last.get("name") == output.name:
@@ -92,7 +92,7 @@ def tidy(notebook: NotebookNode) -> None:
 
 
 def stamped(text: str, name: str) -> str:
-    """The text of a notebook file as it stands once it is stamped; nothing is run."""
+    """The text of a notebook file after stamping; runs nothing."""
     notebook = nbformat.reads(text, as_version=4)
     stamp(notebook, name)
     return nbformat.writes(notebook) + "\n"

@@ -26,7 +26,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from labkit.core.model import Transformer
+from labkit.models.architecture import build
 from labkit.models.load import LoadedModel
 from labkit.models.tiny import tiny_tokenizer
 
@@ -67,9 +67,7 @@ def reference(family: str) -> PreTrainedModel:
 def loaded(family: str) -> LoadedModel:
     """The same weights in our own code."""
     model = reference(family)
-    module = Transformer.from_tensors(
-        model.config, model.state_dict().items(), dtype=torch.float32, device=torch.device("cpu")
-    )
+    module = build(model.config, model.state_dict().items(), dtype=torch.float32, device=torch.device("cpu"))
     return LoadedModel(family, module, tiny_tokenizer(), model.config, frozenset())
 
 

@@ -1,4 +1,4 @@
-"""What tests of exercises share: the folded solution of a notebook, and verdicts on what learners write."""
+"""What the tests of exercises share: the folded solutions of notebooks, and assertions about verdicts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def notebook(number: str) -> NotebookNode:
 
 
 def boxes(cells: NotebookNode) -> dict[str, str]:
-    """The exercises among cells: what stands in markdown from each one's box to the next box."""
+    """The exercises of a notebook: for each id, the markdown from its box to the next box."""
     prose = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     starts = list(_BOX.finditer(prose))
     ends = [*(start.start() for start in starts), len(prose)][1:]
@@ -41,7 +41,7 @@ def boxes(cells: NotebookNode) -> dict[str, str]:
 
 
 def folded(prose: str, title: str) -> list[str]:
-    """The bodies of all `<details>` whose summary begins with that title."""
+    """The bodies of all `<details>` whose summary begins with this title."""
     return [found["body"] for found in _FOLDED.finditer(prose) if found["title"].strip().startswith(title)]
 
 
@@ -49,7 +49,7 @@ def solution(number: str, exercise_id: str) -> str:
     """The code of an exercise's folded solution.
 
     Raises:
-        LookupError: if the notebook, the exercise's box or its one folded solution with code is not there.
+        LookupError: the notebook, the box of the exercise or its one folded solution with code is missing.
     """
     known = boxes(notebook(number).cells)
     if exercise_id not in known:
@@ -63,9 +63,9 @@ def solution(number: str, exercise_id: str) -> str:
 
 
 def function_from(code: str, name: str) -> Any:
-    """Run code where nothing is imported yet, and return what it calls by that name.
+    """Run code in an empty namespace, and return what it defines under this name.
 
-    The source is kept for `inspect.getsource` and for the lines in messages, as a notebook's kernel does.
+    Like the kernel of a notebook, it keeps the source for `inspect.getsource` and for the lines in messages.
     """
     file = f"<solution {name} {hash(code):x}>"
     linecache.cache[file] = (len(code), None, code.splitlines(keepends=True), file)
@@ -75,7 +75,7 @@ def function_from(code: str, name: str) -> Any:
 
 
 def assert_refused(exercise_id: str, function: Callable[..., Any], fragment: str) -> Verdict:
-    """The function is wrong, and the verdict says so in words that hold the fragment."""
+    """Assert that the function is judged wrong, with this fragment in the text of the verdict."""
     verdict = judge(exercise_id, function)
     assert verdict.state == "wrong", f"{exercise_id} took a wrong answer: {verdict.state}: {verdict.text}"
     assert fragment in verdict.text, f"refused, but for another reason than {fragment!r}: {verdict.text}"
@@ -84,14 +84,14 @@ def assert_refused(exercise_id: str, function: Callable[..., Any], fragment: str
 
 
 def assert_accepted(exercise_id: str, function: Callable[..., Any]) -> Verdict:
-    """The function is right."""
+    """Assert that the function is judged right."""
     verdict = judge(exercise_id, function)
     assert verdict.state == "right", f"{exercise_id} refused a right answer: {verdict.state}: {verdict.text}"
     return verdict
 
 
 def assert_open(exercise_id: str, function: Callable[..., Any]) -> Verdict:
-    """The function is an untouched stub, and the verdict is one line."""
+    """Assert that the function is judged an untouched stub, in one line."""
     verdict = judge(exercise_id, function)
     assert verdict.state == "open", (
         f"{exercise_id} took the stub for an answer: {verdict.state}: {verdict.text}"

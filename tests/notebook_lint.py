@@ -1,4 +1,4 @@
-"""What every notebook of the course keeps to. Each rule yields what breaks it; `broken` gathers them."""
+"""The rules that every notebook of the course keeps. A rule yields its faults; `broken` collects them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from notebooks import make
 PLOTLY = "application/vnd.plotly.v1+json"
 IGNORED = "nbval-ignore-output"
 _NEVER_COMPARED = {"image/png", "image/jpeg", "application/vnd.jupyter.widget-view+json"}
-_SAYS = {"print", "display", "show", "check", "source", "setup"}  # calls that leave an output
+_SAYS = {"print", "display", "show", "check", "source", "setup"}  # functions that leave an output
 
 
 @dataclass(frozen=True)
 class Book:
-    """A notebook: its file's name and text, and the folder that its links start from."""
+    """A notebook: the name and the text of its file, and the folder from which its links start."""
 
     name: str
     text: str
@@ -56,7 +56,7 @@ def is_ignored(cell: NotebookNode) -> bool:
 
 
 def is_compared(cell: NotebookNode) -> bool:
-    """Whether nbval holds something of this cell against what it finds when it runs it."""
+    """Whether nbval compares an output of this cell with the one it gets when it runs the cell."""
     return not is_ignored(cell) and any(_says_something(output) for output in cell.outputs)
 
 
@@ -67,7 +67,7 @@ def _says_something(output: NotebookNode) -> bool:
 
 
 def _should_say(source: str) -> bool:
-    """Whether a cell calls, outside of definitions, what leaves an output, or ends with a bare name."""
+    """Whether a cell calls a function of `_SAYS` outside definitions, or ends with a bare name."""
     body = ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.MULTILINE)).body
     if body and isinstance(body[-1], ast.Expr) and isinstance(body[-1].value, ast.Name):
         return True
@@ -88,7 +88,7 @@ def _should_say(source: str) -> bool:
 
 
 def named(book: Book) -> Iterator[str]:
-    """The file's number is the title's."""
+    """The file and the title have the same number."""
     if not re.fullmatch(r"\d\d_[a-z0-9_]+\.ipynb", book.name):
         yield "its file is not called NN_title.ipynb"
     if not re.match(rf"# {book.number} · \S", book.cells[0].source):
@@ -96,38 +96,38 @@ def named(book: Book) -> Iterator[str]:
 
 
 def long_enough(book: Book) -> Iterator[str]:
-    """20 to 35 cells."""
+    """It has 20 to 35 cells."""
     if not 20 <= len(book.cells) <= 35:
         yield f"it has {len(book.cells)} cells, not 20 to 35"
 
 
 def small(book: Book) -> Iterator[str]:
-    """At most 500 KB."""
+    """It has at most 500 KB."""
     if (size := len(book.text.encode())) > 500_000:
-        yield f"it is {size / 1000:.0f} KB large, not at most 500"
+        yield f"it is {size / 1000:.0f} KB large, and 500 are allowed"
 
 
 def as_stamped(book: Book) -> Iterator[str]:
-    """Badge, first cell, metadata and ids are those of `make.py`."""
+    """Its badge, first cell, metadata and ids are those that `make.py` writes."""
     if make.stamped(book.text, book.name) != book.text:
         yield "it is not as stamped: python notebooks/make.py --stamp"
 
 
 def claims(book: Book) -> Iterator[str]:
-    """The first cell claims something, in bold."""
+    """Its first cell makes a claim in bold."""
     paragraphs = re.split(r"\n\s*\n", book.cells[0].source)
     if not any(re.match(r"\*\*[^*].{10,}?\*\*", paragraph, re.DOTALL) for paragraph in paragraphs[1:]):
         yield "no paragraph of its first cell begins with a claim in bold"
 
 
 def was_run(book: Book) -> Iterator[str]:
-    """Run once from the first cell to the last, and nothing was stripped, raised or warned of."""
+    """It was run once, from first to last cell; no output was stripped, and nothing raised or warned."""
     counts = [cell.execution_count for cell in book.code]
     if counts != list(range(1, len(counts) + 1)):
-        yield f"its cells were not run once each, in their order: {counts}"
+        yield f"its cells were not run once each, in order: {counts}"
     for cell in book.code:
         if not cell.outputs and _should_say(cell.source):
-            yield f"{cell.id} says something, and its output was stripped"
+            yield f"{cell.id} leaves an output, but it was stripped"
         for output in cell.outputs:
             if output.output_type == "error" and "raises-exception" not in cell.metadata.get("tags", ()):
                 yield f"{cell.id} raised {output.ename}"
@@ -136,14 +136,14 @@ def was_run(book: Book) -> Iterator[str]:
 
 
 def sets_up(book: Book) -> Iterator[str]:
-    """The setup says one line."""
+    """Its setup prints one line."""
     said = "".join(output.get("text", "\n\n") for output in book.code[0].outputs)
     if not (said.startswith("labkit: ") and said.count("\n") == 1):
-        yield f"its setup says {said!r}, not one line"
+        yield f"its setup prints {said!r}, not one line"
 
 
 def compared(book: Book) -> Iterator[str]:
-    """At most 40% of the code cells are ignored, at least 60% compared, and only a tag can say so."""
+    """At most 40% of its code cells are ignored and at least 60% are compared; only tags steer nbval."""
     ignored, share = sum(map(is_ignored, book.code)), sum(map(is_compared, book.code))
     if ignored > 0.4 * len(book.code):
         yield f"{ignored} of {len(book.code)} code cells are ignored, more than 40%"
@@ -157,13 +157,13 @@ def compared(book: Book) -> Iterator[str]:
 
 
 def without_widgets(book: Book) -> Iterator[str]:
-    """No widget's state is kept."""
+    """It keeps no state of widgets."""
     if "widgets" in book.notebook.metadata or "widget-state+json" in book.text:
         yield "it keeps the state of widgets"
 
 
 def without_clearing(book: Book) -> Iterator[str]:
-    """No cell clears or updates what another wrote: nbval cannot follow."""
+    """No cell clears or updates the output of another: nbval cannot follow that."""
     for cell in book.code:
         if found := re.search(r"clear_output|update_display|display_id", cell.source):
             yield f"{cell.id} calls {found[0]}"
@@ -176,7 +176,7 @@ _MACHINE = re.compile(
 
 
 def without_paths(book: Book) -> Iterator[str]:
-    """No path of the machine that ran it."""
+    """It shows no path of the machine that ran it."""
     for cell in book.cells:
         for text in _strings([cell.source, cell.get("outputs", [])]):
             if found := _MACHINE.search(text):
@@ -195,7 +195,7 @@ def _strings(thing: Any) -> Iterator[str]:
 
 
 def examines(book: Book) -> Iterator[str]:
-    """Each exercise has its number, a check of an untouched stub, and a folded solution."""
+    """Each exercise has the notebook's number, a check of an untouched stub, and one folded solution."""
     known = boxes(book.cells)
     if not known:
         yield f"it has no box '> **Exercise {book.number}.1 · title**'"
@@ -208,13 +208,13 @@ def examines(book: Book) -> Iterator[str]:
         for cell in checks:
             said = "".join(output.get("text", "") for output in cell.outputs)
             if f"○ {name} " not in said or is_ignored(cell):
-                yield f"{cell.id} is not exercise {name} as a reader finds it, untouched"
+                yield f"{cell.id} does not show exercise {name} as a reader finds it: untouched"
         if len(folded(prose, "Solution")) != 1:
             yield f"exercise {name} has no folded solution, or several"
 
 
 def recapitulates(book: Book) -> Iterator[str]:
-    """Under a heading `Recap` there are five questions with folded answers."""
+    """Under the heading `Recap` stand five questions with folded answers."""
     heading = re.search(r"^(#+)\s+Recap\b.*$", book.prose, re.MULTILINE)
     if not heading:
         yield "it has no heading '## Recap'"
@@ -227,7 +227,7 @@ def recapitulates(book: Book) -> Iterator[str]:
 
 
 def twinned(book: Book) -> Iterator[str]:
-    """Each figure has a text beside it, and plain lists in it: plotly 5, 6 and 7 write those alike."""
+    """Each figure has a text twin, and plain lists in it: plotly 5, 6 and 7 write those in the same way."""
     for cell in book.code:
         for output in cell.outputs:
             data = output.get("data", {})
@@ -240,13 +240,16 @@ def twinned(book: Book) -> Iterator[str]:
 
 
 def linked(book: Book) -> Iterator[str]:
-    """What it links to in the repository is there."""
+    """The files to which it links are there, and a link that shows the name of a file leads to that file."""
     links = re.findall(r"\]\(\s*<?([^)\s>]+)", book.prose)
     links += re.findall(r"""(?:href|src)\s*=\s*["']([^"']+)["']""", book.prose)
     for link in links:
         path = link.split("#")[0]
         if path and not re.match(r"[a-z][a-z0-9+.-]*:", path) and not (book.folder / path).exists():
             yield f"it links to {link}, which is not there"
+    for shown, link in re.findall(r"\[`([^`\]]+\.py)`\]\(([^)#\s]+)", book.prose):
+        if Path(shown).name != Path(link).name:
+            yield f"it links to {link} under the name {shown}"
 
 
 RULES: dict[str, Callable[[Book], Iterator[str]]] = {
@@ -259,6 +262,6 @@ RULES: dict[str, Callable[[Book], Iterator[str]]] = {
 
 
 def broken(book: Book) -> dict[str, list[str]]:
-    """The rules that a notebook breaks, and what of it breaks them."""
+    """The rules that a notebook breaks, and its faults."""
     found = {name: list(rule(book)) for name, rule in RULES.items()}
     return {name: faults for name, faults in found.items() if faults}

@@ -1,6 +1,6 @@
-"""The notebooks keep to what they promise, and their checks bite.
+"""The notebooks keep to the rules, and the rules notice a fault.
 
-That each notebook still gives what it says is checked by nbval, which collects the notebooks themselves.
+nbval checks that the cells still give their outputs: it collects the notebooks themselves.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def test_a_notebook_keeps_to_the_rules(path: Path) -> None:
     assert not faults, "\n".join(f"{rule}: {fault}" for rule, found in faults.items() for fault in found)
 
 
-# -- the rules bite -------------------------------------------------------------------------------
+# -- a rule notices a fault -------------------------------------------------------------------------------
 
 NAME = "97_made_up.ipynb"
 TITLE = """\
@@ -76,7 +76,7 @@ def shown(data: dict[str, object]) -> list[NotebookNode]:
 
 
 def made_up() -> NotebookNode:
-    """The smallest notebook that keeps to all rules, before it is stamped."""
+    """The smallest notebook that keeps to all rules, not stamped yet."""
     cells = [
         new_markdown_cell(TITLE),
         new_code_cell("", outputs=said("labkit: a model on cpu.\n")),
@@ -96,7 +96,7 @@ def made_up() -> NotebookNode:
 
 
 def book(change: Callable[[NotebookNode], object] = lambda _: None, *, name: str = NAME) -> Book:
-    """The notebook made up above, changed, and then stamped."""
+    """The made-up notebook, changed and then stamped."""
     notebook = made_up()
     change(notebook)
     return Book(name, make.stamped(text_of(notebook), name))
@@ -107,7 +107,7 @@ def test_the_notebook_made_up_keeps_to_all_rules() -> None:
 
 
 def setting(index: int, **fields: object) -> Callable[[NotebookNode], object]:
-    """A change of one cell."""
+    """A change that sets fields of one cell."""
     return lambda notebook: notebook.cells[index].update(copy.deepcopy(fields))
 
 
@@ -143,10 +143,10 @@ BREAKS: list[tuple[str, str, Callable[[NotebookNode], object]]] = [
     ("claims", "claim in bold", setting(0, source=TITLE.replace("**Pages", "Pages **that**"))),
     ("was_run", "not run once each", setting(5, execution_count=None)),
     ("was_run", "not run once each", setting(5, execution_count=9)),
-    ("was_run", "c10 says something, and its output was stripped", setting(10, outputs=[])),
-    ("was_run", "c04 says something, and its output was stripped", setting(4, outputs=[])),
-    ("was_run", "c10 says", setting(10, outputs=[], source="for i in range(3):\n    print(i)")),
-    ("was_run", "c10 says", setting(10, outputs=[], source="records = [1]\nrecords")),
+    ("was_run", "c10 leaves an output, but it was stripped", setting(10, outputs=[])),
+    ("was_run", "c04 leaves an output, but it was stripped", setting(4, outputs=[])),
+    ("was_run", "c10 leaves an output", setting(10, outputs=[], source="for i in range(3):\n    print(i)")),
+    ("was_run", "c10 leaves an output", setting(10, outputs=[], source="records = [1]\nrecords")),
     ("was_run", "c10 raised KeyError", setting(10, outputs=[ERROR])),
     ("was_run", "c10 warns: 'FutureWarning: no more'", setting(10, outputs=[*said("1\n"), STDERR])),
     ("sets_up", "not one line", saying(1, "labkit: a model.\nAnd more.\n")),
@@ -166,7 +166,7 @@ BREAKS: list[tuple[str, str, Callable[[NotebookNode], object]]] = [
     ("examines", "it has no box", setting(6, source="An exercise.")),
     ("examines", "exercise 96.1 has another", setting(6, source=BOX.replace("97.1", "96.1"))),
     ("examines", "exercise 97.1 is never checked", setting(7, source="print('97.1')")),
-    ("examines", "c07 is not exercise 97.1 as a reader finds it", saying(7, "✓ 97.1 Count pages.\n")),
+    ("examines", "c07 does not show exercise 97.1 as a reader finds it", saying(7, "✓ 97.1 Count pages.\n")),
     ("examines", "no folded solution", setting(8, source=SOLUTION.replace("Solution", "Answer"))),
     ("recapitulates", "no heading", setting(-1, source=RECAP.replace("## Recap", "Recap"))),
     ("recapitulates", "4 folded answers, not 5", setting(-1, source=RECAP.replace("details", "div", 1))),
@@ -174,7 +174,8 @@ BREAKS: list[tuple[str, str, Callable[[NotebookNode], object]]] = [
     ("twinned", "c02 has a figure without a text", setting(2, outputs=shown({PLOTLY: {}}))),
     ("twinned", "without a text", setting(2, outputs=shown(FIGURE | {"text/plain": "A\n(1)"}))),
     ("twinned", "encoded numbers", setting(2, outputs=shown(FIGURE | {PLOTLY: {"x": {"bdata": "AA="}}}))),
-    ("linked", "../labkit/nothing.py#L10", setting(0, source=TITLE.replace("memory", "nothing"))),
+    ("linked", "../labkit/core/nothing.py#L10", setting(0, source=TITLE.replace("block_pool", "nothing"))),
+    ("linked", "under the name memory.py", setting(0, source=TITLE.replace("the pool", "`memory.py`"))),
     ("linked", "nowhere.png", setting(-2, cell_type="markdown", source='<img src="nowhere.png">')),
 ]  # fmt: skip
 
@@ -253,14 +254,14 @@ def test_the_address_is_the_one_in_pyproject() -> None:
     assert f"git+{make.repository()} " in book().cells[1].source
 
 
-# -- nbval bites ----------------------------------------------------------------------------------
+# -- nbval notices a fault ----------------------------------------------------------------------------------
 
 
 def altered(notebook: NotebookNode) -> tuple[NotebookNode, int, str, str]:
-    """A copy up to the first compared cell with a number in its text, and that number made another.
+    """A copy up to the first compared cell that shows a number, with another number in its place.
 
     Returns:
-        The copy, that cell's number among the code cells, the line as it was, and as it is now.
+        The copy, the index of that cell among the code cells, and the line before and after the change.
     """
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for i, cell in enumerate(code[1:], 1):
@@ -270,13 +271,15 @@ def altered(notebook: NotebookNode) -> tuple[NotebookNode, int, str, str]:
                 if number := re.search(r"\d", line):
                     other = f"{line[: number.start()]}{(int(number[0]) + 1) % 10}{line[number.end() :]}"
                     holder[key] = holder[key].replace(line, other, 1)
-                    code[0].source = "import labkit"  # what else the setup does, cells do when they need it
+                    code[
+                        0
+                    ].source = "import labkit"  # cells do the rest of the setup themselves when they need it
                     return new_notebook(cells=code[: i + 1], metadata=notebook.metadata), i, line, other
     raise LookupError("no compared cell says a number")
 
 
 def nbval(folder: Path, **notebooks: NotebookNode) -> str:
-    """What nbval reports, run as the tests do, of copies in another folder that hold a fault."""
+    """What nbval reports of copies in another folder that have a fault; it runs as in the tests."""
     for name, notebook in notebooks.items():
         (folder / f"{name}.ipynb").write_text(text_of(notebook))
     (folder / "pytest.ini").write_text("[pytest]\n")
@@ -300,7 +303,7 @@ def alterations() -> dict[Path, tuple[NotebookNode, int, str, str]]:
 
 @pytest.fixture(scope="module")
 def report(alterations: dict, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """nbval's, of all of them in one go."""
+    """The report of nbval on all altered copies."""
     return nbval(
         tmp_path_factory.mktemp("altered"), **{path.stem: copy for path, (copy, *_) in alterations.items()}
     )
@@ -317,12 +320,12 @@ def test_a_number_that_is_not_what_it_was_fails_its_cell_and_no_other(
     ], report  # fmt: skip
     told = report.split(f"{path.stem}.ipynb::Cell {cell} ____")[1].split(".ipynb::Cell ")[0]
     assert "Cell outputs differ" in told and "mismatch" in told
-    for line in (before, after):  # both stand in the report, as they are written in Python
+    for line in (before, after):  # both stand in the report, perhaps escaped as in Python
         assert repr(line)[1:-1] in told or line in told, told
 
 
 def test_nbval_passes_what_is_right_and_fails_a_figure_by_one_number(tmp_path: Path) -> None:
-    """Without which the test above could fail notebooks for any reason."""
+    """Without this, the test above could pass for any other fault."""
     figure = "from IPython.display import display\ndisplay({'%s': {'data': [%d]}}, raw=True)"
     three = shown({PLOTLY: {"data": [3]}})
     cells = [

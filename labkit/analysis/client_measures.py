@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from labkit.benchmark.engine.schedulers import percentile
+from labkit.trace import latency
+from labkit.trace.latency import Spread
 
 
 @dataclass
 class Measure:
     """One request as its client saw it. Times are in seconds since the run began.
 
+    A client sees pieces of text. A server sends one for each step that gave the request tokens, so ITL here
+    is `latency.itl_per_step`, and TPOT counts the tokens that the server says it sent.
+
     Attributes:
-        at: when it was due; in a closed loop, when it was sent.
-        asked: tokens that it asked for.
-        sent: when it was sent, or None if it never was.
-        times: when each piece of text came.
-        end: when its answer was complete, or it failed.
-        tokens: of the answer, as the server says; else the pieces of text.
-        counted: whether the server said so.
-        text: the answer.
-        error: what went wrong; empty if nothing did.
+        at: When the request was due; in a closed loop, when it was sent.
+        asked: The number of tokens that it asked for.
+        sent: When it was sent; None if it never was.
+        times: When each piece of text came.
+        end: When the answer was complete, or failed.
+        tokens: The number of tokens of the answer, as the server says; else the number of pieces.
+        counted: Whether the server said so.
+        text: The answer.
+        error: What went wrong; empty if nothing did.
     """
 
     at: float
@@ -40,65 +43,53 @@ class Measure:
 
     @property
     def ttft(self) -> float:
-        """Time to the first token (to be asked of an answer without error)."""
-        return self.times[0] - self.at
+        """Time to first token; NaN if none came."""
+        first = latency.ttft(self.at, self.times)
+        return math.nan if first is None else first
 
     @property
     def e2e(self) -> float:
-        """Time to the end."""
+        """End-to-end latency."""
         return self.end - self.at
 
     @property
     def gaps(self) -> list[float]:
-        """Inter-token latencies: between one piece of text and the next."""
-        return [b - a for a, b in itertools.pairwise(self.times)]
+        """Inter-token latencies: from one piece of text to the next."""
+        return latency.itl(self.times)
 
     @property
     def tpot(self) -> float:
-        """Time per output token after the first; 0 if there is but one."""
-        return (self.times[-1] - self.times[0]) / max(1, self.tokens - 1)
+        """Time per output token after the first; 0 if there is only one."""
+        return latency.tpot(self.times, self.tokens) or 0.0
 
 
 class Slo(NamedTuple):
-    """Service level objectives, in seconds: until the first token, and per token after it on average."""
+    """Service level objectives, in seconds: for TTFT, and for the mean ITL of a request, which is TPOT."""
 
     ttft: float
     itl: float
 
     def met(self, measure: Measure) -> bool:
+        """Whether a request kept both."""
         return not measure.error and measure.ttft <= self.ttft and measure.tpot <= self.itl
-
-
-class Spread(NamedTuple):
-    """Median and tail, in seconds."""
-
-    median: float
-    p95: float
-    p99: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread | None:
-        if not values:
-            return None
-        return cls(statistics.median(values), percentile(values, 95), percentile(values, 99))
 
 
 @dataclass
 class Summary:
-    """What a run comes to. Latencies are of all requests without error, in seconds; rates are per second.
+    """All requests of a run. Latencies are of those without error, in seconds; rates are per second.
 
     Attributes:
-        requests, errors: how many were due, and how many of them went wrong.
-        first_error: one of those.
-        between: the time that the rates count.
-        done, tokens: requests completed and tokens received per second.
-        good: requests per second that met the objectives: goodput. None without objectives.
-        attained: the share of all requests that met them.
-        in_flight: requests due and not yet complete, on average.
-        ttft, itl, e2e: to the first token, between two, to the end; None if there are none.
-        e2e_mean: what the knee is found with.
-        late: how long after its time a request was sent, at worst: the client's own delay.
-        uncounted: answers whose tokens the server did not count: the pieces of text stand for them.
+        requests, errors: How many were due, and how many of them went wrong.
+        first_error: The error of the first of those.
+        between: The time that the rates count.
+        done, tokens: Requests completed and tokens received, per second.
+        good: Requests per second that met the objectives, the goodput; None without objectives.
+        attained: The share of all requests that met them.
+        in_flight: Requests that were due and not complete, on average.
+        ttft, itl, e2e: The latencies of `Measure`; None if there are none. Every ITL of every request counts.
+        e2e_mean: The mean of the end-to-end latencies, which the knee is found with.
+        late: How long after its time a request was sent, at worst: the client's own delay.
+        uncounted: Answers whose tokens the server did not count, so that their pieces of text are counted.
     """
 
     requests: int
@@ -135,15 +126,16 @@ class Summary:
 def summary(
     measures: Sequence[Measure], *, between: tuple[float, float] | None = None, slo: Slo | None = None
 ) -> Summary:
-    """What a run comes to.
+    """All requests of a run, in a few numbers.
 
     Args:
-        between: count requests, tokens and goodput per second between these times only, say without those
-            in which the server filled and emptied; None is from the start to the last answer's end.
-        slo: objectives, for goodput.
+        measures: One measure for each request.
+        between: The times between which requests, tokens and goodput per second are counted, for instance
+            without those in which the server filled and emptied; None is from the start to the last end.
+        slo: The objectives, for goodput.
 
     Raises:
-        ValueError: if there are no measures, or no time between the times.
+        ValueError: If there are no measures, or there is no time between the times.
     """
     if not measures:
         raise ValueError("measures is empty: nothing was sent")
@@ -153,7 +145,7 @@ def summary(
     fine = [measure for measure in measures if not measure.error]
     wrong = [measure.error for measure in measures if measure.error]
     ended = [measure for measure in fine if begin <= measure.end <= end]
-    tokens = sum(
+    tokens = sum(  # the tokens of an answer are spread evenly over its pieces
         measure.tokens * sum(begin <= t <= end for t in measure.times) / len(measure.times)
         for measure in measures
         if measure.times

@@ -1,49 +1,121 @@
-"""The floor under a step: the bytes it must move and the operations it must do, over what the device can.
+"""What a step must move and compute, and the least time that takes: the roofline (Williams et al. 2009).
 
-A step reads every weight once, reads and writes keys and values, and multiplies. From the trace and the
-model's shape alone follows how much that is (Williams et al. 2009, the roofline). What lies between the
-floor and the time that a step takes is overhead: activations, launches, bookkeeping, products of an
-unfavourable shape.
+A step reads every weight once, reads and writes keys and values, and multiplies. How much of each there is
+follows from the step's rows (`StepWork`) and the sizes of the model: all of them (`Shape`), or the few that
+a maker publishes (`ModelSize`). A device moves bytes and computes at the same time, so the slower of the two
+sets the least time; what a step takes beyond it is overhead: activations, launches, bookkeeping, products of
+an unfavourable shape. What devices can do stands in `devices.py`. No torch.
 """
 
 from __future__ import annotations
 
-import time
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import mul
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from transformers import PreTrainedConfig
-
-from labkit.core.model import Transformer
-from labkit.kernels.int8 import pick_kernel
-from labkit.models.load import LoadedModel
+from labkit.sampling_params import check_number
 from labkit.trace.records import StepRecord
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from labkit.models.load import LoadedModel
+
 _SCALE_BYTES = 4  # int8 weights have one fp32 scale for each output
-_READ_BYTES = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}  # far beyond any cache
-_GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True)
 class Work:
     """What a step moves (bytes) and computes (operations: a multiplication and an addition are two)."""
 
-    bytes: int = 0
-    operations: int = 0
+    bytes: float = 0
+    operations: float = 0
+
+    def seconds(self, bandwidth: float, peak: float) -> float:
+        """The least time for it, with so many bytes and operations per second."""
+        return max(self.bytes / bandwidth, self.operations / peak)
+
+    def bound(self, bandwidth: float, peak: float) -> str:
+        """What it waits for: "bandwidth" or "compute"."""
+        return "compute" if self.operations / peak > self.bytes / bandwidth else "bandwidth"
+
+
+# -- the rows of a step ---------------------------------------------------------------------------
+
+
+class StepWork(NamedTuple):
+    """What a step has to do, counted from its rows.
+
+    Attributes:
+        rows: The number of requests in the batch.
+        tokens: The number of tokens computed, including those that a static batch pads.
+        sampled: The number of places that go through the output layer: one of each row that samples, and one
+            for each of its drafts.
+        keys: The number of tokens whose keys and values are read; each row reads its own once.
+        pairs: The number of pairs of a query and a key that it looks at: quadratic in a prompt.
+    """
+
+    rows: int
+    tokens: int
+    sampled: int
+    keys: int
+    pairs: int
+
+    @classmethod
+    def of(cls, record: StepRecord) -> StepWork:
+        """The work that a record shows."""
+        padding = sum(record.padding)
+        sampled = sum(1 for tokens in record.sampled if tokens) + sum(map(len, record.drafted))
+        work = cls.of_rows(record.starts, record.num_tokens, sampled)
+        return work._replace(tokens=work.tokens + padding) if padding else work
+
+    @classmethod
+    def of_rows(cls, starts: Sequence[int], num_tokens: Sequence[int], sampled: int) -> StepWork:
+        """The work of rows that compute `num_tokens[i]` tokens from position `starts[i]` on."""
+        rows = len(num_tokens) - num_tokens.count(0)
+        tokens = sum(num_tokens)
+        keys = sum(starts) + tokens
+        if rows != len(num_tokens):  # idle seats read nothing
+            keys = sum(start + count for start, count in zip(starts, num_tokens, strict=True) if count)
+        # A query at position p looks at p + 1 keys.
+        pairs = sum(map(mul, starts, num_tokens)) + (sum(map(mul, num_tokens, num_tokens)) + tokens) // 2
+        return cls(rows, tokens, sampled, keys, pairs)
+
+
+def keys_read(start: int, queries: int, window: int | None) -> int:
+    """How many keys a row reads, each once, however many of its queries look at it."""
+    if not queries:
+        return 0
+    return start + queries if window is None else min(start + queries, window + queries - 1)
+
+
+def pairs_seen(start: int, queries: int, window: int | None) -> int:
+    """How many pairs of a query and a key it looks at there are, for queries at positions from `start` on."""
+
+    def up_to(position: int) -> int:  # pairs of all queries before this position
+        if window is None or position <= window:
+            return position * (position + 1) // 2
+        return window * (window + 1) // 2 + (position - window) * window
+
+    return up_to(start + queries) - up_to(start)
+
+
+# -- the sizes of a model -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model that decide what a step costs.
+    """All sizes of a model of our own code that decide what a step costs.
 
     Attributes:
-        matrices: (outputs, inputs) of each product of one layer.
-        vectors: other parameters of one layer: norms and biases.
-        windows: how many layers have each sliding window (None: none).
-        weight_bytes: of an element of a matrix, in layers, embedding and output layer.
-        value_bytes: of an element of anything else: activations, keys and values, norms.
+        matrices: The (outputs, inputs) of each product of one layer.
+        vectors: The number of other parameters of one layer: norms and biases.
+        windows: Each sliding window (None: no window), with the number of layers that have it.
+        weight_bytes: The size of an element of a matrix, in layers, embedding and output layer.
+        value_bytes: The size of any other number: activations, keys and values, norms.
     """
 
     hidden: int
@@ -59,11 +131,13 @@ class Shape:
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> Shape:
-        """The shape of a model of our own code.
+        """The shape of a loaded model.
 
         Raises:
-            ValueError: for any other.
+            ValueError: If the model is not of our own code.
         """
+        from labkit.core.model import Transformer  # here, so that data sheets can be read without torch
+
         module = loaded.module
         if not isinstance(module, Transformer):
             raise ValueError(
@@ -71,7 +145,7 @@ class Shape:
             )
         layers = Counter(layer.self_attn.window for layer in module.layers)
         return cls.of_config(
-            module.config,
+            loaded.config,
             tuple(layers.items()),
             weight_bytes=1 if loaded.quantization == "int8" else module.dtype.itemsize,
             value_bytes=module.dtype.itemsize,
@@ -86,6 +160,7 @@ class Shape:
         weight_bytes: int,
         value_bytes: int,
     ) -> Shape:
+        """The shape of an architecture, with its windows and the sizes of its numbers."""
         hidden, inner = config.hidden_size, config.intermediate_size
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         dim = getattr(config, "head_dim", None) or hidden // heads
@@ -113,147 +188,95 @@ class Shape:
 
     @property
     def layers(self) -> int:
+        """The number of layers."""
         return sum(count for _, count in self.windows)
 
     @property
     def layer_parameters(self) -> int:
-        """Elements of the matrices of one layer."""
+        """The number of elements in the matrices of one layer."""
         return sum(rows * columns for rows, columns in self.matrices)
 
     def matrix_bytes(self, outputs: int, inputs: int) -> int:
-        """What it takes to read one matrix."""
+        """The size of one matrix, with its scales."""
         scales = outputs * _SCALE_BYTES if self.weight_bytes == 1 else 0
         return outputs * inputs * self.weight_bytes + scales
 
     def work(self, record: StepRecord) -> Work:
-        """What one step must move and compute; the rows that a static batch pads count as rows.
+        """What one step must move and compute. The rows that a static batch pads count as rows.
 
         Activations are not counted: in a fused step they would never leave the caches.
         """
-        rows = sum(record.num_tokens) + sum(record.padding)
-        if not rows:
+        step = StepWork.of(record)
+        if not step.tokens:
             return Work()
         layer = sum(self.matrix_bytes(*matrix) for matrix in self.matrices) + self.vectors * self.value_bytes
         moved = self.layers * layer + self.hidden * self.value_bytes  # the last norm
-        moved += rows * self.matrix_bytes(1, self.hidden)  # embeddings
-        operations = 2 * self.layers * self.layer_parameters * rows
-        sampling = _sampling_rows(record)
-        if sampling:
+        moved += step.tokens * self.matrix_bytes(1, self.hidden)  # embeddings
+        operations = 2 * self.layers * self.layer_parameters * step.tokens
+        if step.sampled:
             moved += self.matrix_bytes(self.vocab, self.hidden)
-            operations += 2 * self.vocab * self.hidden * sampling
-        token = 2 * self.kv_heads * self.head_dim * self.value_bytes  # keys and values of one layer
+            operations += 2 * self.vocab * self.hidden * (step.sampled + _idle_seats(record))
+        kv_bytes = 2 * self.kv_heads * self.head_dim * self.value_bytes  # of one token in one layer
+        written = sum(record.num_tokens)
         for window, layers in self.windows:
-            seen = read = 0
-            for start, queries in zip(record.starts, record.num_tokens, strict=True):
-                seen += _keys_seen(start, queries, window)
-                read += _keys_read(start, queries, window)
-            written = sum(record.num_tokens)
-            moved += layers * token * (read + written)
-            operations += layers * 4 * self.heads * self.head_dim * seen  # q k^T, and the weighted sum of v
+            rows = list(zip(record.starts, record.num_tokens, strict=True))
+            keys = sum(keys_read(start, queries, window) for start, queries in rows)
+            pairs = sum(pairs_seen(start, queries, window) for start, queries in rows)
+            moved += layers * kv_bytes * (keys + written)
+            operations += layers * 4 * self.heads * self.head_dim * pairs  # q k^T, and the weighted sum of v
         return Work(moved, operations)
 
 
-def _sampling_rows(record: StepRecord) -> int:
-    """Rows that the output layer computes: those that sample, and with them the idle seats of a batch."""
-    sampled = sum(1 for tokens in record.sampled if tokens)
-    padding = record.padding or ()
-    idle = sum(p == 1 and not n for p, n in zip(padding, record.num_tokens, strict=False))
-    return sampled + idle if sampled else 0
-
-
-def _keys_seen(start: int, queries: int, window: int | None) -> int:
-    """Pairs of a query and a key that it looks at, for queries at positions from `start` on."""
-    end = start + queries
-
-    def up_to(position: int) -> int:  # pairs of all queries before this position
-        if window is None or position <= window:
-            return position * (position + 1) // 2
-        return window * (window + 1) // 2 + (position - window) * window
-
-    return up_to(end) - up_to(start)
-
-
-def _keys_read(start: int, queries: int, window: int | None) -> int:
-    """Keys that a row reads, each once, however many of its queries look at it."""
-    if not queries:
-        return 0
-    return start + queries if window is None else min(start + queries, window + queries - 1)
+def _idle_seats(record: StepRecord) -> int:
+    """The idle seats of a static batch, which go through the output layer with the rows that sample."""
+    return sum(p == 1 and not n for p, n in zip(record.padding, record.num_tokens, strict=False))
 
 
 @dataclass(frozen=True)
-class Ceiling:
-    """What a device was measured to do: `bandwidth` in bytes/s, `peak` by dtype in operations/s."""
+class ModelSize:
+    """The few sizes of a decoder that its maker publishes.
 
-    bandwidth: float
-    peak: dict[str, float]
-
-    def seconds(self, work: Work, kind: str) -> float:
-        """The least time for this work, when moving and computing overlap entirely."""
-        return max(work.bytes / self.bandwidth, work.operations / self.peak[kind])
-
-    def floor(self, works: Iterable[Work], kind: str) -> float:
-        """The least time for steps that come one after the other."""
-        return sum(self.seconds(work, kind) for work in works)
-
-    def best(self, other: Ceiling) -> Ceiling:
-        """The higher of two measurements: a busy moment lowers them, nothing raises them."""
-        peak = {kind: max(value, other.peak.get(kind, 0.0)) for kind, value in self.peak.items()}
-        return Ceiling(max(self.bandwidth, other.bandwidth), peak)
-
-
-def measure_ceiling(
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    int8: bool = False,
-    read_bytes: int | None = None,
-    gemm_size: int | None = None,
-    repeats: int = 5,
-) -> Ceiling:
-    """Measure a device: one big read, and one big product in this dtype (with `int8`, one of int8 as well).
-
-    Args:
-        read_bytes: the size of the read; None is far beyond the caches.
-        gemm_size: rows and columns of the matrices.
-        repeats: the best of so many counts, after one to warm up.
+    Attributes:
+        heads: The number of query heads in each layer.
+        kv_heads: The number of heads of keys and values in each layer.
+        weight_bytes: The size of one parameter: 2 in half precision, 1 in eight bits.
+        kv_value_bytes: The size of one number in the KV cache.
     """
-    size = read_bytes or _READ_BYTES.get(device.type, _READ_BYTES["cpu"])
-    n = gemm_size or _GEMM_SIZE.get(device.type, _GEMM_SIZE["cpu"])
-    bandwidth = _bandwidth(size, device, repeats)
-    a, b = torch.randn(2, n, n, device=device).to(dtype).unbind(0)
-    peak = {_name(dtype): 2 * n**3 / _best(lambda: a @ b, device, repeats)}
-    if int8:
-        kernel, _ = pick_kernel(device)
-        weight = torch.randint(-60, 61, (n, n), device=device, dtype=torch.int8)
-        multiply = kernel(weight, torch.ones(n, 1, device=device))
-        x = torch.randint(-127, 128, (n, n), device=device).float()
-        peak["int8"] = 2 * n**3 / _best(lambda: multiply(x), device, repeats)
-    return Ceiling(bandwidth, peak)
+
+    parameters: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    weight_bytes: float = 2
+    kv_value_bytes: float = 2
+
+    def __post_init__(self) -> None:
+        for field in ("parameters", "layers", "heads", "kv_heads", "head_dim"):
+            check_number(field, getattr(self, field), 1, math.inf, whole=True)
+        for field in ("weight_bytes", "kv_value_bytes"):
+            check_number(field, getattr(self, field), 0.1, 8)
+
+    @property
+    def bytes(self) -> float:
+        """The size of all weights."""
+        return self.parameters * self.weight_bytes
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        """What one token takes in the KV cache."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.kv_value_bytes
+
+    def work(self, step: StepWork) -> Work:
+        """What a step moves and computes: each token multiplies with every parameter."""
+        moved = self.bytes + self.kv_bytes_per_token * (step.keys + step.tokens)
+        products = 2 * self.parameters * step.tokens
+        attention = 4 * self.layers * self.heads * self.head_dim * step.pairs  # q k^T, and the sum of v
+        return Work(moved, products + attention)
 
 
-def _bandwidth(size: int, device: torch.device, repeats: int) -> float:
-    """Bytes per second of a read; of two kernels the faster counts."""
-    data = torch.ones(size // 4, device=device)
-    return data.nbytes / min(_best(read, device, repeats) for read in (data.sum, data.amax))
-
-
-def _best(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Seconds of the fastest of several runs."""
-    seconds = []
-    for _ in range(repeats + 1):
-        synchronize(device)
-        begin = time.perf_counter()
-        run()
-        synchronize(device)
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds[1:])
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU to finish what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+# From the configurations that their makers publish.
+MODELS = {
+    "smollm2-135m": ModelSize(134_515_008, layers=30, heads=9, kv_heads=3, head_dim=64),
+    "llama-3.1-8b": ModelSize(8_030_261_248, layers=32, heads=32, kv_heads=8, head_dim=128),
+}

@@ -1,4 +1,4 @@
-"""Models of well-known shapes with random weights, made on the device: speed asks for no more.
+"""Models of well-known shapes with random weights, made on the device: enough to measure speed.
 
 Their tokens mean nothing, but depend on every token before, so that equality can be checked as well.
 """
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
-from labkit.core.model import Transformer
-from labkit.kernels import packed_linear
-from labkit.models.int8_cache import int8_model
-from labkit.models.load import LoadedModel, ModelError, Say, resolve_device, resolve_dtype
+from labkit.models.devices import resolve_device, resolve_dtype
+from labkit.models.errors import ModelError
+from labkit.models.load import LoadedModel, build_transformer
+from labkit.models.progress import Say
 from labkit.models.tiny import tiny_tokenizer
 
 SEATS = (1, 8, 32, 128)
@@ -49,14 +49,14 @@ _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         | dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048),
     ),
 }
-SHAPES = tuple(name for name in _CONFIGS if name != "tiny")  # which is there to try things out
+SHAPES = tuple(name for name in _CONFIGS if name != "tiny")  # "tiny" is there to try things out
 
 
 def config_of(shape: str) -> PreTrainedConfig:
     """The architecture of a shape.
 
     Raises:
-        ModelError: for an unknown one.
+        ModelError: If the shape is unknown.
     """
     if shape not in _CONFIGS:
         raise ModelError(f"no shape {shape!r}; there is {', '.join(_CONFIGS)}")
@@ -65,7 +65,7 @@ def config_of(shape: str) -> PreTrainedConfig:
 
 
 def random_tensors(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Seeded weights under the names of `save_pretrained`; the same at every call on one device."""
+    """Seeded weights under the names of `save_pretrained`. They are the same at every call on one device."""
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
@@ -98,23 +98,25 @@ def random_model(
     packed_weights: bool = True,
     say: Say | None = None,
 ) -> LoadedModel:
-    """A model of a shape; the arguments are those of `load_model`.
+    """A model of a shape. The arguments are those of `load_model`.
 
     Raises:
-        ModelError: for an unknown shape, dtype or device.
+        ModelError: If the shape, dtype or device is unknown.
     """
     to = resolve_device(device)
     as_type = resolve_dtype(dtype, to)
     config = config_of(shape)
     tensors = random_tensors(config, as_type, to)
-    if quantization:
-        module = int8_model(config, tensors.items(), None, dtype=as_type, device=to, say=say)
-    else:
-        module = Transformer.from_tensors(config, tensors.items(), dtype=as_type, device=to)
-        if not fused_projections:
-            packed_linear.split(module)
-        if packed_weights and packed_linear.can_pack(module):
-            packed_linear.pack(module)
+    module = build_transformer(
+        config,
+        tensors.items(),
+        dtype=as_type,
+        device=to,
+        quantization=quantization,
+        fused_projections=fused_projections,
+        packed_weights=packed_weights,
+        say=say,
+    )
     return LoadedModel(f"{shape} (random)", module, tiny_tokenizer(), config, frozenset(), quantization)
 
 

@@ -1,4 +1,4 @@
-"""One seeded workload: real text, prompts and answers of uneven length."""
+"""Seeded workloads: prompts and answers of uneven length, of real text or of random tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Job:
 
 
 def prose() -> str:
-    """The text in the package that prompts are cut from (public domain)."""
+    """The text in the package that prompts are cut from. It is in the public domain."""
     return files("labkit").joinpath("data/alice.txt").read_text(encoding="utf-8").split("\n", 1)[1].strip()
 
 
@@ -30,7 +30,7 @@ def make_workload(
     prompt_tokens: tuple[int, int] = (16, 256),
     output_tokens: tuple[int, int] = (16, 128),
 ) -> list[Job]:
-    """Jobs with prompts cut out of the text and lengths drawn log-uniformly: many short, a few long."""
+    """Jobs with prompts cut out of the text, and log-uniform lengths: many short ones, a few long ones."""
     rng = random.Random(seed)
     token_ids = tokenizer.encode(prose(), add_special_tokens=False)
     jobs = []

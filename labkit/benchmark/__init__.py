@@ -1,1 +1,1 @@
-"""Measurements that anyone can repeat: `python -m labkit.benchmark`."""
+"""Measurements that anyone can repeat with `python -m labkit.benchmark`."""

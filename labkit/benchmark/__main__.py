@@ -7,38 +7,216 @@ import functools
 import json
 import signal
 import sys
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from labkit.analysis.reference import reference_model
 from labkit.analysis.shapes import SEATS, SHAPES, config_of, random_model, random_reference
 from labkit.analysis.workload import Job, make_noise, make_workload
-from labkit.benchmark.engine import bookkeeping, equality, forecast
+from labkit.benchmark.engine import bookkeeping, equality, forecast, ladder_report
+from labkit.benchmark.engine.ablations import NAMES, ablations_for
 from labkit.benchmark.engine.ladder import SLOW_SECONDS, climb
-from labkit.benchmark.engine.ladder_report import LadderReport, figure
-from labkit.benchmark.engine.rungs import NAMES, rungs_for
 from labkit.benchmark.engine.schedulers import OURS, measure
 from labkit.benchmark.engine.speculative import SEATS as SPECULATION_SEATS
 from labkit.benchmark.engine.speculative import speculate
 from labkit.benchmark.engine.stream import REQUESTS, stream
 from labkit.benchmark.serving import load_report
-from labkit.benchmark.serving.load_sweep import Plan, measure_load
+from labkit.benchmark.serving.load_sweep import LoadPlan, measure_load
 from labkit.benchmark.serving.watchers import WATCHERS
-from labkit.models.load import load_model, resolve_device
+from labkit.models.devices import resolve_device
+from labkit.models.load import LoadedModel, load_model
 
-_LOAD = ("rates", "rate_seconds", "streams", "slo_ttft", "slo_itl", "url", "url_model")  # with --serve
 _FROM = "mixed prefill, decode"  # where the ladder begins on shapes: those below differ by policy alone
 
 
+class Result(Protocol):
+    """What a measurement returns: a table as text, and its figures."""
+
+    def to_json(self) -> Any: ...
+
+
+# -- the measurements -----------------------------------------------------------------------------
+
+
+def _schedulers(args: Namespace) -> Result:
+    loaded = _load(args)
+    return measure(
+        loaded,
+        reference_model(loaded, args.model),
+        _jobs(args, loaded.tokenizer),
+        max_num_seqs=_seats(args),
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        repeats=args.repeats,
+        systems=args.systems,
+    )
+
+
+def _ladder(args: Namespace) -> Result:
+    if args.shapes is not None:
+        seats = args.max_num_seqs or SEATS
+        return _Several([_ladder_of(args, shape, some) for shape in args.shapes or SHAPES for some in seats])
+    tokenizer = _load(args).tokenizer  # each ablation loads its own model
+    load = functools.partial(load_model, args.model, dtype=args.dtype, device=args.device, say=None)
+    reference = functools.partial(reference_model, model=args.model)
+    return _climb(args, load, _jobs(args, tokenizer), reference, _seats(args))
+
+
+def _ladder_of(args: Namespace, shape: str, seats: int) -> Result:
+    """The ladder on random weights."""
+    jobs = make_noise(config_of(shape).vocab_size, args.requests or max(8, 2 * seats), seed=args.seed)
+    load = functools.partial(random_model, shape, dtype=args.dtype, device=args.device)
+    return _climb(args, load, jobs, functools.partial(random_reference, shape), seats)
+
+
+def _climb(args: Namespace, load: Any, jobs: list[Job], reference: Any, seats: int) -> Result:
+    ablations = ablations_for(resolve_device(args.device).type, args.rungs)
+    if args.shapes is not None and args.rungs is None:
+        ablations = ablations[[ablation.name for ablation in ablations].index(_FROM) :]
+    return climb(
+        load,
+        jobs,
+        ablations,
+        reference=reference,
+        peers=args.peers,
+        seats=seats,
+        budget=args.max_num_batched_tokens,
+        repeats=args.repeats,
+        slow_seconds=args.slow_seconds,
+        memory=not args.no_memory,
+    )
+
+
+class _Several(list[Any]):
+    """Several reports, one after the other."""
+
+    def to_json(self) -> list[Any]:
+        return [report.to_json() for report in self]
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self))
+
+
+def _stream(args: Namespace) -> Result:
+    load = functools.partial(load_model, args.model, dtype=args.dtype, device=args.device, say=None)
+    jobs = _jobs(args, _load(args).tokenizer, REQUESTS)
+    reference = functools.partial(reference_model, model=args.model)
+    return stream(load, jobs, reference=reference, seats=_seats(args), **_how(args))
+
+
+def _speculation(args: Namespace) -> Result:
+    return speculate(_load(args), seats=args.max_num_seqs or SPECULATION_SEATS, **_how(args))
+
+
+def _bookkeeping(args: Namespace) -> Result:
+    return bookkeeping.report(trace_steps=args.trace_steps)
+
+
+def _capacity(args: Namespace) -> Result:
+    loaded = _load(args)
+    return forecast.forecast(loaded, forecast.cases_of(loaded.tokenizer, args.seed), repeats=args.repeats)
+
+
+def _equality(args: Namespace) -> Result:
+    return equality.report(args.model, args.device, functools.partial(_jobs, args))
+
+
+def _serve(args: Namespace) -> Result:
+    given = {name: getattr(args, name) for name in _ONLY_WITH["serve"] if name != "rate_seconds"}
+    given |= {"batch": args.requests, "seconds": args.rate_seconds}
+    same = {name: getattr(args, name) for name in ("model", "device", "dtype", "repeats", "seed")}
+    return measure_load(
+        LoadPlan(
+            **same,
+            seats=_seats(args),
+            budget=args.max_num_batched_tokens,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+    )
+
+
+def _watched(args: Namespace) -> Result:
+    from labkit.benchmark.serving.watched import watched  # and with it gradio, which nothing else here needs
+
+    loaded = _load(args)
+    jobs = _jobs(args, loaded.tokenizer)
+    return watched(loaded, jobs, count=args.watched, seats=_seats(args), **_how(args))
+
+
+def _load(args: Namespace) -> LoadedModel:
+    return load_model(args.model, dtype=args.dtype, device=args.device)
+
+
+def _jobs(args: Namespace, tokenizer: Any, usual: int = 32) -> list[Job]:
+    return make_workload(tokenizer, args.requests or usual, seed=args.seed)
+
+
+def _seats(args: Namespace) -> int:
+    return args.max_num_seqs[0] if args.max_num_seqs else 32
+
+
+def _how(args: Namespace) -> dict[str, int]:
+    return {"budget": args.max_num_batched_tokens, "repeats": args.repeats}
+
+
+@dataclass(frozen=True)
+class Subcommand:
+    """A measurement.
+
+    Attributes:
+        name: The option that asks for it.
+        help: What it measures.
+        run: The function that does, from the parsed arguments.
+        figure: A function that draws what `run` returned.
+        option: How the option is parsed.
+    """
+
+    name: str
+    help: str
+    run: Callable[[Namespace], Result]
+    figure: Callable[[Any], Any] | None = None
+    option: dict[str, Any] = field(default_factory=lambda: {"action": "store_true"})
+
+
+SUBCOMMANDS = (
+    Subcommand("ladder", "from no cache to int8, one thing more each time", _ladder, ladder_report.figure),
+    Subcommand("stream", "more requests than seats, in fp32 and int8", _stream),
+    Subcommand("speculation", "n-gram drafts against none, copy and chat", _speculation),
+    Subcommand("bookkeeping", "scheduler, pool and trace alone", _bookkeeping),
+    Subcommand("capacity", "predict settings from others, and measure", _capacity, forecast.figure),
+    Subcommand("equality", "half precision and int8 against fp32", _equality),
+    Subcommand("serve", "a server over HTTP, as the load on it rises", _serve, load_report.figure),
+    Subcommand(
+        "watched",
+        f"the lab with nobody there, and with N pages that watch ({WATCHERS})",
+        _watched,
+        option={"type": int, "nargs": "?", "const": WATCHERS, "metavar": "N"},
+    ),
+)
+_DEFAULT = Subcommand("", "the three schedulers and transformers", _schedulers)
+_ONLY_WITH = {  # options that go with one measurement
+    "ladder": ("peers", "rungs", "shapes", "no_memory"),
+    "serve": ("rates", "rate_seconds", "streams", "slo_ttft", "slo_itl", "url", "url_model"),
+}
+
+
+# -- the command line -----------------------------------------------------------------------------
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run what the arguments ask for; 0, or 2 with one line that says what was wrong."""
+    """Run what the arguments ask for; returns 0, or 2 after one line that says what was wrong."""
     args = _parser().parse_args(arguments)
+    asked = next((one for one in SUBCOMMANDS if getattr(args, one.name) not in (None, False)), _DEFAULT)
     try:
-        _check(args)
-        text, figures = _measure(args)
-        print(text)
+        _check(args, asked)
+        result = asked.run(args)
+        if args.figure and asked.figure:
+            asked.figure(result).write_html(args.figure)
+        print(result)
         if args.json:
-            args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            args.json.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
     except (ValueError, OSError, RuntimeError) as error:
         print(f"labkit.benchmark: {error}", file=sys.stderr)
         return 2
@@ -48,60 +226,33 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m labkit.benchmark", description=__doc__)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--ladder", action="store_true", help="from no cache to int8, one thing more each time")
-    what.add_argument("--stream", action="store_true", help="more requests than seats, in fp32 and int8")
-    what.add_argument("--speculation", action="store_true", help="n-gram drafts against none, copy and chat")
-    what.add_argument("--bookkeeping", action="store_true", help="scheduler, pool and trace alone")
-    what.add_argument("--capacity", action="store_true", help="predict settings from others, and measure")
-    what.add_argument("--equality", action="store_true", help="half precision and int8 against fp32")
-    what.add_argument("--serve", action="store_true", help="a server over HTTP, as the load on it rises")
-    what.add_argument(
-        "--watched",
-        type=int,
-        nargs="?",
-        const=WATCHERS,
-        metavar="N",
-        help=f"the lab with nobody there, and with N pages that watch ({WATCHERS})",
-    )
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--requests", type=int, help="32; 128 with --stream, two to a seat with --shapes")
-    parser.add_argument(
+    for one in SUBCOMMANDS:
+        what.add_argument(f"--{one.name}", help=one.help, **one.option)
+    add = parser.add_argument
+    add("--model", default="smollm2-135m")
+    add("--device", default="auto")
+    add("--dtype", default="auto")
+    add("--requests", type=int, help="32; 128 with --stream, two to a seat with --shapes")
+    add(
         "--max-num-seqs",
         type=int,
         nargs="+",
         help="seats: 32; several with --shapes (1 8 32 128) and --speculation (1 8 32)",
     )
-    parser.add_argument("--max-num-batched-tokens", type=int, default=512, help="token budget of a step")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each system; the median counts")
-    parser.add_argument("--seed", type=int, default=0, help="of the workload")
-    parser.add_argument("--systems", nargs="+", choices=OURS, default=list(OURS))
-    parser.add_argument("--trace-steps", type=int, default=100_000, help="with --bookkeeping")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file as well")
-    parser.add_argument(
-        "--figure", type=Path, metavar="FILE.html", help="with --ladder, --serve, --capacity: draw it as well"
-    )
-    serve = parser.add_argument_group("with --serve")
-    _add_load(serve)
-    ladder = parser.add_argument_group("with --ladder")
-    ladder.add_argument("--peers", action="store_true", help="transformers in batches, and other seats")
-    ladder.add_argument("--rungs", nargs="+", choices=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
-    ladder.add_argument(
-        "--shapes", nargs="*", metavar="SHAPE", help=f"random weights; of {', '.join(SHAPES)} (none: all)"
-    )
-    ladder.add_argument("--no-memory", action="store_true", help="do without the peak memory of each rung")
-    ladder.add_argument(
-        "--slow-seconds",
-        type=float,
-        default=SLOW_SECONDS,
-        help="what answers one at a time runs on as many requests as take about so long",
-    )
+    add("--max-num-batched-tokens", type=int, default=512, help="token budget of a step")
+    add("--repeats", type=int, default=3, help="runs of each system; the median counts")
+    add("--seed", type=int, default=0, help="of the workload")
+    add("--systems", nargs="+", choices=OURS, default=list(OURS))
+    add("--trace-steps", type=int, default=100_000, help="with --bookkeeping")
+    add("--json", type=Path, metavar="FILE", help="write the figures to a file as well")
+    add("--figure", type=Path, metavar="FILE.html", help=f"with {_drawn(', ')}: draw it as well")
+    _add_load(parser.add_argument_group("with --serve"))
+    _add_ladder(parser.add_argument_group("with --ladder"))
     return parser
 
 
-def _add_load(serve: argparse._ArgumentGroup) -> None:
-    add, usual = serve.add_argument, Plan()
+def _add_load(group: argparse._ArgumentGroup) -> None:
+    add, usual = group.add_argument, LoadPlan()
     add(
         "--rates", type=float, nargs="+", metavar="R", help="requests/s (parts of what a closed loop reaches)"
     )
@@ -113,26 +264,44 @@ def _add_load(serve: argparse._ArgumentGroup) -> None:
     add("--url-model", metavar="NAME", help="its model there (the first that it names)")
 
 
-def _check(args: argparse.Namespace) -> None:
+def _add_ladder(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--peers", action="store_true", help="transformers in batches, and other seats")
+    add("--rungs", nargs="+", choices=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
+    add("--shapes", nargs="*", metavar="SHAPE", help=f"random weights; of {', '.join(SHAPES)} (none: all)")
+    add("--no-memory", action="store_true", help="do without the peak memory of each rung")
+    add(
+        "--slow-seconds",
+        type=float,
+        default=SLOW_SECONDS,
+        help="what answers one at a time runs on as many requests as take about so long",
+    )
+
+
+def _drawn(last: str) -> str:
+    """The options whose results can be drawn."""
+    *names, end = (f"--{one.name}" for one in SUBCOMMANDS if one.figure)
+    return ", ".join(names) + last + end
+
+
+def _check(args: Namespace, asked: Subcommand) -> None:
     """Raise `ValueError` for arguments that cannot be served, before anything is loaded."""
     for name in ("requests", "max_num_batched_tokens", "repeats", "trace_steps", "slow_seconds", "watched"):
         value = getattr(args, name)
         if value is not None and not value >= 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+            raise ValueError(f"{_option(name)} must be at least 1")
     if any(seats < 1 for seats in args.max_num_seqs or ()):
         raise ValueError("--max-num-seqs must be at least 1")
     if args.max_num_seqs and len(args.max_num_seqs) > 1 and args.shapes is None and not args.speculation:
         raise ValueError("--max-num-seqs takes several numbers only with --shapes or --speculation")
-    for name in ("peers", "rungs", "shapes", "no_memory"):
-        if getattr(args, name) not in (None, False) and not args.ladder:
-            raise ValueError(f"--{name.replace('_', '-')} goes with --ladder")
-    for name in _LOAD:
-        if getattr(args, name) is not None and not args.serve:
-            raise ValueError(f"--{name.replace('_', '-')} goes with --serve")
+    for only, names in _ONLY_WITH.items():
+        for name in names:
+            if getattr(args, name) not in (None, False) and asked.name != only:
+                raise ValueError(f"{_option(name)} goes with --{only}")
     if args.url_model and not args.url:
         raise ValueError("--url-model goes with --url")
-    if args.figure and not (args.ladder or args.serve or args.capacity):
-        raise ValueError("--figure goes with --ladder, --serve or --capacity")
+    if args.figure and not asked.figure:
+        raise ValueError(f"--figure goes with {_drawn(' or ')}")
     if args.figure and args.shapes is not None:
         raise ValueError("--figure draws one ladder, and --shapes makes several")
     for shape in args.shapes or ():
@@ -143,107 +312,8 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name}: there is no folder {file.parent}")
 
 
-def _measure(args: argparse.Namespace) -> tuple[str, Any]:
-    """What was measured, as text and as figures."""
-    if args.bookkeeping:
-        figures = bookkeeping.report(trace_steps=args.trace_steps)
-        return bookkeeping.table(figures), figures
-    seats = args.max_num_seqs or (list(SEATS) if args.shapes is not None else [32])
-    if args.serve:
-        under_load = measure_load(_plan(args, seats[0]))
-        if args.figure:
-            load_report.figure(under_load).write_html(args.figure)
-        return str(under_load), under_load.to_json()
-    if args.shapes is not None:
-        reports = [_ladder_of(args, shape, some) for shape in args.shapes or SHAPES for some in seats]
-        return "\n\n".join(map(str, reports)), [report.to_json() for report in reports]
-
-    def jobs_of(tokenizer: Any) -> list[Job]:
-        return make_workload(tokenizer, args.requests or (REQUESTS if args.stream else 32), seed=args.seed)
-
-    if args.equality:
-        precisions = equality.report(args.model, args.device, jobs_of)
-        return str(precisions), precisions.to_json()
-    load = functools.partial(load_model, args.model, dtype=args.dtype, device=args.device)
-    loaded = load()
-    if args.watched:
-        from labkit.benchmark.serving.watched import (
-            watched,  # and with it gradio, which nothing else here needs
-        )
-
-        sizes = {"seats": seats[0], "budget": args.max_num_batched_tokens, "repeats": args.repeats}
-        watching = watched(loaded, jobs_of(loaded.tokenizer), count=args.watched, **sizes)
-        return str(watching), watching.to_json()
-    if args.speculation:
-        sizes = {"budget": args.max_num_batched_tokens, "repeats": args.repeats}
-        speculating = speculate(loaded, seats=args.max_num_seqs or SPECULATION_SEATS, **sizes)
-        return str(speculating), speculating.to_json()
-    if args.capacity:
-        cases = forecast.cases_of(loaded.tokenizer, args.seed)
-        predicted = forecast.forecast(loaded, cases, repeats=args.repeats)
-        if args.figure:
-            forecast.figure(predicted).write_html(args.figure)
-        return str(predicted), predicted.to_json()
-    reference = functools.partial(reference_model, model=args.model)
-    jobs = jobs_of(loaded.tokenizer)
-    if args.ladder:
-        del loaded  # each rung loads its own
-        ladder = _climb(args, functools.partial(load, say=None), jobs, reference, seats[0])
-        if args.figure:
-            figure(ladder).write_html(args.figure)
-        return str(ladder), ladder.to_json()
-    if args.stream:
-        sizes = {"seats": seats[0], "budget": args.max_num_batched_tokens, "repeats": args.repeats}
-        streamed = stream(functools.partial(load, say=None), jobs, reference=reference, **sizes)
-        return str(streamed), streamed.to_json()
-    report = measure(
-        loaded,
-        reference(loaded),
-        jobs,
-        max_num_seqs=seats[0],
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        repeats=args.repeats,
-        systems=args.systems,
-    )
-    return str(report), report.to_json()
-
-
-def _plan(args: argparse.Namespace, seats: int) -> Plan:
-    """What --serve measures. Raises `ValueError` for what cannot be."""
-    given = {name: getattr(args, name) for name in _LOAD if name != "rate_seconds"}
-    given |= {"batch": args.requests, "seconds": args.rate_seconds}
-    same = {name: getattr(args, name) for name in ("model", "device", "dtype", "repeats", "seed")}
-    return Plan(
-        **same,
-        seats=seats,
-        budget=args.max_num_batched_tokens,
-        **{name: value for name, value in given.items() if value is not None},
-    )
-
-
-def _ladder_of(args: argparse.Namespace, shape: str, seats: int) -> LadderReport:
-    """The ladder on random weights."""
-    jobs = make_noise(config_of(shape).vocab_size, args.requests or max(8, 2 * seats), seed=args.seed)
-    load = functools.partial(random_model, shape, dtype=args.dtype, device=args.device)
-    return _climb(args, load, jobs, functools.partial(random_reference, shape), seats)
-
-
-def _climb(args: argparse.Namespace, load: Any, jobs: list[Job], reference: Any, seats: int) -> LadderReport:
-    rungs = rungs_for(resolve_device(args.device).type, args.rungs)
-    if args.shapes is not None and args.rungs is None:
-        rungs = rungs[[rung.name for rung in rungs].index(_FROM) :]
-    return climb(
-        load,
-        jobs,
-        rungs,
-        reference=reference,
-        peers=args.peers,
-        seats=seats,
-        budget=args.max_num_batched_tokens,
-        repeats=args.repeats,
-        slow_seconds=args.slow_seconds,
-        memory=not args.no_memory,
-    )
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 if __name__ == "__main__":

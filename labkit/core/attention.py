@@ -40,39 +40,26 @@ class QueryGroup(Protocol):
     first: int
     last: int
 
-    def attend(self, q: Tensor, blocks: Tensor, *, scale: float, window: int | None) -> Tensor:
-        """Attention of queries (last - first, heads, head_dim) over a layer (see `PagedKVCache.layer`)."""
-        ...
+    # Queries (last - first, heads, head_dim) over the blocks of one layer; the result has their shape.
+    def attend(self, q: Tensor, blocks: Tensor, *, scale: float, window: int | None) -> Tensor: ...
 
 
 class AttentionBackend(Protocol):
-    """A way to compute attention."""
+    """A way to compute attention: it cuts the rows of a batch, as `row_order` sorts them, into groups."""
 
     @property
     def name(self) -> str: ...
 
     def groups(
         self, rows: Sequence[Span], cache: PagedKVCache, windows: Sequence[int | None]
-    ) -> Sequence[QueryGroup]:
-        """Cut the rows of a batch into groups, in their order.
-
-        Args:
-            rows: in the order of `row_order`.
-            cache: the cache that the model is run with.
-            windows: the sliding windows that occur in its layers (None: a layer without one).
-        """
-        ...
+    ) -> Sequence[QueryGroup]: ...  # windows: the sliding windows among the layers (None: one without)
 
 
 @dataclass
 class AttentionMetadata:
-    """Where the tokens of a flattened batch lie.
+    """Where the tokens of a flattened batch lie."""
 
-    `slots` (see `PagedKVCache.slots`) says where keys and values go; those of the padding at the end go to
-    the null block.
-    """
-
-    slots: Tensor
+    slots: Tensor  # where their keys and values go (see `PagedKVCache.slots`); padding goes to the null block
     groups: Sequence[QueryGroup]
 
 
@@ -125,7 +112,7 @@ def attend(
     Returns:
         (T, heads, head_dim); zeros for padding.
     """
-    groups, blocks = metadata.groups, cache.layer(layer)
+    groups, blocks = metadata.groups, cache.layers[layer]
     if len(groups) == 1 and groups[0].last == len(q):  # as in most decode steps: nothing to put together
         return groups[0].attend(q, blocks, scale=scale, window=window)
     out = torch.zeros_like(q) if not groups or groups[-1].last < len(q) else torch.empty_like(q)
@@ -182,14 +169,13 @@ def reference_attention(
     window: int | None = None,
 ) -> Tensor:
     """What every backend must give: each query looks up its keys through the block table, one by one."""
-    out = torch.zeros_like(q)
-    group = q.shape[1] // cache.k.shape[-2]
-    i = 0
+    out, i = torch.zeros_like(q), 0
+    group = q.shape[1] // cache.num_kv_heads
     for row in rows:
         for position in range(row.start, row.length):
-            first = 0 if window is None else max(0, position + 1 - window)
-            blocks = [row.table[t // cache.block_size] for t in range(first, position + 1)]
-            places = [t % cache.block_size for t in range(first, position + 1)]
+            seen = range(0 if window is None else max(0, position + 1 - window), position + 1)
+            blocks = [row.table[t // cache.block_size] for t in seen]
+            places = [t % cache.block_size for t in seen]
             k = cache.k[layer][blocks, places].repeat_interleave(group, dim=1)  # (L, heads, head_dim)
             v = cache.v[layer][blocks, places].repeat_interleave(group, dim=1)
             scores = torch.einsum("hd,lhd->hl", q[i].float(), k.float()) * scale

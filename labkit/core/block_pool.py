@@ -38,9 +38,9 @@ class BlockPool:
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"num_blocks and block_size must be at least 1, not {num_blocks}, {block_size}")
-        self.num_blocks = num_blocks
-        self.block_size = block_size
+        self.num_blocks, self.block_size = num_blocks, block_size
         self.enable_prefix_caching = enable_prefix_caching
+        # The block table of each request: entry i holds tokens `[i * block_size, (i + 1) * block_size)`.
         self.tables: dict[str, list[int]] = {}
         self.ref_counts = [0] * num_blocks
         self.free = list(range(num_blocks - 1, -1, -1))  # a stack: block 0 is handed out first
@@ -71,10 +71,6 @@ class BlockPool:
         """How many blocks so many tokens need."""
         return -(-num_tokens // self.block_size)
 
-    def table(self, request_id: str) -> list[int]:
-        """The block table of a request: entry i holds tokens `[i * block_size, (i + 1) * block_size)`."""
-        return self.tables[request_id]
-
     def allocate(self, request_id: str, count: int) -> list[int]:
         """Append `count` blocks to a request's block table, and return them.
 
@@ -93,8 +89,7 @@ class BlockPool:
         Raises:
             InvariantError: if the request holds no blocks, or one of them has no owner (a double free).
         """
-        table = self.tables.pop(request_id, None)
-        if table is None:
+        if (table := self.tables.pop(request_id, None)) is None:
             raise InvariantError(f"double free: request {request_id!r} holds no pages")
         self._chain.pop(request_id, None)
         # The tail goes first, so that the end of a prefix is evicted before its beginning, which more share.
@@ -107,9 +102,8 @@ class BlockPool:
 
         None of them may be in the prefix cache: nothing that may be taken back is published.
         """
-        table = self.tables[request_id]
-        blocks = table[count:]
-        del table[count:]
+        blocks = self.tables[request_id][count:]
+        del self.tables[request_id][count:]
         for block in reversed(blocks):
             self._drop(block, request_id)
         return blocks
@@ -119,7 +113,7 @@ class BlockPool:
             block = self.free.pop()
         else:
             block, _ = self.cached.popitem(last=False)
-            self._forget(block)
+            self._evict(block)
         self.ref_counts[block] = 1
         return block
 
@@ -143,10 +137,8 @@ class BlockPool:
         They never hold all: at least one token is left to compute, or there were no logits to sample from.
         """
         blocks: list[int] = []
-        if not self.enable_prefix_caching:
-            return blocks
         node, size = _ROOT, self.block_size
-        for i in range((len(token_ids) - 1) // size):
+        for i in range((len(token_ids) - 1) // size if self.enable_prefix_caching else 0):
             block = self.block_of.get((node, tuple(token_ids[i * size : (i + 1) * size])))
             if block is None:
                 break
@@ -225,7 +217,7 @@ class BlockPool:
         self._drop(old, request_id)
         return old, new
 
-    def _forget(self, block: int) -> None:
+    def _evict(self, block: int) -> None:
         del self.block_of[self.key_of.pop(block)]
         del self.node_of[block]
         self._evicted.append(block)
@@ -233,8 +225,7 @@ class BlockPool:
     def drain_changes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The blocks (published, evicted) since the last call, for the trace."""
         changes = tuple(self._published), tuple(self._evicted)
-        self._published.clear()
-        self._evicted.clear()
+        self._published, self._evicted = [], []
         return changes
 
     def forget(self, blocks: Iterable[int]) -> None:
@@ -242,5 +233,5 @@ class BlockPool:
         for block in blocks:
             if block in self.cached:
                 del self.cached[block]
-                self._forget(block)
+                self._evict(block)
                 self.free.append(block)

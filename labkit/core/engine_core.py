@@ -24,25 +24,20 @@ from labkit.core.plan import StepPlan, StepResult
 from labkit.core.recorder import record_step
 from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
-from labkit.sampling_params import check_number
 from labkit.trace.records import StepRecord, TraceMeta
 from labkit.trace.trace import Trace
 
 
 class Speculation(Protocol):
-    """Drafts tokens, which the next step checks (see `labkit.speculative`)."""
+    """Learns from each step, and drafts tokens for the next; says why not more (see `labkit.speculative`)."""
 
-    def propose(self, plan: StepPlan, result: StepResult, running: Sequence[Request]) -> str:
-        """Learn from a step that is committed, and draft; returns why there are not more drafts."""
-        ...
+    def propose(self, plan: StepPlan, result: StepResult, running: Sequence[Request]) -> str: ...
 
-    def forget(self, request_id: str) -> None:
-        """The request is gone."""
-        ...
+    def forget(self, request_id: str) -> None: ...
 
 
 class Audit(Protocol):
-    """Checks every step, and raises where a rule is broken (see `labkit.schedulers.audit`)."""
+    """Checks each step, and raises where a rule is broken (see `labkit.schedulers.audit`)."""
 
     def check_plan(self, plan: StepPlan) -> None: ...
 
@@ -53,10 +48,8 @@ class EngineCore:
     """Requests in, tokens out, one step at a time. The caller decides when to step.
 
     Args:
-        model: the model.
+        model, attention, cache, graphs: what `ModelRunner` takes; without a cache, a new one.
         scheduler: the policy, with the pool that it takes blocks from.
-        attention: the way to compute attention.
-        cache, graphs: those of the model runner; without them, a new cache and no graphs.
         trace: the trace that records are appended to; without it, a new one.
     """
 
@@ -83,11 +76,7 @@ class EngineCore:
         self._began = time.perf_counter()
 
     def add(self, request: Request) -> None:
-        """Queue a request (and its children); it can run from the next step on.
-
-        Raises:
-            ValueError: if an id is in use, or the pool could never hold the request.
-        """
+        """Queue a request and its children, for the next step on. Raises what `Scheduler.add` raises."""
         self.scheduler.add(request)
 
     def abort(self, request_id: str) -> bool:
@@ -95,11 +84,6 @@ class EngineCore:
         requests = list(self.scheduler.requests.values())  # a copy: the engine's thread may change it
         names = [r.request_id for r in requests if request_id in (r.request_id, r.family)]
         return any([self.scheduler.abort(name) for name in names])
-
-    def set_priority(self, request_id: str, priority: int) -> bool:
-        """Change a request's priority (lower runs first). False if it is not there or is done."""
-        check_number("priority", priority, -(2**31), 2**31, whole=True)
-        return self.scheduler.set_priority(request_id, priority)
 
     @property
     def has_unfinished(self) -> bool:
@@ -161,5 +145,4 @@ def _failed(plan: StepPlan, error: BaseException) -> StepResult:
 
 def first_line(error: BaseException) -> str:
     """An error in one line."""
-    text = str(error).split("\n")[0][:300]
-    return f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"

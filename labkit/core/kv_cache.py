@@ -11,11 +11,9 @@ padding writes, and fills up block tables to a common width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -36,58 +34,30 @@ class KVShape:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
-        """An empty cache of this shape. Raises `ValueError` if it does not fit into memory."""
-        sizes = self.num_layers, num_blocks, block_size, self.num_kv_heads, self.head_dim
-        return PagedKVCache(*sizes, dtype=self.dtype, device=self.device)
+        """An empty cache of this shape."""
+        return PagedKVCache(self, num_blocks, block_size)
 
 
 class PagedKVCache:
-    """Keys and values of all layers, in blocks.
+    """Keys and values of all layers, in blocks. `num_blocks` does not count the null block, the last one."""
 
-    Args:
-        num_layers, num_blocks, block_size, num_kv_heads, head_dim: the sizes. `num_blocks` does not count the
-            null block, whose index is `num_blocks`.
-        dtype, device: those of the tensors.
-
-    Raises:
-        ValueError: if the device cannot hold it; the message names the size.
-    """
-
-    def __init__(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, shape: KVShape, num_blocks: int, block_size: int) -> None:
         self.num_blocks = self.null_block = num_blocks
-        self.block_size, self.num_kv_heads = block_size, num_kv_heads
-        shape = (num_layers, num_blocks + 1, 2, num_kv_heads, block_size, head_dim)
-        _check_memory(num_blocks, math.prod(shape) * dtype.itemsize, device)
+        self.block_size, self.num_kv_heads = block_size, shape.num_kv_heads
+        sizes = shape.num_layers, num_blocks + 1, 2, shape.num_kv_heads, block_size, shape.head_dim
         # Zeros, not garbage: a masked score still multiplies its value, and 0 * NaN is NaN.
-        self.blocks = torch.zeros(shape, dtype=dtype, device=device)
+        self.blocks = torch.zeros(sizes, dtype=shape.dtype, device=shape.device)
         # The same memory, seen by token: (layers, blocks, block_size, kv_heads, head_dim).
         self.k, self.v = self.blocks.transpose(3, 4).unbind(2)
-        # What each layer needs at every step is looked up once.
-        self._layers = list(self.blocks.unbind(0))
-        self._vectors = [blocks.view(-1, head_dim) for blocks in self._layers]
-        self._heads = torch.arange(num_kv_heads, device=device) * block_size
-
-    @property
-    def device(self) -> torch.device:
-        return self.blocks.device
+        self.device = self.blocks.device
+        # One tensor for each layer: (blocks, 2, kv_heads, block_size, head_dim), and the same as vectors.
+        self.layers = self.blocks.unbind(0)
+        self._vectors = [blocks.view(-1, shape.head_dim) for blocks in self.layers]
+        self._heads = torch.arange(shape.num_kv_heads, device=shape.device) * block_size
 
     @property
     def nbytes(self) -> int:
         return self.blocks.nbytes
-
-    def layer(self, layer: int) -> Tensor:
-        """The blocks of one layer: (num_blocks + 1, 2, kv_heads, block_size, head_dim)."""
-        return self._layers[layer]
 
     def slots(self, blocks: Tensor, places: Tensor) -> Tensor:
         """Where in a layer the vectors of tokens lie that have these places (T,) in these blocks (T,).
@@ -142,15 +112,3 @@ def read_rows(blocks: Tensor, pieces: Tensor) -> tuple[Tensor, Tensor]:
     found = blocks.flatten(0, 2).index_select(0, pieces.flatten())
     k, v = found.view(*pieces.shape[:3], -1, blocks.shape[-1]).unbind(0)
     return k, v
-
-
-def _check_memory(num_blocks: int, needed: int, device: torch.device) -> None:
-    if device.type == "cpu":  # it promises memory that it does not have
-        available = psutil.virtual_memory().available
-    else:
-        available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
-    if needed > available:
-        raise ValueError(
-            f"num_blocks={num_blocks} needs {needed / 2**30:.1f} GiB for the KV cache, but {device} has "
-            f"{available / 2**30:.1f} GiB free"
-        )

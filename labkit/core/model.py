@@ -1,25 +1,54 @@
 """The decoder-only transformer: tokens in, logits out, with its keys and values in a paged cache.
 
-One file, read top to bottom, for the models of the Llama shape: Llama, SmolLM2, TinyLlama, Mistral, Qwen2,
-Qwen2.5 and Qwen3. There is no batch dimension: a step's tokens, whoever they belong to, lie one after the
-other in a flattened batch of T tokens, and only attention knows where one request ends and another begins.
+Read it top to bottom. It serves the models of the Llama shape: Llama, SmolLM2, TinyLlama, Mistral, Qwen2,
+Qwen2.5 and Qwen3. There is no batch dimension: the tokens of a step lie one after the other in a flattened
+batch of T tokens, whichever requests they belong to, and only attention knows where one request ends and the
+next begins. Weights come from `labkit/models/`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from labkit.core.attention import AttentionMetadata, attend
 from labkit.core.kv_cache import KVShape, PagedKVCache
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not change with length
+
+@dataclass(frozen=True, eq=False)
+class ModelShape:
+    """What tells one model of the Llama shape from another; the names are those of `config.json`.
+
+    Args:
+        num_key_value_heads: fewer than `num_attention_heads` where several query heads share one.
+        qkv_bias, o_bias, mlp_bias: whether these products add a bias.
+        qk_norm: whether each head's query and key are normalised, as in Qwen3.
+        windows: for each layer, how many tokens a query sees at most; None is all before it.
+        inv_freq: rotary frequencies (head_dim / 2,) in radians per position, fp32.
+        rope_scaling: factor for the cosines and sines, other than 1 only in models stretched for long texts.
+        tie_word_embeddings: whether the output layer is the embedding table.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    windows: tuple[int | None, ...]
+    inv_freq: Tensor
+    rope_scaling: float
+    tie_word_embeddings: bool
 
 
 class RMSNorm(nn.Module):
@@ -33,163 +62,103 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        # In half precision transformers rounds before the weight is multiplied in, and so do we.
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions (Su et al. 2021) over a paged cache."""
 
-    def __init__(self, config: PreTrainedConfig, layer: int) -> None:
+    def __init__(self, shape: ModelShape, layer: int) -> None:
         super().__init__()
-        self.layer = layer
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.dim = _head_dim(config)
-        self.window = _window(config, layer)
-        bias = config.model_type == "qwen2" or bool(getattr(config, "attention_bias", False))
-        # Queries, keys and values in one product: one pass over x, one launch.
-        self.qkv_proj = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.dim, bias=bias)
-        self.o_proj = nn.Linear(
-            self.heads * self.dim, config.hidden_size, bias=bool(getattr(config, "attention_bias", False))
-        )
-        if config.model_type == "qwen3":
-            self.q_norm = RMSNorm(self.dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(self.dim, config.rms_norm_eps)
+        self.layer, self.window = layer, shape.windows[layer]
+        self.head_dim, self.qk_norm = shape.head_dim, shape.qk_norm
+        self.heads, self.kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+        # Queries, keys and values in one product: x is read once, and one kernel is launched, not three.
+        fused = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.qkv_proj = nn.Linear(shape.hidden_size, fused, bias=shape.qkv_bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, shape.hidden_size, bias=shape.o_bias)
+        if self.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, shape.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, shape.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: PagedKVCache, layout: AttentionMetadata
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: PagedKVCache, metadata: AttentionMetadata
     ) -> Tensor:
-        qkv = self.qkv_proj(x).view(len(x), -1, self.dim)
+        qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)  # (T, heads + 2 * kv_heads, head_dim)
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
-        if hasattr(self, "q_norm"):
+        if self.qk_norm:
             q, k = qk.split((self.heads, self.kv_heads), dim=1)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
         q, k = apply_rotary(qk, *rope).split((self.heads, self.kv_heads), dim=1)
-        cache.write(self.layer, k, v, layout.slots)
-        out = attend(q, cache, self.layer, layout, scale=self.dim**-0.5, window=self.window)
-        return self.o_proj(out.view(len(x), -1))
+        # Write first, then read: a token attends to itself and to its neighbours in this step, too.
+        cache.write(self.layer, k, v, metadata.slots)
+        out = attend(q, cache, self.layer, metadata, scale=self.head_dim**-0.5, window=self.window)
+        return self.o_proj(out.reshape(len(x), -1))  # (T, heads, head_dim) to (T, hidden_size)
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020), gate and up in one product."""
+    """SwiGLU (Shazeer 2020), with gate and up in one product."""
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        bias = bool(getattr(config, "mlp_bias", False))
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+        self.gate_up_proj = nn.Linear(shape.hidden_size, 2 * shape.intermediate_size, bias=shape.mlp_bias)
+        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # (T, intermediate_size) each
         return self.down_proj(F.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: PreTrainedConfig, layer: int) -> None:
+    """Attention mixes tokens, the MLP works on each alone; both add to the stream x that runs through."""
+
+    def __init__(self, shape: ModelShape, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.self_attn = Attention(shape, layer)
+        self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.mlp = MLP(shape)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: PagedKVCache, layout: AttentionMetadata
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: PagedKVCache, metadata: AttentionMetadata
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, layout)
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, metadata)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Transformer(nn.Module):
-    """A decoder-only transformer of the Llama shape.
+    """A decoder-only transformer, built with its weights yet to be filled in.
 
-    Build it with `from_tensors`. `forward` gives the hidden states of a flattened batch, and `logits` those
-    of the rows that are to be sampled: the output layer is the widest product of all, so it is asked only
-    for what is needed.
+    `forward` gives the hidden states of a flattened batch. `logits` is a step of its own because the output
+    layer is the widest product of all, and only the rows that are to be sampled need it.
+
+    Attributes:
+        shape: the sizes that the model was built with.
+        windows: the sliding windows that occur among the layers, each once.
     """
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    is_adapted = False
+
+    def __init__(self, shape: ModelShape, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.config = config
-        # Weights are yet to come: to draw random ones first would take torch a second, for its compiler.
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.windows = tuple({layer.self_attn.window for layer in self.layers})
-
-    @staticmethod
-    def supports(config: PreTrainedConfig) -> bool:
-        """Whether this file can run a model: its type, activation and rotary frequencies are known here."""
-        rope = getattr(config, "rope_parameters", None) or {}
-        return (
-            config.model_type in MODEL_TYPES
-            and config.hidden_act == "silu"
-            and rope.get("rope_type", "default") in _ROPE_TYPES
-        )
-
-    @classmethod
-    def empty(cls, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device) -> Transformer:
-        """A model whose weights are yet to be filled in."""
+        self.shape = shape
+        self.windows = tuple(set(shape.windows))
+        # Built on "meta", where tensors have no values: to draw random weights only for a checkpoint to
+        # overwrite them would take seconds.
         with torch.device("meta"):
-            model = cls(config)
-        model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
-        # Rotary frequencies are few and want fp32, whatever the weights are.
-        frequencies, model.rope_scaling = _rotary(config)
-        model.inv_freq = frequencies.float().to(device)
-        return model
-
-    @classmethod
-    def from_tensors(
-        cls,
-        config: PreTrainedConfig,
-        tensors: Iterable[tuple[str, Tensor]],
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> Transformer:
-        """Build a model from tensors under the names that `save_pretrained` gives them.
-
-        Raises:
-            ValueError: for a tensor that is missing, unknown or of the wrong shape.
-        """
-        model = cls.empty(config, dtype=dtype, device=device)
-        if config.tie_word_embeddings:
-            model.lm_head.weight = model.embed_tokens.weight
-        homes = model._homes()
-        for name, tensor in tensors:
-            name = name.removeprefix("model.")
-            if name.endswith("rotary_emb.inv_freq") or (
-                name == "lm_head.weight" and config.tie_word_embeddings
-            ):
-                continue
-            home = homes.pop(name, None)
-            if home is None:
-                raise ValueError(
-                    f"tensor {name!r} is not part of a {config.model_type} model, or comes twice"
-                )
-            if home.shape != tensor.shape:
-                raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}, not {tuple(home.shape)}")
-            home.copy_(tensor)
-        if homes:
-            raise ValueError(f"{len(homes)} tensors are missing, among them {sorted(homes)[0]!r}")
-        return model
-
-    def _homes(self) -> dict[str, Tensor]:
-        """Where each tensor of a checkpoint goes: fused projections are filled part by part."""
-        homes: dict[str, Tensor] = {}
-        for name, parameter in self.named_parameters():
-            fused = next((part for part in ("qkv_proj", "gate_up_proj") if part in name), None)
-            if fused is None:
-                homes[name] = parameter.data
-                continue
-            attention = self.layers[0].self_attn
-            if fused == "qkv_proj":
-                sizes = [n * attention.dim for n in (attention.heads, attention.kv_heads, attention.kv_heads)]
-                parts = ("q_proj", "k_proj", "v_proj")
-            else:
-                sizes, parts = [self.config.intermediate_size] * 2, ("gate_proj", "up_proj")
-            for part, piece in zip(parts, parameter.data.split(sizes), strict=True):
-                homes[name.replace(fused, part)] = piece
-        return homes
+            # from_pretrained, because Embedding's constructor draws numbers even on "meta", by the compiler.
+            self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(shape.vocab_size, shape.hidden_size))
+            self.layers = nn.ModuleList(DecoderLayer(shape, i) for i in range(shape.num_hidden_layers))
+            self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+            self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        # Now give them memory. `to_empty` would do the same, but imports torch's compiler.
+        self._apply(lambda parameter: torch.empty(parameter.shape, dtype=dtype, device=device))
+        self.requires_grad_(False).eval()
+        if shape.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        # Not a buffer: `to` must not round it to half precision, which would misplace distant tokens.
+        self.inv_freq = shape.inv_freq.to(device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -200,50 +169,33 @@ class Transformer(nn.Module):
         return self.norm.weight.device
 
     @property
-    def max_model_len(self) -> int:
-        """Positions that the model was made for."""
-        return self.config.max_position_embeddings
-
-    is_adapted = False
+    def vocab_size(self) -> int:
+        return self.shape.vocab_size
 
     @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
+    def max_model_len(self) -> int:
+        """How many positions the model was made for."""
+        return self.shape.max_position_embeddings
 
     @property
     def kv_shape(self) -> KVShape:
-        attention = self.layers[0].self_attn
-        return KVShape(len(self.layers), attention.kv_heads, attention.dim, self.dtype, self.device)
-
-    def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
-        """An empty KV cache of this model's shape. Raises `ValueError` if it does not fit."""
-        attention = self.layers[0].self_attn
-        return PagedKVCache(
-            len(self.layers),
-            num_blocks,
-            block_size,
-            attention.kv_heads,
-            attention.dim,
-            dtype=self.dtype,
-            device=self.device,
-        )
-
-    def kv_bytes_per_token(self) -> int:
-        """What one token takes in the KV cache."""
-        attention = self.layers[0].self_attn
-        return 2 * len(self.layers) * attention.kv_heads * attention.dim * self.dtype.itemsize
+        """What one token takes in the KV cache, in every layer."""
+        shape = self.shape
+        layers, kv_heads = shape.num_hidden_layers, shape.num_key_value_heads
+        return KVShape(layers, kv_heads, shape.head_dim, self.dtype, self.device)
 
     @torch.inference_mode()
     def forward(
-        self, token_ids: Tensor, positions: Tensor, cache: PagedKVCache, layout: AttentionMetadata
+        self, token_ids: Tensor, positions: Tensor, cache: PagedKVCache, metadata: AttentionMetadata
     ) -> Tensor:
         """Hidden states (T, hidden_size) of tokens (T,) at positions (T,); writes the cache on the way."""
-        x = self.embed_tokens(token_ids)
-        angles = positions[:, None].float() * self.inv_freq
-        cos, sin = (f(angles)[:, None] * self.rope_scaling for f in (torch.cos, torch.sin))
+        x = self.embed_tokens(token_ids)  # (T, hidden_size)
+        # The same angles in every layer, so they are computed once, in fp32.
+        angles = positions[:, None].float() * self.inv_freq  # (T, head_dim / 2)
+        cos, sin = (f(angles)[:, None] * self.shape.rope_scaling for f in (torch.cos, torch.sin))
         rope = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)
         for layer in self.layers:
-            x = layer(x, rope, cache, layout)
+            x = layer(x, rope, cache, metadata)
         return self.norm(x)
 
     @torch.inference_mode()
@@ -253,31 +205,10 @@ class Transformer(nn.Module):
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (a, b) = (i, i + head_dim / 2) of x (T, heads, head_dim) by an angle of its own.
+    """Turn each pair (a, b) = (i, i + head_dim / 2) of x (T, heads, head_dim) by its own angle.
 
     Args:
-        cos, sin: (T, 1, head_dim), twice the same angles, the first half of the sines negated: a becomes
-            a cos - b sin, and b becomes b cos + a sin.
+        cos, sin: (T, 1, head_dim), the same angles twice, with the first half of the sines negated: then
+            a becomes a cos - b sin, and b becomes b cos + a sin, in one multiplication and one addition.
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
-
-
-def _head_dim(config: PreTrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _rotary(config: PreTrainedConfig) -> tuple[Tensor, float]:
-    """Rotary frequencies (head_dim / 2,), in radians per position, and a factor for cosine and sine."""
-    rope = config.rope_parameters
-    if rope["rope_type"] != "default":  # stretched for longer texts, in one of several ways
-        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, None)
-    dim = _head_dim(config)
-    return 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2).float() / dim), 1.0
-
-
-def _window(config: PreTrainedConfig, layer: int) -> int | None:
-    """The sliding window of a layer: all of Mistral's, some of Qwen's, none elsewhere."""
-    if config.model_type == "mistral":
-        return config.sliding_window
-    kinds = getattr(config, "layer_types", None)
-    return config.sliding_window if kinds and kinds[layer] == "sliding_attention" else None

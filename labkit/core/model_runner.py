@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -17,9 +17,11 @@ from labkit.core.request import Request
 from labkit.core.sampler import sample
 from labkit.outputs import TokenLogprobs
 
+Chosen = tuple[int, TokenLogprobs | None, bool]  # a token, its log-probabilities, and whether they are sound
+
 
 class PagedModel(Protocol):
-    """A decoder that keeps its keys and values in a paged cache."""
+    """A decoder that keeps its keys and values in a paged cache (see `labkit.core.model.Transformer`)."""
 
     device: torch.device
     kv_shape: KVShape
@@ -30,21 +32,15 @@ class PagedModel(Protocol):
 
     def __call__(
         self, token_ids: Tensor, positions: Tensor, cache: PagedKVCache, metadata: AttentionMetadata
-    ) -> Tensor:
-        """Hidden states (T, hidden_size) of tokens (T,) at positions (T,); writes their keys and values."""
-        ...
+    ) -> Tensor: ...
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (S, vocab_size) of hidden states (S, hidden_size)."""
-        ...
+    def logits(self, hidden: Tensor) -> Tensor: ...
 
 
 class DecodeGraphs(Protocol):
-    """Recorded steps in which every row computes one token."""
+    """Recorded steps in which every row computes one token; None where none is large enough."""
 
-    def run(self, token_ids: Sequence[int], rows: Sequence[Span]) -> Tensor | None:
-        """Hidden states (rows, hidden_size); None if no recorded step is large enough."""
-        ...
+    def run(self, token_ids: Sequence[int], rows: Sequence[Span]) -> Tensor | None: ...
 
 
 class ModelRunner:
@@ -56,11 +52,6 @@ class ModelRunner:
         pool: the pool whose block tables say where tokens lie.
         backend: the way to compute attention.
         graphs: recorded decode steps on the same cache; without, every step runs eagerly.
-
-    Attributes:
-        sample: called with logits and requests, picks the tokens (see `labkit.core.sampler.sample`).
-        accept: called with the drafts of a row and the tokens that the model chose in their places, says how
-            many drafts, from the first on, become part of the answer.
     """
 
     def __init__(
@@ -74,7 +65,7 @@ class ModelRunner:
     ) -> None:
         self.model, self.cache, self.pool = model, cache, pool
         self.backend, self.graphs = backend, graphs
-        self.sample = sample
+        self.sample = sample  # these two can be replaced, to time them or to try another rule
         self.accept: Callable[[Sequence[int], Sequence[int]], int] = accept
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -82,13 +73,9 @@ class ModelRunner:
         result = StepResult([()] * len(plan.requests))
         if plan.copied:  # before anybody writes to the copies
             self.cache.copy_blocks([(copy.old, copy.new) for copy in plan.copied])
-        rows, spans = [], []
-        for row, (request, start, num_tokens) in enumerate(
-            zip(plan.requests, plan.starts, plan.num_tokens, strict=True)
-        ):
-            if num_tokens:
-                rows.append(row)
-                spans.append(Span(start, num_tokens, self.pool.table(request.request_id)))
+        rows = [row for row, num_tokens in enumerate(plan.num_tokens) if num_tokens]
+        tables = [self.pool.tables[plan.requests[row].request_id] for row in rows]
+        spans = [Span(plan.starts[row], plan.num_tokens[row], t) for row, t in zip(rows, tables, strict=True)]
         if rows:
             order = row_order(spans)
             rows, spans = [rows[i] for i in order], [spans[i] for i in order]
@@ -154,18 +141,12 @@ class ModelRunner:
         logits = self.model.logits(hidden[torch.tensor(places, device=hidden.device)])
         chosen = zip(*self.sample(logits[: len(requests)], requests), strict=True)
         for row, _ in picked:
-            self._keep(plan, row, list(itertools.islice(chosen, 1 + len(plan.drafts.get(row, ())))), result)
+            self._keep(plan, row, chosen, result)
 
-    def _keep(
-        self,
-        plan: StepPlan,
-        row: int,
-        chosen: list[tuple[int, TokenLogprobs | None, bool]],
-        result: StepResult,
-    ) -> None:
+    def _keep(self, plan: StepPlan, row: int, chosen: Iterable[Chosen], result: StepResult) -> None:
         """Keep the drafts that were right, and the token that the model chose after them."""
-        tokens, logprobs, sound = zip(*chosen, strict=True)
         drafts = plan.drafts.get(row, ())
+        tokens, logprobs, sound = zip(*itertools.islice(chosen, 1 + len(drafts)), strict=True)
         right = self.accept(drafts, tokens[:-1]) if drafts else 0
         if not all(sound[: right + 1]):
             result.errors[row] = "the logits of this request are not finite"

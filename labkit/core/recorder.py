@@ -16,14 +16,7 @@ def record_step(
     time: float = 0.0,
     seconds: float = 0.0,
 ) -> StepRecord:
-    """Write the record of a step that is committed; the scheduler's list of changes begins anew.
-
-    Args:
-        step: its number.
-        plan, result: what was planned, and what was computed.
-        scheduler: whose queue, pool and changes are recorded.
-        time, seconds: when the step ended, on the clock of the trace, and how long it took.
-    """
+    """Write the record of a step that is committed; the scheduler's list of changes begins anew."""
     pool, changes = scheduler.pool, scheduler.changes
     scheduler.changes = Changes()
     published, evicted = pool.drain_changes()
@@ -50,7 +43,7 @@ def record_step(
         returned=tuple(changes.returned),
         published=published,
         evicted=evicted,
-        waiting=len(scheduler.requests) - len(scheduler.running),
+        waiting=scheduler.num_waiting,
         blocked=blocked,
         held_back=plan.held_back,
         free_blocks=pool.num_free,

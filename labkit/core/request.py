@@ -23,17 +23,13 @@ def answer_ids(request_id: str, n: int) -> list[str]:
 
 
 class TokenReader(Protocol):
-    """Reads the tokens of an answer as they come, and knows where its text ends."""
+    """Turns the tokens of an answer into text as they come, and knows where a stop string ends it."""
 
     text: str  # what may be shown so far
 
-    def push(self, token: int) -> bool:
-        """Take the next token; True if it completes a stop string."""
-        ...
+    def push(self, token: int) -> bool: ...  # take the next token; True if it completes a stop string
 
-    def finish(self) -> bool:
-        """No more tokens will come: let out what was held back."""
-        ...
+    def finish(self) -> bool: ...  # no more tokens will come: let out what was held back
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -79,10 +75,7 @@ class Request:
         return self.token_ids[self.num_prompt_tokens :]
 
     def append(self, token: int) -> FinishReason | None:
-        """Take the next token of the answer; returns why the request ends with it, or None.
-
-        This is the one place that decides about the end: a stop token, a stop string, or the length.
-        """
+        """Take the next token of the answer; returns why the request ends with it, or None."""
         self.token_ids.append(token)
         # The reader sees every token, a stop token too: it skips those that are no text.
         stop_string = self.reader is not None and self.reader.push(token)
@@ -97,7 +90,5 @@ class Request:
         return twin
 
     def __repr__(self) -> str:
-        return (
-            f"Request({self.request_id!r}, {self.status}, computed {self.num_computed_tokens} of "
-            f"{len(self.token_ids)} tokens, prompt {self.num_prompt_tokens})"
-        )
+        done = f"computed {self.num_computed_tokens} of {len(self.token_ids)} tokens"
+        return f"Request({self.request_id!r}, {self.status}, {done}, prompt {self.num_prompt_tokens})"

@@ -205,8 +205,8 @@ class Scheduler:
         start = request.num_computed_tokens
         if start >= request.num_slots:
             return True
-        table = self.pool.table(request.request_id)
-        return self.pool.ref_counts[table[start // self.pool.block_size]] > 1
+        block = self.pool.tables[request.request_id][start // self.pool.block_size]
+        return self.pool.ref_counts[block] > 1
 
     def preempt(self, plan: StepPlan, victim: Request) -> None:
         """Take a request's blocks and seat away; it keeps its tokens, and will compute them again."""
@@ -269,7 +269,7 @@ class Scheduler:
         """Let a request run; so many of its tokens lie in the blocks it holds already."""
         request.status = "running"
         request.num_computed_tokens = request.num_cached_tokens = num_computed_tokens
-        request.num_slots = len(self.pool.table(request.request_id)) * self.pool.block_size
+        request.num_slots = len(self.pool.tables[request.request_id]) * self.pool.block_size
         self.running.append(request)
 
     def allocate(self, plan: StepPlan, request: Request, count: int) -> None:

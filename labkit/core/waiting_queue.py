@@ -14,7 +14,7 @@ def order(request: Request) -> tuple[int, int]:
 
 
 class WaitingQueue:
-    """The requests that wait, by priority, then by arrival. No call takes more than log n."""
+    """The requests that wait, in order. No call takes more than log n."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, Request]] = []
@@ -35,8 +35,8 @@ class WaitingQueue:
         return None
 
     def remove(self, request: Request) -> None:
-        """Take a request out. Its entry in the heap stays until it comes up, as that costs nothing."""
-        del self._members[request.request_id]
+        """Take a request out."""
+        del self._members[request.request_id]  # its entry in the heap stays until it comes up
         if len(self._heap) > 2 * len(self._members) + 64:  # mostly leftovers: sweep
             self._heap = [(*order(r), r) for r in self._members.values()]
             heapq.heapify(self._heap)

@@ -1,7 +1,8 @@
-"""Exercises: a learner's function is examined, put into the real engine, and what it did is drawn.
+"""Exercises: a learner's function is examined, runs in the real engine, and is drawn beside the reference.
 
-`check` is what a notebook calls. Each exercise lives in the module of its notebook (`e03.py` has those of
-notebook 03) and says three things: what is right, how to find out, and how the engine runs with it.
+A notebook calls `check`. The module with its number lists its exercises: `e03.py` those of notebook 03. Where
+they are long, each has a file of its own: `e03_pool.py`. An exercise says three things: what is right, how to
+find out, and how the engine runs with it.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from typing import Any
 from labkit.core.block_pool import InvariantError
 from labkit.views.picture import Picture, show
 
-_PATIENCE = 60.0  # seconds of computing; a function that has not come back by then never will
-_WAITING = 10  # times as long for one that only waits, or for a machine that is busy with other things
+_PATIENCE = 60.0  # seconds of computing; a function that has not returned by then never will
+_WAITING = 10  # times as long on the clock: a function may wait, or the machine may be busy
 _TICK = 0.5  # seconds between two looks at the clock
-_FIRST_LINES = 3  # of what an exception says
+_FIRST_LINES = 3  # of the text of an exception
 _UNTIL_RIGHT = "Until it is right, the cells below use the reference."
 
 
@@ -34,7 +35,7 @@ class Wrong(Exception):
 
     Args:
         rule: the rule, in words that a learner can act on.
-        example: the smallest case that shows it: what went in, what came out, what should have.
+        example: the smallest case that shows it: what went in, what came out, and what is right.
     """
 
     def __init__(self, rule: str, example: str = "") -> None:
@@ -46,17 +47,19 @@ class Wrong(Exception):
 
 
 class _Endless(BaseException):
-    """Time is up. No `Exception`: a learner's `except Exception` must not catch it, nor the engine end a
-    request for it and go on."""
+    """Time is up.
+
+    It is not an `Exception`: neither a learner's `except Exception` nor the engine may catch it and go on.
+    """
 
 
 @dataclass(frozen=True)
 class Run:
-    """What became of a function in the engine.
+    """What a function did in the engine.
 
     Args:
-        sentence: what it did, against the reference: "your pool ran 8 requests: 41 steps, reference 38".
-        pictures: to be drawn, each under a line of its own.
+        sentence: what it did, beside the reference: "Your pool ran 8 requests: 41 steps, reference 38."
+        pictures: captions, each with a picture to draw below it.
     """
 
     sentence: str
@@ -69,11 +72,11 @@ class Exercise:
 
     Args:
         id: notebook and number, such as "03.2".
-        title: what is to be written, in a few words.
-        reference: a right answer; what later cells use as long as the learner has none.
+        title: what the learner writes, in a few words.
+        reference: a right answer; later cells use it as long as the learner has none.
         examine: calls a learner's function on cases, the smallest first, and raises `Wrong` at the first
-            that breaks a rule. An untouched stub raises `NotImplementedError`, which it lets pass.
-        run: puts a right answer into the real engine; None if there is nothing to run.
+            that breaks a rule. It lets the `NotImplementedError` of an untouched stub pass.
+        run: runs a right answer in the real engine; None if there is nothing to run.
     """
 
     id: str
@@ -85,7 +88,7 @@ class Exercise:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `judge` found: `state` is "right", "wrong" or "open" (an untouched stub)."""
+    """What `judge` found. Its `state` is "right", "wrong" or "open" (an untouched stub)."""
 
     exercise: Exercise
     state: str
@@ -94,10 +97,10 @@ class Verdict:
 
 
 def find(exercise_id: str) -> Exercise:
-    """The exercise of that name.
+    """The exercise with this id.
 
     Raises:
-        ValueError: if there is none; says which there are in that notebook.
+        ValueError: there is none; the message lists those of the notebook.
     """
     number = exercise_id.partition(".")[0] if isinstance(exercise_id, str) else ""
     home = f"labkit.exercises.e{number}"
@@ -111,22 +114,24 @@ def find(exercise_id: str) -> Exercise:
         if exercise.id == exercise_id:
             return exercise
     there = (
-        f"notebook {number} has {', '.join(e.id for e in known)}" if known else 'one is called "03.2", say'
+        f"notebook {number} has {', '.join(e.id for e in known)}"
+        if known
+        else 'an id is, for example, "03.2"'
     )
     raise ValueError(f"there is no exercise {exercise_id!r}: {there}")
 
 
 def judge(exercise_id: str, function: Callable[..., Any], *, patience: float = _PATIENCE) -> Verdict:
-    """Examine a function, and run it in the engine if it is right. Prints and draws nothing.
+    """Examine a function, and run it in the engine if it is right. Prints nothing and draws nothing.
 
     Args:
         exercise_id: notebook and number, such as "03.2".
-        function: what the learner wrote: a function or a class.
-        patience: seconds of computing after which a function that has not come back is stopped, where the
-            system can.
+        function: the function or class that the learner wrote.
+        patience: seconds of computing after which a function that has not returned is stopped, where the
+            system can do that.
 
     Raises:
-        ValueError: if there is no such exercise, or nothing that can be called.
+        ValueError: there is no such exercise, or `function` cannot be called.
     """
     exercise = find(exercise_id)
     title = f"{exercise.id} {exercise.title}"
@@ -139,11 +144,11 @@ def judge(exercise_id: str, function: Callable[..., Any], *, patience: float = _
     except (Wrong, InvariantError) as error:
         why = str(error)
     except _Endless as error:
-        why = f"it had not come back after {patience:g} seconds of computing: does a loop never end?"
+        why = f"it had not returned after {patience:g} seconds of computing: is there a loop that never ends?"
         why += _line(_places(error, function))
     except NotImplementedError as error:
         if _is_stub(error, function):
-            # One fixed line: what a notebook shows before its reader has begun.
+            # One fixed line: a notebook shows it before its reader has begun.
             return Verdict(exercise, "open", f"○ {title}: yours to write. Until then the reference is used.")
         why = _raised(error, function)
     except Exception as error:
@@ -159,16 +164,16 @@ def check(exercise_id: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     Args:
         exercise_id: notebook and number, such as "03.2".
-        function: what the learner wrote.
+        function: the function or class that the learner wrote.
 
     Returns:
-        The function if it is right, else the reference, so that the cells that follow can go on.
+        The function if it is right, otherwise the reference, so that the cells that follow can go on.
 
     Raises:
-        ValueError: if there is no such exercise, or nothing that can be called.
+        ValueError: there is no such exercise, or `function` cannot be called.
     """
     exercise = find(exercise_id)
-    if function is exercise.reference:  # what an earlier check returned under the learner's name
+    if function is exercise.reference:  # an earlier check returned it under the learner's name
         print(
             f"○ {exercise.id} {exercise.title}: this is the reference. Run the cell with your own code again."
         )
@@ -182,7 +187,7 @@ def check(exercise_id: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _wrapped(line: str) -> str:
-    """A line of at most 110 characters, or several: notebooks break longer ones in the middle of a word."""
+    """Break a line at 110 characters, between words: notebooks break longer ones in the middle of a word."""
     return textwrap.fill(line, 110, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
@@ -192,11 +197,11 @@ def expect(condition: bool, rule: str, example: str = "") -> None:
         raise Wrong(rule, example)
 
 
-# -- whose fault, and where -----------------------------------------------------------------------
+# -- who raised it, and where ---------------------------------------------------------------------
 
 
 def _raised(error: Exception, function: Callable[..., Any]) -> str:
-    """What an exception says to the learner: whether their code raised it, and in which line."""
+    """Say what was raised, whether the learner's own code raised it, and in which line."""
     name = type(error).__name__
     said = "\n  ".join((f"{name}: {error}" if str(error) else name).splitlines()[:_FIRST_LINES])
     if places := _places(error, function):
@@ -207,7 +212,7 @@ def _raised(error: Exception, function: Callable[..., Any]) -> str:
 
 
 def _places(error: BaseException, function: Callable[..., Any]) -> list[tuple[str, int]]:
-    """File and line of each frame of the learner's own code that an exception passed, innermost last."""
+    """File and line of each frame of the learner's own code that an exception passed, the innermost last."""
     files, found, trace = _files(function), [], error.__traceback__
     while trace:
         if (file := trace.tb_frame.f_code.co_filename) in files:
@@ -217,7 +222,7 @@ def _places(error: BaseException, function: Callable[..., Any]) -> list[tuple[st
 
 
 def _line(places: list[tuple[str, int]]) -> str:
-    """The innermost line, by its number in the cell and by what stands there; nothing if there is none."""
+    """The innermost line: its number in the cell, and its source. Empty if there are no places."""
     if not places:
         return ""
     file, number = places[-1]
@@ -226,7 +231,7 @@ def _line(places: list[tuple[str, int]]) -> str:
 
 
 def _is_stub(error: NotImplementedError, function: Callable[..., Any]) -> bool:
-    """Whether the learner's own code raised it, and not torch or the engine below."""
+    """Whether the learner's own code raised it, and not torch or the engine."""
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
@@ -235,7 +240,7 @@ def _is_stub(error: NotImplementedError, function: Callable[..., Any]) -> bool:
 
 
 def _files(function: Callable[..., Any]) -> set[str]:
-    """The files that a function or a class is written in; each cell of a notebook is one."""
+    """The files in which a function or a class is written; each cell of a notebook is a file."""
     while isinstance(function, functools.partial):
         function = function.func
     if inspect.isroutine(function):
@@ -249,7 +254,7 @@ def _files(function: Callable[..., Any]) -> set[str]:
 
 @contextlib.contextmanager
 def _stopped_after(seconds: float) -> Iterator[None]:
-    """Stop what never comes back, where the system can: a loop that does not end is a wrong answer."""
+    """Stop a function that never returns, where the system can: a loop without an end is a wrong answer."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return

@@ -1,81 +1,39 @@
-"""The exercise of notebook 00: foretell who computes how many tokens in the next step."""
+"""The exercise of notebook 00: predict who computes how many tokens in the next step."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from labkit import notebook
-from labkit.config import EngineConfig
-from labkit.core.block_pool import BlockPool, InvariantError
+from labkit.core.block_pool import InvariantError
 from labkit.core.plan import StepPlan
 from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.models.load import LoadedModel, load_model
-from labkit.sampling_params import SamplingParams
+from labkit.exercises.common import Job, arrivals, expect_same_answers, serve, timelines, tiny_engine
 from labkit.trace.records import StepRecord
 from labkit.views.style import plural
 
 Plan = dict[str, int]
 
-SIZES: dict[str, Any] = {"num_blocks": 32, "block_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 16}
+SIZES: dict[str, Any] = {
+    "num_blocks": 32,
+    "block_size": 4,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 16,
+    "enable_prefix_caching": False,
+}
 
 
 # -- an engine to play with ------------------------------------------------------------------------
 
 
-class Job(NamedTuple):
-    """A request: the step before which it arrives, and the tokens of its prompt and of its answer."""
-
-    step: int
-    prompt: int
-    answer: int
-
-
-def small_engine(
-    *,
-    scheduler_class: Callable[..., Scheduler] | None = None,
-    pool: Callable[..., BlockPool] | None = None,
-    **settings: Any,
-) -> Engine:
-    """An engine of these `SIZES`, whose model knows nothing and gives the same tokens on every machine.
-
-    Args:
-        scheduler_class, pool: classes of your own, as for `Engine`.
-        settings: other fields of `EngineConfig`, and other sizes.
-    """
-    config = EngineConfig(model=_tiny(), enable_prefix_caching=False, **(SIZES | settings))
-    return Engine(config, scheduler=scheduler_class, pool=pool)
-
-
-@functools.cache
-def _tiny() -> LoadedModel:
-    return load_model("tiny-random", device="cpu", say=None)
-
-
-def inject(engine: Engine, prompt_tokens: int, answer_tokens: int, request_id: str | None = None) -> str:
-    """Hand in a request of such lengths; no two begin alike."""
-    first = 300 + 50 * len(engine.outputs)
-    prompt = list(range(first, first + prompt_tokens))
-    params = SamplingParams(max_tokens=answer_tokens, ignore_eos=True)
-    return engine.add_request(prompt, params, request_id=request_id)
-
-
-def serve(engine: Engine, jobs: Sequence[tuple[int, int, int]]) -> Engine:
-    """Hand in each job before its step, and step until all are done."""
-    last = max(step for step, _, _ in jobs)
-    step = 0
-    while step <= last or engine.has_unfinished:
-        for when, prompt_tokens, answer_tokens in jobs:
-            if when == step:
-                inject(engine, prompt_tokens, answer_tokens)
-        engine.step()
-        step += 1
-    return engine
+def small_engine(**settings: Any) -> Engine:
+    """A tiny engine of these `SIZES`, without a prefix cache; settings as for `tiny_engine`."""
+    return tiny_engine(**(SIZES | settings))
 
 
 # -- what decides a step ---------------------------------------------------------------------------
@@ -84,8 +42,8 @@ def serve(engine: Engine, jobs: Sequence[tuple[int, int, int]]) -> Engine:
 class Running(NamedTuple):
     """A request that has a seat.
 
-    `known` counts its tokens, those of the prompt and those generated; `computed` of them have their keys
-    and values in the cache; it holds so many `pages`.
+    It has `known` tokens, in its prompt and its answer so far. The keys and values of `computed` of them are
+    in the cache. It holds `pages` pages.
     """
 
     request_id: str
@@ -95,7 +53,7 @@ class Running(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """A request in the queue: it has no seat and no page, and `known` tokens."""
+    """A request in the queue: it has `known` tokens, no seat and no page."""
 
     request_id: str
     known: int
@@ -106,12 +64,13 @@ class Facts:
     """What decides the next step of an engine.
 
     Attributes:
-        running: in the order in which a step serves them: answers first, then prompts half computed.
-        waiting: the next to be admitted first.
-        free_pages: pages that nobody holds.
-        page_size: tokens to a page.
-        budget: tokens that a step computes at most.
-        seats: requests that run at once at most.
+        running: the requests that run, in the order in which a step serves them: answers first, then
+            prompts that are half computed.
+        waiting: the requests in the queue; the first is admitted next.
+        free_pages: number of pages that nobody holds.
+        page_size: number of tokens that a page holds.
+        budget: most tokens that a step computes.
+        seats: most requests that run at once.
     """
 
     running: tuple[Running, ...]
@@ -135,13 +94,13 @@ class Facts:
 
 
 def facts_of(engine: Engine | Scheduler) -> Facts:
-    """The facts of an engine as it stands between two steps."""
+    """The facts of an engine, read between two steps."""
     scheduler = engine if isinstance(engine, Scheduler) else engine.scheduler
     pool = scheduler.pool
     running = sorted(scheduler.running, key=_is_prompt)  # the sort keeps the order of equals
     return Facts(
         tuple(
-            Running(r.request_id, len(r.token_ids), r.num_computed_tokens, len(pool.table(r.request_id)))
+            Running(r.request_id, len(r.token_ids), r.num_computed_tokens, len(pool.tables[r.request_id]))
             for r in running
         ),
         tuple(Waiting(r.request_id, len(r.token_ids)) for r in scheduler.waiting),
@@ -166,7 +125,7 @@ def plan_of(record: StepRecord) -> Plan:
 
 
 def next_step(facts: Facts) -> Plan:
-    """Tokens that each request computes in the next step; those that compute none may be left out."""
+    """How many tokens each request computes in the next step. Requests that compute none may be left out."""
     plan: Plan = {}
     budget, free = facts.budget, facts.free_pages
     for request in facts.running:
@@ -187,7 +146,7 @@ def next_step(facts: Facts) -> Plan:
 
 @dataclass(frozen=True)
 class _Case:
-    """A state of the engine, and the rule that it shows: the jobs, after so many steps."""
+    """A state of the engine, and the rule that it shows: these jobs, after this number of steps."""
 
     rule: str
     jobs: tuple[Job, ...]
@@ -198,7 +157,7 @@ class _Case:
 
 
 def _job(step: int, prompt: int, answer: int = 30) -> Job:
-    return Job(step, prompt, answer)
+    return Job(prompt, answer, step)
 
 
 _FIRST = _job(0, 5)
@@ -207,28 +166,38 @@ _CASES = (
     _Case("a step computes no more tokens than its budget", (_job(0, 40),), 1),
     _Case("a waiting request that finds a seat, budget and pages joins the step", (_job(0, 6),), 0),
     _Case(
-        "running requests go before waiting ones, and waiting ones join as many as there is room for",
+        "running requests come first, and then as many waiting ones join as there is room for",
         (_FIRST, _job(1, 6), _job(1, 3)),
         1,
     ),
     _Case(
-        "the budget is one for the whole step: what some compute is gone for those after them",
+        "the budget is one for the whole step: a token that one request computes is gone for the next",
         (_FIRST, _job(1, 45)),
         2,
     ),
     _Case("a newcomer computes no more than what is left of the budget", (_FIRST, _job(1, 30)), 1),
     _Case("nobody joins once the budget is used up", (_job(0, 40), _job(1, 3)), 1),
     _Case("nobody joins while all seats are taken", (_FIRST, _FIRST, _job(1, 3)), 1, seats=2),
-    _Case("who joins in this step takes a seat as well", (_job(0, 3), _job(0, 3), _job(0, 3)), 0, seats=2),
-    _Case("who waits needs pages, or does not join", (_job(0, 20), _job(2, 14)), 2, pages=8),
+    _Case(
+        "a request that joins in this step takes a seat as well",
+        (_job(0, 3), _job(0, 3), _job(0, 3)),
+        0,
+        seats=2,
+    ),
+    _Case(
+        "a waiting request that finds too few free pages does not join",
+        (_job(0, 20), _job(2, 14)),
+        2,
+        pages=8,
+    ),
     _Case(
         "while anyone runs, one page more than the newcomer needs must be free",
         (_job(0, 6, 4), _job(1, 8, 4)),
         1,
         pages=4,
     ),
-    _Case("where nobody runs, no page need be kept free", (_job(0, 13, 3),), 0, pages=4),
-    _Case("a page that is begun is a whole page", (_job(0, 6, 4), _job(1, 9, 4)), 1, pages=5),
+    _Case("where nobody runs, no page has to stay free", (_job(0, 13, 3),), 0, pages=4),
+    _Case("a page that is begun is a whole page: round up", (_job(0, 6, 4), _job(1, 9, 4)), 1, pages=5),
     _Case(
         "pages that a newcomer takes are gone for the next one",
         (_job(0, 10), _job(0, 18)),
@@ -237,7 +206,7 @@ _CASES = (
         budget=64,
     ),
     _Case(
-        "who joins in this step runs as well: from then on, one page must be kept free",
+        "a request that joins in this step runs as well: from then on, one page must stay free",
         (_job(0, 8, 4), _job(0, 8, 4)),
         0,
         pages=4,
@@ -250,7 +219,7 @@ _CASES = (
         budget=8,
     ),
     _Case(
-        "a running request takes a page before anyone joins, if the token it computes lies past those it has",
+        "a running request takes a page before anyone joins, if its own pages are full",
         (_job(0, 4), _job(1, 11, 2)),
         1,
         pages=5,
@@ -261,21 +230,25 @@ _CASES = (
         1,
         pages=6,
     ),
-    _Case("nobody overtakes: if the next in the queue cannot join, nor can those behind",
-          (_job(0, 12), _job(1, 18), _job(1, 3)), 1, pages=8),
-)  # fmt: skip
+    _Case(
+        "nobody overtakes: if the first in the queue cannot join, those behind it cannot either",
+        (_job(0, 12), _job(1, 18), _job(1, 3)),
+        1,
+        pages=8,
+    ),
+)
 _RUN = tuple(
-    Job(*numbers)
-    for numbers in (
+    Job(prompt, answer, step)
+    for step, prompt, answer in (
         (0, 9, 9), (0, 21, 6), (0, 4, 14), (2, 33, 8), (3, 5, 5), (3, 12, 10), (5, 3, 3), (5, 16, 12),
         (9, 40, 4), (12, 8, 8), (12, 7, 7), (20, 6, 5),
     )
 )  # fmt: skip
-_WHOLE_RUN = _Case("it must hold before every step of a whole run", _RUN, 0, pages=24)
+_WHOLE_RUN = _Case("it must be right before every step of a whole run", _RUN, 0, pages=24)
 
 
 def _engine(case: _Case, scheduler: Callable[..., Scheduler] | None = None) -> Engine:
-    """An engine with the sizes of a case, which no request has reached yet."""
+    """An engine with the sizes of a case, and no request yet."""
     return small_engine(
         scheduler_class=scheduler,
         num_blocks=case.pages,
@@ -284,35 +257,35 @@ def _engine(case: _Case, scheduler: Callable[..., Scheduler] | None = None) -> E
     )
 
 
-def _arrive(engine: Engine, jobs: Iterable[Job], step: int) -> None:
-    """Hand in the jobs that arrive before a step, each under a letter."""
-    for number, job in enumerate(jobs):
-        if job.step == step:
-            # No request may ever need more than the pool has: some answers are cut to what fits.
-            fits = engine.pool.num_blocks * engine.pool.block_size - job.prompt + 1
-            inject(engine, job.prompt, min(job.answer, fits), "ABCDEFGHIJKL"[number])
+def _jobs(case: _Case) -> list[Job]:
+    """The jobs of a case, each with a letter as its name."""
+    slots = case.pages * SIZES["block_size"]
+    # The pool refuses a request that it could never hold: cut the answers that would not fit.
+    return [
+        job._replace(answer_tokens=min(job.answer_tokens, slots - job.prompt_tokens + 1), name=name)
+        for job, name in zip(case.jobs, "ABCDEFGHIJKL", strict=False)
+    ]
 
 
 @functools.cache
 def _state(case: _Case) -> tuple[Facts, Plan]:
-    """The facts of a case, and what the scheduler makes of them."""
+    """The facts of a case, and the scheduler's plan for them."""
     engine = _engine(case)
-    for step in range(case.steps + 1):
-        _arrive(engine, case.jobs, step)
-        if step < case.steps:
-            engine.step()
+    steps = arrivals(engine, _jobs(case))
+    for _ in range(case.steps):
+        next(steps)
+        engine.step()
+    next(steps)
     return facts_of(engine), plan_of(engine.preview())
 
 
 @functools.cache
 def _whole_run() -> tuple[tuple[Facts, Plan], ...]:
     """The facts before every step of a whole run, and the plans."""
-    engine, states, step = _engine(_WHOLE_RUN), [], 0
-    while step < len(_RUN) or engine.has_unfinished:
-        _arrive(engine, _RUN, step)
+    engine, states = _engine(_WHOLE_RUN), []
+    for _ in arrivals(engine, _jobs(_WHOLE_RUN)):
         states.append((facts_of(engine), plan_of(engine.preview())))
         engine.step()
-        step += 1
     return tuple(states)
 
 
@@ -329,12 +302,10 @@ def _compare(function: Callable[..., Any], facts: Facts, plan: Plan, rule: str) 
 
 
 def _checked(answer: object) -> Plan:
-    """A learner's answer without those that compute nothing."""
-    whole = isinstance(answer, Mapping) and all(
-        isinstance(count, int) and not isinstance(count, bool) for count in answer.values()
-    )
-    if not whole:
-        raise Wrong('return a dictionary from request id to a whole number, such as {"A": 1}', repr(answer))
+    """A learner's answer, without the requests that compute nothing."""
+    if not isinstance(answer, Mapping) or any(type(count) is not int for count in answer.values()):
+        rule = 'return a dictionary from request id to a whole number, such as {"A": 1}'
+        raise Wrong(rule, f"it returned {answer!r}")
     return {request_id: count for request_id, count in answer.items() if count}
 
 
@@ -343,52 +314,43 @@ def _words(plan: Plan) -> str:
 
 
 def _planned_by(function: Callable[..., Any]) -> type[Scheduler]:
-    """A scheduler that runs what a function foretells."""
+    """A scheduler that runs what a function predicts."""
 
-    class Foretold(Scheduler):
+    class Predicted(Scheduler):
         def schedule(self) -> StepPlan:
             self.end_aborted()
-            foretold, plan = _checked(function(facts_of(self))), StepPlan()
-            growing = [r for r in self.running if r.num_computed_tokens >= r.num_slots]
-            self.grow(plan, growing)
+            predicted, plan = _checked(function(facts_of(self))), StepPlan()
+            self.grow(plan, [r for r in self.running if r.num_computed_tokens >= r.num_slots])
             for request in sorted(self.running, key=_is_prompt):
-                if request.request_id in foretold:
-                    plan.add(request, foretold[request.request_id])
+                if request.request_id in predicted:
+                    plan.add(request, predicted[request.request_id])
             for request in list(self.waiting):
-                if request.request_id not in foretold:
+                num_tokens = predicted.get(request.request_id)
+                if num_tokens is None:
                     plan.blocked = (request.request_id, "your function left it out")
                     break
-                if reason := self.admit(plan, request):
+                if reason := self.try_admit(plan, request, num_tokens):
                     raise InvariantError(f"request {request.request_id!r} cannot join: {reason}")
-                plan.add(request, foretold[request.request_id])
+                plan.add(request, num_tokens)
             return plan
 
-    return Foretold
+    return Predicted
 
 
-def _serve_run(scheduler: Callable[..., Scheduler] | None) -> Engine:
-    """The whole run through an engine."""
-    engine, step = _engine(_WHOLE_RUN, scheduler), 0
-    while step < len(_RUN) or engine.has_unfinished:
-        _arrive(engine, _RUN, step)
-        engine.step()
-        step += 1
-    return engine
+def _run_engine(scheduler: Callable[..., Scheduler] | None) -> Engine:
+    """The engine after the whole run."""
+    return serve(_engine(_WHOLE_RUN, scheduler), _jobs(_WHOLE_RUN))
 
 
 def _run(function: Callable[..., Any]) -> Run:
-    yours, own = _serve_run(_planned_by(function)), _serve_run(None)
-    tokens = [[out.token_ids for out in engine.outputs.values()] for engine in (yours, own)]
-    expect(tokens[0] == tokens[1], "the same plans give the same answers")
-    steps = [len(engine.trace) for engine in (yours, own)]
+    yours, own = _run_engine(_planned_by(function)), _run_engine(None)
+    expect_same_answers(yours, own, "the same plans give the same answers")
+    tokens = sum(len(output.token_ids) for output in yours.outputs.values())
     return Run(
-        f"It foretold all {len(_CASES)} states. Then it took the scheduler's place and served "
-        f"{len(_RUN)} requests in {steps[0]} steps; the engine's own scheduler takes {steps[1]}, and all "
-        f"{sum(map(len, tokens[0]))} tokens are the same.",
-        [
-            ("Planned by your function", notebook.timeline(yours.trace)),
-            ("Planned by labkit's scheduler", notebook.timeline(own.trace)),
-        ],
+        f"It predicted all {len(_CASES)} states. Then it took the scheduler's place and served "
+        f"{len(_RUN)} requests in {len(yours.trace)} steps; the engine's own scheduler takes "
+        f"{len(own.trace)}, and all {tokens} tokens are the same.",
+        timelines({"Planned by your function": yours.trace, "Planned by labkit's scheduler": own.trace}),
     )
 
 

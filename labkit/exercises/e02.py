@@ -1,19 +1,18 @@
-"""Exercises of notebook 02: count idle seats, and put requests together so that there are fewer."""
+"""Exercises of notebook 02: count idle seats, and form batches that leave fewer of them."""
 
 from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Iterable, Sequence, Sized
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from labkit import notebook
-from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepPlan
 from labkit.core.request import Request
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.models.load import LoadedModel, load_model
+from labkit.exercises.common import JOBS, Job, answers, exactly, prompt_of, timelines, tiny_engine
 from labkit.schedulers.static import StaticScheduler
 from labkit.trace.records import StepRecord
 from labkit.trace.trace import Trace
@@ -21,74 +20,47 @@ from labkit.views.style import plural
 
 SEATS = 4
 
-
-class Job(NamedTuple):
-    """A request as one who knew the future would see it: how long its prompt is, and how long its answer."""
-
-    name: str
-    prompt_tokens: int
-    answer_tokens: int
-
-
-# Prompt and answer: the lengths of prompts say nothing about those of answers.
-_LENGTHS = ((9, 6), (13, 28), (5, 4), (12, 12), (8, 32), (14, 5), (3, 8), (10, 24))
-_LENGTHS += ((6, 4), (11, 10), (4, 30), (7, 6))
-JOBS: tuple[Job, ...] = tuple(Job(str(i), *lengths) for i, lengths in enumerate(_LENGTHS))
-
 Batches = list[list[str]]
 
 
 # -- the engine ------------------------------------------------------------------------------------
 
 
-def prompt_of(job: Job, number: int) -> list[int]:
-    """Token ids for a job's prompt; no two jobs begin alike."""
-    return [300 + (37 * number + 11 * place) % 500 for place in range(job.prompt_tokens)]
-
-
-def serve(
+def run_jobs(
     jobs: Sequence[Job], *, batches: Batches | None = None, seats: int = SEATS, **config: Any
 ) -> tuple[Trace, dict[str, list[int]]]:
-    """Run jobs on the real engine, with tiny-random, which gives the same tokens on every machine.
+    """Run jobs in the real engine, with tiny-random, which gives the same tokens on every machine.
 
     Args:
-        jobs: all of them are there before the first step.
-        batches: which run together in a static batch, one batch after the other; None leaves that to the
-            scheduler.
+        jobs: the requests; all of them arrive before the first step.
+        batches: names of the jobs of each static batch, in the order of the batches; None leaves them to
+            the scheduler.
         seats: `max_num_seqs`.
         config: other fields of `EngineConfig`.
 
     Returns:
         The trace, and the tokens of each answer by the job's name.
     """
-    from labkit.engine import Engine
-    from labkit.sampling_params import SamplingParams
-
     sizes = {"num_blocks": 256, "block_size": 8, "enable_prefix_caching": False} | config
     place = {name: i for i, batch in enumerate(batches or []) for name in batch}
     scheduler = functools.partial(_Grouped, place=place) if batches is not None else None
-    engine = Engine(EngineConfig(model=_tiny(), max_num_seqs=seats, **sizes), scheduler=scheduler)
+    engine = tiny_engine(scheduler_class=scheduler, max_num_seqs=seats, **sizes)
     for number, job in enumerate(jobs):
-        params = SamplingParams(max_tokens=job.answer_tokens, temperature=0, ignore_eos=True)
-        # The queue goes by priority: that of the batch. Lanes in a picture keep the order of arrival.
         engine.add_request(
-            prompt_of(job, number), params, request_id=job.name, priority=place.get(job.name, 0)
+            prompt_of(number, job.prompt_tokens),
+            exactly(job.answer_tokens),
+            request_id=job.name,
+            # The queue is in order of priority: here the number of the batch.
+            priority=place.get(job.name, 0),
         )
-    while engine.has_unfinished:
-        engine.step()
-    return engine.trace, {job.name: engine.outputs[job.name].token_ids for job in jobs}
-
-
-@functools.cache
-def _tiny() -> LoadedModel:
-    return load_model("tiny-random", device="cpu", say=None)
+    return engine.run(), answers(engine)
 
 
 class _Grouped(StaticScheduler):
-    """Static batching, with batches that somebody else put together.
+    """Static batching with given batches.
 
     Args:
-        place: the number of each request's batch.
+        place: the number of each request's batch, by its name.
     """
 
     def __init__(self, pool: BlockPool, *, place: dict[str, int], **limits: Any) -> None:
@@ -105,7 +77,7 @@ class _Grouped(StaticScheduler):
 
 
 def idle_share(records: Sequence[StepRecord], seats: int) -> float:
-    """The share of all seats, over all steps, that computed nothing (0 if there is no step)."""
+    """The share of the seats, over all steps, that computed nothing; 0 if there are no steps."""
     busy = sum(row.num_tokens > 0 for record in records for row in record.rows)
     return 1 - busy / (seats * len(records)) if records else 0.0
 
@@ -123,7 +95,7 @@ def _records(*steps: Sequence[tuple[int, int]]) -> list[StepRecord]:
     return records
 
 
-# What it shows, the rows of each step as (tokens, padding), the seats, and the idle ones counted by hand.
+# The rule, the rows of each step as (tokens, padding), the seats, and the idle ones counted by hand.
 _BY_HAND: tuple[tuple[str, tuple[tuple[tuple[int, int], ...], ...], int, int], ...] = (
     ("a seat whose request computes a token is busy", (((1, 0),),), 1, 0),
     ("a row that computes nothing but padding is an idle seat", (((1, 0), (0, 1)),), 2, 1),
@@ -139,9 +111,9 @@ _BY_HAND: tuple[tuple[str, tuple[tuple[tuple[int, int], ...], ...], int, int], .
         2,
         0,
     ),
-    ("a seat that nobody took is idle as well: count against all the seats", (((3, 0),), ((1, 0),)), 4, 6),
+    ("a seat that nobody took is idle as well: divide by all the seats", (((3, 0),), ((1, 0),)), 4, 6),
     (
-        "while the chunks of a long prompt come first, a short one's seat is idle",
+        "while the first chunks of a long prompt are computed, the seat of a short one is idle",
         (((4, 0), (0, 4)), ((4, 0), (3, 1)), ((1, 0), (1, 0)), ((1, 0), (0, 1))),
         2,
         2,
@@ -154,11 +126,12 @@ def _examine_share(function: Callable[..., Any]) -> None:
         records = _records(*steps)
         told = f"{_told(records)}\nseats = {seats}, so {idle} of {seats * len(records)} are idle"
         _compare(function, records, seats, idle / (seats * len(records)), rule, told)
-    _compare(function, [], 3, 0.0, "where there is no step, the share is 0", "records = [], seats = 3")
+    _compare(function, [], 3, 0.0, "if there are no steps, the share is 0", "records = [], seats = 3")
     for name in ("static", "continuous"):
-        records = serve(JOBS, scheduler=name)[0].records
+        records = run_jobs(JOBS, scheduler=name)[0].records
         share = idle_share(records, SEATS)
-        _compare(function, records, SEATS, share, "a real trace counts too", f"{name} batching of the jobs")
+        rule = "the share must be right for the trace of a real run as well"
+        _compare(function, records, SEATS, share, rule, f"{name} batching of the jobs")
 
 
 def _compare(
@@ -171,13 +144,13 @@ def _compare(
 ) -> None:
     got = function(list(records), seats)
     if isinstance(got, bool) or not isinstance(got, int | float):
-        raise Wrong("it returns a number from 0 to 1", f"it returned {got!r}")
-    expect(got <= 1, "a share is a number from 0 to 1, and no percentage", f"{told}: yours is {got:g}")
-    expect(abs(got - expected) < 1e-9, rule, f"{told}: {expected:.3f} is right, yours is {got:.3f}")
+        raise Wrong("return a number from 0 to 1", f"it returned {got!r}")
+    expect(got <= 1, "a share is a number from 0 to 1, not a percentage", f"{told}\nyours: {got:g}")
+    expect(abs(got - expected) < 1e-9, rule, f"{told}\nyours: {got:.3f}\nright: {expected:.3f}")
 
 
 def _told(records: Sequence[StepRecord]) -> str:
-    """Records in words, a line for each step."""
+    """Records as text, one line for each step."""
     lines = []
     for record in records:
         rows = [f"{row.request_id} {row.num_tokens} + {row.padding}" for row in record.rows]
@@ -187,7 +160,7 @@ def _told(records: Sequence[StepRecord]) -> str:
 
 def _run_share(function: Callable[..., Any]) -> Run:
     shares = {
-        name: function(serve(JOBS, scheduler=name)[0].records, SEATS) for name in ("static", "continuous")
+        name: function(run_jobs(JOBS, scheduler=name)[0].records, SEATS) for name in ("static", "continuous")
     }
     picture = notebook.bars(
         {name: 100 * share for name, share in shares.items()}, "Idle seats", unit="%", digits=1
@@ -203,25 +176,28 @@ def _run_share(function: Callable[..., Any]) -> Run:
 
 
 def make_batches(jobs: Sequence[Job], seats: int) -> Batches:
-    """The longest answers together: no other batches need fewer steps."""
+    """Puts the longest answers together: no other batches need fewer steps."""
     names = [job.name for job in sorted(jobs, key=lambda job: -job.answer_tokens)]
     return [names[i : i + seats] for i in range(0, len(names), seats)]
 
 
 def in_order(jobs: Sequence[Job], seats: int) -> Batches:
-    """Batches as the requests came."""
+    """Batches in order of arrival."""
     names = [job.name for job in jobs]
     return [names[i : i + seats] for i in range(0, len(names), seats)]
 
 
 def steps_of(batches: Batches, jobs: Sequence[Job]) -> int:
-    """A batch takes as many steps as its longest answer has tokens, if one step reads its prompts."""
+    """Steps that batches take, if one step reads the prompts of a batch.
+
+    Each batch takes as many steps as its longest answer has tokens.
+    """
     answers = {job.name: job.answer_tokens for job in jobs}
     return sum(max(answers[name] for name in batch) for batch in batches if batch)
 
 
 def _lists() -> list[tuple[list[Job], int]]:
-    """Lists of jobs, the smallest first, and seats."""
+    """Lists of jobs and numbers of seats, the smallest first."""
     answers: list[tuple[tuple[int, ...], int]] = [
         ((3,), 1),
         ((3,), 4),
@@ -235,7 +211,7 @@ def _lists() -> list[tuple[list[Job], int]]:
     rng = random.Random(2)
     answers += [(tuple(rng.randrange(1, 40) for _ in range(10 + 3 * i)), 2 + i) for i in range(6)]
     lists = [
-        ([Job("abcdefghijklmnopqrstuvwxyz"[i], 4 + i % 3, n) for i, n in enumerate(row)], seats)
+        ([Job(4 + i % 3, n, name="abcdefghijklmnopqrstuvwxyz"[i]) for i, n in enumerate(row)], seats)
         for row, seats in answers
     ]
     return [*lists, (list(JOBS), SEATS)]
@@ -246,36 +222,38 @@ def _examine_batches(function: Callable[..., Any]) -> None:
         batches = _valid(function(list(jobs), seats), jobs, seats)
         yours, theirs = steps_of(batches, jobs), steps_of(in_order(jobs, seats), jobs)
         told = (
-            f"{_shown(jobs, seats)}: your batches {batches} need {yours} steps, {theirs} in order of arrival"
+            f"{_shown(jobs, seats)}: your batches {batches} need {yours} steps, "
+            f"batches in order of arrival need {theirs}"
         )
         expect(
-            yours <= theirs, "your batches must never need more steps than those in order of arrival", told
+            yours <= theirs, "your batches must never need more steps than batches in order of arrival", told
         )
     expect(
-        yours < theirs, "on the notebook's requests, your batches must need fewer steps than in order", told
+        yours < theirs,
+        "for the notebook's requests, your batches must need fewer steps than batches in order of arrival",
+        told,
     )
 
 
 def _valid(batches: Any, jobs: Sequence[Job], seats: int) -> Batches:
-    """The batches without empty ones, if every request is in one of them and none is too large."""
+    """A learner's batches without the empty ones, if they keep to the rules."""
     shown = _shown(jobs, seats)
-    try:
-        batches = [list(batch) for batch in batches if not isinstance(batch, str) or 1 / 0]
-    except (TypeError, ZeroDivisionError):
-        raise Wrong(
-            "it returns a list of batches, each a list of names", f"it returned {batches!r}"
-        ) from None
+    returned = batches
+    batches = list(batches) if _listed(batches) else [batches]
+    if not all(map(_listed, batches)):
+        raise Wrong("return a list of batches, each a list of names", f"it returned {returned!r}")
+    batches = [list(batch) for batch in batches]
     names = [name for batch in batches for name in batch]
     known = {job.name for job in jobs}
     for name in names:
         expect(
             isinstance(name, str) and name in known,
-            "a batch holds names of requests, and no others",
+            "a batch holds names of requests, and nothing else",
             f"{shown}: your batches {batches} hold {name!r}",
         )
         expect(
             names.count(name) == 1,
-            "no request may be in two places: it would be answered twice",
+            "no request may stand in two places: it would be answered twice",
             f"{shown}: your batches {batches} hold {name!r} {names.count(name)} times",
         )
     for job in jobs:
@@ -288,13 +266,13 @@ def _valid(batches: Any, jobs: Sequence[Job], seats: int) -> Batches:
         expect(
             len(batch) <= seats,
             "a batch has at most as many requests as there are seats",
-            f"{shown}: your batch {batch} has {len(batch)}",
+            f"{shown}: your batch {batch} has {len(batch)} requests",
         )
     return [batch for batch in batches if batch]
 
 
 def _listed(value: Any) -> bool:
-    return isinstance(value, Iterable) and isinstance(value, Sized) and not isinstance(value, str)
+    return isinstance(value, Iterable) and not isinstance(value, str)
 
 
 def _shown(jobs: Sequence[Job], seats: int) -> str:
@@ -309,19 +287,20 @@ def _run_batches(function: Callable[..., Any]) -> Run:
         "in order of arrival": in_order(JOBS, SEATS),
         "reference": make_batches(JOBS, SEATS),
     }
-    said, pictures, tokens = [], [], []
-    for name, batches in ways.items():
-        trace, answers = serve(JOBS, batches=batches)
-        tokens.append(answers)
-        said.append(f"{name} {len(trace)} steps, {idle_share(trace.records, SEATS):.1%} of the seats idle")
-        pictures.append((f"{name[0].upper()}{name[1:]}:", notebook.timeline(trace)))
+    runs = {name: run_jobs(JOBS, batches=batches) for name, batches in ways.items()}
     expect(
-        all(answers == tokens[0] for answers in tokens),
-        "the answers must not depend on the batch that a request is in",
-        "yours differ from those in order of arrival",
+        all(tokens == runs["reference"][1] for _, tokens in runs.values()),
+        "the answer to a request must not depend on its batch",
+        "with your batches the engine gave other tokens than in order of arrival",
     )
-    sentence = f"In the engine: {'; '.join(said)}. The same tokens each time."
-    return Run(sentence, [pictures[0], pictures[2]])
+    said = [
+        f"{name} {len(trace)} steps, {idle_share(trace.records, SEATS):.1%} of the seats idle"
+        for name, (trace, _) in runs.items()
+    ]
+    return Run(
+        f"In the engine: {'; '.join(said)}. The same tokens each time.",
+        timelines({"Your batches:": runs["your batches"][0], "Reference:": runs["reference"][0]}),
+    )
 
 
 EXERCISES: tuple[Exercise, ...] = (

@@ -8,26 +8,23 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from labkit import notebook
-from labkit.config import EngineConfig
-from labkit.core.block_pool import BlockPool
+from labkit.core.block_pool import BlockPool, InvariantError
 from labkit.core.plan import StepPlan, StepResult
 from labkit.core.recorder import record_step
 from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.models.load import LoadedModel, load_model
-from labkit.sampling_params import SamplingParams
+from labkit.exercises.common import JOBS, Job, answers, exactly, serve, timelines, tiny_engine
 from labkit.schedulers.audit import Auditor
-from labkit.trace.records import Admission
 from labkit.trace.trace import Trace
+from labkit.views.style import plural
 
 
 class Ticket(NamedTuple):
     """What a schedule knows of a request.
 
-    `known` counts its tokens, prompt and answer so far; of these, `computed` have their keys and values in
-    the cache. A request that waits has computed nothing, or lost it when it was preempted.
+    It has `known` tokens, in its prompt and its answer so far. The keys and values of `computed` of them are
+    in the cache. A waiting request has computed nothing, or has lost it when it was preempted.
     """
 
     name: str
@@ -36,7 +33,7 @@ class Ticket(NamedTuple):
 
     @property
     def missing(self) -> int:
-        """Tokens to compute before the next one can be sampled: 1 for an answer that is being written."""
+        """Tokens to compute before the next one can be sampled: 1 for a request that writes its answer."""
         return self.known - self.computed
 
 
@@ -46,7 +43,7 @@ Schedule = Callable[[list[Ticket], list[Ticket], int, int, int, int], Rows]
 
 @dataclass(frozen=True)
 class Situation:
-    """What a schedule is called with: in order of arrival who runs and who waits, and the limits."""
+    """What a schedule is called with: who runs and who waits, in order of arrival, and the limits."""
 
     running: tuple[Ticket, ...]
     waiting: tuple[Ticket, ...]
@@ -56,10 +53,10 @@ class Situation:
     page_size: int
 
     def ask(self, function: Callable[..., Any]) -> list[tuple[str, int]]:
-        """Call a schedule, and hold what it returns against the rules.
+        """Call a schedule, and return its rows if they keep to the rules.
 
         Raises:
-            Wrong: naming the rule that it breaks.
+            Wrong: they break a rule; the message names it.
         """
         rows = function(
             list(self.running), list(self.waiting), self.seats, self.budget, self.free_pages, self.page_size
@@ -84,7 +81,7 @@ class Situation:
 def schedule(
     running: list[Ticket], waiting: list[Ticket], seats: int, budget: int, free_pages: int, page_size: int
 ) -> list[tuple[str, int]]:
-    """The engine's own policy: decode, then prompts that have begun, then whoever finds seat and pages."""
+    """The engine's own policy: decode, then prompts that have begun, then the queue while there is room."""
     rows = []
     for ticket in sorted(running, key=lambda t: t.missing > 1):  # stable: decode first
         if tokens := min(ticket.missing, budget):
@@ -93,7 +90,7 @@ def schedule(
     taken = len(running)
     for ticket in waiting:
         pages = -(-ticket.known // page_size)
-        kept = 1 if taken else 0  # for growth
+        kept = 1 if taken else 0  # so that those who run can grow
         if taken == seats or budget == 0 or pages + kept > free_pages:
             break
         tokens = min(ticket.known, budget)
@@ -106,7 +103,12 @@ def schedule(
 
 
 class _Ruling:
-    """Is what a schedule wants allowed, and is it what everybody may expect?"""
+    """Decides whether the rows of a schedule keep to the rules.
+
+    Args:
+        situation: what the schedule was called with.
+        rows: what it returned.
+    """
 
     def __init__(self, situation: Situation, rows: Any) -> None:
         self.situation, self.rows = situation, rows
@@ -121,28 +123,26 @@ class _Ruling:
         return rows
 
     def _expect(self, condition: bool, rule: str, detail: str) -> None:
-        # Few calls break a rule, and there are many of them: words are made for those alone.
+        # Called thousands of times, and few calls break a rule: write the example for those alone.
         if not condition:
             raise Wrong(rule, f"{self.situation}\nyours: {self.rows!r}\n{detail}")
 
     def _read(self) -> list[tuple[str, int]]:
-        """The rows as pairs, if they are such, of requests that are there and tokens that they miss."""
-        shape = "it returns a list of pairs: a name, and how many tokens it computes"
+        """The rows as pairs of a request that is there and a number of tokens that it misses."""
+        shape = "return a list of pairs: a name, and how many tokens that request computes"
         try:
             rows = [(name, tokens) for name, tokens in self.rows]
         except (TypeError, ValueError):
             raise Wrong(shape, f"{self.situation}\nyours: {self.rows!r}") from None
         there = {t.name: t for t in (*self.situation.running, *self.situation.waiting)}
         for name, tokens in rows:
-            whole = isinstance(tokens, int) and not isinstance(tokens, bool)
-            self._expect(isinstance(name, str) and whole, shape, f"{(name, tokens)!r} is no such pair")
-            self._expect(
-                name in there, "only requests that run or wait can be scheduled", f"there is no {name!r}"
-            )
+            pair = isinstance(name, str) and type(tokens) is int
+            self._expect(pair, shape, f"{(name, tokens)!r} is not such a pair")
+            self._expect(name in there, "schedule only requests that run or wait", f"there is no {name!r}")
             self._expect(
                 1 <= tokens <= there[name].missing,
                 "a request computes at least one token, and no more than it misses",
-                f"{name} misses {there[name].missing}, and would compute {tokens}",
+                f"{name} misses {there[name].missing}, and you give it {tokens}",
             )
         names = [name for name, _ in rows]
         for name in names:
@@ -164,14 +164,14 @@ class _Ruling:
         seated = len(at.running) + len(admitted)
         self._expect(
             seated <= at.seats or not admitted,
-            "whoever runs keeps the seat: admit only as many as there are free seats",
-            f"{len(at.running)} run, you admit {len(admitted)}; seats in all: {at.seats}",
+            "a running request keeps its seat: admit only as many as there are free seats",
+            f"{len(at.running)} run, you admit {len(admitted)}, and there are {plural(at.seats, 'seat')}",
         )
         pages = sum(map(at.pages, admitted))
         self._expect(
             pages <= at.free_pages,
-            "whoever is admitted takes pages for all tokens it knows: there must be so many free",
-            f"{_names(admitted)} would take {pages} pages, and {at.free_pages} are free",
+            "an admitted request takes pages for all tokens that it knows: as many must be free",
+            f"{_names(admitted)} would take {plural(pages, 'page')}, and {at.free_pages} are free",
         )
 
     def _check_decode(self, tokens: dict[str, int]) -> None:
@@ -183,7 +183,7 @@ class _Ruling:
             )
 
     def _check_order(self, tokens: dict[str, int]) -> None:
-        """First come, first served: nobody is passed over, and nothing is left lying."""
+        """First come, first served: nobody is passed over, and nobody waits beside unused tokens."""
         at = self.situation
         prompts = [t for t in at.running if t.missing > 1]
         later = [*prompts, *at.waiting]
@@ -193,15 +193,16 @@ class _Ruling:
             self._expect(
                 not short or not behind,
                 "first come, first served: nobody may overtake",
-                f"{ticket.name} still misses {short} tokens, and {_names(behind[:1])} behind it gets some",
+                f"{ticket.name} still misses {plural(short, 'token')}, and you give some to "
+                f"{_names(behind[:1])}, which came later",
             )
         left = at.budget - sum(tokens.values())
         for ticket in [t for t in later if t in prompts or t.name in tokens]:
             short = ticket.missing - tokens.get(ticket.name, 0)
             self._expect(
                 not short or not left,
-                "who has a seat gets what is left of the budget: nobody starves beside unused tokens",
-                f"{ticket.name} still misses {short} tokens, and {left} of the budget are left",
+                "a request that has a seat gets what is left of the budget, as far as it needs it",
+                f"{ticket.name} still misses {plural(short, 'token')}, and {left} of the budget are left",
             )
 
     def _check_refill(self, tokens: dict[str, int]) -> None:
@@ -211,12 +212,13 @@ class _Ruling:
         if not queue or seated >= at.seats or not left:
             return
         free, need = at.free_pages - sum(map(at.pages, admitted)), at.pages(queue[0])
-        # How many pages to keep for those that run is a choice, but more than one for each is none.
+        # A schedule may keep pages free for those that run, but at most one for each.
         self._expect(
             need + seated > free,
             "a free seat is refilled at once",
-            f"{queue[0].name} waits for nothing: seats left {at.seats - seated}, tokens left {left}, and "
-            f"of {free} free pages it takes {need}, which leaves one for each that runs",
+            f"{queue[0].name} waits without a reason: {plural(at.seats - seated, 'seat')} and "
+            f"{plural(left, 'token')} are left, and of {plural(free, 'free page')} it takes {need}, which "
+            "leaves one for each request that runs",
         )
 
     def _admitted(self, tokens: dict[str, int]) -> list[Ticket]:
@@ -231,32 +233,33 @@ def _names(tickets: Sequence[Ticket]) -> str:
 
 
 class LearnersScheduler(Scheduler):
-    """A scheduler whose decisions somebody else's function makes. Pages, seats and preemption stay here.
+    """A scheduler whose decisions a learner's function makes. Pages, seats and preemption stay here.
 
-    A running answer that needs another page gets it before the function is asked; where none is free, the
-    newest requests are preempted until there is.
+    A running answer that needs another page gets it before the function is called; where none is free, the
+    newest requests are preempted until one is.
 
     Args:
-        decide: called once a step, see `schedule` for its arguments.
+        decide: the function, called once in each step with the arguments of `schedule`.
     """
 
     def __init__(self, pool: BlockPool, *, decide: Schedule, **limits: Any) -> None:
         pool.enable_prefix_caching = False
         super().__init__(pool, **limits)
+        self.watermark = 0  # the function decides how many pages stay free for growth
         self._decide = decide
 
     def schedule(self) -> StepPlan:
         self.end_aborted()
         plan = StepPlan()
         growing = [r for r in self.running if r.num_computed_tokens >= r.num_slots]
-        if growing:
-            self.grow(plan, growing)
+        self.grow(plan, growing)
         if not self.requests:
             return plan
         rows = self._situation().ask(self._decide)
         wanted = dict(rows)
         for request in [r for r in self.waiting if r.request_id in wanted]:
-            self._take_seat(plan, request)
+            if reason := self.try_admit(plan, request, wanted[request.request_id]):
+                raise InvariantError(f"request {request.request_id!r} cannot join: {reason}")
         for name, num_tokens in rows:
             plan.add(self.requests[name], num_tokens)
         if (head := self.waiting.peek()) is not None:
@@ -274,78 +277,35 @@ class LearnersScheduler(Scheduler):
             self.pool.block_size,
         )
 
-    def _take_seat(self, plan: StepPlan, request: Request) -> None:
-        self.waiting.remove(request)
-        self.pool.share(request.request_id, [])
-        known = len(request.token_ids)
-        plan.admitted.append(Admission(request.request_id, num_looked_up=known))
-        self.seat(request, 0)
-        self.allocate(plan, request, self.pool.blocks_for(known))
-
 
 def _ticket(request: Request) -> Ticket:
     return Ticket(request.request_id, len(request.token_ids), request.num_computed_tokens)
 
 
-class Job(NamedTuple):
-    """A request: its prompt and answer in tokens, and the step in which it arrives."""
-
-    prompt_tokens: int
-    answer_tokens: int
-    step: int = 0
-
-
-_LENGTHS = ((9, 6), (13, 28), (5, 4), (12, 12), (8, 32), (14, 5), (3, 8), (10, 24))
-_LENGTHS += ((6, 4), (11, 10), (4, 30), (7, 6))
-JOBS: tuple[Job, ...] = tuple(Job(*lengths) for lengths in _LENGTHS)
-
-
-def serve(
+def run_jobs(
     jobs: Sequence[Job] = JOBS, decide: Schedule | None = None, **config: Any
-) -> tuple[Trace, list[list[int]]]:
-    """Run jobs on the real engine with tiny-random, which gives the same tokens on every machine.
+) -> tuple[Trace, dict[str, list[int]]]:
+    """Run jobs in the real engine, with tiny-random, which gives the same tokens on every machine.
 
     Args:
-        jobs: each joins the queue before its step.
+        jobs: the requests.
         decide: a schedule; None leaves the decisions to the engine.
         config: fields of `EngineConfig`, in place of 4 seats, and of a budget and pages that never run out.
 
     Returns:
-        The trace, and the tokens of each answer. Requests are called "0", "1" and so on.
+        The trace, and the tokens of each answer by the request's name.
     """
-    from labkit.engine import Engine
-
     sizes = {"max_num_seqs": 4, "num_blocks": 256, "block_size": 8, "enable_prefix_caching": False} | config
     scheduler = functools.partial(LearnersScheduler, decide=decide) if decide else None
-    engine = Engine(EngineConfig(model=_tiny(), **sizes), scheduler=scheduler)
-    todo = sorted(range(len(jobs)), key=lambda i: jobs[i].step)
-    step = 0
-    while todo or engine.has_unfinished:
-        while todo and jobs[todo[0]].step <= step:
-            number = todo.pop(0)
-            params = SamplingParams(max_tokens=jobs[number].answer_tokens, temperature=0, ignore_eos=True)
-            engine.add_request(prompt_of(jobs[number], number), params, request_id=str(number))
-        if engine.has_unfinished:
-            engine.step()
-        step += 1
-    return engine.trace, [engine.outputs[str(i)].token_ids for i in range(len(jobs))]
-
-
-def prompt_of(job: Job, number: int) -> list[int]:
-    """Token ids for a job's prompt; no two jobs begin alike."""
-    return [300 + (37 * number + 11 * place) % 500 for place in range(job.prompt_tokens)]
-
-
-@functools.cache
-def _tiny() -> LoadedModel:
-    return load_model("tiny-random", device="cpu", say=None)
+    engine = serve(tiny_engine(scheduler_class=scheduler, **sizes), jobs)
+    return engine.trace, answers(engine)
 
 
 # -- 04.1 ------------------------------------------------------------------------------------------
 
 
 def _situations() -> list[Situation]:
-    """The smallest first."""
+    """What a schedule is asked, the smallest situation first."""
 
     def situation(running: str, waiting: str, *limits: int) -> Situation:
         return Situation(_tickets(running, "abcd"), _tickets(waiting, "wxyz"), *limits)
@@ -356,11 +316,11 @@ def _situations() -> list[Situation]:
         situation("4/3", "3/0", 1, 8, 8, 4),  # no seat
         situation("4/3", "3/0", 2, 8, 8, 4),  # a seat is free
         situation("4/3 7/6 5/4", "", 4, 8, 0, 4),
-        situation("4/3 7/6", "9/0", 3, 3, 8, 4),  # one token is left for who waits
+        situation("4/3 7/6", "9/0", 3, 3, 8, 4),  # one token is left for the queue
         situation("", "9/0", 2, 4, 8, 4),  # a prompt longer than the budget
         situation("9/4", "", 2, 4, 8, 4),  # its next chunk
         situation("9/4 4/3", "", 2, 4, 8, 4),  # decode goes first
-        situation("9/4 4/3", "3/0", 3, 4, 8, 4),  # nothing left for who waits
+        situation("9/4 4/3", "3/0", 3, 4, 8, 4),  # nothing is left for the queue
         situation("9/4 9/2", "", 2, 8, 8, 4),  # a chunk for the second
         situation("", "3/0 3/0 3/0", 2, 8, 8, 4),  # two of three
         situation("", "3/0 6/0 3/0", 3, 8, 8, 4),  # the second gets what is left
@@ -379,7 +339,7 @@ def _tickets(text: str, names: str) -> tuple[Ticket, ...]:
 
 
 def _workloads() -> Iterable[tuple[list[Job], dict[str, int]]]:
-    """Jobs, and the engine's sizes; from easy to tight."""
+    """Jobs and sizes of the engine, from roomy to tight."""
     rng = random.Random(4)
     roomy = {"seats": 4, "budget": 64, "pages": 64, "page_size": 4}
     yield list(JOBS), roomy
@@ -390,7 +350,7 @@ def _workloads() -> Iterable[tuple[list[Job], dict[str, int]]]:
 
 
 def _play(decide: Callable[..., Any], jobs: Sequence[Job], sizes: dict[str, int]) -> None:
-    """Serve jobs as the engine would, but for the model, whose tokens a schedule never sees."""
+    """Serve jobs as the engine does, but without a model: a schedule never sees its tokens."""
     pool = BlockPool(sizes["pages"], sizes["page_size"])
     limits = {"max_num_seqs": sizes["seats"], "max_num_batched_tokens": sizes["budget"]}
     scheduler = LearnersScheduler(pool, decide=decide, **limits)
@@ -399,8 +359,7 @@ def _play(decide: Callable[..., Any], jobs: Sequence[Job], sizes: dict[str, int]
     while todo or scheduler.has_unfinished:
         while todo and todo[0][0] <= step:
             i = todo.pop(0)[1]
-            params = SamplingParams(max_tokens=jobs[i].answer_tokens, ignore_eos=True)
-            scheduler.add(Request(str(i), [0] * jobs[i].prompt_tokens, params))
+            scheduler.add(Request(str(i), [0] * jobs[i].prompt_tokens, exactly(jobs[i].answer_tokens)))
         plan = scheduler.schedule()
         auditor.check_plan(plan)
         ends = [
@@ -424,26 +383,24 @@ SMALL = {"num_blocks": 10, "block_size": 8, "max_num_batched_tokens": 16}
 
 
 def _run(function: Callable[..., Any]) -> Run:
-    trace, tokens = serve(JOBS, function, **SMALL)
-    reference, expected = serve(JOBS, schedule, **SMALL)
-    static, _ = serve(JOBS, scheduler="static", **SMALL)
+    trace, tokens = run_jobs(JOBS, function, **SMALL)
+    reference, expected = run_jobs(JOBS, schedule, **SMALL)
+    static, _ = run_jobs(JOBS, scheduler="static", **SMALL)
+    rule = "the answers must not depend on the schedule"
     expect(
-        tokens == expected, "the answers must not depend on the schedule", "yours differ from the reference's"
-    )
-    sentence = (
-        f"In the engine, {len(JOBS)} requests: yours {_score(trace)}; reference {_score(reference)}; "
-        f"static batching needs {len(static)} steps. The same {sum(map(len, tokens))} tokens."
+        tokens == expected, rule, "with your schedule the engine gave other tokens than with the reference"
     )
     return Run(
-        sentence,
-        [("Your schedule:", notebook.timeline(trace)), ("The reference:", notebook.timeline(reference))],
+        f"In the engine, {len(JOBS)} requests: yours {_score(trace)}; reference {_score(reference)}; "
+        f"static batching needs {len(static)} steps. The same {sum(map(len, tokens.values()))} tokens.",
+        timelines({"Your schedule:": trace, "The reference:": reference}),
     )
 
 
 def _score(trace: Trace) -> str:
     pages = max(trace.meta.num_blocks - record.free_blocks for record in trace)
     preempted = sum(len(record.preempted) for record in trace)
-    return f"{len(trace)} steps, at most {pages} pages, {preempted} preemption{'s' * (preempted != 1)}"
+    return f"{len(trace)} steps, at most {pages} pages, {plural(preempted, 'preemption')}"
 
 
 EXERCISES: tuple[Exercise, ...] = (Exercise("04.1", "write schedule()", schedule, _examine, _run),)

@@ -1,4 +1,4 @@
-"""Exercise of notebook 05: share the token budget of a step between running answers and prompts."""
+"""The exercise of notebook 05: share the token budget of a step between running answers and prompts."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import mean
 from typing import Any
 
-from labkit import notebook
-from labkit.config import EngineConfig
 from labkit.core.plan import StepPlan
 from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
 from labkit.engine import Engine
-from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.models.load import LoadedModel, load_model
-from labkit.sampling_params import SamplingParams
+from labkit.exercises import Exercise, Run, expect
+from labkit.exercises.common import Job, expect_same_answers, rails, serve, tiny_engine
 from labkit.views.facts.token_timeline import token_timeline_of
 
 Split = Callable[[int, list[int], list[int]], tuple[Sequence[int], Sequence[int]]]
 
 BUDGET, SEATS, INJECTED_AT = 16, 8, 5
-RUNNING = ((4, 30), (6, 24), (3, 27))
-"""Prompt tokens and answer tokens of the requests that run when the others arrive."""
-NEWCOMERS = (("long", 60, 6), ("medium", 24, 6), ("short", 8, 6))
-"""Name, prompt tokens and answer tokens of those that arrive together, in this order."""
+RUNNING = (Job(4, 30), Job(6, 24), Job(3, 27))
+"""The requests that write their answers when the others arrive."""
+NEWCOMERS = (
+    Job(60, 6, step=INJECTED_AT, name="long"),
+    Job(24, 6, step=INJECTED_AT, name="medium"),
+    Job(8, 6, step=INJECTED_AT, name="short"),
+)
+"""The requests that arrive together, in this order."""
 
 
 # -- 05.1 -----------------------------------------------------------------------------------------
@@ -36,12 +37,12 @@ def split_budget(budget: int, running: list[int], waiting: list[int]) -> tuple[l
     """How many tokens each request computes in the next step.
 
     Args:
-        budget: tokens that the step may compute, at least one for each running row.
-        running: tokens that each running row misses: 1 for an answer, more in the middle of a prompt.
-        waiting: tokens of each waiting prompt, in order of arrival.
+        budget: most tokens that the step computes; at least one for each running row.
+        running: the tokens that each running row misses: 1 for an answer, more in the middle of a prompt.
+        waiting: the tokens of each waiting prompt, in order of arrival.
 
     Returns:
-        Tokens for each running row, and for each waiting prompt.
+        The tokens for each running row, and for each waiting prompt.
     """
     given = [1 if missing == 1 else 0 for missing in running]
     left = budget - sum(given)
@@ -94,16 +95,16 @@ def _judge(budget: int, running: list[int], waiting: list[int], answer: Any) -> 
         example,
     )
     numbers, missing = [*answer[0], *answer[1]], [*running, *waiting]
-    expect(min(numbers, default=0) >= 0, "nobody can compute fewer than 0 tokens", example)
+    expect(min(numbers, default=0) >= 0, "a number of tokens is 0 or more", example)
     expect(
         all(n <= most for n, most in zip(numbers, missing, strict=True)),
-        "nobody computes more tokens than it misses",
+        "no request computes more tokens than it misses",
         example,
     )
     total = sum(numbers)
     expect(
         total <= budget,
-        f"a step computes at most the budget: {total} tokens are more than {budget}",
+        f"a step never computes more tokens than its budget: {total} are more than {budget}",
         example,
     )
     for row, most in enumerate(running):
@@ -114,7 +115,7 @@ def _judge(budget: int, running: list[int], waiting: list[int], answer: Any) -> 
         )
     expect(
         total == min(budget, sum(missing)),
-        "no part of the budget stays unused while somebody misses tokens",
+        "no part of the budget stays unused while a request misses tokens",
         f"{example}: {total} of {budget} are used",
     )
 
@@ -123,10 +124,10 @@ def _judge(budget: int, running: list[int], waiting: list[int], answer: Any) -> 
 
 
 def scheduler_of(split: Split) -> type[Scheduler]:
-    """A `Scheduler` that asks such a function for the tokens of every step: `Engine(config, scheduler=...)`.
+    """A scheduler that asks a function for the tokens of every step, for `Engine(config, scheduler=...)`.
 
-    Seats and pages are its own affair: the function hears of as many waiting prompts as there are seats, and
-    a prompt that is given tokens, but finds too few pages, goes on waiting.
+    The scheduler itself looks after seats and pages: the function is told of as many waiting prompts as there
+    are free seats, and a prompt that gets tokens but finds too few free pages goes on waiting.
     """
 
     class Asking(Scheduler):
@@ -140,35 +141,27 @@ def scheduler_of(split: Split) -> type[Scheduler]:
                 self.max_num_batched_tokens, [_missing(r) for r in rows], [_missing(r) for r in queue]
             )
             for request, num_tokens in zip(rows, given, strict=True):
-                self._add(plan, request, num_tokens)
+                if num_tokens:
+                    self.plan_row(plan, request, num_tokens)
             for request, num_tokens in zip(queue, offered, strict=True):
-                reason = self._let_in(plan, request) if num_tokens else "the split leaves it no tokens"
+                if num_tokens:
+                    reason = self.try_admit(plan, request, num_tokens)
+                else:
+                    reason = "the split leaves it no tokens"
                 if reason:
                     plan.blocked = plan.blocked or (request.request_id, reason)
                 else:
-                    self._add(plan, request, min(num_tokens, _missing(request)))
+                    self.plan_row(plan, request, num_tokens)
             self._say_why(plan)
             return plan
 
-        def _let_in(self, plan: StepPlan, request: Request) -> str | None:
-            full = len(self.running) >= self.max_num_seqs  # other answers of n > 1 may have sat down
-            return self._no_seat() if full else self.admit(plan, request)
-
-        def _no_seat(self) -> str:
-            return f"all {self.max_num_seqs} seats are taken"
-
-        def _add(self, plan: StepPlan, request: Request, num_tokens: int) -> None:
-            if num_tokens:
-                plan.add(request, num_tokens)
-                if request.children and num_tokens == _missing(request):
-                    self.fork(plan, request)
-
         def _say_why(self, plan: StepPlan) -> None:
-            """The head of the queue waits, and not for the split."""
+            """Say why the head of the queue waits, if it is not because of the split."""
             head = self.waiting.peek()
             if head is not None and (plan.blocked is None or plan.blocked[0] != head.request_id):
                 preempted = "nobody is admitted in a step that preempted"
-                plan.blocked = (head.request_id, preempted if plan.preempted else self._no_seat())
+                full = f"all {self.max_num_seqs} seats are taken"
+                plan.blocked = (head.request_id, preempted if plan.preempted else full)
 
     return Asking
 
@@ -183,39 +176,22 @@ def _must_grow(request: Request) -> bool:
     )
 
 
-@functools.cache
-def _tiny() -> LoadedModel:
-    return load_model("tiny-random", device="cpu", say=None)
-
-
 def run_split(split: Split | None = None) -> Engine:
-    """Three answers run and three prompts arrive at once, on a model that answers the same on every machine.
+    """Run three answers and three prompts that arrive later, with tiny-random.
 
     Args:
-        split: how to share the budget; None leaves it to the engine's own scheduler.
+        split: shares the budget; None leaves it to the engine's own scheduler.
     """
-    config = EngineConfig(
-        model=_tiny(),
+    engine = tiny_engine(
+        scheduler_class=scheduler_of(split) if split else None,
         num_blocks=96,
         block_size=4,
         max_num_seqs=SEATS,
         max_num_batched_tokens=BUDGET,
         enable_prefix_caching=False,
     )
-    engine = Engine(config, scheduler=scheduler_of(split) if split else None)
-
-    def add(name: str, prompt: int, answer: int) -> None:
-        token_ids = [300 + (41 * len(engine.outputs) + 13 * place) % 600 for place in range(prompt)]
-        engine.add_request(token_ids, SamplingParams(max_tokens=answer, ignore_eos=True), request_id=name)
-
-    for number, (prompt, answer) in enumerate(RUNNING):
-        add(f"answer {number}", prompt, answer)
-    while engine.has_unfinished:
-        if len(engine.trace) == INJECTED_AT:
-            for newcomer in NEWCOMERS:
-                add(*newcomer)
-        engine.step()
-    return engine
+    running = [job._replace(name=f"answer {number}") for number, job in enumerate(RUNNING)]
+    return serve(engine, [*running, *NEWCOMERS])
 
 
 @functools.cache
@@ -224,19 +200,16 @@ def _reference() -> Engine:
 
 
 def _score(engine: Engine) -> tuple[int, float, int, int]:
-    """The longest gap between two tokens of an answer, in tokens computed; mean and worst TTFT; all steps."""
+    """The longest gap between two tokens of an answer, in computed tokens; mean and worst TTFT; all steps."""
     gap = token_timeline_of(engine.trace).worst_gap
     by_steps = token_timeline_of(engine.trace, "steps")
-    waits = [by_steps[name].ttft or 0 for name, _, _ in NEWCOMERS]
+    waits = [by_steps[job.name].ttft or 0 for job in NEWCOMERS]
     return int(gap), mean(waits), int(max(waits)), len(engine.trace)
 
 
 def _run(function: Callable[..., Any]) -> Run:
     engine, reference = run_split(function), _reference()
-    if {name: output.token_ids for name, output in engine.outputs.items()} != {
-        name: output.token_ids for name, output in reference.outputs.items()
-    }:
-        raise Wrong("the tokens must not depend on how the budget is shared", "the engine gave other tokens")
+    expect_same_answers(engine, reference, "the answers must not depend on how the budget is shared")
     gap, ttft, last, steps = _score(engine)
     their_gap, their_ttft, their_last, their_steps = _score(reference)
     sentence = (
@@ -245,11 +218,7 @@ def _run(function: Callable[..., Any]) -> Run:
         f"newcomers: after {ttft:.1f} steps on average (reference {their_ttft:.1f}), the last after {last} "
         f"({their_last}). All of it: {steps} steps ({their_steps})."
     )
-    pictures = [
-        (title, notebook.token_timeline(one.trace))
-        for title, one in (("Your split:", engine), ("The reference:", reference))
-    ]
-    return Run(sentence, pictures)
+    return Run(sentence, rails({"Your split:": engine.trace, "The reference:": reference.trace}))
 
 
 EXERCISES: tuple[Exercise, ...] = (

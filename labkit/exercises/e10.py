@@ -1,4 +1,4 @@
-"""Exercises of notebook 10: which drafts are right, and the textbook's rule for those that are sampled."""
+"""Exercises of notebook 10: count the drafts that are right, and the textbook's rule for sampled drafts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from labkit import notebook
-from labkit.config import EngineConfig
 from labkit.core.model_runner import accept
 from labkit.core.sampler import gumbel_noise, mix
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.models.load import LoadedModel, load_model
+from labkit.exercises.common import TEXT, expect_same_answers, timelines, tiny_engine, tiny_model
 from labkit.models.teacher_forcing import teacher_forced
 from labkit.sampling_params import SamplingParams
 
@@ -26,18 +25,13 @@ Rule = Callable[[Sequence[float], Sequence[float], int, Random], int]
 
 # -- 10.1 ------------------------------------------------------------------------------------------
 
-# Answers that go round in circles, which drafts from the answer itself can catch.
+# Answers that go round in circles: drafts taken from the answer itself are often right.
 CIRCLES = SamplingParams(max_tokens=48, frequency_penalty=-2.0, ignore_eos=True)
 PROMPTS = ("the sea and the sun and the sea and the sun", "once upon a time there was", "a day is a day")
 
 
-@functools.cache
-def _tiny(quantization: str | None = None) -> LoadedModel:
-    return load_model("tiny-random", quantization=quantization, device="cpu", say=None)
-
-
 def _cases() -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Drafts and what the model chose, shortest first: all there are of two tokens, then some long ones."""
+    """Drafts and what the model chose, shortest first: all cases with two tokens, then some long ones."""
     for length in range(4):
         for both in itertools.product((5, 7), repeat=2 * length):
             yield both[:length], both[length:]
@@ -45,7 +39,7 @@ def _cases() -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     for length in (8, 8, 8, 40):
         drafts = tuple(rng.choices(range(300, 50_000), k=length))
         for wrong in (length, length // 2, 0):
-            # Equal numbers, but other objects: large ones, which Python does not keep only once.
+            # Equal numbers that are different objects. Python keeps small numbers only once: use large ones.
             chosen = [int(str(draft)) for draft in drafts]
             if wrong < length:
                 chosen[wrong] += 1
@@ -58,27 +52,22 @@ def _examine_accept(function: Callable[..., Any]) -> None:
 
 
 def _check_count(got: Any, drafts: Sequence[int], chosen: Sequence[int]) -> None:
-    """Hold a count against the rules."""
+    """Raise `Wrong` if a count breaks a rule."""
     want = accept(drafts, chosen)
-    told = f"drafts {drafts}, chosen {chosen}: your count is {got!r}, it should be {want}"
-    whole = isinstance(got, int) and not isinstance(got, bool)
-    expect(whole, "it returns a whole number: how many drafts become part of the answer", told)
+    told = f"drafts {drafts}, chosen {chosen}\nyours: {got!r}\nright: {want}"
+    expect(type(got) is int, "return a whole number: how many drafts become part of the answer", told)
     expect(
         0 <= got <= len(drafts),
-        "count the drafts alone, from none to all: the token after the last right one is added by the engine",
+        "count only drafts: the token after the last right one is added by the engine",
         told,
     )
     if got < want:
-        raise Wrong(
-            "every draft before the first wrong one is right, and must be taken: it saves a step", told
-        )
+        raise Wrong("take every draft before the first wrong one: each of them saves a step", told)
     if got > want:
         hits = sum(draft == token for draft, token in zip(drafts, chosen, strict=True))
-        later = (
-            "stop at the first wrong draft: whatever the model chose after it, it chose after a wrong token"
-        )
+        later = "stop at the first wrong draft: what the model chose after it, it chose after a wrong token"
         raise Wrong(
-            later if got == hits else "a draft is right only if the model chose this token in this place",
+            later if got == hits else "a draft is right only if the model chose the same token in its place",
             told,
         )
 
@@ -87,56 +76,44 @@ def circles(speculative: str | None, rule: Accept | None = None) -> Engine:
     """Answer the prompts of this exercise with tiny-random, with or without n-gram drafts.
 
     Args:
-        speculative: as in `EngineConfig`.
-        rule: says how many drafts are right; None is the engine's own.
+        speculative: field of `EngineConfig`.
+        rule: function that counts the right drafts; None is the engine's own.
     """
-    engine = Engine(
-        EngineConfig(
-            model=_tiny(), num_blocks=80, block_size=4, speculative=speculative, speculative_gate=False
-        )
-    )
+    engine = tiny_engine(num_blocks=80, block_size=4, speculative=speculative, speculative_gate=False)
     if rule:
         engine.runner.accept = rule
     for prompt in PROMPTS:
         engine.add_request(prompt, CIRCLES)
-    while engine.has_unfinished:
-        engine.step()
+    engine.run()
     return engine
 
 
 def _run_accept(function: Callable[..., Any]) -> Run:
     engine, reference, plain = circles("ngram", function), circles("ngram"), circles(None)
-    for name, output in engine.outputs.items():
-        same = output.token_ids == plain.outputs[name].token_ids
-        told = f"request {name} is another{f': {output.error}' if output.error else ''}"
-        expect(same, "the answers must be those without drafts", told)
+    expect_same_answers(engine, plain, "the answers must be those without drafts")
     tokens = sum(len(output.token_ids) for output in engine.outputs.values())
     sentence = (
         f"In the engine, {tokens} tokens in {len(engine.trace)} steps with your rule, {len(reference.trace)} "
         f"with the reference, {len(plain.trace)} without drafts. The tokens are the same in all three."
     )
-    pictures = [
-        ("With your rule:", notebook.timeline(engine.trace)),
-        ("Without drafts:", notebook.timeline(plain.trace)),
-    ]
-    return Run(sentence, pictures)
+    return Run(sentence, timelines({"With your rule:": engine.trace, "Without drafts:": plain.trace}))
 
 
 # -- 10.2 ------------------------------------------------------------------------------------------
 
 _DRAWS = 20_000
-_SURE = 1e-6  # a right answer is refused once in a million times
+_SURE = 1e-6  # how often a right answer is refused by chance
 _P, _Q = (0.5, 0.25, 0.125, 0.125), (0.125, 0.125, 0.25, 0.5)
 
 
 def accept_or_replace(p: Sequence[float], q: Sequence[float], draft: int, rng: Random) -> int:
-    """The draft with probability min(1, p/q), else a token from what p has more of than q.
+    """The draft with probability min(1, p/q), otherwise a token drawn from what p has more of than q.
 
-    So what comes out is distributed as p is, whatever q (Leviathan et al. 2023; Chen et al. 2023).
+    The tokens that come out are distributed as p is, whatever q is (Leviathan et al. 2023; Chen et al. 2023).
 
     Args:
-        p, q: probabilities of each token, for the model and for the one that drafts.
-        draft: drawn from q.
+        p, q: probabilities of each token, for the model and for the drafter.
+        draft: token that was drawn from q.
     """
     if rng.random() < p[draft] / q[draft]:
         return draft
@@ -145,12 +122,12 @@ def accept_or_replace(p: Sequence[float], q: Sequence[float], draft: int, rng: R
 
 
 def overlap(p: Sequence[float], q: Sequence[float]) -> float:
-    """How often a draft from q can be taken at most, if what comes out is to be distributed as p is."""
+    """The largest share of drafts from q that can be taken while what comes out is distributed as p is."""
     return sum(map(min, p, q))
 
 
 def chance_of(counts: Sequence[float], expected: Sequence[float]) -> float:
-    """How likely counts at least as far from these probabilities are, by chance (Pearson's chi-square)."""
+    """The probability of counts at least as far from these shares as by chance (Pearson's chi-square)."""
     total = sum(counts)
     pairs = list(zip(counts, expected, strict=True))
     if any(count and not share for count, share in pairs):
@@ -180,16 +157,14 @@ def _examine_rule(function: Callable[..., Any]) -> None:
         got = set(_draw(function, p, q, [draft] * 200))
         told = f"p {p}, q {q}, draft {draft}: tokens {sorted(got)} came out"
         expect(all(p[token] > 0 for token in got), "a token with p = 0 must never come out", told)
-        rule = (
-            "a token that is never drafted (q = 0) must come out as well, in place of drafts that are refused"
-        )
+        rule = "a token that is never drafted (q = 0) must come out as well, in place of refused drafts"
         expect(any(q[token] == 0 for token in got), rule, told)
     rng = Random(12)
     for size in (3, 12):
         p, q = ([rng.random() ** 2 for _ in range(size)] for _ in range(2))
         _distributed(function, *([x / sum(some) for x in some] for some in (p, q)))
     once, again = (_draw(function, _P, _Q, [3] * 100, seed=5) for _ in range(2))
-    rule = "draw from `rng` and nothing else: two runs from the same seed must be the same"
+    rule = "draw from `rng` and nothing else: two runs with the same seed must be the same"
     expect(once == again, rule, f"p {_P}, q {_Q}, draft 3: first {once[:8]} ..., then {again[:8]} ...")
 
 
@@ -201,21 +176,21 @@ def _draw(
     *,
     seed: int = 2,
 ) -> list[int]:
-    """What comes out for each of these drafts."""
+    """The token that comes out for each of these drafts."""
     rng, tokens = Random(seed), []
     mine, theirs = list(p), list(q)
     for draft in drafts:
         token = function(mine, theirs, draft, rng)
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < len(p):
+        if type(token) is not int or not 0 <= token < len(p):
             told = f"p {list(p)}, q {list(q)}, draft {draft}: it returned {token!r}"
-            raise Wrong("it always returns a token: a place in p, from 0 on", told)
+            raise Wrong("always return a token: a place in p, from 0 on", told)
         tokens.append(token)
     expect(mine == list(p) and theirs == list(q), "leave p and q as they are", f"p is {mine}, q is {theirs}")
     return tokens
 
 
 def _distributed(function: Callable[..., Any], p: Sequence[float], q: Sequence[float]) -> None:
-    """Over many drafts, what comes out must be distributed as p is, and be the draft as often as can be."""
+    """Raise `Wrong` unless tokens are distributed as p is, and are the draft as often as possible."""
     drafts = Random(1).choices(range(len(p)), weights=q, k=_DRAWS)
     tokens = _draw(function, p, q, drafts)
     counts = [tokens.count(token) for token in range(len(p))]
@@ -232,13 +207,13 @@ def _distributed(function: Callable[..., Any], p: Sequence[float], q: Sequence[f
         raise Wrong(f"{rule}, but they come out as if {name}" if chance > _SURE else rule, told)
     taken = sum(map(int.__eq__, tokens, drafts))
     most = overlap(p, q)
-    told += f"\nthe draft itself came out {taken / _DRAWS:.1%} of the time, and can {most:.1%} of the time"
-    rule = "what comes out is distributed as p is, but drafts that could be taken are thrown away"
+    told += f"\nthe draft itself came out {taken / _DRAWS:.1%} of the time, and could {most:.1%} of the time"
+    rule = "tokens come out as often as p says, but drafts that could be taken are thrown away"
     expect(chance_of((taken, _DRAWS - taken), (most, 1 - most)) > _SURE, rule, told)
 
 
 def _mistakes(p: Sequence[float], q: Sequence[float]) -> dict[str, list[float]]:
-    """How often each token comes out under rules that look right."""
+    """How often each token comes out under rules that look right but are not."""
     ratios = [a / b if b else 1.0 for a, b in zip(p, q, strict=True)]
     kept = [min(a, b) for a, b in zip(p, q, strict=True)]
     left = [max(0.0, a - b) for a, b in zip(p, q, strict=True)]
@@ -248,7 +223,7 @@ def _mistakes(p: Sequence[float], q: Sequence[float]) -> dict[str, list[float]]:
     fallen = [x + (1 - sum(left)) * (token == len(p) - 1) for token, x in enumerate(left)]
 
     def out(accepted: Sequence[float], replaced: Sequence[float]) -> list[float]:
-        """Tokens accepted, and for the rest tokens in these proportions."""
+        """Accepted tokens, and in place of the others tokens in these proportions."""
         rest, total = 1 - sum(accepted), sum(replaced) or 1.0
         return [a + rest * b / total for a, b in zip(accepted, replaced, strict=True)]
 
@@ -271,13 +246,10 @@ def _mistakes(p: Sequence[float], q: Sequence[float]) -> dict[str, list[float]]:
     }
 
 
-_TEXT = [(7 * i + i * i) % 900 + 300 for i in range(192)]  # token ids that tiny-random reads
-
-
 @functools.cache
 def _odds() -> tuple[Tensor, Tensor]:
     """Log-probabilities of tiny-random and of its int8 copy after each token of a text, (tokens, vocab)."""
-    logits = (teacher_forced(_tiny(kind).module, _TEXT) for kind in (None, "int8"))
+    logits = (teacher_forced(tiny_model(kind).module, TEXT) for kind in (None, "int8"))
     mine, drafters = (each.double().log_softmax(-1) for each in logits)
     return mine, drafters
 

@@ -1,6 +1,6 @@
-"""Exercise of notebook 11: choose the token budget that keeps what was promised.
+"""The exercise of notebook 11: choose the token budget that keeps the objectives.
 
-And the runs that the notebook measures: the real scheduler and block pool, on a clock that is made up.
+The runs that the notebook measures are here as well: the real scheduler and block pool, with a made-up clock.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from labkit import notebook
 from labkit.analysis.capacity import Clock, Demand, FittedClock, Replica, Settings, draw_demands
 from labkit.analysis.client_measures import Measure, Slo, summary
 from labkit.core.request import Request
 from labkit.exercises import Exercise, Run, expect
+from labkit.exercises.common import rails
 from labkit.sampling_params import SamplingParams, check_number
 from labkit.trace.trace import Trace
 
 TICK = 1 / 1024
-"""Seconds. All moments of a run are whole multiples of it, so that no sum of them is ever rounded."""
+"""Seconds. All times of a run are whole multiples of it, so that no sum of them is ever rounded."""
 CLOCK = FittedClock(step=16 * TICK, tokens=TICK)
-"""What a step costs: 16 ticks, and one more for each token that it computes."""
+"""A step takes 16 ticks, and one more for each token that it computes."""
 SEATS = 16
-_PAGES, _PAGE = 4096, 16  # enough for every seat at its longest: nothing hangs on preemption
+_PAGES, _PAGE = 4096, 16  # enough for the longest request in every seat: nobody is preempted
 
 
 # -- load, on a clock -----------------------------------------------------------------------------
@@ -36,9 +36,9 @@ class Served:
     """What became of a load.
 
     Attributes:
-        measures: what each client saw, in the order in which they asked.
-        in_system: requests that were waiting or running, at each tick.
-        trace: every step.
+        measures: what each client saw, in the order of their requests.
+        in_system: number of requests that waited or ran at each tick.
+        trace: the trace of all steps.
     """
 
     measures: list[Measure]
@@ -58,13 +58,14 @@ def serve(
 
     Args:
         demands: the requests, at least one.
-        clients: None sends each at its time (open loop). Otherwise so many clients send the next one as soon
-            as they have their answer, whatever the times say (closed loop).
-        budget, seats: tokens of a step, and requests that run at once.
-        clock: seconds of a step, in whole ticks.
+        clients: number of clients that send the next request as soon as they have their answer, whatever
+            its time is (closed loop); None sends each request at its time (open loop).
+        budget: most tokens that a step computes.
+        seats: most requests that run at once.
+        clock: seconds that a step takes, in whole ticks.
 
     Raises:
-        ValueError: for no demands or no clients, or a demand that the pool could never hold.
+        ValueError: there are no demands or no clients, or the pool could never hold a demand.
     """
     if clients is not None:
         check_number("clients", clients, 1, 100_000, whole=True)
@@ -98,12 +99,13 @@ def serve(
 
 
 class Measured(NamedTuple):
-    """What a load came to at one token budget.
+    """What was measured at one token budget.
 
     Attributes:
-        budget: tokens of a step.
-        ttft, itl: 95 of 100 first tokens, and gaps between tokens, took at most so many seconds.
-        tokens: per second.
+        budget: most tokens that a step computes.
+        ttft: 95th percentile of the seconds to the first token.
+        itl: 95th percentile of the seconds between two tokens.
+        tokens: tokens per second.
     """
 
     budget: int
@@ -124,14 +126,14 @@ OBJECTIVES = {
 
 
 def choose_budget(measured: Sequence[Measured], slo: Slo) -> int | None:
-    """The token budget with most tokens per second, of those that keep both objectives.
+    """Of the token budgets that keep both objectives, the one with most tokens per second.
 
     Args:
-        measured: one for each budget, in any order.
-        slo: seconds that TTFT and ITL may take.
+        measured: a row for each budget, in any order.
+        slo: the objectives, seconds for TTFT and for ITL.
 
     Returns:
-        The budget, the smaller of two with as many tokens per second; None if none keeps both.
+        The budget, the smaller of two with equally many tokens per second; None if none keeps both.
     """
     keep = [one for one in measured if one.ttft <= slo.ttft and one.itl <= slo.itl]
     return max(keep, key=lambda one: (one.tokens, -one.budget)).budget if keep else None
@@ -139,7 +141,7 @@ def choose_budget(measured: Sequence[Measured], slo: Slo) -> int | None:
 
 @functools.cache
 def measured_at(budget: int) -> Measured:
-    """200 requests with long prompts, as an open loop a little above what small budgets can serve."""
+    """What 200 long prompts measure in an open loop, a little faster than small budgets can serve."""
     demands = draw_demands(200, rate=3.5, prompt_tokens=(32, 512), answer_tokens=(8, 64), seed=11)
     seen = summary(serve(demands, budget=budget).measures)
     if seen.ttft is None or seen.itl is None:
@@ -174,7 +176,10 @@ def _cases() -> Iterator[tuple[list[Measured], Slo]]:
     ):
         yield rows, slo
         yield rows[::-1], slo
-    yield [Measured(64, 0.9, 0.05, 90.0), Measured(96, 0.95, 0.09, 100.0)], slo  # promises are not a race
+    yield (
+        [Measured(64, 0.9, 0.05, 90.0), Measured(96, 0.95, 0.09, 100.0)],
+        slo,
+    )  # the fastest is not the one to choose
     yield [Measured(32, 1.01, 0.01, 200.0), Measured(64, 0.99, 0.099, 100.0)], slo
     rng = random.Random(11)
     for _ in range(300):
@@ -192,27 +197,29 @@ def _judge(measured: list[Measured], slo: Slo, answer: Any) -> None:
     by_budget = {row.budget: row for row in measured}
     expect(
         answer is None or (type(answer) is int and answer in by_budget),
-        "return one of the budgets that were measured, the number and not its row, or None",
+        "return the number of one of the measured budgets, not its row, or None",
         example,
     )
     expect(
         right is not None,
-        "where no budget keeps both objectives, the answer is None: the least bad breaks a promise too",
+        "if no budget keeps both objectives, return None: even the best of them breaks a promise",
         example,
     )
     chosen, best = by_budget.get(answer), by_budget[right or 0]
     if chosen:
         expect(chosen.itl <= slo.itl, "ITL must keep its objective, whatever TTFT and tokens/s are", example)
-        expect(chosen.ttft <= slo.ttft, "TTFT must keep its objective, however smooth the answer is", example)
+        expect(
+            chosen.ttft <= slo.ttft, "TTFT must keep its objective, whatever ITL and tokens/s are", example
+        )
     expect(
         best.ttft < slo.ttft and best.itl < slo.itl,
-        "what takes exactly as long as the objective keeps it: at most so much, and not less",
+        "a time that equals its objective keeps it: compare with <=, not with <",
         example,
     )
-    expect(chosen is not None, "None is for when no budget keeps both objectives; here one does", example)
+    expect(chosen is not None, "return None only if no budget keeps both objectives: here one does", example)
     expect(
         chosen is None or chosen.tokens < best.tokens,
-        "of two budgets with as many tokens/s, take the smaller one: its steps are shorter",
+        "of two budgets with equally many tokens/s, take the smaller one: its steps are shorter",
         example,
     )
     expect(False, "of the budgets that keep both objectives, take the one with most tokens/s", example)
@@ -221,7 +228,7 @@ def _judge(measured: list[Measured], slo: Slo, answer: Any) -> None:
 # -- the scheduler at that budget -----------------------------------------------------------------
 
 _SCENE = [Demand(0.0, 4, 30)] * 3 + [Demand(0.2, 400, 4)]
-"""Three answers run, and a long prompt comes."""
+"""Three answers run when a long prompt arrives."""
 
 
 def _run(function: Callable[..., Any]) -> Run:
@@ -232,15 +239,14 @@ def _run(function: Callable[..., Any]) -> Run:
     one = next(one for one in measured if one.budget == chosen)
     sentence = (
         f"For {name} (TTFT {slo.ttft:g} s, ITL {1e3 * slo.itl:g} ms) your rule chose a budget of "
-        f"{chosen} (reference {choose_budget(measured, slo)}): {_say(one)}. Most tokens/s, whatever was "
-        f"promised, are at {most.budget}: {_say(most)}."
+        f"{chosen} (reference {choose_budget(measured, slo)}): {_say(one)}. Most tokens/s, whatever the "
+        f"objectives are, come at {most.budget}: {_say(most)}."
     )
-    pictures = []
-    for caption, budget in (("At your budget:", one.budget), ("At the one with most:", most.budget)):
-        trace = serve(_SCENE, budget=budget).trace
-        picture = notebook.token_timeline(trace, "seconds")
-        pictures.append((f"{caption} three answers, and a prompt of 400 tokens", picture))
-    return Run(sentence, pictures)
+    traces = {
+        f"{caption}: three answers, and a prompt of 400 tokens": serve(_SCENE, budget=budget).trace
+        for caption, budget in (("At your budget", one.budget), ("At the one with most", most.budget))
+    }
+    return Run(sentence, rails(traces, "seconds"))
 
 
 def _say(one: Measured) -> str:

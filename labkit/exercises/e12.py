@@ -18,12 +18,13 @@ Route = Callable[[Request, Sequence[Any]], int]
 _PAGE = 16
 
 
-class Stand:
-    """What a router sees of a replica, with numbers that were chosen.
+class StandIn:
+    """A stand-in for a replica, with the numbers that a router may ask for.
 
     Args:
-        running, waiting: requests.
-        cached: tokens of the prompt in its prefix cache.
+        running: number of requests that run.
+        waiting: number of requests that wait.
+        cached: number of tokens of the prompt in its prefix cache.
     """
 
     def __init__(self, running: int, waiting: int = 0, cached: int = 0) -> None:
@@ -35,7 +36,7 @@ class Stand:
         return self._cached
 
     def add(self, request: Request, now: float = 0.0) -> None:
-        raise Wrong("a router only says where a request goes; who called it adds it", "it called `add`")
+        raise Wrong("a router only says where a request goes: its caller adds it", "it called `add`")
 
     def __repr__(self) -> str:
         return f"{self.num_running} running, {self.num_waiting} waiting, {self._cached} tokens cached"
@@ -43,15 +44,15 @@ class Stand:
 
 # -- what is right ---------------------------------------------------------------------------------
 
-_LEAST = "where nobody has any of the prompt cached, it goes to whoever has the fewest unfinished requests"
+_LEAST = "where no replica has the prompt cached, choose the one with the fewest unfinished requests"
 _WAITING = "unfinished requests are those that run and those that wait"
-_CACHED = "of replicas with as many requests, it goes to the one with most of the prompt cached"
-_WORTH = f"cached tokens count for more than a few requests: up to {SLACK} more than the least loaded has"
-_FAR = f"it never goes to a replica with over {SLACK} requests more than the least loaded, whatever is cached"
-_SECOND = "where the one with most cached has too much to do, what the others have cached still counts"
-_TIE = "of replicas with as much cached, it goes to the one with the fewest unfinished requests"
+_CACHED = "of replicas with equally many requests, choose the one with most of the prompt cached"
+_WORTH = f"cached tokens are worth some more requests: up to {SLACK} more than the least loaded replica has"
+_FAR = f"never choose a replica with over {SLACK} requests more than the least loaded one, whatever is cached"
+_SECOND = "where the replica with most cached has too many requests, the cache of the others still counts"
+_TIE = "of replicas with equally much cached, choose the one with the fewest unfinished requests"
 
-# Replicas as (running, waiting, cached), smallest first, with the rule that each shows.
+# The rule, and replicas as (running, waiting, cached), the smallest case first.
 _CASES: tuple[tuple[str, tuple[tuple[int, int, int], ...]], ...] = (
     (_LEAST, ((0, 0, 0),)),
     (_LEAST, ((1, 0, 0), (0, 0, 0))),
@@ -84,22 +85,22 @@ def _examine(function: Callable[..., Any]) -> None:
 
 
 def _ask(function: Callable[..., Any], rule: str, sizes: tuple[tuple[int, int, int], ...]) -> None:
-    stands = [Stand(*size) for size in sizes]
+    replicas = [StandIn(*size) for size in sizes]
     request = Request("7", [5] * 80, SamplingParams(max_tokens=16))
-    given = list(stands)
+    given = list(replicas)
     index = function(request, given)
-    told = "\n".join(f"replica {i}: {stand}" for i, stand in enumerate(stands))
+    told = "\n".join(f"replica {i}: {replica}" for i, replica in enumerate(replicas))
     told += f"\nyours: {index!r}"
-    untouched = given == stands and request.token_ids == [5] * 80
-    expect(untouched, "the request and the list of replicas belong to others: leave them as they are", told)
-    whole = isinstance(index, int) and not isinstance(index, bool)
-    expect(whole and 0 <= index < len(stands), "it returns the index of a replica, from 0 on", told)
+    untouched = given == replicas and request.token_ids == [5] * 80
+    expect(untouched, "leave the request and the list of replicas as they are", told)
+    whole = type(index) is int and 0 <= index < len(replicas)
+    expect(whole, "return the index of a replica, from 0 on", told)
     right = _right(sizes)
-    expect(index in right, rule, f"{told}, not {' or '.join(map(str, right))}")
+    expect(index in right, rule, f"{told}\nright: {' or '.join(map(str, right))}")
 
 
 def _right(sizes: tuple[tuple[int, int, int], ...]) -> list[int]:
-    """Every replica that the rules allow."""
+    """The indices of all replicas that the rules allow."""
     least = min(running + waiting for running, waiting, _ in sizes)
     near = [i for i, (running, waiting, _) in enumerate(sizes) if running + waiting <= least + SLACK]
     best = max((sizes[i][2], -sizes[i][0] - sizes[i][1]) for i in near)
@@ -110,9 +111,11 @@ def _right(sizes: tuple[tuple[int, int, int], ...]) -> list[int]:
 
 
 def serve(routing: str | Route, replicas: int = 4, rate: float = 36.0) -> Replay:
-    """Some T4s on paper, each with an 8B model in eight bits, under long instructions that many share.
+    """Replay some T4s, each with an 8B model in eight bits, with requests that share long instructions.
 
     Args:
+        routing: name of a policy, or a function that returns the index of a replica.
+        replicas: number of GPUs.
         rate: requests per second.
     """
     demands = draw_demands(

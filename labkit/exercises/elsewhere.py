@@ -1,7 +1,7 @@
-"""Calls a function in a new Python process: what depends on this one alone comes out different there.
+"""Calls a function in a new Python process, to see whether its result depends on the process.
 
-A learner's function stands in a notebook's cell, which no other process can import. So its code is sent, with
-what it uses of the cell's names; anything else goes by name, as `pickle` does it.
+A learner's function stands in the cell of a notebook, which no other process can import. So its code is sent,
+together with the names of the notebook that it uses. Everything else is sent by name, as `pickle` does it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 _SECONDS = 60
-_START = "from labkit.exercises.elsewhere import _answer; _answer()"
+_START = "from labkit.exercises import elsewhere; elsewhere.answer_calls()"
 
 
 def call_elsewhere(
     function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], *, hash_seed: int
 ) -> list[str] | None:
-    """Call a function with each of these arguments, in a process whose strings hash by that seed.
+    """Call a function with each of these tuples, in a process that hashes strings with this seed.
 
     Returns:
-        What each call returned, as `repr` shows it; None if the function cannot be sent, or failed there.
+        The `repr` of what each call returned; None if the function cannot be sent, or failed there.
     """
     buffer = io.BytesIO()
     try:
@@ -51,8 +51,8 @@ def call_elsewhere(
     return pickle.loads(done.stdout)
 
 
-def _answer() -> None:
-    """The other process: read function and arguments, and write what came out."""
+def answer_calls() -> None:
+    """Runs in the other process: read the function and its calls, and write the results."""
     function, calls = pickle.load(sys.stdin.buffer)
     with contextlib.redirect_stdout(sys.stderr):  # a learner may print
         shown = [repr(function(*arguments)) for arguments in calls]
@@ -60,7 +60,7 @@ def _answer() -> None:
 
 
 class _Sender(pickle.Pickler):
-    """Sends modules by name, and functions of one namespace (a learner's cells) with their code."""
+    """Sends modules by name, and the functions of one namespace (a learner's cells) with their code."""
 
     def __init__(self, file: io.BytesIO, own: dict[str, Any] | None) -> None:
         super().__init__(file)
@@ -75,13 +75,13 @@ class _Sender(pickle.Pickler):
         used = {name: value for name, value in item.__globals__.items() if name in names}
         cells = [cell.cell_contents for cell in item.__closure__ or ()]
         state = (used, cells, item.__kwdefaults__)
-        # In two parts, because a function may be among the names that it uses.
+        # In two parts, because a function may use its own name.
         shell = (marshal.dumps(item.__code__), item.__name__, item.__defaults__, len(cells))
         return _shell, shell, state, None, None, _fill
 
 
 def _names(code: CodeType) -> set[str]:
-    """The names that a piece of code may look up, with those of the functions in it."""
+    """The names that a piece of code may look up, and those of the functions in it."""
     inner = [const for const in code.co_consts if isinstance(const, CodeType)]
     return {*code.co_names, *(name for part in inner for name in _names(part))}
 

@@ -26,17 +26,19 @@ _FEW = 16  # queries in a row, such as drafts, with which rows still share a cal
 
 @dataclass
 class GatheredRows:
-    """Rows of equally many queries, mostly one, in one call over pages gathered side by side.
+    """Rows of equally many queries, mostly one, in one call over blocks gathered side by side.
 
-    `blocks` (see `gather`) are the pages; `masks` maps a sliding window (None: no window) to what is added
-    to the scores, (rows, 1 or kv_heads, queries, width * block_size): 0, or minus infinity where a query may
-    not look.
+    `pieces` (see `half_blocks`) says where they lie; `masks` maps a window (None: none) to what is
+    added to the scores, (rows, 1 or kv_heads, queries, width * block_size): 0, or minus infinity where a
+    query may not look. `written_out` says that attention is computed as two batched products: on a CPU in
+    fp32 that is faster, because PyTorch's fused kernel makes a small product for each row and head there.
     """
 
     first: int
     last: int
     pieces: Tensor
     masks: dict[int | None, Tensor]
+    written_out: bool
 
     def attend(self, q: Tensor, blocks: Tensor, *, scale: float, window: int | None) -> Tensor:
         k, v = read_rows(blocks, self.pieces)
@@ -48,7 +50,7 @@ class GatheredRows:
             folded = q.reshape(rows, queries, -1, dim).transpose(1, 2)
             mask = mask.repeat(1, 1, q.shape[1] // kv_heads, 1)
         folded = folded.reshape(rows, kv_heads, -1, dim)
-        if _plainly(q):
+        if self.written_out:
             k, v = k.view(-1, length, dim), v.view(-1, length, dim)
             scores = torch.baddbmm(
                 mask.view(len(k), -1, length), folded.reshape(len(k), -1, dim), k.transpose(1, 2), alpha=scale
@@ -84,14 +86,6 @@ class Chunk:
         return out[0].transpose(0, 1)
 
 
-def _plainly(q: Tensor) -> bool:
-    """Whether to write single queries out as two batched products: on a CPU in fp32 they are faster.
-
-    PyTorch's fused kernel makes a small product of its own for each row and head there.
-    """
-    return q.device.type == "cpu" and q.dtype == torch.float32
-
-
 def additive(seen: Tensor, like: Tensor) -> Tensor:
     """A mask to be added to scores: 0 where something is seen, else minus infinity.
 
@@ -104,7 +98,7 @@ def additive(seen: Tensor, like: Tensor) -> Tensor:
 
 
 def block_table(rows: Sequence[Span], cache: PagedKVCache, width: int) -> Tensor:
-    """The block tables of these rows, filled up with the null page: (rows, width), int64."""
+    """The block tables of these rows, filled up with the null block: (rows, width), int64."""
     table: list[int] = []
     for row in rows:
         used = -(-row.length // cache.block_size)
@@ -150,12 +144,14 @@ def _group(
     """One group of rows, from their tables (rows, width) and their queries' positions (rows, queries)."""
     at = torch.arange(tables.shape[1] * cache.block_size, device=tables.device)
     positions = positions[:, None, :, None]
-    masks = {}
+    masks, written_out = {}, cache.device.type == "cpu" and cache.blocks.dtype == torch.float32
     for window in windows:
         seen = at <= positions
         mask = additive(seen if window is None else seen & (at > positions - window), cache.blocks)
-        masks[window] = mask.repeat(1, cache.num_kv_heads, 1, 1) if _plainly(mask) else mask
-    return GatheredRows(first, first + positions.numel(), half_blocks(tables, cache.num_kv_heads), masks)
+        masks[window] = mask.repeat(1, cache.num_kv_heads, 1, 1) if written_out else mask
+    return GatheredRows(
+        first, first + positions.numel(), half_blocks(tables, cache.num_kv_heads), masks, written_out
+    )
 
 
 def gathered_chunks(
@@ -209,5 +205,5 @@ def _cut(widths: list[int]) -> list[tuple[int, int]]:
 
 
 SDPA = Backend(
-    "sdpa", "PyTorch's own attention over gathered pages", gathered_rows, gathered_chunks, static_rows
+    "sdpa", "PyTorch's own attention over gathered blocks", gathered_rows, gathered_chunks, static_rows
 )

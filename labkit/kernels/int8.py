@@ -1,20 +1,20 @@
-"""Eight bits: weights per output channel, activations per token, products of whole numbers.
+"""Eight bits (W8A8): weights with a scale per output channel, activations with one per token.
 
-A number x becomes `round(x / scale)`, from -127 to 127. Weights get one scale per output channel, once;
-activations one per token, at every step. The product of the whole numbers is exact, so an answer does not
-depend on the batch around it, and the two scales are multiplied back in afterwards:
+A number x becomes the whole number `round(x / scale)`, from -127 to 127. The scales of weights are computed
+once, those of activations at every step. The product of whole numbers is exact, so an answer does not depend
+on the batch around it, and the two scales are multiplied back in afterwards:
 
     y = (q_x @ q_w.T) * scale_x * scale_w
 
-What costs accuracy is outliers: one large channel in a row makes the scale coarse for all others. They are
-taken out before, by turning the space they live in. A rotation R spreads a large channel over all, and
-(x R) (W R).T = x W.T, so the model computes what it did before. The stream between the layers is turned once
-and for all, inside the weights (Ashkboos et al. 2024, QuaRot; the norms allow it because a rotation leaves
-lengths alone, once their weights have moved into the next product). Only the input of `down_proj`, behind
-a product of two activations, is turned while the model runs, by a small Hadamard matrix.
+Outliers cost accuracy: one large channel in a row makes the scale coarse for all others. A rotation R of the
+space removes them, because it spreads a large channel over all, and (x R) (W R).T = x W.T, so the model
+computes what it did before. The stream between the layers is rotated inside the weights, once and for all
+(Ashkboos et al. 2024, QuaRot). The norms allow this after their weights have moved into the next product,
+because a rotation changes no length. Only the input of `down_proj`, which comes from a product of two
+activations, is rotated while the model runs, by a small Hadamard matrix.
 
-x86 without VNNI adds products of 8 bits in pairs, in 16 bits, and cuts off what does not fit. So a scale is
-chosen such that no pair of neighbouring weights can bring that about; it costs a fraction of a bit, and
+x86 without VNNI adds products of 8 bits in pairs, in 16 bits, and cuts off what does not fit. So each scale
+is chosen such that no pair of neighbouring weights can make that happen. This costs a fraction of a bit, and
 makes the numbers the same on every machine.
 """
 
@@ -28,37 +28,36 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
-from labkit.core.model import Transformer
+from labkit.core.model import ModelShape, Transformer
 
 _LEVELS = 127
 _TINY = torch.finfo(torch.float32).tiny  # the scale of a row of zeros
 _PAIR = 32767 // 255  # what two neighbours may add up to: 255 is the largest activation, unsigned
-_MAX_HADAMARD = 64  # of the rotation at run time
-_MIN_ROWS_CUDA = 17  # fewer rows than that cuBLASLt refuses
+_MAX_HADAMARD = 64  # size of the rotation at run time
+_MIN_ROWS_CUDA = 17  # cuBLASLt refuses fewer rows
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers and a scale for each row.
+    """Round a weight to whole numbers, with a scale for each row.
 
     Args:
-        weight: (out, in), any float dtype.
+        weight: a matrix (out, in) of any float dtype.
 
     Returns:
-        int8 (out, in), and fp32 scales (out, 1) with `weight ~ numbers * scales`. No two neighbours in a row
-        (0 and 1, 2 and 3, ...) of the same sign add up to more than 128.
+        Numbers (out, in) in int8 and scales (out, 1) in fp32, with `weight ~ numbers * scales`. No two
+        neighbours in a row (0 and 1, 2 and 3, ...) of the same sign add up to more than 128.
     """
     weight = weight.float()
     pairs = F.pad(weight, (0, weight.shape[1] % 2)).unflatten(1, (-1, 2))
-    together = pairs.sum(-1).abs().amax(1, keepdim=True)  # of opposite signs they take each other down
+    together = pairs.sum(-1).abs().amax(1, keepdim=True)  # opposite signs cancel, and do no harm
     scales = torch.maximum(weight.abs().amax(1, keepdim=True) / _LEVELS, together / (_PAIR - 1))
     scales.clamp_(min=_TINY)
     return torch.round(weight / scales).to(torch.int8), scales
 
 
 def hadamard(size: int) -> Tensor:
-    """The Hadamard matrix (Sylvester 1867) of a power of two, scaled to be orthogonal; it is symmetric."""
+    """The Hadamard matrix (Sylvester 1867) of a power of two, symmetric and scaled to be orthogonal."""
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
@@ -66,10 +65,14 @@ def hadamard(size: int) -> Tensor:
 
 
 def rotation(size: int) -> Tensor:
-    """A seeded orthogonal matrix (size, size), fp32: random signs, a Hadamard matrix, and what is left."""
+    """Return a seeded orthogonal matrix (size, size) in fp32.
+
+    It is made of random signs, a Hadamard matrix for the power of two in the size, and a random rotation for
+    the odd factor that is left.
+    """
     generator = torch.Generator("cpu").manual_seed(0)
     signs = torch.where(torch.rand(size, generator=generator) < 0.5, -1.0, 1.0)
-    power = size & -size  # the largest power of two in it
+    power = size & -size  # the largest power of two that divides it
     odd = torch.randn(size // power, size // power, generator=generator, dtype=torch.float64)
     rest = torch.linalg.qr(odd).Q.float().contiguous()
     return signs[:, None] * torch.kron(rest, hadamard(power))
@@ -77,11 +80,12 @@ def rotation(size: int) -> Tensor:
 
 @torch.no_grad()
 def rotate(model: Transformer) -> None:
-    """Turn the space between the layers of a model; it computes the same as before, up to rounding.
+    """Rotate the space between the layers of a model, which computes the same as before, up to rounding.
 
-    The weights of the norms move into the products that follow, which ties no output layer to an embedding.
+    The weights of the norms move into the products that follow. Therefore the output layer and the embedding,
+    if they were one table before, become two.
     """
-    turn = rotation(model.config.hidden_size).to(model.device, model.dtype)
+    turn = rotation(model.shape.hidden_size).to(model.device, model.dtype)
 
     def reads(linear: nn.Linear, norm: nn.Module) -> None:
         linear.weight = nn.Parameter((linear.weight * norm.weight) @ turn, requires_grad=False)
@@ -105,7 +109,8 @@ def rotate(model: Transformer) -> None:
 
 # -- products of whole numbers --------------------------------------------------------------------
 #
-# Each takes x (rows, in) with numbers from -1 to 1, in steps of 1/127, and gives scale_w * (x @ w.T).
+# Each takes x (rows, in) with numbers from -1 to 1, rounds them to steps of 1/127, and returns
+# scale_w * (x @ w.T).
 
 
 class _IntMM:
@@ -123,11 +128,11 @@ class _IntMM:
 
 
 class _Fbgemm:
-    """FBGEMM's kernel, which is fast on x86 without VNNI as well."""
+    """FBGEMM's kernel, which is also fast on x86 without VNNI."""
 
     def __init__(self, weight: Tensor, scales: Tensor) -> None:
         zeros = torch.zeros(len(weight), dtype=torch.long)
-        with warnings.catch_warnings():  # that quantised tensors are on their way out
+        with warnings.catch_warnings():  # PyTorch warns that it will drop quantised tensors
             warnings.simplefilter("ignore")
             quantized = torch._make_per_channel_quantized_tensor(
                 weight.contiguous(), scales.flatten().double(), zeros, 0
@@ -146,9 +151,9 @@ Kernel = Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]
 
 
 def pick_kernel(device: torch.device) -> tuple[Kernel, str]:
-    """The fastest kernel that this machine has, and the reason.
+    """Return the fastest kernel that this machine has, and the reason in words.
 
-    On a CPU they are timed, for about a tenth of a second, on a product of 16 rows.
+    On a CPU the kernels are timed on a product of 16 rows, which takes about a tenth of a second.
     """
     if device.type != "cpu":
         return _IntMM, "torch._int_mm"
@@ -176,9 +181,10 @@ class Int8Linear(nn.Module):
     """A linear layer on whole numbers.
 
     Args:
-        weight, scales: from `quantize_rows`.
-        bias: added at the end.
-        turn: a Hadamard matrix for pieces of the input, whose weight was turned likewise.
+        weight, scales: what `quantize_rows` returns.
+        bias: the bias, which is added at the end.
+        kernel: how to multiply, from `pick_kernel`.
+        turn: a Hadamard matrix that rotates each piece of the input; the weight was rotated in the same way.
     """
 
     def __init__(
@@ -193,7 +199,7 @@ class Int8Linear(nn.Module):
         x = x.float()
         if self.turn is not None:
             x = (x.reshape(-1, len(self.turn)) @ self.turn).view(x.shape)
-        # An infinite or NaN row stays one: its largest number does.
+        # An infinite or NaN row stays one, because its largest number is.
         largest = x.abs().amax(dim=-1, keepdim=True).clamp_(min=_TINY)
         out = self.multiply(x / largest).mul_(largest)
         return (out if self.bias is None else out.add_(self.bias)).to(dtype)
@@ -212,10 +218,10 @@ class Int8Embedding(nn.Module):
 
 @torch.no_grad()
 def quantize(model: Transformer) -> dict[str, Tensor]:
-    """Rotate a model and quantise it: all its tensors, for `from_quantized`.
+    """Rotate a model and quantise it; return all tensors that `from_quantized` needs.
 
     Args:
-        model: in fp32, with plain linear layers; it is changed, and of no use afterwards.
+        model: a model in fp32 with plain linear layers. It is changed, and of no use afterwards.
     """
     rotate(model)
     tensors: dict[str, Tensor] = {}
@@ -235,24 +241,26 @@ def quantize(model: Transformer) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def from_quantized(
-    config: PreTrainedConfig,
+    shape: ModelShape,
     tensors: dict[str, Tensor],
     *,
     dtype: torch.dtype,
     device: torch.device,
     kernel: Kernel,
 ) -> Transformer:
-    """A model on whole numbers.
+    """Build a model that computes with whole numbers.
 
     Args:
-        tensors: from `quantize`.
-        dtype: of what lies between the products.
-        kernel: from `pick_kernel`.
+        shape: the sizes of the model.
+        tensors: what `quantize` returned.
+        dtype: the dtype of activations.
+        device: where to build it.
+        kernel: how to multiply, from `pick_kernel`.
 
     Raises:
-        ValueError: for a tensor that is missing or of the wrong shape.
+        ValueError: if a tensor is missing or of the wrong shape.
     """
-    model = Transformer.empty(config, dtype=dtype, device=device)
+    model = Transformer(shape, dtype=dtype, device=device)
     try:
         for name, module in list(model.named_modules()):
             if not isinstance(module, nn.Linear | nn.Embedding):
@@ -278,4 +286,5 @@ def from_quantized(
 
 
 def _turn(size: int) -> Tensor:
+    """Return the rotation of `down_proj`'s input, a piece at a time: the largest that divides its size."""
     return hadamard(min(size & -size, _MAX_HADAMARD))

@@ -1,7 +1,7 @@
-"""Ways to compute a product with weights, put into a model in place of `nn.Linear`.
+"""Other ways to compute the product of a linear layer, put into a model in place of `nn.Linear`.
 
-Each says the same as the layer it stands for; which of them pays depends on the machine. For 8 bits see
-`quantize.py`.
+Each computes what the layer it replaces does. `PackedLinear` is faster on a CPU. `SplitLinear` is slower, and
+shows what fusing projections gains. For products in 8 bits see `int8.py`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _PACKED_ROWS = 32  # a hint for the layout; any number of rows is right
 
 
 class PackedLinear(nn.Module):
-    """A linear layer in fp32 on a CPU, its weight laid out once in the order in which oneDNN reads it.
+    """A linear layer in fp32 on a CPU whose weight lies in the order in which oneDNN reads it.
 
-    The plain layer lays it out anew in every product, which for a few rows takes longer than the product.
+    The plain layer rearranges its weight in every product, which for few rows takes longer than the product.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -31,7 +31,7 @@ class PackedLinear(nn.Module):
 
 
 class SplitLinear(nn.Module):
-    """Several products where one would do: what a model is before its projections are fused."""
+    """Several products where one would do: what a model computes before its projections are fused."""
 
     def __init__(self, linear: nn.Linear, sizes: list[int]) -> None:
         super().__init__()
@@ -44,22 +44,22 @@ class SplitLinear(nn.Module):
 
 
 def split(model: Transformer) -> None:
-    """Take the fused projections of a model apart again, to see what fusing them gains."""
+    """Take the fused projections of a model apart, to see what fusing them gains."""
     for layer in model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        sizes = [n * attention.dim for n in (attention.heads, attention.kv_heads, attention.kv_heads)]
+        sizes = [n * attention.head_dim for n in (attention.heads, attention.kv_heads, attention.kv_heads)]
         attention.qkv_proj = SplitLinear(attention.qkv_proj, sizes)
         mlp.gate_up_proj = SplitLinear(mlp.gate_up_proj, [mlp.gate_up_proj.out_features // 2] * 2)
 
 
 def can_pack(model: Transformer) -> bool:
-    """Whether oneDNN is there, and the model is in fp32 on a CPU."""
-    on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
-    return on_cpu and torch.backends.mkldnn.is_available()
+    """Whether `pack` can be used: the model is in fp32 on a CPU, and PyTorch was built with oneDNN."""
+    in_fp32_on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
+    return in_fp32_on_cpu and torch.backends.mkldnn.is_available()
 
 
 def pack(model: Transformer) -> None:
-    """Lay the weights of all linear layers out for this CPU. Needs `can_pack`."""
+    """Rearrange the weights of all linear layers for this CPU. Only for a model that `can_pack` accepts."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):

@@ -6,13 +6,15 @@ On a CPU there is nothing to measure and nothing to capture.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable
 
+import psutil
 import torch
 
 from labkit.config import EngineConfig
 from labkit.core.attention import Span, build_metadata
-from labkit.core.kv_cache import PagedKVCache
+from labkit.core.kv_cache import KVShape, PagedKVCache
 from labkit.core.model_runner import PagedModel
 from labkit.kernels.backend import Backend
 from labkit.kernels.cuda_graphs import Capture, DecodeGraphs
@@ -74,6 +76,20 @@ def activation_bytes(model: PagedModel, backend: Backend, config: EngineConfig) 
         ) from error
 
 
+def check_memory(shape: KVShape, num_blocks: int, block_size: int) -> None:
+    """Raise `ValueError` unless the device has room for a cache of this size."""
+    needed, device = (num_blocks + 1) * block_size * shape.bytes_per_token, shape.device
+    if device.type == "cpu":  # it promises memory that it does not have
+        available = psutil.virtual_memory().available
+    else:
+        available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    if needed > available:
+        raise ValueError(
+            f"num_blocks={num_blocks} needs {needed / 2**30:.1f} GiB for the KV cache, but {device} has "
+            f"{available / 2**30:.1f} GiB free"
+        )
+
+
 def warm_up(
     model: PagedModel,
     backend: Backend,
@@ -99,6 +115,7 @@ def warm_up(
     while True:
         cache = graphs = None
         try:
+            check_memory(model.kv_shape, num_blocks, config.block_size)
             cache = model.kv_shape.new_cache(num_blocks, config.block_size)
             if not graphed or (device.type != "cuda" and capture is None):
                 return cache, None

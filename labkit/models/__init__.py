@@ -1,0 +1,1 @@
+"""Find, fetch, check and load a model. The story begins in `load.py`."""

@@ -1,4 +1,8 @@
-"""Tokens to text, as they come: no half character, no head of a stop string, and no tail lost."""
+"""Tokens to text while they are sampled.
+
+A token can end in the middle of a character, and a text in the middle of a stop string. What could still
+change is held back, so that a reader never sees anything that must be taken back. Nothing is lost at the end.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,11 @@ class IncrementalDetokenizer:
     """The text of one answer, growing by a token at a time.
 
     Args:
-        tokenizer: whose `decode` (special tokens skipped) the finished text equals.
+        tokenizer: a tokenizer; the finished text equals what its `decode` says, with special tokens skipped.
         stop: strings that end the answer.
+
+    Attributes:
+        text: what may be shown so far.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
@@ -22,29 +29,33 @@ class IncrementalDetokenizer:
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = tuple(stop)
         self._token_ids: list[int] = []
-        self._decoded = ""  # whole characters so far
+        self._decoded = ""  # all whole characters so far
         self._searched = 0  # no stop string begins before this place
-        self.text = ""  # what may be shown: no stop string can begin in it
+        self._stopped = False
+        self.text = ""
 
     def push(self, token: int) -> bool:
-        """Take the next token; True if a stop string is complete, which ends the text before it."""
+        """Take the next token. Return whether it completes a stop string; the text then ends before that."""
         self._token_ids.append(token)
         self._decoded += self._piece(token)
         return self._show(final=False)
 
     def finish(self) -> bool:
-        """No more tokens: let out what was held back. True if that completes a stop string."""
+        """Let out what was held back, as no more tokens come. Return whether that completes a stop string."""
+        if self._stopped:
+            return True
         self._decoded = self._decode_all()
         return self._show(final=True)
 
     def _piece(self, token: int) -> str:
-        if self._backend is None:  # not a fast tokenizer: decode it all, and wait while a character is open
+        """Return the characters that a token completes."""
+        if self._backend is None:  # not a fast tokenizer: decode all, and wait while a character is open
             whole = self._decode_all()
             return "" if whole.endswith("\ufffd") else whole[len(self._decoded) :]
         try:
             return self._stream.step(self._backend, token) or ""
         except Exception as error:
-            # The stream gives up where bytes that are no text meet: from here on, decode all of the answer.
+            # The stream gives up at bytes that are no text: from here on, decode the whole answer each time.
             if "prefix" not in str(error):
                 raise
             self._backend = None
@@ -56,10 +67,15 @@ class IncrementalDetokenizer:
         )
 
     def _show(self, *, final: bool) -> bool:
+        """Move `text` on as far as it may be shown. Return whether a stop string was found."""
+        if not self._stop:
+            self.text = self._decoded
+            return False
         places = [self._decoded.find(stop, self._searched) for stop in self._stop]
         found = min((place for place in places if place >= 0), default=-1)
         if found >= 0:
             self._decoded = self.text = self._decoded[:found]
+            self._stopped = True
             return True
         held = 0 if final else self._head_of_stop()
         self._searched = len(self._decoded) - held
@@ -67,7 +83,7 @@ class IncrementalDetokenizer:
         return False
 
     def _head_of_stop(self) -> int:
-        """How many of the last characters may turn out to begin a stop string."""
+        """Return how many of the last characters may turn out to begin a stop string."""
         longest = max(map(len, self._stop), default=1) - 1
         for length in range(min(longest, len(self._decoded)), 0, -1):
             if any(stop.startswith(self._decoded[-length:]) for stop in self._stop):

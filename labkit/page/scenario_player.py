@@ -46,7 +46,7 @@ class Player:
         self._live: AsyncEngine = desk.live
         self._lock = threading.Lock()
         self._cues: list[_Cue] = []
-        self._deaf: Callable[[], None] = self._live.listen(self._hear, last=0)
+        self._deaf: Callable[[], None] = self._live.subscribe(self._hear, last=0)
 
     def play(self, visitor: str, preset: Preset, *, name: str = "") -> None:
         """Begin a scene for a visitor; its requests count as theirs.

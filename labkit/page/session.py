@@ -61,7 +61,7 @@ class Bench:
     def around(cls, live: AsyncEngine, limits: Limits) -> Bench:
         feed = Feed(live.engine.trace.meta, speculative=live.engine.config.speculative)
         desk = Desk(live, limits)
-        return cls(live, feed, desk, Player(desk), live.listen(feed.append, last=WINDOW))
+        return cls(live, feed, desk, Player(desk), live.subscribe(feed.append, last=WINDOW))
 
     def leave(self) -> None:
         """Watch the engine no more; it goes on."""
@@ -210,7 +210,7 @@ class Lab:
 
     def _seat(self, live: AsyncEngine) -> Bench:
         if self._writers:
-            self._writers.follow(live)
+            self._writers.follow(live.engine.trace.meta, live.subscribe)
         return Bench.around(live, self.limits)
 
     def _wait_for_the_end(self, change: _Change) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 from labkit.models.chat import as_chat
 from labkit.page.visitors import mark
 from labkit.sampling_params import SamplingParams, check_number
-from labkit.serving.async_engine import AsyncEngine, Progress
+from labkit.serving.answer import AnswerProgress
+from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.limits import Limits
 from labkit.views import style
 
@@ -32,7 +33,7 @@ class _Entry:
     prompt: str
     max_tokens: int
     name: str  # that the visitor goes by
-    end: Progress | None = None  # once it is over
+    end: AnswerProgress | None = None  # once it is over
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Cards:
 
     serial: int  # of the latest
     longest: int  # tokens that the model can hold
-    shown: tuple[tuple[_Entry, Progress], ...]
+    shown: tuple[tuple[_Entry, AnswerProgress], ...]
 
     def since(self, serial: int, known: Mapping[str, int]) -> dict[str, Any]:
         """What is new on them: those after number `serial`, and more text on others, ready for JSON.
@@ -60,7 +61,7 @@ class Cards:
         gone = known.keys() - {entry.request_id for entry, _ in self.shown}
         return {"since": self.serial, "items": items, "gone": list(gone)}
 
-    def _facts(self, entry: _Entry, progress: Progress) -> dict[str, Any]:
+    def _facts(self, entry: _Entry, progress: AnswerProgress) -> dict[str, Any]:
         room = self.longest - progress.num_prompt_tokens
         return {
             "id": entry.request_id,
@@ -74,7 +75,7 @@ class Cards:
         }
 
 
-def _growth(progress: Progress, had: int) -> dict[str, Any]:
+def _growth(progress: AnswerProgress, had: int) -> dict[str, Any]:
     at = had if not progress.finish_reason and had <= len(progress.text) else 0
     return {
         "tokens": progress.num_tokens,
@@ -251,7 +252,7 @@ class Desk:
                 shown.append((entry, progress))
         return Cards(serial, self.live.engine.max_model_len, tuple(shown))
 
-    def _progress(self, entry: _Entry) -> Progress | None:
+    def _progress(self, entry: _Entry) -> AnswerProgress | None:
         try:
             progress = self.live.progress(entry.request_id)
         except KeyError:  # finished long ago

@@ -1,6 +1,6 @@
 """A trace that somebody hands in: read only within limits, so that no file, however made, costs much.
 
-Reading checks every line and replays it (see `labkit.trace_file`). What is bounded here is what a well-formed
+Reading checks every line and replays it (`labkit.trace.jsonl`). What is bounded here is what a well-formed
 file could still ask for: size, steps, pages, requests, and time.
 """
 
@@ -52,8 +52,6 @@ def read_upload(path: str | os.PathLike[str]) -> Trace:
 
 
 def _read(path: str | os.PathLike[str]) -> Trace:
-    from labkit.trace import jsonl
-
     deadline = time.monotonic() + MAX_SECONDS
     steps = arrived = 0
 
@@ -76,7 +74,7 @@ def _read(path: str | os.PathLike[str]) -> Trace:
             at_once = f"{MAX_REQUESTS:,} requests, or {MAX_AT_ONCE:,} at once"
             raise TraceError(f"The file has more than {at_once}.")
 
-    trace = jsonl.read_lines(_lines(path), watch=watch)
+    trace = Trace.from_lines(_lines(path), watch=watch)
     if not trace.records:
         raise TraceError("The trace holds no steps.")
     return trace

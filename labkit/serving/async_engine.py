@@ -1,7 +1,7 @@
-"""The engine on a thread of its own, so that many people can talk to it while it runs.
+"""The engine on a thread of its own, so that many people can use it while it runs.
 
-Only that thread touches the engine. Everybody else leaves a command in the inbox, which is emptied between
-two steps, and reads what the last step published. Nobody ever waits for a step, except to hear its news.
+Only that thread touches the engine. All others leave a command in the inbox, which the thread empties between
+two steps, and read what the latest step published. Nobody waits for a step unless they ask for its news.
 """
 
 from __future__ import annotations
@@ -9,24 +9,25 @@ from __future__ import annotations
 import asyncio
 import bisect
 import contextlib
+import functools
 import logging
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from labkit.core.request import answer_ids
-from labkit.outputs import RequestMetrics, RequestOutput
-from labkit.sampling_params import MAX_N, SamplingParams, check_number
+from labkit.outputs import FinishReason, RequestMetrics, RequestOutput
+from labkit.sampling_params import SamplingParams, check_number
+from labkit.serving.answer import Answer, AnswerProgress, Cursor, Piece
 from labkit.trace.records import StepRecord
 
 if TYPE_CHECKING:
     from labkit.core.request import Request
     from labkit.engine import Engine
-    from labkit.outputs import FinishReason
 
 logger = logging.getLogger(__name__)
 
@@ -35,86 +36,51 @@ class EngineStoppedError(RuntimeError):
     """The engine takes no more requests: it was closed, or a step failed. The message says which."""
 
 
-class Progress(NamedTuple):
-    """How far an answer is after the latest step."""
-
-    text: str
-    num_tokens: int
-    num_prompt_tokens: int
-    finish_reason: FinishReason | None
-    error: str | None
-
-
-class _Answer:
-    """One answer being written: the engine's own object, and what of it the last step made public."""
-
-    __slots__ = ("length", "output", "reason", "text", "wakers")
-
-    def __init__(self, output: RequestOutput) -> None:
-        self.output = output
-        self.length = 0  # tokens published; the engine may already be appending more
-        self.text = ""
-        self.reason: FinishReason | None = None
-        self.wakers: list[Callable[[], None]] = []  # called once, at the next news
-
-    def publish(self) -> None:
-        output = self.output
-        self.length, self.text, self.reason = len(output.token_ids), output.text, output.finish_reason
-
-    def snapshot(self) -> RequestOutput:
-        """A copy that never changes: the state at the end of a step, not in the middle of one."""
-        output, length = self.output, self.length
-        metrics = replace(output.metrics, token_times=output.metrics.token_times[:length])
-        return replace(
-            output,
-            token_ids=output.token_ids[:length],
-            text=self.text,
-            finish_reason=self.reason,
-            metrics=metrics,
-            logprobs=None if output.logprobs is None else output.logprobs[:length],
-        )
+@dataclass(eq=False)
+class _Subscription:
+    subscriber: Callable[[StepRecord], None]
+    knows_past: bool = False  # whether it has been told the steps that were in the trace when it came
 
 
 class AsyncEngine:
     """Runs an engine on a thread and lets any thread, or any coroutine, use it.
 
     Args:
-        engine: to run; from now on only this object may call its `step`.
-        keep_finished: how many finished answers to remember. Older ones are forgotten, so that an engine
-            that runs for weeks does not grow.
+        engine: the engine; from now on only this object may call its `step`.
+        keep_finished: the number of finished answers to remember; older ones are forgotten, to save memory.
     """
 
     def __init__(self, engine: Engine, *, keep_finished: int = 256) -> None:
-        check_number("keep_finished", keep_finished, 1, float("inf"), whole=True)
+        check_number("keep_finished", keep_finished, 1, math.inf, whole=True)
         self.engine = engine
         self.failure: BaseException | None = None  # what a step raised, if one did
         self._keep_finished = keep_finished
-        self._changed = threading.Condition()  # guards everything below
-        self._inbox: list[Callable[[], None]] = []
-        self._answers: dict[str, _Answer] = {}
+        self._changed = threading.Condition()  # guards what follows, and is told when it changes
+        self._inbox: list[Callable[[], object]] = []
+        self._answers: dict[str, Answer] = {}
         self._finished: deque[str] = deque()
-        self._listeners: list[Callable[[StepRecord], None]] = []
+        self._subscriptions: dict[_Subscription, None] = {}  # in the order in which they came
         self._paused = False
         self._steps_wanted = 0  # single steps asked for while paused
         self._preview: StepRecord | None = None
         self._previewed = False  # whether `_preview` is of the state that the engine is in
         self._speed: float | None = None
         self._closed = False
+        self._why_closed = "the engine was closed"
         self._thread = threading.Thread(target=self._run, name="labkit-engine", daemon=True)
         self._thread.start()
 
-    # -- requests ---------------------------------------------------------------------------------
-
     @classmethod
     def build(cls, make: Callable[[], Engine]) -> AsyncEngine:
-        """Build an engine on a thread that ends with that, and set it going. Raises what `make` raises.
+        """Build an engine on a thread that ends afterwards, and start it. Raises what `make` raises.
 
-        On a CPU, a thread that has computed keeps helpers for its next time. Were they kept by the thread
-        that built the engine, the helpers of both would outnumber the cores, and those that the engine waits
-        for would sleep at each product instead of staying awake: a third of its speed.
+        On a CPU, a thread that has computed keeps its helper threads. Those of the builder and those of the
+        engine's thread together would outnumber the cores, and that costs the engine a third of its speed.
         """
         with ThreadPoolExecutor(1) as aside:
             return cls(aside.submit(make).result())
+
+    # -- requests ---------------------------------------------------------------------------------
 
     def submit(
         self,
@@ -130,26 +96,39 @@ class AsyncEngine:
             ValueError: for a request that cannot be served, in the words of `Engine.make_request`.
             EngineStoppedError: if the engine was closed or has failed.
         """
-        self._check_running()
-        params = params or SamplingParams()
         request = self.engine.make_request(prompt, params, request_id=request_id, priority=priority)
-        names = answer_ids(request.request_id, params.n)
-        with self._changed:
-            self._check_running()
-            for name in names:
-                if name in self._answers:
-                    raise ValueError(f"request_id {name!r} is already in use")
-            for index, name in enumerate(names):
-                self._answers[name] = _Answer(_blank_output(request, name, index))
-            self._inbox.append(lambda: self._enqueue(request, names))
-            self._changed.notify_all()
+        self.start(request)
         return request.request_id
 
-    def abort(self, request_id: str) -> bool:
-        """End a request at the next step boundary. False if it is unknown or already over."""
+    def start(self, request: Request) -> list[Answer]:
+        """Hand in a request that `Engine.make_request` has made, and return its `n` answers at once.
+
+        Answers can be read as long as the caller holds them, also when the engine has forgotten them.
+        Raises as `submit` does.
+        """
+        members = (request, *request.children)
+        ids, now = tuple(member.request_id for member in members), time.perf_counter()
+        answers = []
+        for index, member in enumerate(members):
+            prompt = member.token_ids[: member.num_prompt_tokens]
+            blank = RequestOutput(member.request_id, prompt, [], "", None, RequestMetrics(now), index=index)
+            answers.append(Answer(blank, ids))
         with self._changed:
-            answers = self._family(request_id)
-            if self._closed or all(answer.reason is not None for answer in answers):
+            if self._closed:
+                raise EngineStoppedError(self._why_closed)
+            for name in ids:
+                if name in self._answers:
+                    raise ValueError(f"request_id {name!r} is already in use")
+            self._answers |= zip(ids, answers, strict=True)
+            self._inbox.append(lambda: self._enqueue(request, answers))
+            self._changed.notify_all()
+        return answers
+
+    def abort(self, request_id: str) -> bool:
+        """End a request, with all its answers, before the next step. False if it is unknown or over."""
+        with self._changed:
+            answer = self._answers.get(request_id)
+            if self._closed or answer is None or not any(map(self.unfinished, answer.ends_with)):
                 return False
             self._inbox.append(lambda: self.engine.abort(request_id))
             self._changed.notify_all()
@@ -164,77 +143,74 @@ class AsyncEngine:
         with self._changed:
             return self._find(request_id).snapshot()
 
-    def progress(self, request_id: str) -> Progress:
-        """The little of an answer that a page shows as it grows: quicker than `output`; raises the same."""
+    def progress(self, request_id: str) -> AnswerProgress:
+        """The part of an answer that a page shows while it grows, without copies. Raises as `output` does."""
         with self._changed:
-            answer = self._find(request_id)
-            output = answer.output
-            return Progress(
-                answer.text, answer.length, len(output.prompt_token_ids), answer.reason, output.error
-            )
+            return self._find(request_id).progress()
 
     def unfinished(self, request_id: str) -> bool:
-        """Whether more is to come of an answer. False, too, for one that is unknown or was forgotten."""
+        """Whether an answer still grows. Also False for one that is unknown or was forgotten."""
         with self._changed:
             answer = self._answers.get(request_id)
-            return answer is not None and answer.reason is None
+            return answer is not None and not answer.finished
 
     @property
     def num_unfinished(self) -> int:
-        """How many answers are still to come or growing."""
+        """The number of answers that wait or grow."""
         with self._changed:
-            return sum(answer.reason is None for answer in self._answers.values())
+            return sum(not answer.finished for answer in self._answers.values())
+
+    # -- following answers --------------------------------------------------------------------------
 
     def stream(self, request_id: str) -> Iterator[RequestOutput]:
         """Snapshots of an answer as it grows, the finished one last. Blocks between them; raises as `output`.
 
-        A consumer that is slow skips snapshots and gets the latest. One that leaves early costs nothing,
-        and leaves the request running: `abort` ends it.
+        A slow consumer skips snapshots and gets the latest. After one that leaves early the request goes on:
+        `abort` ends it.
         """
-        return self._stream(self._find(request_id))
+        return self._find(request_id).snapshots(self._changed)
 
-    def astream(self, request_id: str) -> AsyncIterator[RequestOutput]:
-        """`stream` for coroutines: waits without a thread. Raises the same."""
-        return self._astream(self._find(request_id))
+    async def follow(
+        self, answers: Sequence[Answer], *, seconds: float = math.inf
+    ) -> AsyncGenerator[tuple[int, Piece], None]:
+        """What is new of some answers, each with its number, until all are finished. Waits without a thread.
 
-    def _stream(self, answer: _Answer) -> Iterator[RequestOutput]:
-        seen = -1
-        while True:
-            news = threading.Event()
-            snapshot = self._next(answer, seen, news.set)
-            if snapshot is None:
-                news.wait()
-                continue
-            yield snapshot
-            if snapshot.finished:
-                return
-            seen = len(snapshot.token_ids)
+        A slow consumer gets fewer and larger pieces: nothing is kept but the answers themselves.
 
-    async def _astream(self, answer: _Answer) -> AsyncIterator[RequestOutput]:
-        loop, seen = asyncio.get_running_loop(), -1
-        while True:
-            news = asyncio.Event()
-            snapshot = self._next(answer, seen, lambda news=news: loop.call_soon_threadsafe(news.set))
-            if snapshot is None:
-                await news.wait()
-                continue
-            yield snapshot
-            if snapshot.finished:
-                return
-            seen = len(snapshot.token_ids)
-
-    def _next(self, answer: _Answer, seen: int, waker: Callable[[], None]) -> RequestOutput | None:
-        """What is new since `seen` tokens, or None with the waker armed for the next news."""
-        with self._changed:
-            if answer.reason is None and answer.length <= seen:
-                answer.wakers.append(waker)
-                return None
-            return answer.snapshot()
+        Args:
+            answers: what `start` returned, for one request or for several.
+            seconds: the time after which this ends with `asyncio.TimeoutError`.
+        """
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+        wake = functools.partial(loop.call_soon_threadsafe, news.set)
+        end = loop.time() + seconds
+        alarm = loop.call_at(end + 0.05, news.set)  # certainly after the end: a timer may ring a bit early
+        cursors = [Cursor(index, answer) for index, answer in enumerate(answers)]
+        try:
+            while cursors:
+                if loop.time() >= end:
+                    raise asyncio.TimeoutError
+                news.clear()
+                with self._changed:
+                    pieces = [(cursor.index, piece) for cursor in cursors if (piece := _read(cursor))]
+                    for cursor in () if pieces else cursors:
+                        cursor.answer.wakers.add(wake)
+                for numbered in pieces:
+                    yield numbered
+                cursors = [cursor for cursor in cursors if not cursor.at_end]
+                if not pieces:
+                    await news.wait()
+        finally:
+            alarm.cancel()
+            with self._changed:
+                for cursor in cursors:
+                    cursor.answer.wakers.discard(wake)
 
     # -- the clock --------------------------------------------------------------------------------
 
     @property
     def paused(self) -> bool:
+        """Whether the engine waits between two steps until `resume` or `single_step`."""
         return self._paused
 
     def pause(self) -> None:
@@ -250,7 +226,7 @@ class AsyncEngine:
             self._changed.notify_all()
 
     def single_step(self) -> None:
-        """Pause, if need be, and run one step more; nothing happens when there is nothing to do."""
+        """Pause, if the engine is not paused yet, and run one more step if there is anything to do."""
         with self._changed:
             self._paused = True
             self._steps_wanted += 1
@@ -258,12 +234,12 @@ class AsyncEngine:
 
     @property
     def preview(self) -> StepRecord | None:
-        """While paused: what the next step would do (see `Engine.preview`). None if there is none to come."""
+        """While paused: what the next step would do (see `Engine.preview`), if there is anything to do."""
         return self._preview if self._paused else None
 
     @property
     def speed(self) -> float | None:
-        """How many steps a second at most; None is flat out."""
+        """The highest number of steps a second; None sets no limit."""
         return self._speed
 
     @speed.setter
@@ -276,81 +252,66 @@ class AsyncEngine:
 
     @property
     def busy(self) -> bool:
-        """Whether there is something to do, by the time you read this perhaps no longer."""
+        """Whether there is something to do; by the time you read this, that may have changed."""
         return not self._closed and (bool(self._inbox) or self.engine.has_unfinished)
 
-    # -- what happened ----------------------------------------------------------------------------
+    # -- records of steps ---------------------------------------------------------------------------
 
     def records(self, after: int = -1) -> tuple[StepRecord, ...]:
         """The records of the steps after step `after` that the trace still holds, without waiting."""
         records = self.engine.trace.records  # a list that only grows, or is replaced by another
         return tuple(records[bisect.bisect_right(records, after, key=lambda record: record.step) :])
 
-    def listen(
-        self, listener: Callable[[StepRecord], None], *, last: int | None = None
+    def subscribe(
+        self, subscriber: Callable[[StepRecord], None], *, last: int | None = None
     ) -> Callable[[], None]:
-        """Call `listener(record)` for every step, those already in the trace first.
+        """Call `subscriber(record)` for every step, beginning with those already in the trace.
 
-        It runs on the engine's thread, so it must be quick. One that raises is logged and let go.
+        It runs on the engine's thread, so it must be quick. One that raises is logged and called no more.
 
         Args:
-            listener: to call.
-            last: how many of the steps already in the trace to tell (None: all). Those before them become
-                one record, told first, that only says who held which page then.
+            subscriber: the function to call.
+            last: the number of steps already in the trace to begin with (None: all). Those before them are
+                summed up in one record that only says who held which block then; it comes first.
 
         Returns:
-            A function, for any thread, after which the listener is called no more.
+            A function that unsubscribes, from any thread: after it the subscriber is called no more.
         """
-        wanted = True
+        subscription = _Subscription(subscriber)
 
-        def hear(record: StepRecord) -> None:  # a name of its own for each call of `listen`
-            if wanted:
-                listener(record)
-
-        def start() -> None:
-            self._listeners.append(hear)
+        def catch_up() -> None:  # between two steps, so that none is missed or told twice
             for record in self._history(last):
-                self._tell(hear, record)
+                self._tell(subscription, record)
+            subscription.knows_past = True
 
-        def stop() -> None:
-            nonlocal wanted
-            wanted = False
-            self._command(lambda: self._deafen(hear))
-
-        self._command(start)
-        return stop
-
-    def _history(self, last: int | None) -> list[StepRecord]:
-        trace = self.engine.trace
-        records = trace.records
-        if last is None or len(records) <= last:
-            return list(records)
-        before = records[len(records) - last - 1]
-        return [trace.state(before.step, after=True).as_record(before), *records[len(records) - last :]]
-
-    def _deafen(self, hear: Callable[[StepRecord], None]) -> None:
-        if hear in self._listeners:  # not if it failed before
-            self._listeners.remove(hear)
-
-    def _command(self, command: Callable[[], None]) -> None:
-        """Have the engine's thread do something between two steps."""
         with self._changed:
-            self._inbox.append(command)
+            self._subscriptions[subscription] = None
+            self._inbox.append(catch_up)
             self._changed.notify_all()
 
-    def _tell(self, listener: Callable[[StepRecord], None], record: StepRecord) -> None:
-        if listener not in self._listeners:
+        def unsubscribe() -> None:
+            self._subscriptions.pop(subscription, None)
+
+        return unsubscribe
+
+    def _history(self, last: int | None) -> list[StepRecord]:
+        trace, records = self.engine.trace, self.engine.trace.records
+        if last is None or len(records) <= last:
+            return list(records)
+        before, *latest = records[len(records) - last - 1 :]
+        return [trace.state(before.step, after=True).as_record(before), *latest]
+
+    def _tell(self, subscription: _Subscription, record: StepRecord) -> None:
+        if subscription not in self._subscriptions:
             return
         try:
-            listener(record)
+            subscription.subscriber(record)
         except Exception:
-            logger.exception("a listener failed at step %d and hears no more", record.step)
-            self._deafen(listener)
-
-    # -- the end ----------------------------------------------------------------------------------
+            logger.exception("a subscriber failed at step %d and is called no more", record.step)
+            self._subscriptions.pop(subscription, None)
 
     def close(self) -> None:
-        """Stop the thread after the step it is in. Requests in flight end with reason "abort"."""
+        """Stop the thread after the step it is in. Requests under way end with reason "abort"."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -378,11 +339,12 @@ class AsyncEngine:
         except BaseException as error:  # whatever it is, nobody may be left waiting
             logger.exception("the engine failed")
             self.failure = error
-            self._end_all("error", f"the engine failed: {type(error).__name__}: {error}")
+            self._why_closed = f"the engine failed: {type(error).__name__}: {error}"
+            self._end_all("error")
         else:
-            self._end_all("abort", "the engine was closed")
+            self._end_all("abort")
 
-    def _wait(self, begun: float) -> list[Callable[[], None]] | None:
+    def _wait(self, begun: float) -> list[Callable[[], object]] | None:
         """Sleep until there are commands to obey, or (an empty list) a step to run. None once closed."""
         with self._changed:
             while not self._closed:
@@ -409,88 +371,80 @@ class AsyncEngine:
     def _look_ahead(self) -> None:
         try:
             self._preview = self.engine.preview()
-        except Exception:  # a scheduler that somebody wrote: the step itself will say what is wrong
+        except Exception:  # a learner's scheduler: the step itself will say what is wrong
             logger.exception("the next step could not be planned ahead")
         self._previewed = True
 
-    def _enqueue(self, request: Request, names: Sequence[str]) -> None:
+    def _enqueue(self, request: Request, answers: Sequence[Answer]) -> None:
         try:
             self.engine.enqueue(request)
-        except ValueError as error:  # its own fault, and nobody else's
-            self._end(names, "error", str(error))
+        except ValueError as error:  # this request is at fault, and no other
+            self._end(answers, "error", str(error))
             return
         with self._changed:
-            for name in names:
-                self._answers[name].output = self.engine.outputs[name]
+            for answer in answers:
+                answer.output = self.engine.outputs[answer.output.request_id]
 
     def _after(self, record: StepRecord) -> None:
         """Publish what a step did, and wake those who wait for it."""
         names = dict.fromkeys((*record.requests, *(finish.request_id for finish in record.finished)))
         with self._changed:
-            for name in names:
-                answer = self._answers.get(name)
-                if answer is None:
-                    continue
-                answer.output = self.engine.outputs.get(name, answer.output)
-                self._publish(answer)
-        for listener in tuple(self._listeners):
-            self._tell(listener, record)
+            self._publish(self._answers[name] for name in names if name in self._answers)
+        for subscription in tuple(self._subscriptions):
+            if subscription.knows_past:
+                self._tell(subscription, record)
 
-    def _publish(self, answer: _Answer) -> None:
-        was_running = answer.reason is None
-        answer.publish()
-        for wake in answer.wakers:
-            with contextlib.suppress(RuntimeError):  # a coroutine whose event loop is gone
+    def _publish(self, answers: Iterable[Answer]) -> None:
+        """Show what the engine has made of some answers, and forget the oldest of those that are over."""
+        wakers: set[Callable[[], object]] = set()
+        for answer in answers:
+            output = answer.output
+            answer.text, answer.num_tokens = output.text, len(output.token_ids)
+            wakers |= answer.wakers
+            answer.wakers.clear()
+            if answer.finished or output.finish_reason is None:
+                continue
+            answer.finished = True
+            if all(self._answers[name].finished for name in answer.family):
+                self._finished.extend(answer.family)  # together: an abort of the first must find the others
+        for wake in wakers:
+            with contextlib.suppress(RuntimeError):  # the event loop of a coroutine is gone
                 wake()
-        answer.wakers.clear()
-        if was_running and answer.reason is not None:
-            self._finished.append(answer.output.request_id)
         while len(self._finished) > self._keep_finished:
             old = self._finished.popleft()
             self._answers.pop(old, None)
             self.engine.outputs.pop(old, None)
 
-    def _end(self, names: Sequence[str], reason: FinishReason, error: str) -> None:
+    def _end(self, answers: Iterable[Answer], reason: FinishReason, error: str) -> None:
         with self._changed:
-            for answer in [self._answers[name] for name in names]:
-                if answer.reason is None:
-                    answer.output.error = error
-                    answer.output.finish_reason = reason
-                    self._publish(answer)
+            ended = [answer for answer in answers if not answer.finished]
+            for answer in ended:
+                answer.output.error, answer.output.finish_reason = error, reason
+            self._publish(ended)
 
-    def _end_all(self, reason: FinishReason, error: str) -> None:
+    def _end_all(self, reason: FinishReason) -> None:
         with self._changed:
             self._closed = True
-            self._end(tuple(self._answers), reason, error)
+            self._end(tuple(self._answers.values()), reason, self._why_closed)
 
-    # -- small things -----------------------------------------------------------------------------
-
-    def _check_running(self) -> None:
-        if self.failure is not None:
-            raise EngineStoppedError(f"the engine failed: {type(self.failure).__name__}: {self.failure}")
-        if self._closed:
-            raise EngineStoppedError("the engine was closed")
-
-    def _find(self, request_id: str) -> _Answer:
+    def _find(self, request_id: str) -> Answer:
         try:
             return self._answers[request_id]
         except KeyError:
             raise KeyError(f"no request {request_id!r}, or it finished too long ago") from None
 
-    def _family(self, request_id: str) -> list[_Answer]:
-        """The answers to one prompt: `n` of them, of which the first bears the request's own id."""
-        named = [(i, self._answers.get(name)) for i, name in enumerate(answer_ids(request_id, MAX_N))]
-        return [a for i, a in named if a is not None and (i == 0 or a.output.index == i)]
 
-
-def _blank_output(request: Request, name: str, index: int) -> RequestOutput:
-    """Stands for an answer until the engine has seen the request."""
-    return RequestOutput(
-        request_id=name,
-        prompt_token_ids=request.token_ids[: request.num_prompt_tokens],
-        token_ids=[],
-        text="",
-        finish_reason=None,
-        metrics=RequestMetrics(arrival_time=time.perf_counter()),
-        index=index,
+def _read(cursor: Cursor) -> Piece | None:
+    """What is new since the cursor, which moves on; None if nothing is. The engine's lock must be held."""
+    answer, start, seen = cursor.answer, cursor.characters, cursor.num_tokens
+    if not answer.finished and answer.num_tokens == seen:
+        return None
+    cursor.characters, cursor.num_tokens, cursor.at_end = len(answer.text), answer.num_tokens, answer.finished
+    return Piece(
+        text=answer.text[start:],
+        start=start,
+        token_ids=answer.output.token_ids[seen : answer.num_tokens],
+        logprobs=(answer.output.logprobs or [])[seen : answer.num_tokens],
+        finish_reason=answer.output.finish_reason if answer.finished else None,
+        error=answer.output.error,
     )

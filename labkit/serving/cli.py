@@ -1,6 +1,6 @@
-"""Options of the command line that the lab and the API server share, and the engine that they describe.
+"""The command-line options that the lab and the API server share, and the engine that they describe.
 
-What takes seconds to import is imported after the options are checked, so that a mistake is answered at once.
+Slow imports come after the options are checked, so that a mistake is answered at once.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch's words, in
 
 
 class StartError(Exception):
-    """Why a server cannot start, in one sentence."""
+    """The server cannot start. The message says why, in one sentence."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Ends the program with status 2 and one line on stderr for an option that cannot be."""
+    """A parser that answers a wrong option with one line on stderr and status 2."""
 
     def error(self, message: str) -> NoReturn:
-        """One line, and not the whole usage."""
+        """End the program with one line, and not with the whole usage."""
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """An option's value as a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
     return int(text)
 
 
 def seconds(text: str) -> float:
-    """A number of seconds, up to an hour."""
+    """An option's value as a number of seconds, up to an hour."""
     try:
         value = float(text)
     except ValueError:
@@ -48,14 +48,19 @@ def seconds(text: str) -> float:
 
 
 def port(text: str) -> int:
-    """A TCP port."""
+    """An option's value as a TCP port."""
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"must be a whole number between 1 and 65535, not {text!r}")
     return int(text)
 
 
 def add_engine(parser: argparse.ArgumentParser, *, num_blocks: int | None) -> None:
-    """The options that describe an engine; `num_blocks` is the default, None what memory holds."""
+    """Add the options that describe an engine.
+
+    Args:
+        parser: the parser that gets them.
+        num_blocks: the default of `--num-blocks`; None stands for what memory holds.
+    """
     add = parser.add_argument
     add("--model", default="smollm2-135m", help="short name, Hub id or folder (default: %(default)s)")
     add("--device", default="auto", help='"auto", "cpu", "cuda", ... (default: %(default)s)')
@@ -67,9 +72,9 @@ def add_engine(parser: argparse.ArgumentParser, *, num_blocks: int | None) -> No
         "--num-blocks",
         type=positive,
         default=num_blocks,
-        help=f"pages of the KV cache{few} (default: {usual})",
+        help=f"blocks of the KV cache{few} (default: {usual})",
     )
-    add("--block-size", type=positive, default=16, help="tokens to a page (default: %(default)s)")
+    add("--block-size", type=positive, default=16, help="tokens in a block (default: %(default)s)")
     add("--max-num-seqs", type=positive, default=32, help="requests that run at once (default: %(default)s)")
     add(
         "--max-num-batched-tokens",
@@ -80,14 +85,14 @@ def add_engine(parser: argparse.ArgumentParser, *, num_blocks: int | None) -> No
     add(
         "--speculative",
         choices=("ngram", "draft"),
-        help="who drafts tokens for a step to check: the text so far, or a smaller model (default: nobody)",
+        help="what drafts tokens for a step to check: the text so far, or a smaller model (default: nothing)",
     )
-    add("--draft-model", help="that drafts, named as --model is (default: the same in 8 bits)")
+    add("--draft-model", help="the model that drafts, named as --model is (default: the same in 8 bits)")
     add(
         "--num-speculative-tokens",
         type=positive,
         default=8,
-        help="drafts of a request in a step, at most (default: %(default)s)",
+        help="the most drafts of a request in a step (default: %(default)s)",
     )
     add(
         "--scheduler",
@@ -98,13 +103,20 @@ def add_engine(parser: argparse.ArgumentParser, *, num_blocks: int | None) -> No
 
 
 def add_limits(group: argparse._ArgumentGroup, *, requests: int, queue: int, whose: str) -> None:
-    """The options that bound what `whose` requests may be."""
+    """Add the options that bound the requests of one sender and of all.
+
+    Args:
+        group: the group of options that gets them.
+        requests: the default for one sender.
+        queue: the default for all of them.
+        whose: the word for a sender, such as "client".
+    """
     add = group.add_argument
     add(
         "--max-requests",
         type=positive,
         default=requests,
-        help=f"of one {whose} at a time (default: %(default)s)",
+        help=f"requests of one {whose} at a time (default: %(default)s)",
     )
     add("--max-queue", type=positive, default=queue, help=f"requests of all {whose}s (default: %(default)s)")
     add("--max-prompt-tokens", type=positive, help="tokens of a prompt (default: what the engine holds)")
@@ -112,7 +124,7 @@ def add_limits(group: argparse._ArgumentGroup, *, requests: int, queue: int, who
 
 
 def limits_of(options: argparse.Namespace) -> Limits:
-    """The bounds that `add_limits` asked for."""
+    """The values of the options that `add_limits` added."""
     from labkit.serving.limits import Limits
 
     return Limits(
@@ -124,7 +136,7 @@ def limits_of(options: argparse.Namespace) -> Limits:
 
 
 def check_address(host: str, port: int) -> None:
-    """Raise `StartError` unless a server can listen there: better now than after loading a model."""
+    """Raise `StartError` unless a server can listen there. Saves loading a model in vain."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -138,10 +150,14 @@ def check_address(host: str, port: int) -> None:
 
 
 def load(options: argparse.Namespace, *, trace_steps: int) -> AsyncEngine:
-    """Load the model and set the engine going; it remembers so many steps.
+    """Load the model and start the engine.
+
+    Args:
+        options: the options that `add_engine` added.
+        trace_steps: the number of steps that the trace keeps.
 
     Raises:
-        StartError: if that cannot be done.
+        StartError: if the engine cannot start.
     """
     import torch
 
@@ -170,7 +186,7 @@ def load(options: argparse.Namespace, *, trace_steps: int) -> AsyncEngine:
     try:
         return AsyncEngine.build(build)
     except (MemoryError, RuntimeError) as error:
-        # On a CPU, and on some accelerators, torch says it in the words of a plain RuntimeError.
+        # On a CPU, and on some accelerators, torch raises a plain RuntimeError with these words.
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not known and not any(words in str(error).lower() for words in _OUT_OF_MEMORY):
             raise
@@ -180,7 +196,7 @@ def load(options: argparse.Namespace, *, trace_steps: int) -> AsyncEngine:
 
 
 def _draft_model(options: argparse.Namespace) -> LoadedModel | str | None:
-    """The model that drafts, loaded once for all engines to come; what cannot be, the engine refuses."""
+    """The model that drafts, loaded once for all engines to come. The engine refuses what cannot work."""
     if options.speculative != "draft" or (options.quantization and not options.draft_model):
         return options.draft_model
     from labkit.models.load import load_model

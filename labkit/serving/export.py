@@ -1,8 +1,8 @@
 """The same model under vLLM or SGLang: `python -m labkit.export [engine options]` prints the command lines.
 
-Every setting of `EngineConfig` becomes a flag, or is one that the other engine has without a flag, or is
-named as one that has no twin: none is dropped in silence. The flags are those of `vllm serve` (vLLM 0.33)
-and of `sglang.launch_server` (SGLang 0.5.23). Neither is needed here, and neither is started.
+Every setting of `EngineConfig` becomes a flag, needs no flag, or is named as a setting without a twin: none
+is dropped in silence. The flags are those of `vllm serve` (vLLM 0.33) and of `sglang.launch_server`
+(SGLang 0.5.23). Neither program is needed here, and neither is started.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from labkit.speculative.speculator import NgramDrafter
 if TYPE_CHECKING:
     from labkit.models.load import LoadedModel
 
-_SEED = "for requests that bring none; other numbers come of it than here"
-# The longer names; those that are missing are the same everywhere.
+_SEED = "for requests without a seed of their own; it gives other numbers than here"
+# The other engines' names of types; a name that is missing here is the same everywhere.
 _DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 
 
@@ -33,11 +33,11 @@ class Command:
     """The command line of another engine.
 
     Attributes:
-        engine: its name, and the version whose flags these are.
-        program: what the command line begins with.
-        flags: the words that follow and what they are, each group after the settings that it comes from.
-        same: settings that need no flag, and what the other engine does.
-        without_twin: settings that the other engine does not have, and why.
+        engine: the engine's name, and the version whose flags these are.
+        program: the words with which the command line begins.
+        flags: for each flag, the settings that it comes from, its words, and what it means.
+        same: the settings that need no flag, each with what the other engine does.
+        without_twin: the settings that the other engine does not have, each with the reason.
     """
 
     engine: str
@@ -47,7 +47,7 @@ class Command:
     without_twin: dict[str, str] = field(default_factory=dict)
 
     def flag(self, settings: str, why: str, *words: object) -> None:
-        """Add the words of one flag that comes from settings of ours, none or several with spaces between."""
+        """Add the words of a flag; `settings` names those of ours that it comes from, with spaces between."""
         self.flags.append((tuple(settings.split()), tuple(map(str, words)), why))
 
     @property
@@ -57,17 +57,17 @@ class Command:
 
     @property
     def settings(self) -> set[str]:
-        """The settings that were dealt with."""
+        """The settings that have been dealt with."""
         flagged = {setting for settings, _, _ in self.flags for setting in settings}
         return flagged | self.same.keys() | self.without_twin.keys()
 
     def __str__(self) -> str:
-        """The command line for a shell, after comments that say what each flag is and what was left out."""
+        """The command line for a shell, after comments that say what each flag is and what is left out."""
         width = max(len(words[0]) for _, words, _ in self.flags)
         lines = [f"# {self.engine}"]
         lines += [f"#   {words[0]:<{width}}  {why}" for _, words, why in self.flags]
         for title, settings in (("without a flag", self.same), ("no twin", self.without_twin)):
-            names: dict[str, list[str]] = {}  # of the settings of which the same is to be said
+            names: dict[str, list[str]] = {}  # the settings for each explanation
             for name, why in settings.items():
                 names.setdefault(why, []).append(name)
             lines += [f"# {title}:", *(f"#   {', '.join(those)}: {why}" for why, those in names.items())]
@@ -76,13 +76,13 @@ class Command:
 
 
 def commands(config: EngineConfig) -> dict[str, Command]:
-    """The command lines that serve the same model with the same settings, as far as that goes.
+    """The command lines that serve the same model with the same settings, as far as possible.
 
     Returns:
         One command for each of "vllm" and "sglang".
 
     Raises:
-        ValueError: for a model without files, such as "tiny-random", or one that is already loaded.
+        ValueError: for a model without files, such as "tiny-random", or one that is loaded already.
     """
     path, name = _path(config.model, "model")
     out = {
@@ -107,8 +107,8 @@ def commands(config: EngineConfig) -> dict[str, Command]:
 
 
 def _path(model: str | os.PathLike[str] | LoadedModel, what: str) -> tuple[str, str]:
-    """What the other engine loads, and the name that clients of ours know it by."""
-    from labkit.models.load import HUB_IDS, TINY  # here, for it takes seconds
+    """The path that the other engine loads, and the name that our clients know."""
+    from labkit.models.hub import HUB_IDS, TINY  # here, because it takes seconds
 
     if not isinstance(model, str | os.PathLike):
         raise ValueError(f"{what}: {model.name!r} is loaded already; name its Hub id or its folder")
@@ -146,11 +146,11 @@ def _vllm(config: EngineConfig, out: Command) -> None:
     else:
         out.without_twin["device"] = "the installed vLLM has one; CUDA_VISIBLE_DEVICES says which GPU"
     odd = "" if config.block_size % 16 == 0 else "; its CUDA kernels want a multiple of 16"
-    out.flag("block_size", f"tokens to a page{odd}", "--block-size", config.block_size)
+    out.flag("block_size", f"tokens in a block{odd}", "--block-size", config.block_size)
     if config.num_blocks is None:
         out.same["num_blocks"] = "what memory holds (--gpu-memory-utilization)"
     else:
-        out.flag("num_blocks", "pages of the KV cache", "--num-gpu-blocks-override", config.num_blocks)
+        out.flag("num_blocks", "blocks of the KV cache", "--num-gpu-blocks-override", config.num_blocks)
     if config.max_model_len is not None:
         out.flag("max_model_len", "longest prompt + answer", "--max-model-len", config.max_model_len)
     elif config.num_blocks is not None:
@@ -167,7 +167,7 @@ def _vllm(config: EngineConfig, out: Command) -> None:
         why = "whole prompts; the budget must then be no less than --max-model-len"
         out.flag("enable_chunked_prefill", why, "--no-enable-chunked-prefill")
     cache = "--enable-prefix-caching" if config.enable_prefix_caching else "--no-enable-prefix-caching"
-    out.flag("enable_prefix_caching", "keep pages for later prompts with the same start, or not", cache)
+    out.flag("enable_prefix_caching", "whether blocks are kept for later prompts with the same start", cache)
     why = "requests may bring a priority, lower first, as here"
     out.flag("", why, "--scheduling-policy", "priority")
     if config.attention_backend == "triton":
@@ -185,7 +185,7 @@ def _vllm(config: EngineConfig, out: Command) -> None:
             how["prompt_lookup_min"] = sizes["shortest"].default
         how["num_speculative_tokens"] = config.num_speculative_tokens
         settings = "speculative draft_model num_speculative_tokens"
-        out.flag(settings, "who drafts, and how many tokens", "--speculative-config", json.dumps(how))
+        out.flag(settings, "what drafts, and how many tokens", "--speculative-config", json.dumps(how))
 
 
 def _sglang(config: EngineConfig, out: Command) -> None:
@@ -198,12 +198,12 @@ def _sglang(config: EngineConfig, out: Command) -> None:
         out.flag("device", "what it runs on", "--device", device)
         if number:
             out.flag("device", "which of them", "--base-gpu-id", number)
-    out.flag("block_size", "tokens to a page", "--page-size", config.block_size)
+    out.flag("block_size", "tokens in a block, which SGLang calls a page", "--page-size", config.block_size)
     if config.num_blocks is None:
         out.same["num_blocks"] = "what memory holds (--mem-fraction-static)"
     else:
         tokens = config.num_blocks * config.block_size
-        out.flag("num_blocks", "tokens of the KV cache: pages x page size", "--max-total-tokens", tokens)
+        out.flag("num_blocks", "tokens of the KV cache: blocks x block size", "--max-total-tokens", tokens)
     if config.max_model_len is not None:
         out.flag("max_model_len", "longest prompt + answer", "--context-length", config.max_model_len)
     else:
@@ -238,7 +238,7 @@ def _sglang(config: EngineConfig, out: Command) -> None:
     if not drafter:
         return
     if drafter == "ngram":
-        out.flag("speculative", "who drafts (needs CUDA)", "--speculative-algorithm", "NGRAM")
+        out.flag("speculative", "what drafts (needs CUDA)", "--speculative-algorithm", "NGRAM")
     else:
         out.flag("speculative", "a smaller model drafts", "--speculative-algorithm", "STANDALONE")
         out.flag("draft_model", "that model", "--speculative-draft-model-path", drafter)
@@ -251,7 +251,7 @@ def _sglang(config: EngineConfig, out: Command) -> None:
 
 
 def _drafter(config: EngineConfig, out: Command) -> str | None:
-    """Who drafts: "ngram", or the path of a model; None for nobody, which is named where it was wanted."""
+    """What drafts: "ngram", or the path of a model; None for nothing. Settings without a twin are named."""
     if config.speculative is None:
         return None
     if config.speculative_gate:
@@ -260,13 +260,13 @@ def _drafter(config: EngineConfig, out: Command) -> str | None:
         return "ngram"
     if config.draft_model is None:
         out.without_twin["speculative"] = "the model itself in 8 bits drafts: name a draft_model"
-        out.without_twin["num_speculative_tokens"] = "nobody drafts there"
+        out.without_twin["num_speculative_tokens"] = "nothing drafts there"
         return None
     return _path(config.draft_model, "draft_model")[0]
 
 
 def _no_twin(config: EngineConfig, out: Command) -> None:
-    """Name what neither engine has."""
+    """Name the settings that neither engine has."""
     without, same = out.without_twin, out.same
     if config.scheduler == "continuous":
         same["scheduler"] = "requests join and leave at every step"
@@ -277,9 +277,9 @@ def _no_twin(config: EngineConfig, out: Command) -> None:
     else:
         same["scheduler"] = "'naive': one seat"
     if config.kv_policy == "paged":
-        same["kv_policy"] = "pages as tokens come"
+        same["kv_policy"] = "blocks as tokens come"
     else:
-        without["kv_policy"] = f"{config.kv_policy!r}: pages are taken as tokens come, always"
+        without["kv_policy"] = f"{config.kv_policy!r}: blocks are taken as tokens come, always"
     if config.quantization is None:
         same["quantization"] = "none, unless the checkpoint's own config asks for it"
     else:

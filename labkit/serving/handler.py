@@ -1,7 +1,7 @@
-"""One call of the API, from the check of what came in to the last piece of its answer.
+"""One call of the API, from its checked body to the last piece of its answers.
 
-An answer is followed by a coroutine that waits for the engine's news, so a thousand open streams cost no
-thread. A reader that is slow gets its text in larger pieces, for nothing is kept but the answer itself.
+Coroutines follow the answers and wait for the engine's news, so a thousand open streams cost no thread. A
+slow reader gets its text in larger pieces, because nothing is kept but the answers themselves.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ import contextlib
 import json
 import logging
 import time
+import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from labkit.core.request import answer_ids
-from labkit.outputs import RequestOutput
 from labkit.sampling_params import SamplingParams
+from labkit.serving.answer import Answer, Piece
 from labkit.serving.async_engine import AsyncEngine, EngineStoppedError
+from labkit.serving.errors import RequestError, error_object
 from labkit.serving.limits import Limits
 from labkit.serving.metrics import Metrics
-from labkit.serving.schema import Asked, Format, RequestError, error_object, field_of, usage
+from labkit.serving.schema import Body, CompletionBody, field_of
+from labkit.serving.stream import DONE, Format, Vocabulary, event, usage
 
 logger = logging.getLogger("labkit.server")
-T = TypeVar("T")
 
-_DONE = b"data: [DONE]\n\n"
+OnRequest = Callable[[str, str, SamplingParams], None]
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ class Options:
     """What a server allows.
 
     Args:
-        limits: on requests of one client (by address) and of all, and on the length of prompt and answer.
-        api_key: that clients must bring; None asks for none.
-        model_name: that clients must name; None is the engine's own.
-        request_seconds: after which an answer is ended.
-        body_bytes: of a request at most.
-        cors: origins whose pages may call; none by default.
-        log_prompts: write prompts into the log.
+        limits: bounds on the requests of one client (by address) and of all, and on prompts and answers.
+        api_key: the key that clients must bring; None asks for none.
+        model_name: the name that clients must give; None is the engine's own.
+        request_seconds: the time after which an answer is ended.
+        body_bytes: the size of a body at most.
+        cors: the origins whose pages may call; none by default.
+        log_prompts: whether the log holds the prompts.
     """
 
     limits: Limits = field(default_factory=lambda: Limits(requests=1024, queue=1024))
@@ -54,285 +55,227 @@ class Options:
 
 
 @dataclass
-class Job:
-    """One call on its way: the prompts that it brought and what became of them."""
+class Call:
+    """A call that was let in, and what becomes of it."""
 
+    live: AsyncEngine
+    body: Body
     client: str
-    asked: Asked
-    prompts: list[str | list[int]]
-    shown: list[str]  # each prompt as text, for `echo` and the log
+    prompts: list[Any]
+    params: SamplingParams
+    num_answers: int
     format: Format
-    echo: bool
     began: float
-    names: list[str] = field(default_factory=list)  # of the requests in the engine, one per prompt
-    # All their answers by name, in the order of the choices, and how each can be heard.
-    answers: dict[str, AsyncIterator[RequestOutput]] = field(default_factory=dict)
-    outputs: dict[int, RequestOutput] = field(default_factory=dict)  # the latest of each choice
+    shown: list[str] = field(default_factory=list)  # each prompt as text, where it is to be seen
+    echoes: list[str] = field(default_factory=list)  # the text with which each choice begins
+    request_ids: list[str] = field(default_factory=list)  # one for each prompt
+    answers: list[Answer] = field(default_factory=list)  # one for each choice
     status: int = 499  # of HTTP: the client went away, unless it turns out otherwise
 
-    @property
-    def ordered(self) -> list[RequestOutput]:
-        return [self.outputs[index] for index in sorted(self.outputs)]
 
-    def echoed(self, index: int) -> str:
-        """What a choice begins with."""
-        return self.shown[index * len(self.prompts) // len(self.answers)] if self.echo else ""
-
-
-class Server:
-    """The routes' common part: takes calls in, follows their answers, and lets go of them.
+class Handler:
+    """Lets calls in, follows their answers, and lets go of them.
 
     Args:
-        engine: gives the engine that runs now.
+        engine: a function that returns the engine that runs now.
         options: what is allowed.
-        file: told of each request that came in: its id, its prompt as text, and its parameters.
+        on_request: a function that is told of each request: its id, its prompt as text, and its parameters.
     """
 
     def __init__(
-        self,
-        engine: Callable[[], AsyncEngine],
-        options: Options,
-        file: Callable[[str, str, SamplingParams], None] | None = None,
+        self, engine: Callable[[], AsyncEngine], options: Options, on_request: OnRequest | None = None
     ) -> None:
-        self.engine, self.options = engine, options
-        self.file = file or (lambda request_id, prompt, params: None)
+        self.engine, self.options, self.on_request = engine, options, on_request
         self.draining = False
         self.created = int(time.time())
         self.metrics = Metrics(self.model_name)
-        self._clients: Counter[str] = Counter()
+        self._under_way: Counter[str] = Counter()  # answers of each client
 
     @property
     def model_name(self) -> str:
+        """The name that clients must give."""
         return self.options.model_name or self.engine().engine.model.name
 
     @property
     def busy(self) -> bool:
         """Whether a call is under way."""
-        return bool(self._clients)
+        return bool(self._under_way)
+
+    def not_served(self, name: str) -> RequestError:
+        """The error for a model of another name."""
+        message = f"model {name!r} is not served here; {self.model_name!r} is"
+        return RequestError(404, message, param="model", code="model_not_found")
 
     # -- in ---------------------------------------------------------------------------------------
 
-    async def take(self, job: Job, *, max_tokens: int | None, logprobs: int | None) -> AsyncEngine:
-        """Check a call and hand its prompts to the engine.
+    async def start(self, body: Body, client: str, write: type[Format]) -> Call:
+        """Let a call in, and hand its prompts to the engine.
+
+        Args:
+            body: the body of the call.
+            client: the address that it came from.
+            write: the format of the answers.
 
         Raises:
-            RequestError: if it cannot be served. Nothing of it runs then.
+            RequestError: if the call cannot be served. Nothing of it runs then.
         """
-        asked, limits = job.asked, self.options.limits
-        asked.refuse_unknown()
-        if asked.model != self.model_name:
-            raise RequestError(
-                404,
-                f"model {asked.model!r} is not served here; {self.model_name!r} is",
-                param="model",
-                code="model_not_found",
-            )
-        if self.draining:
-            raise RequestError(503, "the server is shutting down", code="draining", retry_after=5)
-        live = self.engine()
+        live, began = self.engine(), time.perf_counter()
+        prompts, params = self._admit(live, body, client)
         self.metrics.follow(live)
+        answer_id = f"{write.prefix}-{uuid.uuid4().hex}"
+        head = {"id": answer_id, "created": int(time.time()), "model": body.model}
+        vocabulary = None if params.logprobs is None else Vocabulary(live.engine.model.tokenizer)
+        written = write(head, vocabulary, bool(body.stream_options and body.stream_options.include_usage))
+        call = Call(live, body, client, prompts, params, len(prompts) * params.n, written, began)
+        self._under_way += Counter({client: call.num_answers})  # the engine learns of them when tokenised
         try:
-            longest = live.engine.max_model_len
-            params = asked.params(max_tokens=longest if max_tokens is None else max_tokens, logprobs=logprobs)
-            limits.check_tokens(0, params.max_tokens if max_tokens is not None else 0)
-            if limits.answer_tokens is not None and max_tokens is None:
-                params = asked.params(max_tokens=limits.answer_tokens, logprobs=logprobs)
-        except ValueError as error:
-            raise RequestError(400, str(error), param=field_of(asked, str(error), "max_tokens")) from None
-        more = len(job.prompts) * params.n
-        if not job.prompts:
-            raise RequestError(400, "prompt is empty: it must have at least one token", param="prompt")
-        most = min(limits.requests, limits.queue)
-        if more > most:
-            message = f"prompt: {more} answers in one call, and {most} is the limit"
-            raise RequestError(400, message, param="prompt")
-        # The engine does not know yet of calls whose prompts are being tokenised.
-        self._check_room(job.client, max(live.num_unfinished, self._clients.total()), more)
-        self._count(job.client, more)
-        try:
-            for prompt, shown in zip(job.prompts, job.shown, strict=True):
-                answers = await asyncio.to_thread(self._submit, live, prompt, params, asked.priority or 0)
-                job.answers |= answers
-                job.names.append(next(iter(answers)))
-                self.file(job.names[-1], shown, params)
+            await asyncio.to_thread(self._submit, call)
         except BaseException as error:
-            self._count(job.client, -more)
-            for name in job.names:
-                live.abort(name)
+            self._let_go(call)
             if isinstance(error, ValueError):
-                field = field_of(asked, str(error), "prompt")
-                raise RequestError(400, str(error), param=field) from None
+                raise RequestError(400, str(error), param=field_of(body, str(error), "prompt")) from None
             if isinstance(error, EngineStoppedError):
                 raise RequestError(503, str(error), code="engine_stopped") from None
             raise
-        return live
+        if self.on_request:
+            for request_id, shown in zip(call.request_ids, call.shown, strict=True):
+                self.on_request(request_id, shown, call.params)
+        return call
 
-    def _check_room(self, client: str, everybody: int, more: int) -> None:
+    def _admit(self, live: AsyncEngine, body: Body, client: str) -> tuple[list[Any], SamplingParams]:
+        """Check all that can be checked before tokenising; return the prompts and how to sample."""
         limits = self.options.limits
-        own = self._clients[client]
+        if body.model != self.model_name:
+            raise self.not_served(body.model)
+        if self.draining:
+            raise RequestError(503, "the server is shutting down", code="draining", retry_after=5)
+        body.refuse_unknown()
+        prompts = body.prompts()
+        if not prompts:
+            raise RequestError(400, "prompt is empty: it must have at least one token", param="prompt")
+        try:
+            params = body.sampling_params(limits.answer_tokens or live.engine.max_model_len)
+            if limits.answer_tokens is not None:
+                limits.check_tokens(0, params.max_tokens)
+        except ValueError as error:
+            raise RequestError(400, str(error), param=field_of(body, str(error), "max_tokens")) from None
+
+        more, own = len(prompts) * params.n, self._under_way[client]
+        everybody = max(live.num_unfinished, self._under_way.total())  # the engine lags behind: see `start`
+        if more > (most := min(limits.requests, limits.queue)):
+            message = f"prompt: {more} answers in one call, and {most} is the limit"
+            raise RequestError(400, message, param="prompt")
         if own + more > limits.requests:
-            what = f"{own} requests of yours are under way, and {limits.requests} is the limit"
+            message = f"{own} requests of yours are under way, and {limits.requests} is the limit"
         elif everybody + more > limits.queue:
-            what = f"{everybody} requests are under way, and {limits.queue} is the limit"
+            message = f"{everybody} requests are under way, and {limits.queue} is the limit"
         else:
-            return
-        raise RequestError(429, what, code="rate_limit_exceeded", retry_after=1)
+            return prompts, params
+        raise RequestError(429, message, code="rate_limit_exceeded", retry_after=1)
 
-    def _count(self, client: str, more: int) -> None:
-        """So many requests of a client more, or fewer, are under way."""
-        self._clients[client] += more
-        if not self._clients[client]:
-            del self._clients[client]  # clients come and go for months
-
-    def _submit(
-        self, live: AsyncEngine, prompt: str | list[int], params: SamplingParams, priority: int
-    ) -> dict[str, AsyncIterator[RequestOutput]]:
-        """Hand a prompt in. Its answers are held on to from here on, for the engine forgets finished ones."""
-        if isinstance(prompt, str) and self.options.limits.prompt_tokens is not None:
-            prompt = list(live.engine.model.tokenizer.encode(prompt))
-        if not isinstance(prompt, str):
-            self.options.limits.check_tokens(len(prompt), 0)
-        name = live.submit(prompt, params, priority=priority)
-        return {answer: live.astream(answer) for answer in answer_ids(name, params.n)}
+    def _submit(self, call: Call) -> None:
+        """Hand all prompts of a call to the engine, or none. Runs on a thread: tokenising takes time."""
+        body, live, limits = call.body, call.live, self.options.limits
+        tokenizer = live.engine.model.tokenizer
+        requests = []
+        for prompt in call.prompts:
+            encoded = body.encode(prompt, tokenizer)
+            request = live.engine.make_request(encoded, call.params, priority=body.priority or 0)
+            if limits.prompt_tokens is not None:
+                limits.check_tokens(request.num_prompt_tokens, 0)
+            requests.append(request)
+        echo = isinstance(body, CompletionBody) and body.echo
+        if echo or self.options.log_prompts or self.on_request:
+            call.shown = [body.shown(prompt, tokenizer) for prompt in call.prompts]
+        for request in requests:
+            answers = live.start(request)
+            call.request_ids.append(request.request_id)
+            call.answers += answers
+        call.echoes = [""] * call.num_answers
+        if echo:
+            call.echoes = [text for text in call.shown for _ in range(call.params.n)]
 
     # -- out --------------------------------------------------------------------------------------
 
-    async def follow(self, live: AsyncEngine, job: Job) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """All answers of a call as they grow: (choice, snapshot). Returns when all are finished.
+    async def events(self, call: Call) -> AsyncGenerator[bytes, None]:
+        """The answers of a call as server-sent events. An error is told in the stream."""
+        written, echoes = call.format, call.echoes
+        try:
+            for index, echo in enumerate(echoes):
+                for choice in written.opening(index, echo):
+                    yield written.chunk(choice)
+            async with contextlib.aclosing(self.follow(call)) as pieces:
+                async for index, piece in pieces:
+                    for choice in written.growth(index, echoes[index], piece):
+                        yield written.chunk(choice)
+            if written.promises_usage:
+                yield written.last_chunk([answer.output for answer in call.answers])
+            call.status = 200
+        except RequestError as error:
+            yield event(error_object(error))
+        yield DONE
+
+    async def whole(self, call: Call) -> dict[str, Any]:
+        """The finished answers of a call as one object. Raises as `follow` does."""
+        async for _ in self.follow(call):
+            pass
+        call.status = 200
+        return call.format.answer(call.echoes, [answer.output for answer in call.answers])
+
+    async def follow(self, call: Call) -> AsyncGenerator[tuple[int, Piece], None]:
+        """The answers of a call piece by piece, each with the number of its choice, until all are finished.
 
         Raises:
-            RequestError: if one fails or is ended by somebody else.
+            RequestError: if an answer fails, is ended by another, or takes too long.
         """
-        end = job.began + self.options.request_seconds
-        async with contextlib.aclosing(_merged(list(job.answers.values()))) as news:
-            while True:
-                try:
-                    index, output = await _within(end - time.perf_counter(), anext(news))
-                except StopAsyncIteration:
-                    return
-                except asyncio.TimeoutError:
-                    job.status = 504
-                    message = f"the answer took longer than {self.options.request_seconds:g} seconds"
-                    raise RequestError(504, message, code="timeout") from None
-                if output.finish_reason in ("error", "abort"):
-                    error = _failed(output)
-                    job.status = error.status
-                    yield index, replace(output, finish_reason=None)  # what a slow reader has not seen yet
-                    raise error
-                yield index, output
+        left = call.began + self.options.request_seconds - time.perf_counter()
+        try:
+            async with contextlib.aclosing(call.live.follow(call.answers, seconds=left)) as pieces:
+                async for index, piece in pieces:
+                    if piece.finish_reason in ("error", "abort"):
+                        yield index, piece._replace(finish_reason=None)  # what a slow reader has not seen yet
+                        error = _failed(piece)
+                        call.status = error.status
+                        raise error
+                    yield index, piece
+        except asyncio.TimeoutError:
+            call.status = 504
+            message = f"the answer took longer than {self.options.request_seconds:g} seconds"
+            raise RequestError(504, message, code="timeout") from None
 
-    def let_go(self, live: AsyncEngine, job: Job) -> None:
-        """End what is still under way of a call, and write its line to the log."""
-        for name in job.names:
-            live.abort(name)
-        self._count(job.client, -len(job.answers))
-        outputs = job.ordered
+    async def finish(self, call: Call) -> None:
+        """Abort what is still under way of a call, and write its line to the log."""
+        self._let_go(call)
+        if not logger.isEnabledFor(logging.INFO):
+            return
+        outputs = [answer.output for answer in call.answers]
+        used = usage(outputs)
         first = [output.metrics.ttft for output in outputs if output.metrics.ttft is not None]
         line = {
-            "id": job.format.head["id"],
-            "requests": list(job.names),
-            "client": job.client,
-            "user": job.asked.user,
-            "status": job.status,
-            "stream": bool(job.asked.stream),
-            "prompt_tokens": _prompt_tokens(outputs),
-            "output_tokens": sum(len(output.token_ids) for output in outputs),
+            "id": call.format.head["id"],
+            "requests": call.request_ids,
+            "client": call.client,
+            "user": call.body.user,
+            "status": call.status,
+            "stream": bool(call.body.stream),
+            "prompt_tokens": used["prompt_tokens"],
+            "output_tokens": used["completion_tokens"],
             "finish": [output.finish_reason for output in outputs],
             "ttft": round(min(first), 4) if first else None,
-            "seconds": round(time.perf_counter() - job.began, 4),
+            "seconds": round(time.perf_counter() - call.began, 4),
         }
         if self.options.log_prompts:
-            line["prompts"] = job.shown
+            line["prompts"] = call.shown
         logger.info(json.dumps(line))
 
-    async def whole(self, live: AsyncEngine, job: Job) -> dict[str, Any]:
-        """The finished answers of a call as one object. Raises as `follow` does."""
-        async for index, output in self.follow(live, job):
-            job.outputs[index] = output
-        job.status = 200
-        choices = [job.format.choice(i, job.echoed(i), output) for i, output in enumerate(job.ordered)]
-        return job.format.answer(choices, usage(job.ordered, _prompt_tokens(job.ordered)))
-
-    async def events(self, live: AsyncEngine, job: Job) -> AsyncIterator[bytes]:
-        """The answers of a call as server-sent events. What fails is said in the stream."""
-        wants_usage = bool(job.asked.stream_options and job.asked.stream_options.include_usage)
-        sent = [[0, 0] for _ in job.answers]  # characters of the text, and tokens, of each choice
-
-        def event(choices: list[dict[str, Any]]) -> bytes:
-            part = job.format.part(choices)
-            return _event(part | {"usage": None} if wants_usage else part)
-
-        try:
-            for index in range(len(job.answers)):
-                if (opening := job.format.first(index, job.echoed(index))) is not None:
-                    yield event([opening])
-            async for index, output in self.follow(live, job):
-                job.outputs[index] = output
-                characters, tokens = sent[index]
-                text, entries = output.text[characters:], (output.logprobs or ())[tokens:]
-                sent[index] = [len(output.text), tokens + len(entries)]
-                offset = len(job.echoed(index)) + characters
-                for choice in job.format.more(index, text, entries, offset, output.finish_reason):
-                    yield event([choice])
-            if wants_usage:
-                used = usage(job.ordered, _prompt_tokens(job.ordered))
-                yield _event(job.format.part([]) | {"usage": used})
-            job.status = 200
-        except RequestError as error:
-            yield _event(error_object(error))
-        yield _DONE
+    def _let_go(self, call: Call) -> None:
+        if not all(answer.finished for answer in call.answers):
+            for request_id in call.request_ids:
+                call.live.abort(request_id)
+        self._under_way -= Counter({call.client: call.num_answers})  # and forgets a client who has none left
 
 
-def _failed(output: RequestOutput) -> RequestError:
-    if output.finish_reason == "error":
-        return RequestError(500, output.error or "the request failed", code="engine_error")
+def _failed(piece: Piece) -> RequestError:
+    if piece.finish_reason == "error":
+        return RequestError(500, piece.error or "the request failed", code="engine_error")
     return RequestError(503, "the request was ended before its answer was complete", code="aborted")
-
-
-def _prompt_tokens(outputs: Sequence[RequestOutput]) -> int:
-    return sum(len(output.prompt_token_ids) for output in outputs if output.index == 0)
-
-
-def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
-
-
-async def _within(seconds: float, work: Awaitable[T]) -> T:
-    """`asyncio.wait_for`, but a cancellation that comes with the result is not lost (before Python 3.12)."""
-    task = asyncio.ensure_future(work)
-    try:
-        if not (await asyncio.wait({task}, timeout=max(seconds, 0)))[0]:
-            raise asyncio.TimeoutError
-        return task.result()
-    finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()  # else asyncio would report one that nobody came to read
-
-
-async def _merged(
-    streams: Sequence[AsyncIterator[RequestOutput]],
-) -> AsyncIterator[tuple[int, RequestOutput]]:
-    """Snapshots of several answers, as they come. Whoever reads slowly gets fewer of them."""
-    if len(streams) == 1:
-        async for output in streams[0]:
-            yield 0, output
-        return
-    news: asyncio.Queue[tuple[int, RequestOutput]] = asyncio.Queue(maxsize=len(streams))
-
-    async def pump(index: int, stream: AsyncIterator[RequestOutput]) -> None:
-        async for output in stream:
-            await news.put((index, output))
-
-    pumps = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
-    try:
-        left = len(streams)
-        while left:
-            index, output = await news.get()
-            left -= output.finished
-            yield index, output
-    finally:
-        for task in pumps:
-            task.cancel()

@@ -1,4 +1,4 @@
-"""What one visitor, and all of them together, may ask of the engine that they share."""
+"""What one visitor or client, and all of them together, may ask of the engine that they share."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from labkit.sampling_params import check_number
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on what comes in through the page. None is no bound, but for what the engine itself can hold.
+    """Bounds on what comes in. None is no bound other than what the engine itself can hold.
 
     Args:
-        requests: that one visitor may have under way.
-        queue: requests of all visitors under way, whether they run or wait.
-        prompt_chars: of a prompt, counted before it is tokenised (some 5,000 tokens of English).
-        prompt_tokens: of a prompt, the chat template included.
-        answer_tokens: that a request may ask for.
+        requests: the number of requests that one visitor may have under way.
+        queue: the number of requests of all visitors under way, whether they run or wait.
+        prompt_chars: the characters of a prompt, counted before it is tokenised (some 5,000 English tokens).
+        prompt_tokens: the tokens of a prompt, the chat template included.
+        answer_tokens: the tokens that a request may ask for.
 
     Raises:
         ValueError: for a bound below 1; the message names the field.
@@ -37,7 +37,7 @@ class Limits:
                 check_number(name, getattr(self, name), 1, math.inf, whole=True)
 
     def check_prompt(self, prompt: object) -> None:
-        """Raise `ValueError`, in words for whoever typed it, unless a prompt can be taken."""
+        """Raise `ValueError`, in words for the person who typed it, unless a prompt can be taken."""
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError("The prompt is empty: type something, or pick an example.")
         if len(prompt) > self.prompt_chars:

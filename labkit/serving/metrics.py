@@ -1,11 +1,12 @@
 """Numbers for Prometheus, under vLLM's names, so that its dashboards work with another prefix.
 
-All of them come from the records of the steps, like the pictures do; seconds come from the clocks of the
-answers. Counters go on when the engine is replaced by another.
+All counts come from the records of the steps, as the pictures do; seconds come from the times that the
+answers keep. Counters go on when another engine takes the engine's place.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 
@@ -13,6 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from labkit.outputs import RequestOutput
 from labkit.serving.async_engine import AsyncEngine
+from labkit.trace import latency
+from labkit.trace.memory_use import kv_usage
 from labkit.trace.records import StepRecord
 
 PREFIX = "labkit:"
@@ -22,10 +25,10 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 
 
 class Metrics:
-    """What a server counts.
+    """The numbers that a server counts.
 
     Args:
-        model_name: the label that all of it carries.
+        model_name: the label that all of them carry.
     """
 
     def __init__(self, model_name: str) -> None:
@@ -33,7 +36,7 @@ class Metrics:
         self._model = model_name
         self._lock = threading.Lock()
         self._live: AsyncEngine | None = None
-        self._stop: Callable[[], None] = lambda: None
+        self._unsubscribe: Callable[[], None] = lambda: None
         self._tokens: dict[str, int] = {}  # sampled so far, of requests under way
         self._drafts: _Drafts | None = None  # once there is an engine that drafts
 
@@ -52,11 +55,11 @@ class Metrics:
         self.running = gauge("num_requests_running", "Requests that ran in the latest step.")
         self.waiting = gauge("num_requests_waiting", "Requests in the queue.")
         self.kv_usage = gauge(
-            "kv_cache_usage_perc", "Share of the KV cache's pages that have an owner, 0 to 1."
+            "kv_cache_usage_perc", "Share of the KV cache's blocks that have an owner, 0 to 1."
         )
         self.queries = counter("prefix_cache_queries", "Tokens looked up in the prefix cache.")
         self.hits = counter("prefix_cache_hits", "Tokens found in the prefix cache.")
-        self.preemptions = counter("num_preemptions", "Requests that had to give their pages back.")
+        self.preemptions = counter("num_preemptions", "Requests that had to give their blocks back.")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests whose first token came.")
         self.generation_tokens = counter("generation_tokens", "Tokens generated.")
         self._success = Counter(
@@ -66,7 +69,7 @@ class Metrics:
             registry=self.registry,
         )
         self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", _LONG)
-        self.itl = histogram("inter_token_latency_seconds", "From one token to the next.", _SHORT)
+        self.itl = histogram("inter_token_latency_seconds", "From one step's tokens to the next.", _SHORT)
         self.e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", _LONG)
         self.queue_time = histogram("request_queue_time_seconds", "From arrival to the first step.", _LONG)
         self.prefill_time = histogram("request_prefill_time_seconds", "First step to first token.", _LONG)
@@ -75,26 +78,26 @@ class Metrics:
         self.answer_length = histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
 
     def follow(self, live: AsyncEngine) -> None:
-        """Count what this engine does, from the first step that its trace holds, and no other any more."""
+        """Count what this engine does, from the first step that its trace holds, and no longer another's."""
         with self._lock:
             if live is self._live:
                 return
-            self._stop()
+            self._unsubscribe()
             self._live, self._tokens = live, {}
             config = live.engine.config
             if config.speculative and self._drafts is None:
                 self._drafts = _Drafts(self.registry, self._model, config.num_speculative_tokens)
-            self._stop = live.listen(lambda record: self._hear(live, record))
+            self._unsubscribe = live.subscribe(functools.partial(self._count, live))
 
     def text(self) -> bytes:
-        """All numbers, in Prometheus' text format."""
+        """All numbers in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    def _hear(self, live: AsyncEngine, record: StepRecord) -> None:
+    def _count(self, live: AsyncEngine, record: StepRecord) -> None:
         """Count a step. Runs on the engine's thread."""
         self.running.set(len(record.requests))
         self.waiting.set(record.waiting)
-        self.kv_usage.set(1 - record.free_blocks / live.engine.pool.num_blocks)
+        self.kv_usage.set(kv_usage(record.free_blocks, live.engine.pool.num_blocks))
         for admission in record.admitted:
             self.queries.inc(admission.num_looked_up)
             if admission.num_looked_up:
@@ -113,22 +116,23 @@ class Metrics:
             if output := outputs.get(finish.request_id):
                 self._finished(output)
         if not (record.waiting or set(record.requests) - {finish.request_id for finish in record.finished}):
-            self.running.set(0)  # no step comes to say so
+            self.running.set(0)  # no further step will say so
 
     def _sampled(self, name: str, count: int, output: RequestOutput | None) -> None:
         before = self._tokens.get(name, 0)
         self._tokens[name] = before + count
-        if output is None:  # finished so long ago that it was forgotten
+        if output is None:  # it finished so long ago that it was forgotten
             return
         if before == 0:
             self.prompt_tokens.inc(len(output.prompt_token_ids))
         times = output.metrics.token_times
-        if before >= len(times):  # of another request, which has taken the name
+        if before >= len(times):  # they are of another request, which has taken the name
             return
         if before == 0:
-            self.ttft.observe(times[0] - output.metrics.arrival_time)
-        else:  # once for all that come together, as in vLLM
-            self.itl.observe(times[before] - times[before - 1])
+            self.ttft.observe(output.metrics.ttft)
+        else:  # once for all tokens of a step, as in vLLM
+            for gap in latency.itl_per_step(times[before - 1 : before + 1]):
+                self.itl.observe(gap)
 
     def _finished(self, output: RequestOutput) -> None:
         metrics, times = output.metrics, output.metrics.token_times
@@ -140,11 +144,11 @@ class Metrics:
             self.queue_time.observe(metrics.queue_time)
         if times and metrics.first_scheduled_time is not None:
             self.prefill_time.observe(times[0] - metrics.first_scheduled_time)
-            self.decode_time.observe(times[-1] - times[0])
+            self.decode_time.observe(latency.decode_time(times))
 
 
 class _Drafts:
-    """Counters of drafts, from zero on."""
+    """Counters of drafts. They show from the start, with zeros."""
 
     def __init__(self, registry: CollectorRegistry, model: str, most: int) -> None:
         def counter(name: str, what: str, *labels: str) -> Counter:

@@ -1,16 +1,16 @@
 """Many engines behind one address, by Ray Serve; `python -m labkit.scale` is the program.
 
 A replica is one engine and its API in a process of its own, on any machine of a Ray cluster on which labkit
-is installed. Ray does the rest: it starts them, spreads the calls, streams the answers through its proxy,
-replaces a replica whose engine has failed, follows the load, and lets a replica that it stops finish first.
+is installed. Ray does the rest: it starts the replicas, spreads the calls, streams the answers through its
+proxy, replaces a replica whose engine has failed, follows the load, and lets a replica finish before it ends.
 
-Calls go to the less busy of two replicas drawn at random, or, with `routing="session"`, all calls with the
-same `X-Session-Id` header to one replica, whose prefix cache then knows the talk (`ConsistentHashRouter`).
-Ray's `PrefixCacheAffinityRouter` is of no use here: it looks for the prompt in the arguments of a call from
-one deployment to another, and what the proxy hands to a deployment with routes is bytes.
+A call goes to the less busy of two replicas drawn at random. With `routing="session"`, all calls with the
+same `X-Session-Id` header go to one replica, whose prefix cache then knows the conversation
+(`ConsistentHashRouter`). Ray's `PrefixCacheAffinityRouter` cannot be used here: it looks for the prompt in
+the arguments of a call from one deployment to another, but the proxy hands bytes to a deployment with routes.
 
-What a replica counts is its own: `/metrics` and `/health` answer for the one that is asked, and the limits
-are those of each.
+Each replica counts for itself: `/metrics` and `/health` answer for the replica that is asked, and the limits
+hold for each replica.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from labkit.serving import cli
 from labkit.serving.async_engine import EngineStoppedError
-from labkit.serving.server import create_app, options_of
+from labkit.serving.routes import create_app
+from labkit.serving.server import options_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -34,17 +35,17 @@ _SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashR
 
 @dataclass(frozen=True)
 class Replicas:
-    """How many replicas, and what each has.
+    """The number of replicas, and what each has.
 
     Args:
-        fewest: replicas; so many at the start.
-        most: replicas under load.
-        busy: calls under way in a replica above which another is added.
-        threads: cores of each.
-        gpus: of each, 0 to 1; below 1, replicas share one.
-        ongoing: calls that a replica takes at once; those beyond wait in Ray's queue.
-        queued: calls that may wait there; those beyond are answered with status 503.
-        drain_seconds: that the answers of a replica have to end when it is stopped.
+        fewest: the number of replicas at the start, and at least.
+        most: the number of replicas under load, at most.
+        busy: the number of calls under way in a replica above which another replica is added.
+        threads: the cores of each replica.
+        gpus: the share of a GPU of each replica, 0 to 1; below 1, replicas share one.
+        ongoing: the number of calls that a replica takes at once; further ones wait in Ray's queue.
+        queued: the number of calls that may wait there; further ones are answered with status 503.
+        drain_seconds: the time that answers have to end when their replica is stopped.
         routing: "load" or "session", see above.
     """
 
@@ -60,26 +61,26 @@ class Replicas:
 
 
 class _Replica:
-    """What Ray asks of a replica besides its routes; Ray's wrapper has the `app`."""
+    """What Ray asks of a replica besides its routes. Ray's wrapper sets `app`."""
 
     app: FastAPI
 
     def check_health(self) -> None:
-        """Raise if the engine has stopped: Ray then puts another replica into this one's place."""
-        live = self.app.state.server.engine()
+        """Raise if the engine has failed: Ray then replaces this replica by another."""
+        live = self.app.state.handler.engine()
         if live.failure is not None:
             raise EngineStoppedError(f"the engine failed: {live.failure}")
 
 
 def application(given: argparse.Namespace, replicas: Replicas) -> serve.Application:
-    """The API on so many engines, for `serve.run`.
+    """The API on several engines, for `serve.run`.
 
     Args:
         given: the options of `labkit.server`.
-        replicas: how many, and what each has.
+        replicas: the number of engines, and what each has.
     """
 
-    def build() -> FastAPI:  # by each replica, in its own process
+    def build() -> FastAPI:  # each replica calls it, in its own process
         import torch
 
         torch.set_num_threads(replicas.threads)

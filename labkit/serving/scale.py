@@ -1,7 +1,7 @@
 """OpenAI's API on many engines, on this machine or on a Ray cluster: `python -m labkit.scale`.
 
-Needs Ray: `pip install 'labkit[scale]'`. What Ray does is said in `serve_ray`, a module by itself because the
-replicas import it, which they cannot do with the one that was started.
+Needs Ray: `pip install 'labkit[scale]'`. `ray_replica` says what Ray does. It is a module of its own because
+the replicas import it, and they cannot import the module that was started as a program.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from labkit.serving.ray_replica import Replicas
 
 _APP = "labkit"
-_STORE_BYTES = 100 * 2**20  # of shared memory: answers are small
+_STORE_BYTES = 100 * 2**20  # of shared memory: little, because answers are small
 
 
 def _share(text: str) -> float:
@@ -36,7 +36,7 @@ def _share(text: str) -> float:
 def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, argparse.Namespace]:
     """The options of this program, and those of `labkit.server`.
 
-    Ends the program with status 2 and one line on stderr for one that cannot be.
+    A wrong one ends the program with status 2 and one line on stderr.
     """
     parser = cli.Parser(
         prog="labkit.scale",
@@ -45,28 +45,28 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, a
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--replicas", type=cli.positive, default=1, help="engines (default: %(default)s)")
-    add("--max-replicas", type=cli.positive, help="engines under load (default: as --replicas)")
+    add("--replicas", type=cli.positive, default=1, help="number of engines (default: %(default)s)")
+    add("--max-replicas", type=cli.positive, help="number of engines under load (default: as --replicas)")
     add(
         "--target-ongoing",
         type=cli.positive,
-        help="calls to an engine, on average, above which one is added (default: as --max-num-seqs)",
+        help="calls to each engine, on average, above which one is added (default: as --max-num-seqs)",
     )
     add("--threads", type=cli.positive, help="cores of each engine (default: an even share)")
-    add("--gpus-per-replica", type=_share, help="0 to 1 (default: 1 where there are GPUs)")
+    add("--gpus-per-replica", type=_share, help="share of a GPU, 0 to 1 (default: 1 where there are GPUs)")
     add(
         "--routing",
         choices=("load", "session"),
         default="load",
         help="session: calls with the same X-Session-Id go to the same engine (default: %(default)s)",
     )
-    add("--address", help='of a Ray cluster; "auto" for the one that runs here (default: start one)')
+    add("--address", help='address of a Ray cluster; "auto" for the one that runs here (default: start one)')
     own, rest = parser.parse_known_args(arguments)
     own.max_replicas = own.max_replicas or own.replicas
     if own.max_replicas < own.replicas:
         parser.error(f"--max-replicas must be at least --replicas ({own.replicas}), not {own.max_replicas}")
 
-    from labkit.serving import server  # here, for it takes seconds
+    from labkit.serving import server  # here, because it takes seconds
 
     given = server.parse(rest)
     if own.gpus_per_replica and own.gpus_per_replica < 1 and given.num_blocks is None:
@@ -78,7 +78,7 @@ def shares(own: argparse.Namespace, given: argparse.Namespace, there: Mapping[st
     """What each engine gets of a cluster's resources.
 
     Raises:
-        cli.StartError: if they do not suffice, and the cluster is not one that could grow.
+        cli.StartError: if the resources do not suffice, and the cluster is not one that may grow.
     """
     from labkit.serving.ray_replica import Replicas
 
@@ -97,7 +97,7 @@ def shares(own: argparse.Namespace, given: argparse.Namespace, there: Mapping[st
         busy=own.target_ongoing or given.max_num_seqs,
         threads=threads,
         gpus=share,
-        ongoing=2 * given.max_num_seqs,  # whoever has no seat yet waits where the scheduler sees them
+        ongoing=2 * given.max_num_seqs,  # some wait for a seat where the scheduler sees them
         queued=given.max_queue,
         drain_seconds=given.drain_seconds,
         routing=own.routing,
@@ -116,12 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         cli.check_address(given.host, given.port)
-        from labkit.serving.ray_replica import application  # after the check, for it takes seconds
+        from labkit.serving.ray_replica import application  # after the check, because it takes seconds
 
         own_cluster = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
         try:
             ray.init(own.address, **({} if own.address else own_cluster))
-        except Exception as error:  # a bare one, when its processes take longer than half a minute
+        except Exception as error:  # a bare Exception, when its processes take over half a minute
             raise cli.StartError(f"Ray does not start: {error}") from None
         replicas = shares(own, given, ray.cluster_resources())
         print(f"Starting {replicas.fewest} x {given.model} ...", flush=True)
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Ready: http://{given.host}:{given.port}/v1", flush=True)
         _wait()
         print("Draining ...", flush=True)
-        serve.delete(_APP)  # returns once the answers are finished; what else runs there goes on
+        serve.delete(_APP)  # returns once the answers are finished; other applications go on
     except cli.StartError as error:
         print(f"labkit.scale: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _wait() -> None:
-    """Until SIGTERM or Ctrl-C."""
+    """Wait until SIGTERM or Ctrl-C."""
     told = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: told.set())

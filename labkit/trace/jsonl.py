@@ -1,4 +1,4 @@
-"""A trace as JSON Lines, out and in. What is read is checked line by line, and replayed as it is read."""
+"""A trace as JSON Lines: a header, then one step a line. Every line that is read is checked and replayed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from labkit.trace.records import (
     TraceError,
     TraceMeta,
 )
-from labkit.trace.trace import Trace
 
 FORMAT = "labkit-trace"
 VERSION = 1
@@ -36,53 +35,32 @@ _NESTED: dict[str, type] = {
     "returned": Blocks,
 }
 _SECONDS_DIGITS = 6
-_MAX_INT = 2**53  # larger whole numbers are not what they seem in a browser
+_MAX_INT = 2**53  # a browser cannot represent every whole number beyond it
+
+Watch = Callable[[TraceMeta, PoolState, StepRecord | None], None]
 
 
-def write_lines(trace: Trace) -> Iterator[str]:
-    """The header and the steps of a trace, a line each."""
-    head = {"format": FORMAT, "version": VERSION, **_to_json(trace.meta)}
-    yield json.dumps(head, separators=(",", ":"))
-    for record in trace.records:
-        yield json.dumps(_to_json(record), separators=(",", ":"))
+# -- writing --------------------------------------------------------------------------------------
 
 
-def read_lines(
-    lines: Iterable[str], *, watch: Callable[[TraceMeta, PoolState, StepRecord | None], None] | None = None
-) -> Trace:
-    """The trace that `write_lines` wrote.
+def write_lines(meta: TraceMeta, records: Iterable[StepRecord]) -> Iterator[str]:
+    """All lines of a trace."""
+    yield header_line(meta)
+    yield from map(step_line, records)
 
-    Args:
-        lines: of the file.
-        watch: called after the header (without a record) and after each step, with the pool's state then;
-            it may raise `TraceError` to refuse the file.
 
-    Raises:
-        TraceError: with the number of the line and what is wrong with it.
-    """
-    numbered = ((n, line) for n, line in enumerate(lines, 1) if line.strip())
-    number, line = next(numbered, (1, ""))
-    head = _parse_line(number, line)
-    if head.pop("format", None) != FORMAT:
-        raise TraceError(f'line {number}: not a trace: the first line must say "format": "{FORMAT}"')
-    version = head.pop("version", None)
-    if version != VERSION:
-        raise TraceError(f"line {number}: version {version!r} is not one this labkit reads ({VERSION})")
-    trace = Trace(_build(TraceMeta, head, number))
-    _check_meta(trace.meta, number)
-    state = PoolState(trace.meta.block_size)
-    if watch:
-        watch(trace.meta, state, None)
-    last = -1
-    for number, line in numbered:
-        record = _build(StepRecord, _parse_line(number, line), number)
-        _check_record(record, trace.meta, last, number)
-        _check_replay(state, record, trace.meta, number)
-        last = record.step
-        trace.append(record)
-        if watch:
-            watch(trace.meta, state, record)
-    return trace
+def header_line(meta: TraceMeta) -> str:
+    """The first line of a file. Fields at their default are left out, here and in the steps."""
+    return _dump({"format": FORMAT, "version": VERSION, **_to_json(meta)})
+
+
+def step_line(record: StepRecord) -> str:
+    """The line of one step."""
+    return _dump(_to_json(record))
+
+
+def _dump(values: dict[str, Any]) -> str:
+    return json.dumps(values, separators=(",", ":"))
 
 
 def _to_json(record: StepRecord | TraceMeta) -> dict[str, Any]:
@@ -92,6 +70,52 @@ def _to_json(record: StepRecord | TraceMeta) -> dict[str, Any]:
         for f, value in values
         if value != f.default
     }
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def read_lines(lines: Iterable[str], *, watch: Watch | None = None) -> tuple[TraceMeta, list[StepRecord]]:
+    """The header and the records in the lines of a file.
+
+    Args:
+        lines: The lines of the file; empty ones are skipped.
+        watch: A function that is called after the header (without a record) and after each step, with the
+            pool's state at that moment. It may raise `TraceError` to refuse the file.
+
+    Raises:
+        TraceError: If a line is wrong. The message says which line and why.
+    """
+    numbered = ((n, line) for n, line in enumerate(lines, 1) if line.strip())
+    meta = _read_header(*next(numbered, (1, "")))
+    state = PoolState(meta.block_size)
+    if watch:
+        watch(meta, state, None)
+    records: list[StepRecord] = []
+    last = -1
+    for number, line in numbered:
+        record = _build(StepRecord, _parse_line(number, line), number)
+        _check_record(record, meta, last, number)
+        _check_replay(state, record, meta, number)
+        last = record.step
+        records.append(record)
+        if watch:
+            watch(meta, state, record)
+    return meta, records
+
+
+def _read_header(number: int, line: str) -> TraceMeta:
+    head = _parse_line(number, line)
+    if head.pop("format", None) != FORMAT:
+        raise TraceError(f'line {number}: not a trace: the first line must say "format": "{FORMAT}"')
+    version = head.pop("version", None)
+    if version != VERSION:
+        raise TraceError(f"line {number}: version {version!r} is not one this labkit reads ({VERSION})")
+    meta = _build(TraceMeta, head, number)
+    for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
+        if getattr(meta, name) < 1:
+            raise TraceError(f"line {number}: {name} must be at least 1, not {getattr(meta, name)}")
+    return meta
 
 
 def _parse_line(number: int, line: str) -> dict[str, Any]:
@@ -117,7 +141,7 @@ def _build(cls: type, values: dict[str, Any], number: int) -> Any:
 
 
 def _convert(name: str, value: Any, kind: str) -> Any:
-    """Lists to tuples and named tuples, with the types checked."""
+    """Turn JSON's lists into tuples and named tuples, and check the types on the way."""
     if name in _NESTED:
         return tuple(_entry(name, _NESTED[name], item) for item in _list(name, value))
     if name in ("sampled", "drafted"):
@@ -167,13 +191,9 @@ def _ints(name: str, value: Any) -> tuple[int, ...]:
     return tuple(_typed(name, item, int) for item in _list(name, value))
 
 
-def _check_meta(meta: TraceMeta, number: int) -> None:
-    for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
-        if getattr(meta, name) < 1:
-            raise TraceError(f"line {number}: {name} must be at least 1, not {getattr(meta, name)}")
-
-
 def _check_record(record: StepRecord, meta: TraceMeta, last: int, number: int) -> None:
+    """Check what can be said of a step without knowing the pool."""
+
     def fail(what: str) -> None:
         raise TraceError(f"line {number}: {what}")
 
@@ -189,10 +209,10 @@ def _check_record(record: StepRecord, meta: TraceMeta, last: int, number: int) -
         fail(f"kinds must be made of the letters {', '.join(KINDS)}, not {record.kinds!r}")
     if any(len(row.sampled) > len(row.drafted) + 1 for row in record.rows if record.drafted):
         fail("a row has sampled more than its drafts and a token")
-    pages = [*record.preempted, *record.taken, *record.returned]
-    if any(len(entry.blocks) > meta.num_blocks for entry in pages):
-        fail(f"more pages than the pool has ({meta.num_blocks})")
-    blocks = [block for entry in pages for block in entry.blocks]
+    moved = [*record.preempted, *record.taken, *record.returned]
+    if any(len(entry.blocks) > meta.num_blocks for entry in moved):
+        fail(f"more blocks than the pool has ({meta.num_blocks})")
+    blocks = [block for entry in moved for block in entry.blocks]
     blocks += [block for finish in record.finished for block in finish.blocks]
     blocks += [block for copy in record.copied for block in copy[1:]]
     blocks += [block for admission in record.admitted for block in admission.shared]
@@ -204,21 +224,23 @@ def _check_record(record: StepRecord, meta: TraceMeta, last: int, number: int) -
 
 
 def _check_replay(state: PoolState, record: StepRecord, meta: TraceMeta, number: int) -> None:
-    """Replay the step as it is read, so that a picture never meets a page that nobody took."""
+    """Replay the step as it is read, so that a picture never meets a block that nobody took."""
     try:
         state.begin(record)
     except (KeyError, ValueError):
-        raise TraceError(f"line {number}: copies a page that its request does not hold") from None
+        raise TraceError(f"line {number}: copies a block that its request does not hold") from None
     if any(len(table) > meta.num_blocks for table in state.tables.values()):
-        raise TraceError(f"line {number}: a request holds more pages than the pool has ({meta.num_blocks})")
+        raise TraceError(f"line {number}: a request holds more blocks than the pool has ({meta.num_blocks})")
     for request_id, num_tokens, start in zip(record.requests, record.num_tokens, record.starts, strict=True):
         held = len(state.tables.get(request_id, ())) * state.block_size
         if num_tokens and start + num_tokens > held:
             raise TraceError(
                 f"line {number}: request {request_id!r} computes token {start + num_tokens - 1} "
-                f"but holds pages for {held} only"
+                f"but holds blocks for {held} only"
             )
     for request_id, blocks in record.returned:
         if not blocks or tuple(state.tables.get(request_id, ())[-len(blocks) :]) != blocks:
-            raise TraceError(f"line {number}: request {request_id!r} returns pages that do not end its table")
+            raise TraceError(
+                f"line {number}: request {request_id!r} returns blocks that do not end its table"
+            )
     state.end(record)

@@ -6,10 +6,15 @@ from labkit.trace.records import Admission, Arrival, StepRecord
 
 
 class PoolState:
-    """Who owns which page at one moment, rebuilt from records.
+    """The block pool at one moment, rebuilt from records.
 
-    `tables` maps a running request to its pages in order, `computed` to its tokens in the cache, `waiting`
-    holds the queue's members, `cached` the pages that hold a prefix which later requests can find.
+    Attributes:
+        tables: The block table of each running request.
+        computed: How many tokens of each running request are in the cache.
+        waiting: The requests in the queue.
+        arrivals: All requests that have not finished, in order of arrival.
+        cached: The blocks that hold a prefix which later requests can find.
+        held: A request that waits for the prompt of another, and is not in the queue yet, to that other.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -19,9 +24,10 @@ class PoolState:
         self.waiting: dict[str, Arrival] = {}
         self.arrivals: dict[str, Arrival] = {}
         self.cached: set[int] = set()
-        self.held: dict[str, str] = {}  # waits for this other request's prompt, not in the queue
+        self.held: dict[str, str] = {}
 
     def copy(self) -> PoolState:
+        """An independent copy."""
         twin = PoolState(self.block_size)
         twin.tables = {name: list(table) for name, table in self.tables.items()}
         twin.computed, twin.waiting = dict(self.computed), dict(self.waiting)
@@ -39,7 +45,7 @@ class PoolState:
                 if request_id in known:
                     known[request_id] = known[request_id]._replace(priority=priority)
         for finish in record.finished:
-            if finish.reason == "abort":  # takes effect before the step
+            if finish.reason == "abort":  # an abort takes effect before the step
                 self._release(finish.request_id)
                 self._let_go(finish.request_id)
         for request_id, _ in record.preempted:
@@ -67,7 +73,7 @@ class PoolState:
         self.cached.update(record.published)
 
     def end(self, record: StepRecord) -> None:
-        """Apply what happens after the pass: wrong drafts are taken back, finished requests give up pages."""
+        """Apply what happens after the pass: rejected drafts are taken back, finished requests leave."""
         for row in record.rows if record.drafted else ():
             if row.drafted and row.request_id in self.computed:
                 self.computed[row.request_id] = row.start + len(row.sampled)
@@ -81,11 +87,11 @@ class PoolState:
             self._let_go(request_id)
 
     def _let_go(self, parent: str) -> None:
-        """The other answers to a request are admitted, or queue like everybody else."""
+        """The prompt of `parent` is computed: its other answers are admitted, or queue like any request."""
         self.held = {child: of for child, of in self.held.items() if of != parent} if self.held else self.held
 
     def as_record(self, last: StepRecord) -> StepRecord:
-        """One record that leads from an empty pool to this state, in place of all up to `last`."""
+        """One record that leads from an empty pool to this state. It replaces all records up to `last`."""
         return StepRecord(
             last.step,
             arrived=tuple(a._replace(parent=self.held.get(name, "")) for name, a in self.arrivals.items()),
@@ -105,14 +111,14 @@ class PoolState:
 
     @property
     def queue(self) -> list[str]:
-        """The waiting requests in the order in which they will be admitted."""
+        """The waiting requests, in the order in which they will be admitted."""
         order = {request_id: place for place, request_id in enumerate(self.arrivals)}
         queued = [name for name in self.waiting if name not in self.held]
         return sorted(queued, key=lambda name: (self.waiting[name].priority, order[name]))
 
     @property
     def owners(self) -> dict[int, tuple[str, ...]]:
-        """Page to its owners: one, or several where a prefix is shared."""
+        """The owners of each block: one, or several where a prefix is shared."""
         owners: dict[int, tuple[str, ...]] = {}
         for request_id, table in self.tables.items():
             for block in table:
@@ -121,7 +127,7 @@ class PoolState:
 
     @property
     def filled(self) -> dict[int, int]:
-        """Page to the number of its slots that hold a token's keys and values."""
+        """How many slots of each block hold the keys and values of a token."""
         filled = dict.fromkeys(self.cached, self.block_size)
         for request_id, table in self.tables.items():
             left = self.computed.get(request_id, 0)

@@ -1,4 +1,4 @@
-"""One immutable record per step: what ran, who waited and why, whose pages changed. No tensors here.
+"""One immutable record per step: what ran, who waited and why, whose blocks changed. No tensors here.
 
 Every picture, check and export reads this and nothing else.
 """
@@ -12,7 +12,7 @@ KINDS = {"p": "prefill", "c": "chunk", "d": "decode", "i": "idle"}
 
 
 class TraceError(ValueError):
-    """A trace file that cannot be read: says which line and what is wrong with it."""
+    """A trace file cannot be read. The message says which line is wrong and why."""
 
 
 class Arrival(NamedTuple):
@@ -33,9 +33,9 @@ class Priority(NamedTuple):
 
 
 class Admission(NamedTuple):
-    """A request gets a seat. `num_cached_tokens` need not be computed: they lie in the `shared` pages.
+    """A request gets a seat. `num_cached_tokens` need not be computed: they lie in the `shared` blocks.
 
-    `num_looked_up` tokens were asked of the prefix cache; none where a fork shares its parent's pages.
+    `num_looked_up` tokens were looked up in the prefix cache: 0 where a fork shares its parent's blocks.
     """
 
     request_id: str
@@ -52,7 +52,7 @@ class Blocks(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """Copy on write: in the request's block table `new` takes the place of the shared page `old`."""
+    """Copy on write: in the request's block table `new` takes the place of the shared block `old`."""
 
     request_id: str
     old: int
@@ -60,7 +60,7 @@ class Copy(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """A request ends: `reason` is stop, length, abort or error. Its pages go back to the pool."""
+    """A request ends: `reason` is stop, length, abort or error. Its blocks go back to the pool."""
 
     request_id: str
     reason: str
@@ -80,25 +80,30 @@ class Row(NamedTuple):
 
     @property
     def num_accepted(self) -> int:
-        """Drafted tokens that were right, and so are part of the answer."""
+        """How many of the drafted tokens were accepted, and so are part of the answer."""
         return max(0, len(self.sampled) - 1) if self.drafted else 0
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step of the engine. From `requests` to `padding`, columns with one entry per request that ran.
+    """One step of the engine.
 
-    `kinds` has one letter each: p, the whole prompt (or all that was missing of it); c, a chunk of it;
-    d, decode; i, an idle seat of a static batch. `starts` counts tokens computed before the step.
-    `drafted` has an entry per request, or none where nobody drafts: the tokens after the last one known that
-    were guessed and computed with it. Of `sampled`, all but the last are guesses that were right.
-    `held_back` says why no more was drafted.
-    `waiting` counts the queue after the step was planned and `blocked` names its head and why it waits.
-    `free_blocks` counts after the step, when those that finished in it have given theirs back.
-    `published` pages can be found by later requests from now on; `evicted` ones no longer. `returned` ones
-    were taken for drafts that were wrong: they leave their block tables after the step.
-    `time` is when the step ended, in seconds since the trace began, and `seconds` how long it took: the
-    only fields that differ from run to run, which is why they do not count when records are compared.
+    From `requests` to `drafted`, the columns have one entry per request that ran; `padding` and `drafted` are
+    empty where no request has any.
+
+    - `kinds` has one letter per request: p, the whole prompt (or all that was missing of it); c, a chunk of
+      the prompt; d, decode; i, an idle seat of a static batch.
+    - `starts` says how many tokens were computed before the step.
+    - `sampled` holds the new tokens. All but the last are accepted drafts.
+    - `padding` counts slots that were computed for nothing, in a static batch.
+    - `drafted` holds the tokens that were guessed and verified in this step; `held_back` says why there were
+      not more.
+    - `waiting` counts the queue after the step was planned; `blocked` names its head and why it waits.
+    - `free_blocks` counts after the step, when the requests that finished in it have given theirs back.
+    - `published` blocks can be found by later requests from now on, `evicted` ones no longer can.
+    - `returned` blocks were taken for rejected drafts: they leave their block tables after the step.
+    - `time` is when the step ended, in seconds since the trace began, and `seconds` how long it took. Only
+      these two differ from run to run, so they do not count when records are compared.
     """
 
     step: int
@@ -136,28 +141,28 @@ class StepRecord:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens computed, padding not counted."""
+        """How many tokens were computed, without padding."""
         return sum(self.num_tokens)
 
     @property
     def total_sampled(self) -> int:
-        """Tokens generated."""
+        """How many tokens were generated."""
         return sum(map(len, self.sampled))
 
     @property
     def total_drafted(self) -> int:
-        """Tokens guessed, right or wrong."""
+        """How many tokens were guessed, accepted or not."""
         return sum(map(len, self.drafted))
 
     @property
     def total_accepted(self) -> int:
-        """Guesses that were right, and so are part of an answer."""
+        """How many of the guessed tokens were accepted."""
         return sum(row.num_accepted for row in self.rows) if self.drafted else 0
 
 
 @dataclass(frozen=True)
 class TraceMeta:
-    """What the steps were run with. `started` is wall-clock time, in seconds since 1970."""
+    """The sizes and settings of the engine. `started` is wall-clock time, in seconds since 1970."""
 
     num_blocks: int
     block_size: int

@@ -10,6 +10,7 @@ import bisect
 import os
 from collections.abc import Iterable, Iterator
 
+from labkit.trace import jsonl
 from labkit.trace.pool_state import PoolState
 from labkit.trace.records import StepRecord, TraceError, TraceMeta
 
@@ -20,10 +21,10 @@ class Trace:
     """The records of a run, in order, with what they were run with.
 
     Args:
-        meta: sizes and settings of the engine.
-        records: to start from, for instance of a loaded file.
-        max_steps: keep at least so many of the latest steps (None: all). Older ones become one record, the
-            first, that only says who held which page then.
+        meta: The sizes and settings of the engine.
+        records: The records to start with, for instance those of a file.
+        max_steps: The number of latest steps that are always kept (None: all are). Older ones are replaced by
+            one record, the first, which only says who held which block at that time.
     """
 
     def __init__(
@@ -31,13 +32,15 @@ class Trace:
     ) -> None:
         self.meta = meta
         self.max_steps = max_steps
-        # Records, and states after some of them. Swapped as one: other threads read while the engine writes.
+        # The records, and the pool's state after some of them (keyframes). Both are replaced in one
+        # assignment, because other threads read while the engine writes.
         self._kept: tuple[list[StepRecord], dict[int, PoolState]] = ([], {})
         for record in records:
             self.append(record)
 
     def append(self, record: StepRecord) -> StepRecord:
-        records = self.records
+        """Keep a record; returns it."""
+        records = self._kept[0]
         records.append(record)
         if self.max_steps is not None and len(records) >= 2 * self.max_steps:
             self._forget(len(records) - self.max_steps)
@@ -50,7 +53,7 @@ class Trace:
 
     @property
     def records(self) -> list[StepRecord]:
-        """The records kept, oldest first. Read, don't write."""
+        """The records that are kept, oldest first. Callers must not change the list."""
         return self._kept[0]
 
     def __len__(self) -> int:
@@ -73,18 +76,18 @@ class Trace:
         """The record of one step.
 
         Raises:
-            ValueError: if the trace does not hold that step.
+            ValueError: If the trace does not hold that step.
         """
         records = self.records
         return records[_index(records, step)]
 
     def state(self, step: int, *, after: bool = False) -> PoolState:
-        """The block pool during a step (finished requests still hold their pages) or `after` it.
+        """The block pool during a step (finished requests still hold their blocks) or `after` it.
 
         Raises:
-            ValueError: if the trace does not hold that step.
+            ValueError: If the trace does not hold that step.
         """
-        records, keyframes = self._kept  # read once: another thread may forget meanwhile
+        records, keyframes = self._kept  # read once: the engine may drop old steps meanwhile
         index = _index(records, step)
         start = index - 1 - (index - 1) % _KEYFRAME_EVERY
         while start >= 0 and start not in keyframes:
@@ -102,16 +105,16 @@ class Trace:
 
     @property
     def prefix_hit_rate(self) -> float | None:
-        """Share of the tokens looked up in the prefix cache, at admission, that were found there."""
+        """The share of the tokens looked up in the prefix cache, at admission, that were found there."""
         looked = [a for record in self.records for a in record.admitted if a.num_looked_up]
         queries = sum(admission.num_looked_up for admission in looked)
         return sum(admission.num_cached_tokens for admission in looked) / queries if queries else None
 
     def why(self, request_id: str, step: int) -> str:
-        """One sentence on what a request does after a step: it runs, it is gone, or why it waits and where.
+        """One sentence about a request after a step: whether it runs or is gone, or where and why it waits.
 
         Raises:
-            ValueError: if the trace does not hold that step.
+            ValueError: If the trace does not hold that step.
         """
         record, state = self.at(step), self.state(step, after=True)
         if request_id in state.tables:
@@ -131,9 +134,7 @@ class Trace:
 
     def lines(self) -> Iterator[str]:
         """The trace as JSON Lines: a header, then one step a line. Fields at their default are left out."""
-        from labkit.trace import jsonl
-
-        return jsonl.write_lines(self)
+        return jsonl.write_lines(self.meta, self.records)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the trace to a file (JSON Lines, UTF-8)."""
@@ -145,7 +146,7 @@ class Trace:
         """Read a trace from a file.
 
         Raises:
-            TraceError: for a file that is no trace, with the line and what is wrong with it.
+            TraceError: If the file is no trace. The message says which line is wrong and why.
         """
         try:
             with open(path, encoding="utf-8") as file:
@@ -154,11 +155,13 @@ class Trace:
             raise TraceError(f"not a trace: the file is not UTF-8 text ({error.reason})") from None
 
     @classmethod
-    def from_lines(cls, lines: Iterable[str]) -> Trace:
-        """Read a trace from JSON Lines. Raises `TraceError` as `load` does."""
-        from labkit.trace import jsonl
+    def from_lines(cls, lines: Iterable[str], *, watch: jsonl.Watch | None = None) -> Trace:
+        """Read a trace from JSON Lines; `watch` sees each step as it is read.
 
-        return jsonl.read_lines(lines)
+        Raises:
+            TraceError: As `load` does, and as `watch` does.
+        """
+        return cls(*jsonl.read_lines(lines, watch=watch))
 
 
 def _index(records: list[StepRecord], step: int) -> int:

@@ -1,4 +1,4 @@
-"""A trace written down while it grows: the engine forgets old steps, the file does not."""
+"""A trace written to a file while it grows: the engine drops old steps, the file keeps them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from labkit.serving.async_engine import AsyncEngine
-from labkit.trace.records import StepRecord
-from labkit.trace.trace import Trace
+from labkit.trace.jsonl import header_line, step_line
+from labkit.trace.records import StepRecord, TraceMeta
+
+Subscribe = Callable[[Callable[[StepRecord], None]], Callable[[], None]]
 
 
 class TraceWriters:
-    """Writes the trace of one engine after the other, each into a file that `Trace.load` reads.
+    """Writes the traces of one engine after the other, each to a file that `Trace.load` reads.
 
     Args:
-        path: of the first; the next are numbered before the suffix.
-
-    Raises:
-        OSError: from `follow`, if a file cannot be written.
+        path: The first file. The next ones have a number before the suffix.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -28,31 +26,41 @@ class TraceWriters:
         self._count = 0
         self._lock = threading.Lock()
         self._file: TextIO | None = None
-        self._deafen: Callable[[], None] = lambda: None
+        self._unsubscribe: Callable[[], None] = lambda: None
 
-    def follow(self, live: AsyncEngine) -> Path:
-        """Write down every step of an engine from now on, and of none before; returns the file's path."""
+    def follow(self, meta: TraceMeta, subscribe: Subscribe) -> Path:
+        """Write every step of another engine; the file of the one before is finished.
+
+        Args:
+            meta: The header of the engine's trace.
+            subscribe: A function that takes a listener, calls it with each record of the engine, and returns
+                a function that ends the subscription.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
         self.close()
         self._count += 1
         path = self._path
         if self._count > 1:
             path = path.with_name(f"{path.stem}-{self._count}{path.suffix}")
-        meta = live.engine.trace.meta
         file = self._file = path.open("w", encoding="utf-8")
-        file.writelines(line + "\n" for line in Trace(meta).lines())
+        file.write(header_line(meta) + "\n")
 
         def write(record: StepRecord) -> None:
-            *_, line = Trace(meta, [record]).lines()
             with self._lock:
                 if not file.closed:
-                    file.write(line + "\n")
+                    file.write(step_line(record) + "\n")
 
-        self._deafen = live.listen(write, last=None)
+        self._unsubscribe = subscribe(write)
         return path
 
     def close(self) -> None:
-        """Finish the file."""
-        self._deafen()
+        """Finish the current file."""
+        self._unsubscribe()
         with self._lock:
             if self._file:
                 self._file.close()

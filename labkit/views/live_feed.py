@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from labkit.trace.memory_use import wasted_slots
 from labkit.trace.pool_state import PoolState
 from labkit.trace.records import StepRecord, TraceMeta
 from labkit.views import events, style
-from labkit.views.live_numbers import Numbers, wasted_slots
+from labkit.views.live_numbers import Numbers
 
 WINDOW = 200  # steps that are kept and drawn
 WAITING, PREEMPTED, IDLE = "w", "x", "i"  # kinds of span beside the trace's p, c, d, i

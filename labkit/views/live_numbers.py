@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-from labkit.trace.pool_state import PoolState
+from labkit.trace import latency
 from labkit.trace.records import StepRecord
 
 LATEST_REQUESTS = 100  # that TTFT and the hit rate look back on
@@ -58,14 +58,15 @@ class Numbers:
     def _tokens(self, request_id: str, count: int, now: float) -> None:
         arrived = self._arrived.pop(request_id, None)
         if arrived is not None:
-            self._ttft.append(now - arrived)
-        gaps = count if request_id in self._latest else count - 1
-        if gaps:  # those that come together have an equal share each
-            self._itl.extend([(now - self._latest.get(request_id, now)) / gaps] * gaps)
+            self._ttft.append(now - arrived)  # `latency.ttft`
+        self._itl.extend(latency.share_gap(self._latest.get(request_id), now, count))
         self._latest[request_id] = now
 
     def pack(self) -> dict[str, Any]:
-        """The numbers, ready for JSON; None where nothing has been measured."""
+        """The numbers, ready for JSON; None where nothing has been measured.
+
+        "ttft" and "itl" are medians over the latest requests and gaps; "itl" is `latency.itl_shared`.
+        """
         packed = {
             "ttft": _median(self._ttft),
             "itl": _median(self._itl),
@@ -86,14 +87,3 @@ def _share(counts: Iterable[tuple[int, int]]) -> float | None:
 
 def _median(values: deque[float]) -> float | None:
     return round(statistics.median(values), 6) if values else None
-
-
-def wasted_slots(state: PoolState) -> int:
-    """Slots, one per token, in pages that somebody holds, without a token in them. Shared ones count once."""
-    size, waste = state.block_size, {}
-    for request_id, table in state.tables.items():
-        computed = state.computed.get(request_id, 0)
-        for place in range(computed // size, len(table)):
-            empty = size - max(0, min(size, computed - place * size))
-            waste[table[place]] = min(empty, waste.get(table[place], size))
-    return sum(waste.values())

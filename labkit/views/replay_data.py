@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import base64
 from dataclasses import asdict
-from itertools import chain
 from typing import Any
 
+from labkit.trace.memory_use import memory_uses
 from labkit.trace.pool_state import PoolState
 from labkit.trace.records import StepRecord
 from labkit.trace.trace import Trace
@@ -35,13 +35,13 @@ def pack(trace: Trace) -> dict[str, Any]:
     """
     timeline, rates = timeline_of(trace), rates_of(trace)
     records = trace.records
-    usage = usage_of(trace, every=1 + len(records) * trace.meta.num_blocks // _MAX_WORK)
+    uses = memory_uses(trace, every=1 + len(records) * trace.meta.num_blocks // _MAX_WORK)
     columns: dict[str, Any] = {
         "step": [record.step for record in records],
         "sampled": [record.total_sampled for record in records],
         "computed": [record.total_tokens for record in records],
-        "owned": [owned for owned, _ in usage],
-        "filled": [filled for _, filled in usage],
+        "owned": [use.owned for use in uses],
+        "filled": [use.used for use in uses],
         "waiting": [record.waiting for record in records],
         "running": rates.running if rates else [],
         "begin": None,
@@ -87,31 +87,6 @@ def _lane(lane: Lane) -> dict[str, Any]:
 def _drafts(drafted: int, accepted: int) -> tuple[int, ...]:
     """Return what a span, or a row of a frame, has at its end: nothing if it has no drafts."""
     return (drafted, accepted) if drafted else ()
-
-
-def usage_of(trace: Trace, *, every: int = 1) -> list[tuple[int, int]]:
-    """Return for each step the blocks that are owned during it, and how many of their slots hold a token.
-
-    Args:
-        trace: the trace of a run.
-        every: the distance between steps that are read; those in between get the entry before them.
-    """
-    state, usage = PoolState(trace.meta.block_size), []
-    for place, record in enumerate(trace.records):
-        state.begin(record)
-        usage.append(_usage(state) if place % every == 0 else usage[-1])
-        state.end(record)
-    return usage
-
-
-def _usage(state: PoolState) -> tuple[int, int]:
-    owned = set(chain.from_iterable(state.tables.values()))
-    if sum(map(len, state.tables.values())) == len(owned):  # nothing is shared
-        size = state.block_size
-        tokens = (min(state.computed.get(name, 0), len(t) * size) for name, t in state.tables.items())
-        return len(owned), sum(tokens)
-    filled = state.filled
-    return len(owned), sum(filled[block] for block in owned)
 
 
 def frames(trace: Trace, lanes: dict[str, int], first: int, count: int) -> list[dict[str, Any]]:

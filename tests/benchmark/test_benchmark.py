@@ -9,45 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import loaded
-from transformers import LlamaConfig
 
-from labkit.analysis.reference import (
-    DifferentTokens,
-    Run,
-    System,
-    agreement,
-    compare_tokens,
-    run_engine,
-    take_turns,
-)
-from labkit.analysis.roofline import Ceiling, Shape, Work, _keys_read, _keys_seen, measure_ceiling
-from labkit.analysis.workload import Job, make_noise, make_workload
+from labkit.analysis.reference import Run
+from labkit.analysis.workload import Job, make_workload
 from labkit.benchmark.__main__ import main
 from labkit.benchmark.engine import perplexity
+from labkit.benchmark.engine.bookkeeping import BookkeepingReport, TraceCost
 from labkit.benchmark.engine.meter import Meter, peak_memory
+from labkit.benchmark.engine.runs import System, run_engine, take_turns
 from labkit.benchmark.engine.schedulers import measure
 from labkit.benchmark.serving.watched import watched
 from labkit.benchmark.serving.watchers import Watchers
 from labkit.config import EngineConfig
-from labkit.core import model_runner
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel, load_model
-from labkit.trace.records import StepRecord
-
-SIZES = dict(
-    vocab_size=10,
-    hidden_size=8,
-    intermediate_size=12,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=2,
-)
-# A decodes its fifth token, B computes the first four tokens of a longer prompt.
-STEP = StepRecord(
-    0, ("a", "b"), kinds="dc", starts=(3, 0), num_tokens=(1, 4), sampled=((7,), ()), free_blocks=5
-)
+from labkit.models.teacher_forcing import teacher_forced
+from tests.analysis.test_reference import run_of
 
 
 @pytest.fixture(scope="module")
@@ -60,90 +37,12 @@ def jobs(tiny: LoadedModel) -> list[Job]:
     return make_workload(tiny.tokenizer, 4, prompt_tokens=(4, 24), output_tokens=(3, 8))
 
 
-def run_of(*answers: list[int], name: str = "x", seconds: float = 1.0) -> Run:
-    return Run(name, seconds, list(answers), [[float(i) for i, _ in enumerate(a)] for a in answers])
-
-
-# -- the floor ------------------------------------------------------------------------------------
-
-
-def test_bytes_and_operations_of_a_step_counted_by_hand() -> None:
-    shape = Shape.of_config(LlamaConfig(**SIZES), ((None, 2),), weight_bytes=4, value_bytes=4)
-    weights = 16 * 8 + 8 * 8 + 24 * 8 + 8 * 12  # qkv, o, gate and up, down
-    assert shape.layer_parameters == weights == 480
-    per_layer = 4 * (480 + 2 * 8)  # and two norms
-    pages = 32 * (5 + 4 + 4)  # five tokens written; A reads four, B its own four; 2 * 2 heads * 2 * 4 bytes
-    embeddings, norm, output = 5 * 8 * 4, 8 * 4, 10 * 8 * 4
-    pairs = 4 + (1 + 2 + 3 + 4)  # of a query and a key
-    assert shape.work(STEP) == Work(
-        2 * (per_layer + pages) + embeddings + norm + output,
-        2 * (2 * 480 * 5 + 4 * 4 * 2 * pairs) + 2 * 80,  # one row alone samples
-    )
-    assert shape.work(STEP) == Work(5312, 10656)
-
-
-def test_a_step_of_int8_reads_a_byte_for_a_weight_and_a_scale_for_a_channel() -> None:
-    shape = Shape.of_config(LlamaConfig(**SIZES), ((None, 2),), weight_bytes=1, value_bytes=4)
-    per_layer = 480 + 4 * (16 + 8 + 24 + 8) + 4 * 2 * 8
-    assert shape.work(STEP).bytes == 2 * (per_layer + 32 * 13) + 5 * (8 + 4) + 8 * 4 + (80 + 40)
-    assert shape.work(STEP).operations == 10656
-
-
-def test_padding_is_computed_and_an_idle_seat_goes_through_the_output_layer() -> None:
-    shape = Shape.of_config(LlamaConfig(**SIZES), ((None, 2),), weight_bytes=4, value_bytes=4)
-    one = StepRecord(0, ("a",), kinds="d", starts=(3,), num_tokens=(1,), sampled=((7,),))
-    with_idle = StepRecord(
-        0, ("a", "b"), kinds="di", starts=(3, 2), num_tokens=(1, 0), sampled=((7,), ()), padding=(0, 1)
-    )
-    more = shape.work(with_idle).operations - shape.work(one).operations
-    assert more == 2 * 2 * 480 + 2 * 80
-    assert shape.work(with_idle).bytes - shape.work(one).bytes == 8 * 4  # its embedding
-    assert shape.work(StepRecord(0)) == Work()
-
-
-@pytest.mark.parametrize("window", [None, 1, 3, 8])
-def test_windows_are_counted_as_one_by_one(window: int | None) -> None:
-    for start in range(7):
-        for queries in range(1, 7):
-            seen = [
-                {k for k in range(p + 1) if window is None or k > p - window}
-                for p in range(start, start + queries)
-            ]
-            assert _keys_seen(start, queries, window) == sum(map(len, seen))
-            assert _keys_read(start, queries, window) == len(set().union(*seen))
-
-
-def test_parameters_of_a_shape_are_those_of_the_model(family: str) -> None:
-    model = loaded(family)
-    shape = Shape.of(model)
-    assert shape.layers == len(model.module.layers)
-    counted = shape.layers * (shape.layer_parameters + shape.vectors) + shape.hidden
-    counted += shape.vocab * shape.hidden * (1 if model.config.tie_word_embeddings else 2)
-    assert counted == sum(parameter.numel() for parameter in model.module.parameters())
-
-
-def test_the_floor_is_the_slower_of_moving_and_computing_step_by_step() -> None:
-    ceiling = Ceiling(100.0, {"float32": 1000.0})
-    works = [Work(200, 500), Work(10, 4000)]
-    assert ceiling.floor(works, "float32") == 2.0 + 4.0
-    best = ceiling.best(Ceiling(90.0, {"float32": 1500.0}))
-    assert best == Ceiling(100.0, {"float32": 1500.0})
-
-
-def test_a_ceiling_is_measured_in_the_dtypes_asked_for() -> None:
-    sizes = dict(read_bytes=2**20, gemm_size=64, repeats=1)
-    ceiling = measure_ceiling(torch.device("cpu"), torch.float32, int8=True, **sizes)
-    assert ceiling.bandwidth > 0
-    assert set(ceiling.peak) == {"float32", "int8"}
-    assert min(ceiling.peak.values()) > 0
-
-
 # -- the meter ------------------------------------------------------------------------------------
 
 
 def test_a_meter_divides_the_steps_and_leaves_no_trace(tiny: LoadedModel, jobs: list[Job]) -> None:
     engine = Engine(EngineConfig(model=tiny))
-    model, sample = engine.runner.model, model_runner.sample
+    model, sample = engine.runner.model, engine.runner.sample
     meter = Meter()
     assert meter.bookkeeping_share is None
     with meter.watching(engine):
@@ -152,34 +51,19 @@ def test_a_meter_divides_the_steps_and_leaves_no_trace(tiny: LoadedModel, jobs: 
     assert 0 < meter.computing_seconds < meter.step_seconds
     assert 0 < meter.bookkeeping_share < 1
     assert engine.runner.model is model
-    assert model_runner.sample is sample
+    assert engine.runner.sample is sample
     assert "step" not in vars(engine)
     assert peak_memory(torch.device("cpu")) is None or peak_memory(torch.device("cpu")) > 2**20
 
 
 def test_metered_tokens_are_the_same(tiny: LoadedModel, jobs: list[Job]) -> None:
     config = EngineConfig(model=tiny)
-    plain, metered = run_engine(config, jobs), run_engine(config, jobs, meter=Meter())
+    plain, metered = run_engine(config, jobs), run_engine(config, jobs, watching=Meter().watching)
     assert metered.tokens == plain.tokens
     assert list(metered.records) == list(plain.records)
 
 
 # -- runs -----------------------------------------------------------------------------------------
-
-
-def test_agreement_names_the_first_difference() -> None:
-    true = run_of([1, 2, 3], [4, 5], [6])
-    assert agreement(true, run_of([1, 2, 3], [4, 6])) == [None, 1]
-    assert agreement(true, run_of([1, 2], [4, 5, 6], [6])) == [2, 2, None]
-
-
-def test_other_tokens_are_refused_in_fp32_and_counted_in_half_precision() -> None:
-    runs = [run_of([1, 2], [3, 4], name="a"), run_of([1, 2], [3, 5], name="b")]
-    with pytest.raises(DifferentTokens, match=r"b and a disagree on 1 of 2 answers \(first: number 1\)"):
-        compare_tokens(runs, torch.float32)
-    assert "1 of 2 equal answers" in compare_tokens(runs, torch.bfloat16)
-    few = run_of([1, 2], name="few")
-    assert compare_tokens([few, runs[0]], torch.float32) == "All 2 systems gave the same 4 tokens."
 
 
 def test_what_may_fail_has_a_reason_and_what_may_not_raises(jobs: list[Job]) -> None:
@@ -194,12 +78,12 @@ def test_what_may_fail_has_a_reason_and_what_may_not_raises(jobs: list[Job]) -> 
         raise OSError("no luck\nat all")
 
     todo = [System("good", good, jobs), System("bad", bad, jobs, optional=True)]
-    runs, failed = take_turns(todo, 2, check=lambda runs: None, progress=False)
+    runs, failed, said = take_turns(todo, 2, check=lambda runs: "fine", progress=False)
     assert calls == ["good", "bad", "good"]  # in turn, and never again
     assert list(runs) == ["good"]
-    assert failed == {"bad": "OSError: no luck"}
+    assert failed == {"bad": "OSError: no luck"} and said == "fine"
     with pytest.raises(OSError, match="no luck"):
-        take_turns([System("bad", bad, jobs)], 1, check=lambda runs: None, progress=False)
+        take_turns([System("bad", bad, jobs)], 1, check=lambda runs: "fine", progress=False)
 
 
 def test_the_three_schedulers_in_one_table(tiny: LoadedModel, jobs: list[Job]) -> None:
@@ -209,13 +93,6 @@ def test_the_three_schedulers_in_one_table(tiny: LoadedModel, jobs: list[Job]) -
     assert report.rows[0].speedup == 1
     assert report.rows[2].steps < report.rows[0].steps
     json.dumps(report.to_json())
-
-
-def test_a_workload_of_noise_is_seeded_and_within_its_bounds() -> None:
-    jobs = make_noise(50, 20, seed=3, prompt_tokens=(2, 9), output_tokens=(1, 5))
-    assert jobs == make_noise(50, 20, seed=3, prompt_tokens=(2, 9), output_tokens=(1, 5))
-    assert all(2 <= len(job.prompt) <= 9 and 1 <= job.max_tokens <= 5 for job in jobs)
-    assert all(0 <= token < 50 for job in jobs for token in job.prompt)
 
 
 # -- watched --------------------------------------------------------------------------------------
@@ -277,7 +154,7 @@ def test_perplexity_is_that_of_the_logits_and_int8_stays_near(tiny: LoadedModel)
     nats = []
     for first in (0, 40, 80):
         piece = text[first : first + 40]
-        logits = perplexity.teacher_forced(tiny.module, piece).double().log_softmax(-1)
+        logits = teacher_forced(tiny.module, piece).double().log_softmax(-1)
         nats += [-float(logits[i, token]) for i, token in enumerate(piece[1:])]
     assert same.positions == len(nats) == 87
     assert same.perplexity == pytest.approx(torch.tensor(nats).mean().exp().item(), rel=1e-3)
@@ -336,9 +213,14 @@ def test_arguments_that_make_no_sense(arguments: list[str], capsys: pytest.Captu
 
 
 def test_bookkeeping_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    monkeypatch.setattr("labkit.benchmark.engine.bookkeeping.report", lambda trace_steps: {"n": trace_steps})
-    monkeypatch.setattr("labkit.benchmark.engine.bookkeeping.table", lambda figures: "a table")
+    def report(trace_steps: int) -> BookkeepingReport:
+        return BookkeepingReport([], TraceCost(32, trace_steps, 200.0, 50.0))
+
+    monkeypatch.setattr("labkit.benchmark.engine.bookkeeping.report", report)
     file = tmp_path / "figures.json"
     assert main(["--bookkeeping", "--trace-steps", "9", "--json", str(file)]) == 0
-    assert capsys.readouterr().out == "a table\n"
-    assert json.loads(file.read_text()) == {"n": 9}
+    assert capsys.readouterr().out == f"{report(9)}\n" and "A trace of 9 steps of 32 requests" in str(
+        report(9)
+    )
+    trace = {"running": 32, "steps": 9, "memory": 200.0, "disk": 50.0}
+    assert json.loads(file.read_text()) == {"cells": [], "trace": trace}

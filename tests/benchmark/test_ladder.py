@@ -11,18 +11,19 @@ from typing import Any
 import pytest
 import torch
 
+from labkit.analysis.devices import Ceiling
 from labkit.analysis.reference import DifferentTokens, Run, reference_model, run_reference
-from labkit.analysis.roofline import Ceiling, Shape
+from labkit.analysis.roofline import Shape
 from labkit.analysis.shapes import SHAPES, config_of, random_model, random_reference
 from labkit.analysis.workload import Job, make_noise, make_workload
 from labkit.benchmark.__main__ import main
 from labkit.benchmark.engine import ladder as ladder_module
-from labkit.benchmark.engine.ladder import Standing, climb
+from labkit.benchmark.engine.ablations import NAMES, Sizes, ablations_for
+from labkit.benchmark.engine.ladder import Contender, climb
 from labkit.benchmark.engine.ladder_report import LadderReport, figure
 from labkit.benchmark.engine.peers import run_padded
-from labkit.benchmark.engine.rungs import NAMES, Sizes, rungs_for
 from labkit.benchmark.engine.stream import stream
-from labkit.core.model import Transformer
+from labkit.models.architecture import build, supports
 from labkit.models.load import LoadedModel, load_model
 from labkit.models.tiny import tiny_random
 
@@ -56,32 +57,32 @@ def jobs() -> list[Job]:
 
 @pytest.fixture(scope="module")
 def report(jobs: list[Job]) -> LadderReport:
-    return quick(load, jobs, rungs_for("cpu"), reference=as_transformers, peers=True, seats=9)
+    return quick(load, jobs, ablations_for("cpu"), reference=as_transformers, peers=True, seats=9)
 
 
 # -- rungs ----------------------------------------------------------------------------------------
 
 
-def test_each_rung_turns_on_one_thing_more() -> None:
+def test_each_ablation_turns_on_one_thing_more() -> None:
     for device in ("cpu", "cuda"):
-        rungs = rungs_for(device)
+        rungs = ablations_for(device)
         for below, above in itertools.pairwise(rungs):
             changed = dict(above.engine.items() - below.engine.items())
             changed |= dict(above.weights.items() - below.weights.items())
             assert 1 <= len(changed) <= 2, above.name
-    assert set(NAMES) == {rung.name for device in ("cpu", "cuda") for rung in rungs_for(device)}
-    (last,) = rungs_for("cpu", ["int8"])
+    assert set(NAMES) == {rung.name for device in ("cpu", "cuda") for rung in ablations_for(device)}
+    (last,) = ablations_for("cpu", ["int8"])
     assert not last.exact
     assert last.engine["attention_backend"] == "sdpa"  # nothing of the rungs for a GPU
-    assert rungs_for("cuda", ["int8"])[0].engine["attention_backend"] == "triton"
+    assert ablations_for("cuda", ["int8"])[0].engine["attention_backend"] == "triton"
 
 
-def test_rungs_come_in_the_order_of_the_ladder() -> None:
-    assert [rung.name for rung in rungs_for("cpu", ["int8", "KV cache"])] == ["KV cache", "int8"]
+def test_ablations_come_in_the_order_of_the_ladder() -> None:
+    assert [rung.name for rung in ablations_for("cpu", ["int8", "KV cache"])] == ["KV cache", "int8"]
     with pytest.raises(ValueError, match="no rung 'CUDA graphs' on cpu"):
-        rungs_for("cpu", ["CUDA graphs"])
+        ablations_for("cpu", ["CUDA graphs"])
     with pytest.raises(ValueError, match="needs a rung"):
-        rungs_for("cpu", [])
+        ablations_for("cpu", [])
 
 
 def test_the_pool_is_half_of_what_the_seats_would_reserve_and_holds_any_request() -> None:
@@ -95,7 +96,7 @@ def test_the_pool_is_half_of_what_the_seats_would_reserve_and_holds_any_request(
 def test_every_exact_rung_gives_the_same_tokens_and_every_rung_has_figures(
     report: LadderReport, jobs: list[Job]
 ) -> None:
-    names = [rung.name for rung in rungs_for("cpu")]
+    names = [rung.name for rung in ablations_for("cpu")]
     assert [row.name for row in report.rungs] == names
     tokens = sum(job.max_tokens for job in jobs)
     assert report.same_tokens == f"All {len(names) - 1} systems gave the same {tokens} tokens."
@@ -121,18 +122,18 @@ def test_every_exact_rung_gives_the_same_tokens_and_every_rung_has_figures(
 
 
 def test_figures_of_a_rung_follow_from_its_trace(jobs: list[Job]) -> None:
-    (rung,) = rungs_for("cpu", ["paged KV cache"])
+    (rung,) = ablations_for("cpu", ["paged KV cache"])
     loaded, sizes = load(**rung.weights), Sizes.of(jobs, 3, 64)
-    run = Standing(rung, loaded, sizes).run(jobs)
+    run = Contender(rung, loaded, sizes).run(jobs)
     works = [Shape.of(loaded).work(record) for record in run.records]
     (row,) = quick(load, jobs, [rung]).rungs
     assert row.steps == len(works)
     assert row.bytes_per_step == sum(work.bytes for work in works) / len(works)
-    assert row.floor_share == pytest.approx(CEILING.floor(works, "float32") / row.seconds)
+    assert row.roofline_share == pytest.approx(CEILING.least_seconds(works, "float32") / row.seconds)
 
 
 def test_reserving_and_paging_differ_in_a_small_pool(jobs: list[Job]) -> None:
-    rows = quick(load, jobs, rungs_for("cpu", ["continuous batching", "paged KV cache"])).rungs
+    rows = quick(load, jobs, ablations_for("cpu", ["continuous batching", "paged KV cache"])).rungs
     assert rows[1].steps <= rows[0].steps
 
 
@@ -160,9 +161,9 @@ def test_peers_are_in_the_same_table(report: LadderReport) -> None:
 def test_the_table_fits_and_says_what_each_rung_adds(report: LadderReport) -> None:
     text = str(report)
     assert max(map(len, text.splitlines())) <= 120
-    for rung in rungs_for("cpu"):
+    for rung in ablations_for("cpu"):
         assert rung.adds in text
-    for word in ("pages", "torch", "transformers", "threads", "GB/s read", "of the", "floor", "seats 9"):
+    for word in ("blocks", "torch", "transformers", "threads", "GB/s read", "of the", "roofline", "seats 9"):
         assert word in text
 
 
@@ -171,7 +172,7 @@ def test_the_json_is_complete(report: LadderReport) -> None:
     assert set(figures) == {"settings", "same_tokens", "jobs", "ceiling", "rungs", "peers"}
     assert figures["ceiling"] == {"bandwidth": 1e10, "peak": CEILING.peak}
     assert len(figures["rungs"][0]["all_seconds"]) == 1
-    assert {"torch", "transformers", "python", "device", "pages"} <= set(figures["settings"])
+    assert {"torch", "transformers", "python", "device", "blocks"} <= set(figures["settings"])
 
 
 def test_the_figure_has_a_bar_for_each_line(report: LadderReport) -> None:
@@ -179,7 +180,7 @@ def test_the_figure_has_a_bar_for_each_line(report: LadderReport) -> None:
     rungs, peers = drawn.data
     assert list(rungs.y) == [row.name for row in report.rungs]
     assert list(peers.x) == [peer.tokens_per_second for peer in report.peers]
-    assert all("of the floor" in text for text in rungs.text)
+    assert all("of the roofline" in text for text in rungs.text)
     assert drawn.layout.xaxis.type == "log"
     as_json = json.loads(drawn.to_json())
     assert isinstance(as_json["data"][0]["x"], list)  # not an encoded array
@@ -193,14 +194,12 @@ def other_weights(**switches: Any) -> LoadedModel:
     if not switches["fused_projections"]:
         return load(**switches)
     config, tensors, tokenizer = tiny_random(seed=1)
-    module = Transformer.from_tensors(
-        config, tensors.items(), dtype=torch.float32, device=torch.device("cpu")
-    )
+    module = build(config, tensors.items(), dtype=torch.float32, device=torch.device("cpu"))
     return LoadedModel("other", module, tokenizer, config, frozenset())
 
 
 def test_a_rung_with_other_tokens_is_refused(jobs: list[Job]) -> None:
-    rungs = rungs_for("cpu", ["mixed prefill, decode", "fused projections"])
+    rungs = ablations_for("cpu", ["mixed prefill, decode", "fused projections"])
     with pytest.raises(DifferentTokens, match="fused projections and mixed prefill, decode disagree"):
         quick(other_weights, jobs[:2], rungs)
 
@@ -209,7 +208,7 @@ def test_int8_may_differ_and_says_how_often(jobs: list[Job]) -> None:
     def wild(**switches: Any) -> LoadedModel:
         return other_weights(fused_projections="quantization" in switches)
 
-    report = quick(wild, jobs[:3], rungs_for("cpu", ["fused projections", "int8"]))
+    report = quick(wild, jobs[:3], ablations_for("cpu", ["fused projections", "int8"]))
     row = report.rungs[-1]
     assert row.equal < 1
     assert "of its answers equal those of the exact rungs" in str(report)
@@ -221,7 +220,7 @@ def test_a_rung_that_cannot_be_had_is_a_line(jobs: list[Job]) -> None:
             raise ValueError("no 8 bits here")
         return load(**switches)
 
-    rungs = rungs_for("cpu", ["fused projections", "int8"])
+    rungs = ablations_for("cpu", ["fused projections", "int8"])
     report = quick(without_int8, jobs[:2], rungs)
     assert report.rungs[-1].failure == "ValueError: no 8 bits here"
     assert "int8: not here: ValueError: no 8 bits here" in str(report)
@@ -235,14 +234,14 @@ def test_a_peer_that_fails_is_a_line(jobs: list[Job], monkeypatch: pytest.Monkey
         raise RuntimeError("it gave up")
 
     monkeypatch.setattr("labkit.benchmark.engine.peers.run_generate_batch", broken)
-    rungs = rungs_for("cpu", ["fused projections"])
+    rungs = ablations_for("cpu", ["fused projections"])
     report = quick(load, jobs[:2], rungs, reference=as_transformers, peers=True)
     assert "transformers, generate_batch: RuntimeError: it gave up" in str(report).splitlines()
     assert not any(peer.failure for peer in report.peers if "generate_batch" not in peer.system)
 
 
 def test_what_is_slow_runs_on_fewer_requests_and_says_so(jobs: list[Job]) -> None:
-    rungs = rungs_for("cpu", ["no cache", "fused projections"])
+    rungs = ablations_for("cpu", ["no cache", "fused projections"])
     report = quick(load, jobs, rungs, reference=as_transformers, slow_seconds=1e-9)
     assert [row.requests for row in report.rungs] == [4, 6]
     assert report.peers[0].requests == 4
@@ -252,7 +251,7 @@ def test_what_is_slow_runs_on_fewer_requests_and_says_so(jobs: list[Job]) -> Non
 
 
 def test_memory_is_that_of_a_process_of_its_own(jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
-    rungs = rungs_for("cpu", ["fused projections"])
+    rungs = ablations_for("cpu", ["fused projections"])
     report = quick(load, jobs[:1], rungs, memory=True)  # starts a process
     assert report.rungs[0].peak_memory is None or report.rungs[0].peak_memory > 2**26
     monkeypatch.setattr(ladder_module, "_memory_of", lambda *args: 1_500_000_000)
@@ -276,7 +275,7 @@ def test_shapes_are_those_of_the_models() -> None:
     sizes = {}
     for name in SHAPES:
         config = config_of(name)
-        assert Transformer.supports(config)
+        assert supports(config)
         shape = Shape.of_config(config, ((None, config.num_hidden_layers),), weight_bytes=2, value_bytes=2)
         layers = shape.layers * (shape.layer_parameters + shape.vectors)
         sizes[name] = round((layers + shape.hidden + shape.vocab * shape.hidden) / 1e6)
@@ -286,8 +285,8 @@ def test_shapes_are_those_of_the_models() -> None:
 def test_random_weights_are_the_same_each_time_and_as_transformers_has_them() -> None:
     loaded = random_model("tiny", device="cpu")
     jobs = make_noise(loaded.config.vocab_size, 3, prompt_tokens=(4, 9), output_tokens=(12, 12))
-    (rung,) = rungs_for("cpu", ["packed weights"])
-    run = Standing(rung, random_model("tiny", device="cpu", **rung.weights), Sizes.of(jobs, 2, 32)).run(jobs)
+    (rung,) = ablations_for("cpu", ["packed weights"])
+    run = Contender(rung, random_model("tiny", device="cpu", **rung.weights), Sizes.of(jobs, 2, 32)).run(jobs)
     assert run.tokens == run_reference(random_reference("tiny", loaded), jobs).tokens
     assert all(len(set(answer)) > 4 for answer in run.tokens)  # they don't run in a circle
     with pytest.raises(ValueError, match="no shape 'GPT-9'"):

@@ -14,6 +14,7 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 from labkit.core.attention import Span, build_metadata
 from labkit.core.model import Transformer
 from labkit.kernels.gathered_sdpa import SDPA
+from labkit.models.architecture import build, supports
 
 CPU = torch.device("cpu")
 
@@ -21,16 +22,16 @@ CPU = torch.device("cpu")
 def our_logits(
     model: Transformer, tokens: list[int], chunks: list[int], *, block_size: int = 4
 ) -> torch.Tensor:
-    """Logits at every position, computed chunk by chunk over shuffled pages."""
+    """Logits at every position, computed chunk by chunk over shuffled blocks."""
     count = -(-len(tokens) // block_size)
-    cache = model.new_cache(count, block_size)
+    cache = model.kv_shape.new_cache(count, block_size)
     table = torch.randperm(count, generator=torch.Generator().manual_seed(1)).tolist()
     parts, start = [], 0
     for size in chunks:
         span = Span(start, size, table)
-        layout = build_metadata([span], cache, SDPA, windows=model.windows)
+        metadata = build_metadata([span], cache, SDPA, windows=model.windows)
         positions = torch.arange(start, start + size)
-        hidden = model(torch.tensor(tokens[start : start + size]), positions, cache, layout)
+        hidden = model(torch.tensor(tokens[start : start + size]), positions, cache, metadata)
         parts.append(model.logits(hidden))
         start += size
     return torch.cat(parts)
@@ -80,7 +81,7 @@ def test_rope_types_and_biases(rope: dict, bias: bool) -> None:
     for name, parameter in theirs.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
-    ours = Transformer.from_tensors(config, theirs.state_dict().items(), dtype=torch.float32, device=CPU)
+    ours = build(config, theirs.state_dict().items(), dtype=torch.float32, device=CPU)
     tokens = list(range(100))
     with torch.inference_mode():
         want = theirs(torch.tensor([tokens])).logits[0]
@@ -92,7 +93,7 @@ def test_half_precision_stays_close(family: str) -> None:
     tokens = torch.randint(0, VOCAB, (40,), generator=torch.Generator().manual_seed(3)).tolist()
     with torch.inference_mode():
         full = our_logits(loaded(family).module, tokens, [40])
-        half = Transformer.from_tensors(
+        half = build(
             reference(family).config, reference(family).state_dict().items(), dtype=torch.bfloat16, device=CPU
         )
         error = (our_logits(half, tokens, [40]).float() - full).abs()
@@ -105,34 +106,32 @@ def test_wrong_checkpoints_are_named() -> None:
     model = reference("llama")
     state = dict(model.state_dict())
 
-    def build(tensors: dict) -> Transformer:
-        return Transformer.from_tensors(model.config, tensors.items(), dtype=torch.float32, device=CPU)
+    def built(tensors: dict) -> Transformer:
+        return build(model.config, tensors.items(), dtype=torch.float32, device=CPU)
 
     missing = {k: v for k, v in state.items() if "layers.1.self_attn.k_proj" not in k}
     with pytest.raises(
         ValueError, match=r"1 tensors are missing, among them 'layers.1.self_attn.k_proj.weight'"
     ):
-        build(missing)
+        built(missing)
     with pytest.raises(ValueError, match=r"'layers.0.extra.weight' is not part of a llama model"):
-        build({**state, "model.layers.0.extra.weight": torch.ones(1)})
+        built({**state, "model.layers.0.extra.weight": torch.ones(1)})
     with pytest.raises(ValueError, match=r"'norm.weight' has shape \(3,\), not \(48,\)"):
-        build({**state, "model.norm.weight": torch.ones(3)})
+        built({**state, "model.norm.weight": torch.ones(3)})
 
 
 def test_what_is_supported() -> None:
-    assert Transformer.supports(LlamaConfig())
-    assert not Transformer.supports(LlamaConfig(hidden_act="gelu"))
-    assert not Transformer.supports(
-        LlamaConfig(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4))
-    )
-    assert not Transformer.supports(GPT2Config())
+    assert supports(LlamaConfig())
+    assert not supports(LlamaConfig(hidden_act="gelu"))
+    assert not supports(LlamaConfig(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)))
+    assert not supports(GPT2Config())
 
 
 def test_sizes_for_the_pool() -> None:
     module = loaded("llama").module
-    assert module.kv_bytes_per_token() == 2 * 2 * 2 * 8 * 4
-    cache = module.new_cache(3, 4)
-    assert cache.nbytes == (3 + 1) * 4 * module.kv_bytes_per_token()
+    assert module.kv_shape.bytes_per_token == 2 * 2 * 2 * 8 * 4
+    cache = module.kv_shape.new_cache(3, 4)
+    assert cache.nbytes == (3 + 1) * 4 * module.kv_shape.bytes_per_token
     assert module.max_model_len == 512
 
 

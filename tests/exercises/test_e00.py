@@ -1,4 +1,4 @@
-"""The exercise of notebook 00: wrong foretellings are refused for their own reason, right ones pass."""
+"""The exercise of notebook 00: each wrong prediction is refused for its own reason, right ones pass."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import pytest
 from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 from labkit.exercises import e00
+from labkit.exercises.common import arrivals
 from labkit.exercises.e00 import Facts, Running, Waiting, facts_of, next_step, plan_of
 
 Plan = dict[str, int]
 
 
-def foretell(
+def predict(
     facts: Facts,
     *,
     budget_of: Callable[[int, int], int] = min,
@@ -60,7 +61,7 @@ def foretell(
 
 
 def bent(**bend: Any) -> Callable[[Facts], Plan]:
-    return lambda facts: foretell(facts, **bend)
+    return lambda facts: predict(facts, **bend)
 
 
 WRONG = {
@@ -73,16 +74,16 @@ WRONG = {
     ),
     "without a budget": (bent(budget_of=lambda tokens, budget: tokens), "no more tokens than its budget"),
     "nobody joins": (bent(waiting=False), "a waiting request that finds a seat"),
-    "the last joins first": (bent(in_order=False), "who joins in this step takes a seat"),
+    "the last joins first": (bent(in_order=False), "a request that joins in this step takes a seat"),
     "a budget for each": (bent(shared_budget=False), "the budget is one for the whole step"),
     "no seats": (bent(seats=99), "nobody joins while all seats are taken"),
-    "seats of newcomers": (bent(seats_of_newcomers=False), "who joins in this step takes a seat"),
-    "no pages": (bent(ignores_pages=True), "who waits needs pages"),
+    "seats of newcomers": (bent(seats_of_newcomers=False), "a request that joins in this step takes a seat"),
+    "no pages": (bent(ignores_pages=True), "finds too few free pages"),
     "none kept": (bent(kept=lambda plan, facts: 0), "while anyone runs, one page more"),
     "always one kept": (bent(kept=lambda plan, facts: 1), "where nobody runs, no page"),
     "one kept if some ran before": (
         bent(kept=lambda plan, facts: bool(facts.running)),
-        "who joins in this step runs as well",
+        "a request that joins in this step runs as well",
     ),
     "rounded down": (bent(pages=lambda known, tokens, size: known // size), "a page that is begun"),
     "pages of this step": (
@@ -97,7 +98,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_foretelling_is_refused_for_its_own_reason(name: str) -> None:
+def test_a_wrong_prediction_is_refused_for_its_own_reason(name: str) -> None:
     assert_refused("00.1", *WRONG[name])
 
 
@@ -122,11 +123,11 @@ def by_head_count(facts: Facts) -> Plan:
 
 
 def with_zeros(facts: Facts) -> Plan:
-    """Those who compute nothing may be named as well."""
+    """It may name requests that compute nothing."""
     return {w.request_id: 0 for w in facts.waiting} | next_step(facts)
 
 
-@pytest.mark.parametrize("right", [foretell, by_head_count, with_zeros])
+@pytest.mark.parametrize("right", [predict, by_head_count, with_zeros])
 def test_right_ones_are_accepted_and_plan_a_real_run(right: Callable[[Facts], Plan]) -> None:
     verdict = assert_accepted("00.1", right)
     assert "served 12 requests in 27 steps; the engine's own scheduler takes 27" in verdict.text
@@ -150,7 +151,7 @@ def test_an_error_names_the_line() -> None:
     assert_refused("00.1", function_from(code, "next_step"), "in line 2: return facts.running[0].tokens")
 
 
-def test_a_wrong_foretelling_shows_the_facts_and_both_plans() -> None:
+def test_a_wrong_prediction_shows_the_facts_and_both_plans() -> None:
     text = assert_refused("00.1", lambda facts: {}, "running").text
     for line in ("running  A: knows 6, computed 5, holds 2 pages", "yours:  nobody", "engine: A 1"):
         assert line in text
@@ -158,7 +159,7 @@ def test_a_wrong_foretelling_shows_the_facts_and_both_plans() -> None:
 
 def test_no_state_of_the_exercise_is_short_of_pages() -> None:
     """Preemption is not among the rules that the learner is told."""
-    engine = e00._serve_run(None)
+    engine = e00._run_engine(None)
     assert not any(record.preempted for record in engine.trace)
     reasons = " ".join(record.blocked[1] for record in engine.trace if record.blocked)
     assert all(word in reasons for word in ("seats", "budget", "pages")), "the run should show every limit"
@@ -170,7 +171,7 @@ def test_facts_are_those_of_the_engine() -> None:
     assert facts.running == (Running("A", 7, 6, 2), Running("B", 45, 15, 12))
     assert facts.waiting == () and facts.free_pages == 18 and plan == {"A": 1, "B": 15}
     engine = e00._engine(case)
-    e00._arrive(engine, case.jobs, 0)
+    next(arrivals(engine, e00._jobs(case)))
     assert facts_of(engine).waiting == (Waiting("A", 5),)
-    foretold = next_step(facts_of(engine))
-    assert foretold == plan_of(engine.preview()) == plan_of(engine.step()) == {"A": 5}
+    predicted = next_step(facts_of(engine))
+    assert predicted == plan_of(engine.preview()) == plan_of(engine.step()) == {"A": 5}

@@ -9,9 +9,12 @@ import pytest
 import torch
 from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
-from labkit.exercises import e01
-from labkit.exercises.e01 import CachedModel, Decoder, generate, is_faulty, without_cache
-from labkit.models.load import load_model
+from labkit.exercises import e01_suspects
+from labkit.exercises.common import tiny_model
+from labkit.exercises.e01_detector import is_faulty
+from labkit.exercises.e01_loop import generate, without_cache
+from labkit.exercises.e01_model import CachedModel, Decoder, tiny_reference
+from labkit.exercises.e01_suspects import SUSPECTS, Suspect, two_engines
 
 # -- 01.1 ------------------------------------------------------------------------------------------
 
@@ -71,7 +74,7 @@ def one_token_again(model: CachedModel, prompt: list[int], max_tokens: int) -> l
 WRONG_LOOPS = {
     "no cache": (without_cache, "compute each position once"),
     "the last prompt token twice": (one_token_again, "compute each position once"),
-    "the last answer token as well": (computes_the_last, "it need not be computed"),
+    "the last answer token as well": (computes_the_last, "the last one need not be computed"),
     "prompt and answer": (lambda m, p, n: p + generate(m, p, n), "none of the prompt"),
     "one too few": (lambda m, p, n: generate(m, p, n)[:-1], "the answer has max_tokens tokens"),
     "a tensor": (lambda m, p, n: torch.tensor(generate(m, p, n)), "return a list of token ids"),
@@ -88,7 +91,7 @@ WRONG_LOOPS = {
         "the whole prompt must go through",
     ),
     "the unlikeliest": (
-        lambda m, p, n: [int(m.forward(p, 0).argmin()), *generate(CachedModel(e01._tiny()), p, n)[1:]],
+        lambda m, p, n: [int(m.forward(p, 0).argmin()), *generate(CachedModel(tiny_model()), p, n)[1:]],
         "those of transformers' greedy generate",
     ),
 }
@@ -100,7 +103,7 @@ def test_a_wrong_loop_is_refused_for_its_own_reason(name: str) -> None:
 
 
 def in_chunks(model: CachedModel, prompt: list[int], max_tokens: int) -> list[int]:
-    """The prompt token by token: slow, and each position is computed once all the same."""
+    """Computes the prompt token by token: slow, but each position once."""
     text = list(prompt)
     for position in range(len(prompt) + max_tokens - 1):
         best = int(model.forward([text[position]], position).argmax())
@@ -109,7 +112,7 @@ def in_chunks(model: CachedModel, prompt: list[int], max_tokens: int) -> list[in
     return text[len(prompt) :]
 
 
-@pytest.mark.parametrize("right", [loop, in_chunks, e01._in_chunks])
+@pytest.mark.parametrize("right", [loop, in_chunks, e01_suspects._in_chunks])
 def test_right_loops_are_accepted_with_the_least_to_compute(right: Callable[..., list[int]]) -> None:
     verdict = assert_accepted("01.1", right)
     assert "computed 167 tokens; the engine computes 167, and 3,864 without a cache" in verdict.text
@@ -130,7 +133,7 @@ def test_the_stubs_are_open() -> None:
 
 
 def test_a_model_without_room_or_tokens_says_so() -> None:
-    model = CachedModel(e01._tiny(), room=32)
+    model = CachedModel(tiny_model(), room=32)
     with pytest.raises(ValueError, match="0 tokens from position 3 on: there is room for 0 to 31"):
         model.forward([], 3)
     with pytest.raises(ValueError, match="2 tokens from position 31 on"):
@@ -159,7 +162,7 @@ def as_sets(decoder: Decoder, reference: Decoder) -> bool:
 
 
 def looks_broken(decoder: Decoder, reference: Decoder) -> bool:
-    """Judges by the look of it: a text that repeats itself."""
+    """Judges by the look of a text: it is wrong if it repeats itself."""
     answer = decoder(LONG, 40)
     return len(set(answer)) < len(answer) // 2
 
@@ -171,8 +174,8 @@ WRONG_DETECTORS = {
         lambda decoder, reference: not is_faulty(decoder, reference),
         "a sound decoder was flagged: it keeps its cache",
     ),
-    "no verdict": (lambda decoder, reference: None, "say True for a faulty decoder"),
-    "a place": (lambda decoder, reference: 0, "say True for a faulty decoder"),
+    "no verdict": (lambda decoder, reference: None, "return True for a faulty decoder"),
+    "a place": (lambda decoder, reference: 0, "return True for a faulty decoder"),
     "only lengths": (
         lambda decoder, reference: len(decoder(LONG, 40)) != len(reference(LONG, 40)),
         "it throws its cache away after the prompt",
@@ -216,9 +219,9 @@ def test_who_misses_a_fault_is_told_what_was_asked() -> None:
     )
 
 
-@pytest.mark.parametrize("suspect", e01.SUSPECTS, ids=lambda suspect: suspect.name)
-def test_a_suspect_is_what_it_is_said_to_be(suspect: e01.Suspect) -> None:
-    decoder, reference = suspect.make(e01._tiny()), e01._tiny_reference()
+@pytest.mark.parametrize("suspect", SUSPECTS, ids=lambda suspect: suspect.name)
+def test_a_suspect_is_what_it_is_said_to_be(suspect: Suspect) -> None:
+    decoder, reference = suspect.make(tiny_model()), tiny_reference()
     wrong = any(decoder(prompt, 24) != reference(prompt, 24) for prompt in (LONG, list(range(500, 540))))
     assert wrong == suspect.fault
     assert bool(suspect.advice) == suspect.fault
@@ -226,14 +229,14 @@ def test_a_suspect_is_what_it_is_said_to_be(suspect: e01.Suspect) -> None:
 
 def test_one_of_two_engines_is_right() -> None:
     engines, reference = (
-        e01.two_engines(load_model("tiny-random", device="cpu", say=None)),
-        e01._tiny_reference(),
+        two_engines(tiny_model()),
+        tiny_reference(),
     )
     assert [engine(LONG, 24) == reference(LONG, 24) for engine in engines.values()] == [True, False]
 
 
 def test_questions_have_limits() -> None:
-    for decoder in (e01._tiny_reference(), *(suspect.make(e01._tiny()) for suspect in e01.SUSPECTS)):
+    for decoder in (tiny_reference(), *(suspect.make(tiny_model()) for suspect in SUSPECTS)):
         for prompt, count in (([], 3), ([300], 0), ([300] * 500, 13)):
             with pytest.raises(ValueError, match="at least one of each is needed, and 512 is the most"):
                 decoder(prompt, count)

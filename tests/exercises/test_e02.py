@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
+from labkit.exercises.common import JOBS, Job
 from labkit.exercises.e02 import (
-    JOBS,
     SEATS,
     Batches,
-    Job,
     idle_share,
     in_order,
     make_batches,
-    serve,
+    run_jobs,
     steps_of,
 )
 
@@ -77,8 +76,8 @@ def nothing(records, seats):
         (of_rows, "a seat that nobody took is idle as well"),
         (no_records_forgotten, "it raised ZeroDivisionError"),
         (busy_share, "a seat whose request computes a token is busy"),
-        (percent, "a share is a number from 0 to 1, and no percentage"),
-        (nothing, "it returns a number from 0 to 1"),
+        (percent, "a share is a number from 0 to 1, not a percentage"),
+        (nothing, "return a number from 0 to 1"),
     ],
 )
 def test_wrong_shares_are_refused_each_for_its_own_reason(function: Callable[..., Any], reason: str) -> None:
@@ -108,7 +107,7 @@ def test_right_shares_are_accepted() -> None:
 
 
 def test_a_share_is_what_one_counts_by_hand() -> None:
-    records = serve([Job("a", 6, 1), Job("b", 2, 3)], seats=2, scheduler="static")[0].records
+    records = run_jobs([Job(6, 1, name="a"), Job(2, 3, name="b")], seats=2, scheduler="static")[0].records
     assert [record.num_tokens for record in records] == [(6, 2), (0, 1), (0, 1)]
     assert idle_share(records, 2) == pytest.approx(2 / 6)
     assert idle_share(records, 4) == pytest.approx(8 / 12)
@@ -155,12 +154,12 @@ def nothing_returned(jobs, seats):
     ("function", "reason"),
     [
         (full_ones_only, "every request must be in a batch"),
-        (overlapping, "no request may be in two places"),
+        (overlapping, "no request may stand in two places"),
         (one_for_all, "at most as many requests as there are seats"),
-        (shortest_first, "never need more steps than those in order of arrival"),
-        (one_by_one, "never need more steps than those in order of arrival"),
-        (in_order, "must need fewer steps than in order"),
-        (whole_jobs, "a batch holds names of requests, and no others"),
+        (shortest_first, "never need more steps than batches in order of arrival"),
+        (one_by_one, "never need more steps than batches in order of arrival"),
+        (in_order, "must need fewer steps than batches in order of arrival"),
+        (whole_jobs, "a batch holds names of requests, and nothing else"),
         (flat, "a list of batches, each a list of names"),
         (nothing_returned, "a list of batches, each a list of names"),
     ],
@@ -194,7 +193,7 @@ def test_right_batches_are_accepted() -> None:
 
 
 def partitions(names: list[str], seats: int) -> Iterator[Batches]:
-    """All ways to put names into batches of at most so many."""
+    """All ways to put names into batches of at most `seats`."""
     if not names:
         yield []
         return
@@ -207,7 +206,7 @@ def partitions(names: list[str], seats: int) -> Iterator[Batches]:
 
 @pytest.mark.parametrize("answers", [(6, 6, 1), (5, 1, 4, 2, 3), (9, 1, 1, 9, 4, 4, 2), (3, 8, 8, 3, 5, 5)])
 def test_no_batches_need_fewer_steps_than_the_references(answers: tuple[int, ...]) -> None:
-    jobs = [Job("abcdefg"[i], 4, n) for i, n in enumerate(answers)]
+    jobs = [Job(4, n, name="abcdefg"[i]) for i, n in enumerate(answers)]
     for seats in (1, 2, 3, 4):
         best = min(steps_of(batches, jobs) for batches in partitions([job.name for job in jobs], seats))
         assert steps_of(make_batches(jobs, seats), jobs) == best
@@ -215,10 +214,10 @@ def test_no_batches_need_fewer_steps_than_the_references(answers: tuple[int, ...
 
 @pytest.mark.parametrize("seats", [1, 3, SEATS, 12])
 def test_the_engine_takes_as_many_steps_as_the_formula_says_and_gives_the_same_tokens(seats: int) -> None:
-    trace, tokens = serve(JOBS, seats=seats, scheduler="static")
+    trace, tokens = run_jobs(JOBS, seats=seats, scheduler="static")
     assert len(trace) == steps_of(in_order(JOBS, seats), JOBS)
     for batches in (in_order(JOBS, seats), make_batches(JOBS, seats), shortest_first(JOBS, seats)):
-        grouped, same = serve(JOBS, batches=batches, seats=seats)
+        grouped, same = run_jobs(JOBS, batches=batches, seats=seats)
         assert len(grouped) == steps_of(batches, JOBS)
         assert same == tokens
         ran = [set(names) for names, _ in itertools.groupby(record.requests for record in grouped)]

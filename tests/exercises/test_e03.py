@@ -10,8 +10,10 @@ import pytest
 from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 from labkit.core.block_pool import InvariantError, OutOfBlocks
-from labkit.exercises import e03
-from labkit.exercises.e03 import Pool, engine_pool, make_engine, slot_mapping
+from labkit.exercises import e03, e03_slots
+from labkit.exercises.common import answers
+from labkit.exercises.e03_pool import Pool, engine_pool, make_engine, reference_run
+from labkit.exercises.e03_slots import slot_mapping
 
 # -- 03.1, a pool of pages ------------------------------------------------------------------------
 
@@ -76,7 +78,7 @@ class Owners:
 
 
 class Alias(Pool):
-    """Returns a new request's own table, which grows under the caller's hands; it was read at once."""
+    """Returns the table of a new request itself, which grows later; that is right, if it is read at once."""
 
     def allocate(self, request_id: str, count: int) -> list[int]:
         blocks = super().allocate(request_id, count)
@@ -118,7 +120,7 @@ class TakesAndFails(Pool):
 
 
 class FailsAndKeeps(Pool):
-    """Takes nothing, but writes down what it could not give."""
+    """Takes no page when it refuses, but keeps the refused pages in the table."""
 
     def allocate(self, request_id: str, count: int) -> list[int]:
         if count > len(self.unused):
@@ -186,7 +188,7 @@ class FreesNobody(Pool):
 
 
 class FreesTwice(Pool):
-    """Keeps the table after it was given back."""
+    """Keeps the table after its pages were freed."""
 
     def free(self, request_id: str) -> list[int]:
         self.unused.extend(self.tables[request_id])
@@ -232,21 +234,21 @@ class FreesLastFirst(Pool):
         (NeverAgain, "pages that were given back must be handed out again"),
         (TakesAndFails, "a refused allocate takes nothing"),
         (FailsAndKeeps, "a refused allocate takes nothing"),
-        (GivesWhatThereIs, "allocate raises OutOfBlocks: it cannot hand out others"),
-        (RaisesIndexError, "allocate raises OutOfBlocks, and nothing else"),
-        (ReturnsTheTable, "the new pages alone, not the whole block table"),
-        (GivesTwice, "no page may have two owners"),
-        (Repeats, "no page is handed out twice in one call"),
-        (FromOne, "pages are numbered 0 to num_blocks - 1"),
-        (SortsTheTable, "a block table only grows at its end"),
-        (ForgetsTheOld, "free gives back all pages of the request"),
-        (FreesNobody, "a double free must be refused"),
+        (GivesWhatThereIs, "allocate raises OutOfBlocks: it has no other pages"),
+        (RaisesIndexError, "allocate raises OutOfBlocks and no other error"),
+        (ReturnsTheTable, "only the new pages, not the whole block table"),
+        (GivesTwice, "no page has two owners"),
+        (Repeats, "one call never hands out a page twice"),
+        (FromOne, "a page is a number from 0 to num_blocks - 1"),
+        (SortsTheTable, "a block table grows at its end"),
+        (ForgetsTheOld, "free returns all pages of the request"),
+        (FreesNobody, "a double free is an error"),
         (FreesTwice, "no more and no fewer"),
-        (AllTogether, "two pools must not share what they know"),
-        (OneDictionary, "two pools must not share what they know"),
-        (KeepsOne, "every page must be handed out"),
+        (AllTogether, "two pools must not share their lists"),
+        (OneDictionary, "two pools must not share their lists"),
+        (KeepsOne, "every page can be handed out"),
         (ReturnsNothing, "allocate returns a list of page numbers"),
-        (FreesLastFirst, "a block table only grows at its end"),
+        (FreesLastFirst, "a block table grows at its end"),
     ],
 )
 def test_a_wrong_pool_is_refused_for_its_own_reason(pool: type, rule: str) -> None:
@@ -255,7 +257,7 @@ def test_a_wrong_pool_is_refused_for_its_own_reason(pool: type, rule: str) -> No
 
 
 def test_what_the_engine_finds_is_told_too() -> None:
-    """The engine holds a pool against the audit, whatever the examination let pass."""
+    """The audit in the engine finds a fault that the examination let pass."""
 
     class Late(Pool):
         """Right for a while."""
@@ -266,8 +268,8 @@ def test_what_the_engine_finds_is_told_too() -> None:
                 self.unused += blocks
             return blocks
 
-    with pytest.raises(InvariantError, match=r"page \d+ was handed to request '\d', and is not free"):
-        e03._run_to_end(make_engine(engine_pool(Late)))
+    with pytest.raises(InvariantError, match=r"page \d+ was handed to request '\d', but it is not free"):
+        make_engine(engine_pool(Late)).run()
 
 
 # -- 03.2, where a token lies ---------------------------------------------------------------------
@@ -307,7 +309,7 @@ def test_the_solution_of_the_mapping_is_right() -> None:
 
 
 def checked(function: Callable[..., list[int]]) -> Callable[..., list[int]]:
-    """With the ValueError that a right answer raises."""
+    """Adds the ValueError that a right answer raises."""
 
     def mapping(table: list[int], size: int, start: int, count: int) -> list[int]:
         if count and -(-(start + count) // size) > len(table):
@@ -391,18 +393,18 @@ def one_page_too_many(table: list[int], size: int, start: int, count: int) -> li
     ("function", "rule"),
     [
         (in_one_piece, "token block_size lies in the next page of the table"),
-        (without_table, "take the page's number from the block table"),
+        (without_table, "take the number of the page from the block table"),
         (from_the_step, "the next token lies at the next place"),
         (pages_not_slots, "the next token lies at the next place"),
         (page_plus_place, "page p begins at slot p * block_size"),
-        (the_last_alone, "take the page's number from the block table"),
-        (eats_the_table, "the block table must be left as it is"),
-        (one_late, "a full page ends a page"),
-        (as_pairs, "it returns a list of slot numbers"),
-        (unchecked, "a table that is too short raises ValueError"),
-        (round_the_table, "a table that is too short raises ValueError"),
-        (rounds_down, "a table that is too short raises ValueError"),
-        (one_page_too_many, "raised ValueError, though its pages are enough"),
+        (the_last_alone, "take the number of the page from the block table"),
+        (eats_the_table, "leave the block table as it is"),
+        (one_late, "a page holds block_size tokens"),
+        (as_pairs, "return a list of slot numbers"),
+        (unchecked, "raise ValueError for a block table that is too short"),
+        (round_the_table, "raise ValueError for a block table that is too short"),
+        (rounds_down, "raise ValueError for a block table that is too short"),
+        (one_page_too_many, "raised ValueError, although its pages are enough"),
     ],
 )
 def test_a_wrong_mapping_is_refused_for_its_own_reason(function: Callable[..., object], rule: str) -> None:
@@ -410,15 +412,15 @@ def test_a_wrong_mapping_is_refused_for_its_own_reason(function: Callable[..., o
 
 
 def test_wrong_slots_in_the_engine_give_other_tokens() -> None:
-    """What the examination spares the learner: the engine really writes where the function says."""
+    """The engine really writes where the function says."""
 
     def mirrored(table: list[int], size: int, start: int, count: int) -> list[int]:
         return [
             slot // size * size + size - 1 - slot % size for slot in slot_mapping(table, size, start, count)
         ]
 
-    engine = e03._engine_with_slots(mirrored)
-    assert e03._answers(engine) != e03._answers(e03._reference())
+    engine = e03_slots._engine_with_slots(mirrored)
+    assert answers(engine) != answers(reference_run())
 
 
 def test_an_error_in_a_mapping_is_not_taken_for_a_failed_step() -> None:
@@ -428,7 +430,7 @@ def test_an_error_in_a_mapping_is_not_taken_for_a_failed_step() -> None:
         return slot_mapping(table, size, start, count)
 
     with pytest.raises(RuntimeError, match="late"):
-        e03._engine_with_slots(breaks)
+        e03_slots._engine_with_slots(breaks)
 
 
 def test_the_references_are_documented() -> None:

@@ -11,7 +11,8 @@ import pytest
 from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 from labkit.exercises import Wrong
-from labkit.exercises.e04 import JOBS, SMALL, Job, Situation, Ticket, schedule, serve
+from labkit.exercises.common import JOBS, Job
+from labkit.exercises.e04 import SMALL, Situation, Ticket, run_jobs, schedule
 from labkit.trace.trace import Trace
 
 
@@ -74,8 +75,8 @@ def floor_pages(running, waiting, seats, budget, free_pages, page_size):
     [
         (written(spends=False), "a step never computes more tokens than its budget"),
         (written(counts_seats=False), "admit only as many as there are free seats"),
-        (written(counts_pages=False), "there must be so many free"),
-        (floor_pages, "there must be so many free"),
+        (written(counts_pages=False), "as many must be free"),
+        (floor_pages, "as many must be free"),
         (written(skips=True), "nobody may overtake"),
         (written(queue=lambda waiting: waiting[::-1]), "nobody may overtake"),
         (written(queue=lambda waiting: sorted(waiting, key=lambda t: t.known)), "nobody may overtake"),
@@ -85,14 +86,14 @@ def floor_pages(running, waiting, seats, budget, free_pages, page_size):
         (written(queue=lambda waiting: waiting[:1]), "a free seat is refilled at once"),
         (written(queue=lambda waiting: []), "a free seat is refilled at once"),
         (written(kept=lambda taken: 3), "a free seat is refilled at once"),
-        (written(chunk=2), "who has a seat gets what is left of the budget"),
+        (written(chunk=2), "a request that has a seat gets what is left of the budget"),
         (lambda *situation: [], "a free seat is refilled at once"),
-        (lambda *situation: None, "it returns a list of pairs"),
-        (lambda *situation: dict(schedule(*situation)), "it returns a list of pairs"),
-        (lambda *situation: [name for name, _ in schedule(*situation)], "it returns a list of pairs"),
-        (lambda *situation: [(n, float(t)) for n, t in schedule(*situation)], "it returns a list of pairs"),
+        (lambda *situation: None, "return a list of pairs"),
+        (lambda *situation: dict(schedule(*situation)), "return a list of pairs"),
+        (lambda *situation: [name for name, _ in schedule(*situation)], "return a list of pairs"),
+        (lambda *situation: [(n, float(t)) for n, t in schedule(*situation)], "return a list of pairs"),
         (lambda *situation: schedule(*situation) * 2, "each request has one row in a step"),
-        (lambda *situation: [*schedule(*situation), ("zoe", 1)], "only requests that run or wait"),
+        (lambda *situation: [*schedule(*situation), ("zoe", 1)], "schedule only requests that run or wait"),
         (
             lambda running, waiting, *limits: [(t.name, t.known) for t in running + waiting],
             "more than it misses",
@@ -157,7 +158,7 @@ def test_keeping_a_page_for_each_that_runs_is_a_choice_and_more_is_not() -> None
             assert Situation(running, head, 3, 16, free_pages, 4).ask(lambda *_, rows=rows: rows) == rows
     with pytest.raises(Wrong, match="a free seat is refilled at once"):
         Situation(running, head, 3, 16, 3, 4).ask(lambda *_: decode)
-    with pytest.raises(Wrong, match="there must be so many free"):
+    with pytest.raises(Wrong, match="as many must be free"):
         Situation(running, head, 3, 16, 0, 4).ask(lambda *_: [*decode, ("c", 4)])
 
 
@@ -171,15 +172,15 @@ def test_the_reference_does_in_every_step_what_the_engine_does(seed: int) -> Non
     rng = random.Random(seed)
     jobs = [Job(rng.randrange(1, 30), rng.randrange(1, 24), rng.randrange(0, 40)) for _ in range(14)]
     sizes = {"num_blocks": 14 + 6 * seed, "block_size": 4, "max_num_batched_tokens": 5 + 4 * seed}
-    engine, tokens = serve(jobs, **sizes)
-    mine, same = serve(jobs, schedule, **sizes)
+    engine, tokens = run_jobs(jobs, **sizes)
+    mine, same = run_jobs(jobs, schedule, **sizes)
     assert unexplained(mine) == unexplained(engine)
     assert same == tokens
 
 
 def test_a_wrong_schedule_stops_the_engine_where_it_breaks_the_rule() -> None:
     with pytest.raises(Wrong, match="nobody may overtake"):
-        serve(JOBS, written(queue=lambda waiting: waiting[::-1]), **SMALL)
+        run_jobs(JOBS, written(queue=lambda waiting: waiting[::-1]), **SMALL)
 
 
 def test_an_untouched_stub_is_open() -> None:

@@ -150,14 +150,14 @@ def fractions(budget: int, running: list[int], waiting: list[int]) -> tuple[list
     [
         (prompts_first, "a running row that misses one token gets it in every step"),
         (in_order, "a running row that misses one token gets it in every step"),
-        (all_of_it, "a step computes at most the budget"),
-        (budget_for_each, "a step computes at most the budget"),
-        (decode_on_top, "a step computes at most the budget"),
-        (equal_shares, "stays unused while somebody misses tokens"),
-        (one_prompt_a_step, "stays unused while somebody misses tokens"),
-        (whole_prompts_only, "stays unused while somebody misses tokens"),
-        (fills_up, "nobody computes more tokens than it misses"),
-        (below_zero, "fewer than 0 tokens"),
+        (all_of_it, "a step never computes more tokens than its budget"),
+        (budget_for_each, "a step never computes more tokens than its budget"),
+        (decode_on_top, "a step never computes more tokens than its budget"),
+        (equal_shares, "stays unused while a request misses tokens"),
+        (one_prompt_a_step, "stays unused while a request misses tokens"),
+        (whole_prompts_only, "stays unused while a request misses tokens"),
+        (fills_up, "no request computes more tokens than it misses"),
+        (below_zero, "a number of tokens is 0 or more"),
         (one_list, "return two lists of whole numbers"),
         (fractions, "return two lists of whole numbers"),
     ],
@@ -235,5 +235,5 @@ def test_several_answers_to_one_prompt_work_too() -> None:
 
 def test_whoever_is_left_without_tokens_waits_and_says_so() -> None:
     engine = run_split(split_budget)
-    names = [name for name, _, _ in NEWCOMERS]
+    names = [job.name for job in NEWCOMERS]
     assert (names[1], "the split leaves it no tokens") in [record.blocked for record in engine.trace]

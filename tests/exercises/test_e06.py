@@ -15,17 +15,10 @@ from exercising import assert_accepted, assert_open, assert_refused, function_fr
 
 from labkit.core.request import Request
 from labkit.core.waiting_queue import order
-from labkit.exercises import e06, elsewhere
-from labkit.exercises.e06 import (
-    ask_all,
-    block_hash,
-    choose_victim,
-    compete,
-    hashed_pool,
-    preemptions,
-    recomputed,
-    victim_scheduler,
-)
+from labkit.exercises import Wrong, e06_victim, elsewhere
+from labkit.exercises.common import answers
+from labkit.exercises.e06_hash import ask_all, block_hash, hashed_pool
+from labkit.exercises.e06_victim import choose_victim, compete, preemptions, recomputed, victim_scheduler
 from labkit.schedulers.audit import check_pool
 
 # -- 06.1, whose pages to take --------------------------------------------------------------------
@@ -57,7 +50,7 @@ def any_of_them(running: list[Request]) -> Request:
 
 
 def by_sorting(running: list[Request]) -> Request:
-    """Disturbs the list that it was given, which is its own."""
+    """Changes the list, which it may do: the list is a copy."""
     running.sort(key=order)
     return running.pop()
 
@@ -140,11 +133,11 @@ def takes_the_pages(running: list[Request]) -> Request:
         (last_in_the_list, "the first in line must never be the victim"),
         (most_urgent, "a more urgent request must not pay"),
         (most_computed, "the first in line must never be the victim"),
-        (name_alone, "it returns one of the requests in the list, itself"),
-        (place_alone, "it returns one of the requests in the list, itself"),
-        (nobody, "you returned None"),
-        (somebody_else, "it returns one of the requests in the list, itself"),
-        (takes_the_pages, "it must change no request"),
+        (name_alone, "return one of the requests in the list itself"),
+        (place_alone, "return one of the requests in the list itself"),
+        (nobody, "it returned None"),
+        (somebody_else, "return one of the requests in the list itself"),
+        (takes_the_pages, "leave the requests as they are"),
     ],
 )
 def test_a_wrong_choice_is_refused_for_its_own_reason(function: Callable[..., object], rule: str) -> None:
@@ -157,13 +150,13 @@ def test_the_engine_holds_a_choice_against_the_rules_too() -> None:
     def mostly(running: list[Request]) -> Request:
         return oldest(running) if len(running) == 6 else choose_victim(running)
 
-    with pytest.raises(e06.Wrong, match=r"with requests .* running"):
+    with pytest.raises(Wrong, match=r"with requests .* running"):
         compete(victim_scheduler(mostly))
 
 
 def test_a_run_without_end_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(e06, "_MAX_STEPS", 20)
-    with pytest.raises(e06.Wrong, match="every request must come to its end"):
+    monkeypatch.setattr(e06_victim, "_MAX_STEPS", 20)
+    with pytest.raises(Wrong, match="every request must reach its end"):
         compete()
 
 
@@ -329,8 +322,8 @@ def nothing(parent_hash: int, tokens: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("function", "rule"),
     [
-        (without_parent, "equal pages after different pages are different"),
-        (sum_of_tokens, "tokens that add up to the same are still other tokens"),
+        (without_parent, "equal pages after different pages must have different names"),
+        (sum_of_tokens, "even if their sum is the same"),
         (unordered, "the order of the tokens counts"),
         (as_a_set, "how often a token occurs counts"),
         (joined, "where one token ends and the next begins"),
@@ -348,11 +341,11 @@ def nothing(parent_hash: int, tokens: tuple[int, ...]) -> None:
         (page_before_alone, "the whole chain counts"),
         (one_byte_each, "token ids go far above 255"),
         (two_bytes_each, "token ids go far above 65,535"),
-        (polynomial, "a weighted sum has collisions"),
-        (few_bits, "it must have enough bits"),
-        (checksum, "it must have enough bits"),
-        (a_list, "something else that a dictionary can have as its key"),
-        (nothing, "something else that a dictionary can have as its key"),
+        (polynomial, "a weighted sum is not enough"),
+        (few_bits, "use enough bits"),
+        (checksum, "use enough bits"),
+        (a_list, "something else that can be the key of a dictionary"),
+        (nothing, "something else that can be the key of a dictionary"),
     ],
 )
 def test_a_wrong_hash_is_refused_for_its_own_reason(function: Callable[..., object], rule: str) -> None:
@@ -366,8 +359,8 @@ def test_a_right_hash_finds_what_the_tree_finds() -> None:
 
 
 def test_a_wrong_hash_gives_wrong_tokens_in_the_engine() -> None:
-    """What the rule about parents is for: a page after another one holds other keys and values."""
-    assert e06._answers(ask_all(hashed_pool(without_parent))) != e06._answers(ask_all(caching=False))
+    """Why the parent counts: equal tokens after another page have other keys and values."""
+    assert answers(ask_all(hashed_pool(without_parent))) != answers(ask_all(caching=False))
 
 
 def test_pages_of_a_hashed_pool_are_forgotten_and_found_again() -> None:

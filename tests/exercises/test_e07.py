@@ -12,19 +12,12 @@ from exercising import assert_accepted, assert_open, assert_refused, function_fr
 
 from labkit.analysis.roofline import Shape
 from labkit.core.attention import Span, reference_attention
-from labkit.core.kv_cache import PagedKVCache
-from labkit.exercises.e07 import (
-    BLIND,
-    T4_BANDWIDTH,
-    T4_PEAK,
-    Cost,
-    answer_together,
-    shape_of,
-    step_cost,
-    turning_point,
-)
+from labkit.core.kv_cache import KVShape
+from labkit.exercises.common import answers, prompt_of, tiny_model
+from labkit.exercises.e07_blind import BLIND, answer_together
+from labkit.exercises.e07_cost import shape_of, step_cost
+from labkit.exercises.e07_turning_point import T4_BANDWIDTH, T4_PEAK, Cost, turning_point
 from labkit.kernels.gathered_sdpa import SDPA
-from labkit.models.load import load_model
 from labkit.trace.records import StepRecord
 
 Rows = list[int]
@@ -100,16 +93,19 @@ def test_the_count_without_a_mistake_is_right() -> None:
 @pytest.mark.parametrize(
     "mistake, fragment",
     [
-        (dict(times=lambda n, k, s, w: len(n)), "the weights are read once in a step, however many rows"),
-        (dict(times=lambda n, k, s, w: sum(n)), "the weights are read once in a step, however many"),
+        (
+            dict(times=lambda n, k, s, w: len(n)),
+            "the weights are read once in a step, no matter how many rows",
+        ),
+        (dict(times=lambda n, k, s, w: sum(n)), "the weights are read once in a step, no matter how many"),
         (dict(output=lambda n, k, s, w: 0), "the output layer's vocab x hidden weights"),
-        (dict(weight=lambda n, k, s, w: 4), "a weight takes bytes_per_weight bytes"),
-        (dict(tokens=lambda n, k, s, w: lambda n, k: 0), "keys and values are read too"),
-        (dict(tokens=lambda n, k, s, w: lambda n, k: n), "keys and values are read too"),
+        (dict(weight=lambda n, k, s, w: 4), "a weight takes `bytes_per_weight` bytes"),
+        (dict(tokens=lambda n, k, s, w: lambda n, k: 0), "keys and values are read as well"),
+        (dict(tokens=lambda n, k, s, w: lambda n, k: n), "keys and values are read as well"),
         (dict(tokens=lambda n, k, s, w: lambda n, k: n + k), "are written, and then read like all others"),
-        (dict(sides=lambda n, k, s, w: 1), "a key and a value: two vectors"),
+        (dict(sides=lambda n, k, s, w: 1), "a key and a value in each layer: two vectors"),
         (dict(heads=lambda n, k, s, w: s.heads), "several query heads share one"),
-        (dict(value=lambda n, k, s, w: w), "keys and values take value_bytes, whatever a weight takes"),
+        (dict(value=lambda n, k, s, w: w), "takes `value_bytes`, whatever a weight takes"),
         (dict(layers=lambda n, k, s, w: 1), "keys and values are kept in every layer"),
         (dict(each=lambda n, k, s, w: 1), "a multiplication and an addition are two operations"),
         (dict(head=lambda n, k, s, w: sum(n)), "only the last token of a row goes through the output layer"),
@@ -125,18 +121,18 @@ def test_the_count_without_a_mistake_is_right() -> None:
 )
 def test_wrong_counts_are_told_their_own_mistake(mistake: dict[str, Any], fragment: str) -> None:
     verdict = assert_refused("07.1", count(**mistake), fragment)
-    assert "step_cost([" in verdict.text and "it should be about" in verdict.text
+    assert "step_cost([" in verdict.text and "right: about" in verdict.text
 
 
 def test_other_wrong_counts_are_told_what_is_off() -> None:
-    assert_refused("07.1", lambda new, old, shape, weight: (1e8, 1e8), "the bytes of this step are off")
+    assert_refused("07.1", lambda new, old, shape, weight: (1e8, 1e8), "the bytes of this step are wrong")
     assert_refused("07.1", lambda new, old, shape, weight: 5.0, "return two numbers")
     assert_refused("07.1", lambda *step: (step_cost(*step)[0] / 1e6, step_cost(*step)[1]), "not megabytes")
     assert_refused("07.1", lambda *step: (step_cost(*step)[0], step_cost(*step)[1] / 1e9), "not billions")
     assert_refused(
         "07.1",
         lambda new, old, shape, weight: step_cost(new, old, shape, weight)[::-1],
-        "of this step are off",
+        "of this step are wrong",
     )
 
 
@@ -236,12 +232,12 @@ def with_a_fraction(context: int, cost: Cost, bandwidth: float, peak: float) -> 
 @pytest.mark.parametrize(
     "wrong, fragment",
     [
-        (ridge, "at so few rows the step still moves longer than it computes"),
-        (one_less, "at so few rows the step still moves longer than it computes"),
-        (one_more, "a smaller batch computes as long as it moves already"),
-        (never_below_two, "a smaller batch computes as long as it moves already"),
-        (swapped, "at so few rows the step still moves longer than it computes"),
-        (gives_up, "there is such a batch, and it must be found however large it is"),
+        (ridge, "with so few rows, the step still takes longer to move than to compute"),
+        (one_less, "with so few rows, the step still takes longer to move than to compute"),
+        (one_more, "a smaller one already takes as long to compute as to move"),
+        (never_below_two, "a smaller one already takes as long to compute as to move"),
+        (swapped, "with so few rows, the step still takes longer to move than to compute"),
+        (gives_up, "there is such a batch: find it, however large it is"),
         (capped, "no batch is large enough: return None"),
         (with_a_fraction, "return a whole number of rows, at least 1, or None"),
     ],
@@ -267,10 +263,9 @@ def test_the_reference_is_the_smallest_by_trying(name: str, context: int) -> Non
 
 
 def test_the_blind_engine_is_right_for_prompts_and_wrong_in_decode() -> None:
-    model = load_model("tiny-random", device="cpu", say=None)
-    prompts = [[300 + (41 * n + 13 * i) % 600 for i in range(20)] for n in range(3)]
+    prompts = [prompt_of(number, 20) for number in range(3)]
     sound, blind = (
-        [output.token_ids for output in answer_together(model, prompts, 8, backend).outputs.values()]
+        list(answers(answer_together(tiny_model(), prompts, 8, backend)).values())
         for backend in (SDPA, BLIND)
     )
     assert [answer[0] for answer in sound] == [answer[0] for answer in blind]
@@ -278,7 +273,7 @@ def test_the_blind_engine_is_right_for_prompts_and_wrong_in_decode() -> None:
 
 
 def test_it_is_attention_over_one_token() -> None:
-    cache = PagedKVCache(1, 6, 4, 2, 8, dtype=torch.float32, device=torch.device("cpu"))
+    cache = KVShape(1, 2, 8, torch.float32, torch.device("cpu")).new_cache(6, 4)
     torch.manual_seed(0)
     cache.blocks.normal_()
     rows = [Span(6, 1, [3, 1]), Span(2, 1, [5])]
@@ -286,6 +281,6 @@ def test_it_is_attention_over_one_token() -> None:
     (group,) = BLIND.decode(0, rows, cache, [None])
     alone = [cache.v[0, 1, 2], cache.v[0, 5, 2]]  # pages and places of the two tokens themselves
     expected = torch.stack([v.repeat_interleave(3, dim=0) for v in alone])
-    assert torch.equal(group.attend(q, cache.layer(0), scale=1.0, window=None), expected)
+    assert torch.equal(group.attend(q, cache.layers[0], scale=1.0, window=None), expected)
     windowed = reference_attention(q, cache, 0, rows, scale=1.0, window=1)
     assert torch.allclose(windowed, expected, atol=1e-6)

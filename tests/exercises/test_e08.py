@@ -18,17 +18,11 @@ from exercising import (
 from torch import Tensor
 
 from labkit.core.attention import Span, attend, build_metadata, reference_attention
-from labkit.core.kv_cache import PagedKVCache
-from labkit.exercises import e08, judge
-from labkit.exercises.e08 import (
-    LargestTensor,
-    State,
-    backend_of,
-    bytes_moved,
-    merge,
-    paged_attention,
-    state_of,
-)
+from labkit.core.kv_cache import KVShape
+from labkit.exercises import judge
+from labkit.exercises.e08_engine import backend_of, bytes_moved, run_engine
+from labkit.exercises.e08_merge import State, merge, state_of
+from labkit.exercises.e08_paged import LargestTensor, paged_attention
 
 
 def weighed(one: State, other: State) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,14 +102,14 @@ def answer_alone(one: State, other: State) -> Any:
         (without_factors, "l must be brought to the new maximum"),
         (only_the_first_is_brought_down, "l must be brought to the new maximum"),
         (a_is_forgotten, "a must be brought to the new maximum"),
-        (first_maximum_stays, "m of two sets together is the larger"),
+        (first_maximum_stays, "for each head, m of two sets together is the larger"),
         (no_maximum_at_all, "nothing may overflow"),
         (infinity_less_infinity, "-inf less -inf is no number"),
         (one_maximum_for_all_heads, "each head has a maximum of its own"),
         (empty_only_if_all_heads_are, "may have seen nothing while another has"),
         (mean_of_the_answers, "l and a add up as they are; a must be brought"),
         (in_place, "make new tensors"),
-        (answer_alone, "it returns three tensors"),
+        (answer_alone, "return three tensors"),
     ],
 )
 def test_wrong_ways_to_merge_are_refused_for_what_is_wrong(function: Callable[..., Any], rule: str) -> None:
@@ -256,16 +250,16 @@ def mean_of_pages(q: Tensor, read: Any, table: Any, length: int, size: int) -> T
     [
         (gathers, "no tensor may grow with the length"),
         (keeps_all_scores, "no tensor may grow with the length"),
-        (keeps_what_was_lent, "what `read` lends is gone at the next read"),
-        (reads_behind_the_end, "a page holds anything behind the request's last token"),
-        (masks_scores_only, "a page holds anything behind the request's last token"),
+        (keeps_what_was_lent, "the next `read` overwrites what was lent"),
+        (reads_behind_the_end, "behind the last token of the request a page may hold anything"),
+        (masks_scores_only, "behind the last token of the request a page may hold anything"),
         (reads_the_whole_table, "read only the pages that hold tokens of this request"),
         (one_page_too_many, "read only the pages that hold tokens of this request"),
         (one_page_too_few, "the result must be softmax"),
         (reads_twice, "read each page once"),
         (no_maximum, "nothing may overflow"),
         (mean_of_pages, "the result must be softmax"),
-        (lambda q, read, table, length, size: None, "it returns the mean of the values"),
+        (lambda q, read, table, length, size: None, "return the weighted mean of the values"),
     ],
 )
 def test_wrong_ways_over_pages_are_refused_for_what_is_wrong(function: Callable[..., Any], rule: str) -> None:
@@ -317,7 +311,7 @@ def test_an_untouched_stub_is_open() -> None:
 def test_what_a_message_shows_is_the_smallest_case() -> None:
     text = judge("08.1", without_factors).text
     assert "merge((m = 0, l = 1, a = [-2, 1.5])" in text
-    assert "should be (m = 1, l = 1.368, " in text
+    assert "right: (m = 1, l = 1.368, " in text
 
 
 # -- what the notebook stands on -------------------------------------------------------------------
@@ -332,7 +326,7 @@ def test_states_know_what_they_have_not_seen() -> None:
 def test_rows_of_a_learner_equal_the_reference() -> None:
     torch.manual_seed(0)
     rows = [Span(20, 1, [4, 0, 7]), Span(7, 1, [5]), Span(2, 6, [3])]
-    cache = PagedKVCache(1, 8, 8, 2, 16, dtype=torch.float32, device=torch.device("cpu"))
+    cache = KVShape(1, 2, 16, torch.float32, torch.device("cpu")).new_cache(8, 8)
     cache.blocks.normal_()
     q = torch.randn(8, 6, 16)
     layout = build_metadata(rows, cache, backend=backend_of(paged_attention))
@@ -342,14 +336,14 @@ def test_rows_of_a_learner_equal_the_reference() -> None:
 
 
 def test_rows_of_a_learner_know_no_window() -> None:
-    cache = PagedKVCache(1, 2, 8, 1, 4, dtype=torch.float32, device=torch.device("cpu"))
+    cache = KVShape(1, 1, 4, torch.float32, torch.device("cpu")).new_cache(2, 8)
     layout = build_metadata([Span(3, 1, [0])], cache, windows=[5], backend=backend_of(paged_attention))
     with pytest.raises(ValueError, match="no sliding window"):
         attend(torch.ones(1, 1, 4), cache, 0, layout, scale=1.0, window=5)
 
 
 def test_bytes_are_counted_as_they_move() -> None:
-    cache = PagedKVCache(3, 40, 8, 2, 16, dtype=torch.float32, device=torch.device("cpu"))
+    cache = KVShape(3, 2, 16, torch.float32, torch.device("cpu")).new_cache(40, 8)
     page = 2 * 2 * 8 * 16 * 4
     assert bytes_moved([Span(79, 1, range(10))], cache) == (3 * 10 * page, 10 * page)
     rows = [Span(79, 1, range(10)), Span(7, 1, [11])]  # the short row is as wide as the long one
@@ -366,7 +360,7 @@ def test_the_largest_tensor_is_seen() -> None:
 
 
 def test_the_engine_writes_the_same_tokens_each_time() -> None:
-    assert e08.serve()[1] == e08.serve(backend_of(paged_attention))[1]
+    assert run_engine()[1] == run_engine(backend_of(paged_attention))[1]
 
 
 @pytest.mark.parametrize(

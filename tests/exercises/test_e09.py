@@ -11,6 +11,7 @@ from exercising import assert_accepted, assert_open, assert_refused, function_fr
 from torch import Tensor
 
 from labkit.exercises import e09, judge
+from labkit.exercises.common import tiny_model
 from labkit.exercises.e09 import int8_product, one_scale, plain_model, quantize_rows, rounded
 from labkit.kernels import int8
 from labkit.models.teacher_forcing import teacher_forced
@@ -78,15 +79,15 @@ def in_place(weight: Tensor, levels: int = 127) -> Any:
     [
         (one_scale, "each row needs a scale of its own"),
         (cuts_off, "round to the nearest number"),
-        (divides_by_zero, "a row of zeros is zeros"),
-        (up_to_128, "numbers go from -127 to 127"),
+        (divides_by_zero, "a row of zeros becomes zeros"),
+        (up_to_128, "the numbers go from -127 to 127"),
         (without_the_sign, "an int8 that overflows changes its sign"),
         (by_column, "float32 scales (out, 1)"),
         (flat_scales, "float32 scales (out, 1)"),
         (no_levels, "the numbers go from -7 to 7"),
-        (in_floats, "it returns two tensors: int8 numbers"),
-        (wide_steps, "a wider step wastes some of the numbers"),
-        (in_place, "do not change it in place"),
+        (in_floats, "return two tensors: int8 numbers"),
+        (wide_steps, "a wider step leaves some of the numbers unused"),
+        (in_place, "leave the weight as it is"),
     ],
 )
 def test_wrong_ways_to_round_are_refused_for_what_is_wrong(function: Callable[..., Any], rule: str) -> None:
@@ -183,7 +184,7 @@ def knows_its_neighbours(x: Tensor, numbers: Tensor, scales: Tensor) -> Tensor:
         (scales_not_turned, "the scale of its own row of the weight"),
         (scale_of_the_token_forgotten, "each token needs a scale of its own"),
         (zero_by_zero, "a token of zeros gives zeros"),
-        (in_double, "it returns float32"),
+        (in_double, "return float32"),
         (changes_its_input, "change nothing in place"),
         (knows_its_neighbours, "the same bits alone and beside others"),
     ],
@@ -259,9 +260,7 @@ def test_a_rounded_model_leaves_the_plain_one_alone_and_is_close_to_it() -> None
 
 def test_a_rounded_model_in_floats_is_the_engines_in_whole_numbers() -> None:
     """With the engine's own rows, what `Rounded` gives is what its integer products give."""
-    from labkit.models.load import load_model
-
-    engine = load_model("tiny-random", quantization="int8", device="cpu", say=None)
+    engine = tiny_model("int8")
     plain = plain_model("tiny-random")
     int8.rotate(plain.module)
     mine = rounded(plain, lambda weight, levels: int8.quantize_rows(weight), rotated=True)
@@ -281,7 +280,7 @@ def test_a_rounded_layer_is_the_engines() -> None:
 
 
 def test_inputs_of_the_cases_are_never_close_to_half_way() -> None:
-    """So that no right answer is refused for how it divides."""
+    """So that no right answer is refused because of how it divides."""
     x = e09._inputs(9, 96).double()
     steps = x / x.abs().amax(1, keepdim=True) * 127
     assert float((steps - steps.floor() - 0.5).abs().min()) > 0.1

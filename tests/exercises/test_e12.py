@@ -96,24 +96,24 @@ def counts_from_one(request: Any, replicas: Any) -> Any:
 @pytest.mark.parametrize(
     ("function", "rule"),
     [
-        (always_the_first, "it goes to whoever has the fewest unfinished requests"),
-        (in_turn(), "where nobody has any of the prompt cached"),
+        (always_the_first, "choose the one with the fewest unfinished requests"),
+        (in_turn(), "where no replica has the prompt cached"),
         (only_those_who_run, "those that run and those that wait"),
         (only_those_who_wait, "those that run and those that wait"),
         (
             least_loaded,
-            "of replicas with as many requests, it goes to the one with most of the prompt cached",
+            "of replicas with equally many requests, choose the one with most of the prompt cached",
         ),
-        (load_before_cache, "cached tokens count for more than a few requests"),
-        (cache_before_all, "never goes to a replica with over 4 requests more"),
-        (less_than_four, "up to 4 more than the least loaded has"),
-        (first_of_the_cached, "of replicas with as much cached"),
+        (load_before_cache, "cached tokens are worth some more requests"),
+        (cache_before_all, "never choose a replica with over 4 requests more"),
+        (less_than_four, "up to 4 more than the least loaded replica has"),
+        (first_of_the_cached, "of replicas with equally much cached"),
         (cached_or_not, "the one with most of the prompt cached"),
-        (all_or_nothing, "what the others have cached still counts"),
-        (the_replica_itself, "it returns the index of a replica"),
-        (counts_from_one, "it returns the index of a replica"),
+        (all_or_nothing, "the cache of the others still counts"),
+        (the_replica_itself, "return the index of a replica"),
+        (counts_from_one, "return the index of a replica"),
         (adds_it, "a router only says where a request goes"),
-        (sorts_them, "leave them as they are"),
+        (sorts_them, "leave the request and the list of replicas as they are"),
     ],
 )
 def test_wrong_routers_are_refused_for_what_is_wrong(function: Callable[..., Any], rule: str) -> None:
@@ -157,10 +157,10 @@ def test_an_untouched_stub_is_open() -> None:
 def test_what_a_message_shows_is_the_smallest_case() -> None:
     text = judge("12.1", load_before_cache).text
     assert "replica 1: 1 running, 0 waiting, 32 tokens cached" in text
-    assert "yours: 0, not 1" in text
+    assert "yours: 0\n  right: 1" in text
 
 
 def test_the_reference_wins_where_it_is_run() -> None:
-    """Or the picture shows nothing."""
+    """Otherwise the picture shows nothing."""
     late = {name: e12.serve(name).percentile("ttft", 95) for name in ("prefix-aware", "round-robin")}
     assert late["prefix-aware"] < 0.5 * late["round-robin"]

@@ -45,7 +45,7 @@ def in_engine(fn: Callable[[int, int], int]) -> Run:
 
 @pytest.fixture(autouse=True)
 def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two exercises of a notebook 98 that there is not."""
+    """Two exercises of a made-up notebook 98."""
     module = ModuleType("labkit.exercises.e98")
     module.EXERCISES = (
         Exercise("98.1", "Count pages", pages, examine, in_engine),
@@ -256,14 +256,14 @@ stoppable = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no time
 def test_an_endless_loop_is_stopped_and_named_though_it_catches_exceptions() -> None:
     verdict = judge("98.1", function_from(ENDLESS, "endless"), patience=0.2)
     assert verdict.state == "wrong"
-    said = "it had not come back after 0.2 seconds of computing: does a loop never end?\n  in line "
+    said = "it had not returned after 0.2 seconds of computing: is there a loop that never ends?\n  in line "
     assert verdict.text.startswith(f"✗ 98.1 Count pages: {said}") and verdict.text.endswith(UNTIL)
     assert any(line in verdict.text for line in ("while True:", "try:", "count += 1")), verdict.text
 
 
 @stoppable
 def test_an_endless_loop_inside_the_engine_is_stopped_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine ends requests for an exception in a step, and goes on; not for this one."""
+    """The engine survives an exception in a step, but it must not survive this one."""
     engine = Engine(EngineConfig(model="tiny-random", num_blocks=16, block_size=4))
     engine.add_request("a", SamplingParams(max_tokens=2))
 
@@ -274,12 +274,12 @@ def test_an_endless_loop_inside_the_engine_is_stopped_too(monkeypatch: pytest.Mo
 
     def endless(tokens: int, size: int) -> int:
         while tokens < 0:
-            time.sleep(0.001)  # which is no computing, but takes time as well
+            time.sleep(0.001)  # computes nothing, but takes time
         return -(-tokens // size)
 
     with_run(monkeypatch, run)
     verdict = judge("98.1", endless, patience=0.05)
-    assert verdict.state == "wrong" and "had not come back after 0.05 seconds" in verdict.text
+    assert verdict.state == "wrong" and "had not returned after 0.05 seconds" in verdict.text
 
 
 @stoppable
@@ -321,7 +321,7 @@ def test_an_unknown_exercise_of_a_known_notebook_is_told_which_there_are(name: s
 
 @pytest.mark.parametrize("name", ["97.1", "", "x", "1.1", "../e98.1", "九.1", None, 3.1])
 def test_an_unknown_notebook_is_told_what_a_name_looks_like(name: Any) -> None:
-    with pytest.raises(ValueError, match=r'there is no exercise .*: one is called "03\.2", say$'):
+    with pytest.raises(ValueError, match=r'there is no exercise .*: an id is, for example, "03\.2"$'):
         find(name)
 
 

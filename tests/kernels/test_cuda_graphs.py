@@ -64,7 +64,7 @@ def eagerly(family: str, cache: PagedKVCache, token_ids: list[int], rows: list[S
 def test_replays_equal_eager_steps_whatever_the_rows_lengths_and_tables(family: str) -> None:
     torch.manual_seed(0)
     model, size, num_blocks = loaded(family).module, 4, 80
-    cache = model.new_cache(num_blocks, size)
+    cache = model.kv_shape.new_cache(num_blocks, size)
     cache.blocks.normal_()
     graphs = graphs_of((model, cache), TapeCapture(), length=160)
     assert graphs.captured == [(n, width) for n in (1, 2, 4) for width in (10, 20, 40)]
@@ -107,7 +107,7 @@ def test_an_engine_with_graphs_answers_as_generate_does(family: str) -> None:
 
 def test_outputs_stay_when_another_graph_is_replayed() -> None:
     model = loaded("llama").module
-    cache = model.new_cache(20, 4)
+    cache = model.kv_shape.new_cache(20, 4)
     graphs = graphs_of((model, cache), TapeCapture(), length=64)
     first = graphs.run([5, 6], rows_of([9, 3], 4, 20, 0))
     kept = first.clone()
@@ -118,7 +118,7 @@ def test_outputs_stay_when_another_graph_is_replayed() -> None:
 
 def test_the_tape_notices_what_a_graph_cannot_hold() -> None:
     model = loaded("llama").module
-    cache = model.new_cache(20, 4)
+    cache = model.kv_shape.new_cache(20, 4)
     cache.blocks.normal_()
 
     def from_the_host(tables: Tensor, lengths: Tensor, cache: PagedKVCache, windows: Any) -> Any:
@@ -154,7 +154,7 @@ def test_the_triton_backend_equals_plain_attention_under_graphs(monkeypatch: pyt
     monkeypatch.setattr(paged_decode, "_processors", lambda device: 4)  # so that rows are split
     backend = Backend("triton", "", paged_rows, SDPA.chunks, static_paged_rows)
     model = loaded("mistral").module  # which has a window
-    cache = model.new_cache(80, 4)
+    cache = model.kv_shape.new_cache(80, 4)
     cache.blocks.normal_()
     graphs = graphs_of((model, cache), TapeCapture(), backend=backend, rows=2, length=160)
     assert graphs.captured == [(n, width) for n in (1, 2) for width in (10, 40)]
@@ -196,7 +196,7 @@ def test_buckets_come_largest_first_and_reach_the_limits() -> None:
 
 def test_recording_ends_at_the_memory_limit_and_says_so() -> None:
     model = loaded("llama").module
-    cache = model.new_cache(40, 4)
+    cache = model.kv_shape.new_cache(40, 4)
     capture, lines = TapeCapture(cost=100), []
     graphs = DecodeGraphs(
         model,

@@ -48,7 +48,7 @@ def test_the_kernel_equals_the_reference(
     q = torch.randn(len(rows), kv_heads * (group + 1), dim, device=DEVICE).to(dtype)[:, : kv_heads * group]
     out = paged_decode(
         q,
-        cache.layer(0),
+        cache.layers[0],
         block_table(rows, cache, n + 2).int(),
         torch.tensor([row.length for row in rows], dtype=torch.int32, device=DEVICE),
         scale=0.3,
@@ -69,7 +69,7 @@ def test_a_nan_among_the_keys_of_a_row_reaches_that_row_alone() -> None:
     tables, lengths = block_table(rows, cache, 10), torch.tensor([40, 12], device=DEVICE)
     for splits in (1, 4):
         q = torch.ones(2, 2, 8, device=DEVICE)
-        out = paged_decode(q, cache.layer(0), tables, lengths, scale=1.0, splits=splits)
+        out = paged_decode(q, cache.layers[0], tables, lengths, scale=1.0, splits=splits)
         assert out.isnan().flatten(1).all(dim=1).tolist() == [True, False]
 
 

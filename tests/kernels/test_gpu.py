@@ -16,6 +16,7 @@ from torch import Tensor
 
 from labkit.config import EngineConfig
 from labkit.core.attention import Span, build_metadata
+from labkit.core.kv_cache import KVShape
 from labkit.core.model import Transformer
 from labkit.engine import Engine
 from labkit.kernels.backend import Backend
@@ -23,6 +24,7 @@ from labkit.kernels.gathered_sdpa import SDPA, block_table
 from labkit.kernels.paged_decode import PagedDecode, paged_rows
 from labkit.kernels.select import choose_backend
 from labkit.kernels.varlen import PackedChunks, varlen_attention
+from labkit.models.architecture import build
 from labkit.models.load import LoadedModel
 from labkit.models.tiny import tiny_tokenizer
 from labkit.sampling_params import SamplingParams
@@ -38,7 +40,7 @@ SM_80 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 
 @functools.cache
 def on_gpu(family: str, dtype: torch.dtype) -> LoadedModel:
     model = reference(family)
-    module = Transformer.from_tensors(model.config, model.state_dict().items(), dtype=dtype, device=CUDA)
+    module = build(model.config, model.state_dict().items(), dtype=dtype, device=CUDA)
     return LoadedModel(family, module, tiny_tokenizer(), model.config, frozenset())
 
 
@@ -106,7 +108,7 @@ def teacher_forced(model: Transformer, backend: Backend) -> Tensor:
     rng = random.Random(1)
     texts = [[rng.randrange(VOCAB) for _ in range(n)] for n in (50, 33)]
     tables = [[9, 3, 1, 7], [0, 8, 2]]
-    cache, found = model.new_cache(10, 16), ([], [])
+    cache, found = model.kv_shape.new_cache(10, 16), ([], [])
     done = [0, 0]
     for take in ((30, 20), (5, 1), (1, 7), *[(1, 1)] * 5, *[(1, 0)] * 9):
         some = sorted((i for i in (0, 1) if take[i]), key=lambda i: (take[i] > 1, -done[i]))
@@ -130,7 +132,7 @@ def test_packed_chunks_equal_single_ones(window: int | None, dtype: torch.dtype)
     torch.manual_seed(0)
     model = on_gpu("llama", dtype).module
     backend = choose_backend(CUDA, dtype, 8)
-    cache = model.new_cache(64, 16)
+    cache = model.kv_shape.new_cache(64, 16)
     cache.blocks.normal_()
     rows = [Span(3, 90, list(range(0, 6))), Span(0, 17, [20, 21]), Span(200, 5, list(range(30, 43)))]
     q = torch.randn(112, 6, 8, device=CUDA, dtype=dtype)
@@ -138,9 +140,9 @@ def test_packed_chunks_equal_single_ones(window: int | None, dtype: torch.dtype)
         build_metadata(rows, cache, windows=[window], backend=b).groups for b in (backend, SDPA)
     )
     assert len(packed) == 1 and isinstance(packed[0], PackedChunks)
-    out = packed[0].attend(q, cache.layer(0), scale=0.3, window=window)
+    out = packed[0].attend(q, cache.layers[0], scale=0.3, window=window)
     for group in single:
-        plain = group.attend(q[group.first : group.last], cache.layer(0), scale=0.3, window=window)
+        plain = group.attend(q[group.first : group.last], cache.layers[0], scale=0.3, window=window)
         torch.testing.assert_close(out[group.first : group.last], plain, rtol=2e-2, atol=2e-2)
 
 
@@ -150,10 +152,9 @@ def test_packed_chunks_equal_single_ones(window: int | None, dtype: torch.dtype)
 def test_the_kernel_equals_gathered_attention_over_thousands_of_tokens(
     dtype: torch.dtype, group: int, dim: int
 ) -> None:
-    from labkit.core.kv_cache import PagedKVCache
 
     torch.manual_seed(0)
-    cache = PagedKVCache(1, 700, 16, 2, dim, dtype=dtype, device=CUDA)
+    cache = KVShape(1, 2, dim, dtype, CUDA).new_cache(700, 16)
     cache.blocks.normal_()
     pages = torch.randperm(700).tolist()
     rows = [Span(6000, 1, pages[:376]), Span(4095, 1, pages[376:632]), Span(33, 1, pages[632:635])]
@@ -162,10 +163,10 @@ def test_the_kernel_equals_gathered_attention_over_thousands_of_tokens(
     lengths = torch.tensor([row.length for row in rows], device=CUDA)
     (gathered,) = SDPA.decode(0, rows, cache, [None, 300])
     for window in (None, 300):
-        plain = gathered.attend(q, cache.layer(0), scale=dim**-0.5, window=window)
+        plain = gathered.attend(q, cache.layers[0], scale=dim**-0.5, window=window)
         for splits in (1, 2, 64):
             decode = PagedDecode(0, 3, tables, lengths, splits)
-            out = decode.attend(q, cache.layer(0), scale=dim**-0.5, window=window)
+            out = decode.attend(q, cache.layers[0], scale=dim**-0.5, window=window)
             tolerance = 1e-4 if dtype == torch.float32 else 4e-3
             torch.testing.assert_close(out, plain, rtol=tolerance, atol=tolerance)
 

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit import EngineConfig
-from labkit.benchmark.engine.equality import teacher_forced
 from labkit.core.model import Transformer
 from labkit.engine import Engine
 from labkit.kernels import int8
-from labkit.models.load import LoadedModel, ModelError, load_model
+from labkit.models.architecture import build, shape_of
+from labkit.models.errors import ModelError
+from labkit.models.load import LoadedModel, load_model
+from labkit.models.teacher_forcing import teacher_forced
 from labkit.models.tiny import tiny_tokenizer
 from labkit.sampling_params import SamplingParams
 
@@ -26,15 +28,15 @@ if "fbgemm" in torch.backends.quantized.supported_engines:
     KERNELS.append(int8._Fbgemm)
 
 
-def build(family: str) -> Transformer:
+def plain(family: str) -> Transformer:
     model = reference(family)
-    return Transformer.from_tensors(model.config, model.state_dict().items(), dtype=torch.float32, device=CPU)
+    return build(model.config, model.state_dict().items(), dtype=torch.float32, device=CPU)
 
 
 def in_int8(family: str, kernel: int8.Kernel = int8._IntMM) -> Transformer:
-    tensors = int8.quantize(build(family))
+    tensors = int8.quantize(plain(family))
     return int8.from_quantized(
-        reference(family).config, tensors, dtype=torch.float32, device=CPU, kernel=kernel
+        shape_of(reference(family).config), tensors, dtype=torch.float32, device=CPU, kernel=kernel
     )
 
 
@@ -65,7 +67,7 @@ def test_rotations_are_orthogonal_and_leave_no_axis_alone(size: int) -> None:
 
 
 def test_a_rotated_model_computes_the_same(family: str) -> None:
-    model = build(family)
+    model = plain(family)
     int8.rotate(model)
     want = teacher_forced(loaded(family).module, TOKENS)
     torch.testing.assert_close(teacher_forced(model, TOKENS), want, rtol=1e-3, atol=1e-3)

@@ -7,18 +7,17 @@ import torch
 from conftest import loaded, reference
 from torch import nn
 
-from labkit.benchmark.engine.equality import teacher_forced
 from labkit.core.model import Transformer
 from labkit.kernels import packed_linear
+from labkit.models.architecture import build
+from labkit.models.teacher_forcing import teacher_forced
 
 TOKENS = list(range(50))
 
 
-def build(family: str, dtype: torch.dtype = torch.float32) -> Transformer:
+def plain(family: str, dtype: torch.dtype = torch.float32) -> Transformer:
     model = reference(family)
-    return Transformer.from_tensors(
-        model.config, model.state_dict().items(), dtype=dtype, device=torch.device("cpu")
-    )
+    return build(model.config, model.state_dict().items(), dtype=dtype, device=torch.device("cpu"))
 
 
 def assert_same(model: Transformer, family: str) -> None:
@@ -30,7 +29,7 @@ def assert_same(model: Transformer, family: str) -> None:
 
 @pytest.mark.parametrize("also_packed", [False, True])
 def test_split_projections_compute_the_same(family: str, also_packed: bool) -> None:
-    model = build(family)
+    model = plain(family)
     packed_linear.split(model)
     if also_packed and packed_linear.can_pack(model):
         packed_linear.pack(model)
@@ -40,7 +39,7 @@ def test_split_projections_compute_the_same(family: str, also_packed: bool) -> N
 
 
 def test_packed_weights_compute_the_same(family: str) -> None:
-    model = build(family)
+    model = plain(family)
     if not packed_linear.can_pack(model):
         pytest.skip("no oneDNN here")
     packed_linear.pack(model)
@@ -49,4 +48,4 @@ def test_packed_weights_compute_the_same(family: str) -> None:
 
 
 def test_half_precision_is_not_packed() -> None:
-    assert not packed_linear.can_pack(build("llama", torch.bfloat16))
+    assert not packed_linear.can_pack(plain("llama", torch.bfloat16))

@@ -74,6 +74,6 @@ def test_packed_chunks_hand_over_the_live_slots_of_each_row(
     assert isinstance(layout.groups[-1], PackedChunks)
     q = torch.randn(sum(row.num_queries for row in rows), 6, 8, device=DEVICE)
     chunk = layout.groups[-1]
-    out = chunk.attend(q[chunk.first :], cache.layer(0), scale=0.3, window=window)
+    out = chunk.attend(q[chunk.first :], cache.layers[0], scale=0.3, window=window)
     plain = reference_attention(q, cache, 0, rows, scale=0.3, window=window)[chunk.first :]
     torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)

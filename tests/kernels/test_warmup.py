@@ -91,3 +91,8 @@ def test_switches_that_cannot_be_had_are_refused() -> None:
     assert backend_for(other, EngineConfig()) is SDPA
     with pytest.raises(ValueError, match="for a model that transformers runs"):
         backend_for(other, EngineConfig(attention_backend="triton"))
+
+
+def test_a_cache_that_does_not_fit_says_how_much_it_needs() -> None:
+    with pytest.raises(ValueError, match=r"num_blocks=10000000000 needs [\d.]+ GiB for the KV cache"):
+        Engine(EngineConfig("tiny-random", num_blocks=10**10))

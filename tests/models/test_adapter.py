@@ -19,7 +19,8 @@ from labkit import LLM, Engine, EngineConfig, SamplingParams
 from labkit.core.attention import Span, build_metadata
 from labkit.kernels.gathered_sdpa import SDPA
 from labkit.models.adapter import adapt
-from labkit.models.load import LoadedModel, ModelError, load_model
+from labkit.models.errors import ModelError
+from labkit.models.load import LoadedModel, load_model
 from labkit.models.tiny import tiny_tokenizer
 
 MIXED = dict(sliding_window=12, layer_types=["sliding_attention", "full_attention"])
@@ -171,7 +172,7 @@ def test_tokens_of_more_families_equal_generate(kind: str) -> None:
 def test_scaled_and_capped_logits_are_those_of_the_model(kind: str) -> None:
     """Greedy tokens alone would not tell: they are the same at any scale."""
     module, tokens = loaded(kind).module, torch.tensor(random_prompts(8, 30)[0])
-    cache = module.new_cache(8, 4)
+    cache = module.kv_shape.new_cache(8, 4)
     layout = build_metadata([Span(0, 30, range(8))], cache, SDPA, windows=module.windows)
     logits = module.logits(module(tokens, torch.arange(30), cache, layout)[-3:])
     with torch.inference_mode():

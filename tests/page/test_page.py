@@ -351,9 +351,9 @@ MANY_CARDS = f"""() => {{
 def test_a_closed_page_listens_no_more(model: LoadedModel) -> None:
     with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=48))) as live:
         demo = app.launch(live, share=False, server_port=free_port(), quiet=True)
-        wait_for(lambda: len(live._listeners) == 2)
+        wait_for(lambda: len(live._subscriptions) == 2)
         demo.close(verbose=False)
-        wait_for(lambda: not live._listeners)
+        wait_for(lambda: not live._subscriptions)
 
 
 def test_the_first_look_a_broken_engine_and_a_server_that_is_gone(

@@ -66,12 +66,15 @@ def test_a_file_that_is_no_trace(tmp_path: Path, name: str) -> None:
 
 ROW = {"requests": ["a"], "kinds": "p", "starts": [0], "num_tokens": [4], "sampled": [[1]]}
 LINES: dict[str, tuple[list[Any], str]] = {
-    "no pages": ([step(**ROW)], "line 2: request 'a' computes token 3 but holds pages for 0 only"),
+    "no pages": ([step(**ROW)], "line 2: request 'a' computes token 3 but holds blocks for 0 only"),
     "a page of no pool": ([step(taken=[["a", [8]]])], "line 2: block 8 is outside the pool of 8"),
-    "more pages than there are": ([step(taken=[["a", [0] * 9]])], "line 2: more pages than the pool has (8)"),
+    "more pages than there are": (
+        [step(taken=[["a", [0] * 9]])],
+        "line 2: more blocks than the pool has (8)",
+    ),
     "bit by bit": (
         [step(i, taken=[["a", [0] * 3]]) for i in range(3)],
-        "line 4: a request holds more pages than the pool has (8)",
+        "line 4: a request holds more blocks than the pool has (8)",
     ),
     "steps go back": ([step(3), step(3)], "line 3: step 3 does not come after step 3"),
     "not a number": (['{"step": 0, "time": NaN}'], "line 2: time: nan is no time"),
@@ -81,7 +84,7 @@ LINES: dict[str, tuple[list[Any], str]] = {
     "digits": (['{"step": ' + "9" * 5000 + "}"], "line 2: not JSON"),
     "an unknown field": ([step(evil=1)], "line 2: unknown field 'evil'"),
     "a truncated line": (['{"step": 0, "requests": ["a"'], "line 2: not JSON"),
-    "a copy of nothing": ([step(copied=[["a", 0, 1]])], "line 2: copies a page that its request does not"),
+    "a copy of nothing": ([step(copied=[["a", 0, 1]])], "line 2: copies a block that its request does not"),
     "text for a number": ([step("0")], "line 2: step: unexpected value '0'"),
 }
 

@@ -1,4 +1,6 @@
-"""The engine on its own thread: many users, a clock, faults, and an end."""
+"""The engine on its own thread: many users, faults, and an end."""
+
+# ruff: noqa: F811 - the fixtures of another module are imported, and asked for by name
 
 from __future__ import annotations
 
@@ -6,93 +8,18 @@ import asyncio
 import contextlib
 import itertools
 import threading
-import time
-from collections.abc import Callable, Iterator
 
 import pytest
+from serving.threaded import PATIENCE, GatedEngine, drained, gated, last, live, model, solo, wait_for  # noqa: F401
 
 from labkit.config import EngineConfig
 from labkit.engine import Engine
-from labkit.models.load import LoadedModel, load_model
-from labkit.outputs import RequestOutput
+from labkit.models.load import LoadedModel
 from labkit.sampling_params import SamplingParams
+from labkit.serving.answer import Piece
 from labkit.serving.async_engine import AsyncEngine, EngineStoppedError
-from labkit.trace.pool_state import PoolState
-from labkit.trace.records import StepRecord
 
-PATIENCE = 60  # seconds until a test gives up; nothing is decided by it
 PROMPTS = ["The quick brown fox", "What is the capital of France?", "One, two, three", "hello world"]
-
-
-@pytest.fixture(scope="module")
-def model() -> LoadedModel:
-    return load_model("tiny-random", say=None)
-
-
-class GatedEngine(Engine):
-    """An engine whose steps wait until they are let through, and fail when told to."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config)
-        self.gate = threading.Semaphore(0)
-        self.in_step = threading.Event()
-        self.fault: Exception | None = None
-        self.looks = 0
-
-    @property
-    def has_unfinished(self) -> bool:
-        self.looks += 1
-        return super().has_unfinished
-
-    def step(self) -> StepRecord:
-        self.in_step.set()
-        assert self.gate.acquire(timeout=PATIENCE)
-        if self.fault:
-            raise self.fault
-        return super().step()
-
-
-@pytest.fixture
-def live(model: LoadedModel) -> Iterator[AsyncEngine]:
-    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=64))) as live:
-        yield live
-
-
-@pytest.fixture
-def gated(model: LoadedModel) -> Iterator[AsyncEngine]:
-    engine = GatedEngine(EngineConfig(model=model, num_blocks=64))
-    with AsyncEngine(engine) as live:
-        yield live
-        engine.gate.release(10_000)
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.002)
-
-
-def drained(live: AsyncEngine) -> None:
-    """Wait until the engine has obeyed every command handed in so far."""
-    done = threading.Event()
-    with live._changed:
-        live._inbox.append(done.set)
-        live._changed.notify_all()
-    assert done.wait(PATIENCE)
-
-
-def last(stream: Iterator[RequestOutput]) -> RequestOutput:
-    *_, final = stream
-    return final
-
-
-def solo(model: LoadedModel, prompt: str, params: SamplingParams) -> list[int]:
-    engine = Engine(EngineConfig(model=model, num_blocks=64))
-    request_id = engine.add_request(prompt, params)
-    while engine.has_unfinished:
-        engine.step()
-    return engine.outputs[request_id].token_ids
 
 
 # -- requests -------------------------------------------------------------------------------------
@@ -217,6 +144,27 @@ def test_abort(gated: AsyncEngine) -> None:
     assert not gated.abort(request_id) and not gated.abort("nobody")
 
 
+def test_a_family_is_ended_and_forgotten_together(model: LoadedModel) -> None:
+    several = SamplingParams(max_tokens=60, n=3, temperature=1.0, seed=1, ignore_eos=True)
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=64)), keep_finished=1) as live:
+        live.pause()
+        name = live.submit("hello", several)
+        assert live.abort(f"{name}.1")  # one of them alone
+        live.single_step()
+        wait_for(lambda: live.output(f"{name}.1").finished)
+        live.resume()
+        last(live.stream(live.submit("world", SamplingParams(max_tokens=2))))
+        last(live.stream(live.submit("again", SamplingParams(max_tokens=2))))
+        assert live.output(f"{name}.1").finish_reason == "abort"  # finished long ago, but not the others
+        live.abort(name)
+        wait_for(lambda: live.num_unfinished == 0)
+        last(live.stream(live.submit("the last", SamplingParams(max_tokens=2))))
+        for member in (name, f"{name}.1", f"{name}.2"):
+            with pytest.raises(KeyError):
+                live.output(member)
+        assert not live.abort(name)
+
+
 def test_abort_of_a_request_that_has_not_been_seen_yet(gated: AsyncEngine) -> None:
     gated.submit("hello", SamplingParams(max_tokens=2))
     assert gated.engine.in_step.wait(PATIENCE)
@@ -276,8 +224,9 @@ def test_coroutines(live: AsyncEngine, model: LoadedModel) -> None:
 
     async def user(prompt: str) -> list[int]:
         tokens: list[int] = []
-        async for shot in live.astream(live.submit(prompt, params)):
-            tokens = shot.token_ids
+        async for number, piece in live.follow(live.start(live.engine.make_request(prompt, params))):
+            assert number == 0
+            tokens += piece.token_ids
         return tokens
 
     async def everybody() -> list[list[int]]:
@@ -286,22 +235,76 @@ def test_coroutines(live: AsyncEngine, model: LoadedModel) -> None:
     assert asyncio.run(everybody()) == [solo(model, prompt, params) for prompt in PROMPTS] * 5
 
 
+def test_the_pieces_of_several_answers_are_the_answers(live: AsyncEngine) -> None:
+    params = SamplingParams(max_tokens=12, n=3, temperature=1.0, seed=1, logprobs=2)
+    requests = [live.engine.make_request(prompt, params) for prompt in PROMPTS[:2]]
+    answers = [answer for request in requests for answer in live.start(request)]
+    pieces: dict[int, list[Piece]] = {number: [] for number in range(6)}
+
+    async def read() -> None:
+        async for number, piece in live.follow(answers):
+            pieces[number].append(piece)
+
+    asyncio.run(read())
+    for number, answer in enumerate(answers):
+        output, mine = answer.output, pieces[number]
+        assert output.finished and [piece.finish_reason for piece in mine if piece.finish_reason] == [
+            "length"
+        ]
+        assert "".join(piece.text for piece in mine) == output.text
+        assert [token for piece in mine for token in piece.token_ids] == output.token_ids
+        assert [entry for piece in mine for entry in piece.logprobs] == output.logprobs
+        starts = itertools.accumulate((len(piece.text) for piece in mine[:-1]), initial=0)
+        assert [piece.start for piece in mine] == list(starts)
+
+
+def test_a_slow_coroutine_gets_larger_pieces(gated: AsyncEngine) -> None:
+    answers = gated.start(gated.engine.make_request("hello", SamplingParams(max_tokens=9)))
+
+    async def read() -> list[int]:
+        sizes = []
+        gated.engine.gate.release(1)
+        async for _, piece in gated.follow(answers):
+            sizes.append(len(piece.token_ids))
+            gated.engine.gate.release(100)
+            wait_for(lambda: answers[0].finished)  # in the way of the event loop, and of no step
+        return sizes
+
+    assert asyncio.run(read()) == [1, 8]
+
+
+def test_a_coroutine_waits_no_longer_than_it_says(gated: AsyncEngine) -> None:
+    answers = gated.start(gated.engine.make_request("hello", SamplingParams(max_tokens=5)))
+
+    async def read() -> None:
+        async for _ in gated.follow(answers, seconds=0.05):
+            pass
+
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(read())
+    assert not answers[0].wakers and not answers[0].finished
+
+
 def test_a_coroutine_that_is_cancelled_and_a_loop_that_is_gone(gated: AsyncEngine) -> None:
-    request_id = gated.submit("hello", SamplingParams(max_tokens=5))
+    answers = gated.start(gated.engine.make_request("hello", SamplingParams(max_tokens=5)))
 
     async def leave() -> None:
-        stream = gated.astream(request_id)
-        await anext(stream)
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(anext(stream), 0.01)  # no news: the gate is shut
+            await asyncio.wait_for(anext(gated.follow(answers)), 0.01)  # no news: the gate is shut
 
     asyncio.run(leave())
+    assert not answers[0].wakers
+    loop = asyncio.new_event_loop()
+    abandoned = loop.create_task(anext(gated.follow(answers)))
+    loop.run_until_complete(asyncio.sleep(0.01))
+    loop.close()
+    assert len(answers[0].wakers) == 1 and not abandoned.done()
     gated.engine.gate.release(100)
-    assert last(gated.stream(request_id)).finish_reason == "length"
+    assert last(gated.stream(answers[0].output.request_id)).finish_reason == "length"
     assert gated.failure is None
 
 
-@pytest.mark.parametrize("method", ["stream", "astream", "output"])
+@pytest.mark.parametrize("method", ["stream", "progress", "output"])
 def test_an_unknown_id(live: AsyncEngine, method: str) -> None:
     with pytest.raises(KeyError, match="no request 'nobody'"):
         getattr(live, method)("nobody")
@@ -317,171 +320,6 @@ def test_old_answers_are_forgotten(model: LoadedModel) -> None:
         with pytest.raises(KeyError):
             live.output(ids[0])
         assert live.output(ids[3]).finished
-
-
-# -- the clock ------------------------------------------------------------------------------------
-
-
-def test_pause_step_and_resume(live: AsyncEngine) -> None:
-    live.pause()
-    request_id = live.submit("hello", SamplingParams(max_tokens=5))
-    drained(live)
-    assert live.paused and live.records() == ()
-    for done in (1, 2, 3):
-        live.single_step()
-        wait_for(lambda done=done: len(live.records()) == done)
-        drained(live)
-        assert len(live.records()) == done
-    live.resume()
-    assert last(live.stream(request_id)).finish_reason == "length"
-    assert not live.paused
-
-
-def test_a_step_asked_for_in_vain_is_not_owed(live: AsyncEngine) -> None:
-    live.single_step()
-    drained(live)
-    wait_for(lambda: live._steps_wanted == 0)
-    live.submit("hello")
-    drained(live)
-    drained(live)
-    assert live.records() == ()
-
-
-def test_single_step_pauses(gated: AsyncEngine) -> None:
-    request_id = gated.submit("hello", SamplingParams(max_tokens=5))
-    assert gated.engine.in_step.wait(PATIENCE)
-    gated.single_step()
-    gated.engine.gate.release(100)
-    wait_for(lambda: len(gated.records()) == 2)  # the one it was in, and the one asked for
-    drained(gated)
-    assert gated.paused and len(gated.records()) == 2
-    gated.resume()
-    last(gated.stream(request_id))
-
-
-def test_speed_is_never_exceeded(live: AsyncEngine) -> None:
-    live.speed = 100
-    begin = time.perf_counter()
-    last(live.stream(live.submit("hello", SamplingParams(max_tokens=11))))
-    assert time.perf_counter() - begin >= 10 / 100
-    live.speed = 0.01  # a hundred seconds from step to step: but only for as long as it is wanted
-    request_id = live.submit("hello", SamplingParams(max_tokens=5))
-    drained(live)
-    assert live.output(request_id).token_ids == []
-    live.speed = 1e6
-    assert last(live.stream(request_id)).finish_reason == "length"
-    live.speed = None
-    assert live.speed is None
-
-
-@pytest.mark.parametrize("speed", [0, -1, float("nan"), "fast"])
-def test_a_speed_that_cannot_be(live: AsyncEngine, speed: object) -> None:
-    with pytest.raises(ValueError, match="speed must be"):
-        live.speed = speed  # type: ignore[assignment]
-
-
-def test_while_paused_the_next_step_is_known(live: AsyncEngine) -> None:
-    live.pause()
-    assert live.preview is None
-    first = live.submit("hello", SamplingParams(max_tokens=4))
-    wait_for(lambda: live.preview)
-    assert live.preview.requests == (first,) and live.preview.kinds == "p" and live.records() == ()
-    second = live.submit("world", SamplingParams(max_tokens=4))
-    wait_for(lambda: live.preview and len(live.preview.requests) == 2)
-    for step in range(3):
-        foreseen = live.preview
-        live.single_step()
-        wait_for(lambda step=step: len(live.records()) > step)
-        record = live.records()[step]
-        assert (foreseen.step, foreseen.requests, foreseen.num_tokens) == (
-            step,
-            (first, second),
-            record.num_tokens,
-        )
-        wait_for(lambda step=step: live.preview and live.preview.step == step + 1)
-    live.abort(first)
-    wait_for(lambda: live.preview and live.preview.requests == (second,))
-    assert [finish.reason for finish in live.preview.finished] == ["abort"]
-    live.resume()
-    assert live.preview is None
-    last(live.stream(second))
-
-
-def test_a_scheduler_that_cannot_plan_ahead_is_let_be(live: AsyncEngine) -> None:
-    def fail() -> None:
-        raise RuntimeError("not now")
-
-    live.engine.preview = fail  # type: ignore[method-assign]
-    live.pause()
-    request_id = live.submit("hello", SamplingParams(max_tokens=2))
-    drained(live)
-    assert live.preview is None
-    live.resume()
-    assert last(live.stream(request_id)).finish_reason == "length" and live.failure is None
-
-
-def test_an_idle_engine_sleeps(gated: AsyncEngine) -> None:
-    drained(gated)
-    wait_for(lambda: gated.engine.looks)
-    looks = gated.engine.looks
-    time.sleep(0.2)
-    assert gated.engine.looks <= looks + 2
-
-
-# -- records --------------------------------------------------------------------------------------
-
-
-def test_records_and_listeners(live: AsyncEngine) -> None:
-    last(live.stream(live.submit("hello", SamplingParams(max_tokens=4))))
-    heard: list[StepRecord] = []
-    live.listen(heard.append)
-    last(live.stream(live.submit("hello", SamplingParams(max_tokens=4))))
-    wait_for(lambda: len(heard) == len(live.engine.trace))
-    assert tuple(heard) == live.records() == tuple(live.engine.trace.records)
-    assert [record.step for record in live.records(after=5)] == [record.step for record in heard[6:]]
-    assert live.records(after=10_000) == ()
-
-
-def test_whoever_stops_listening_hears_no_more(live: AsyncEngine) -> None:
-    heard: list[StepRecord] = []
-    begun = threading.Event()
-    stops = [live.listen(heard.append), live.listen(lambda _: begun.set()), live.listen(heard.append)]
-    drained(live)
-    stops[0]()
-    last(live.stream(live.submit("hello", SamplingParams(max_tokens=4))))
-    wait_for(lambda: len(heard) == 4)  # of the two that look alike, the other still listens
-    assert begun.is_set()
-    for stop in stops:
-        stop()
-        stop()  # a second time does nothing
-    last(live.stream(live.submit("hello", SamplingParams(max_tokens=4))))
-    drained(live)
-    assert len(heard) == 4 and live._listeners == []
-
-
-def test_a_listener_may_ask_for_the_latest_steps_only(live: AsyncEngine) -> None:
-    for _ in range(3):
-        last(live.stream(live.submit("hello " * 20, SamplingParams(max_tokens=4))))
-    live.pause()
-    live.submit("hello " * 20, SamplingParams(max_tokens=9))
-    for step in range(12, 17):
-        live.single_step()
-        wait_for(lambda step=step: live.records(after=step - 1))
-    heard: list[StepRecord] = []
-    live.listen(heard.append, last=2)
-    drained(live)
-    assert tuple(heard[1:]) == live.records(after=14) and heard[0].step == 14
-    state, whole = PoolState(16), live.engine.trace.state(16, after=True)
-    for record in heard:
-        state.begin(record)
-        state.end(record)
-    assert whole.tables and whole.cached
-    assert (state.tables, state.computed, state.cached) == (whole.tables, whole.computed, whole.cached)
-    everything: list[StepRecord] = []
-    live.listen(everything.append, last=17)
-    drained(live)
-    assert tuple(everything) == live.records()
-    live.resume()
 
 
 def test_unfinished(gated: AsyncEngine) -> None:
@@ -503,18 +341,6 @@ def test_progress_is_the_output_in_short(gated: AsyncEngine) -> None:
     assert gated.progress(request_id) == expected
     with pytest.raises(KeyError, match="no request 'nobody'"):
         gated.progress("nobody")
-
-
-def test_a_listener_that_fails_is_let_go(live: AsyncEngine) -> None:
-    calls: list[int] = []
-
-    def bad(record: StepRecord) -> None:
-        calls.append(record.step)
-        raise RuntimeError("listener broke")
-
-    live.listen(bad)
-    assert last(live.stream(live.submit("hello", SamplingParams(max_tokens=4)))).finish_reason == "length"
-    assert calls == [0] and live.failure is None
 
 
 # -- faults and the end ---------------------------------------------------------------------------

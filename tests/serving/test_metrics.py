@@ -92,16 +92,16 @@ def test_metrics_equal_a_count_of_the_trace() -> None:
     assert got["kv_cache_usage_perc", ""] == 0
 
 
-def test_whoever_comes_late_counts_what_the_trace_holds() -> None:
+def test_late_metrics_count_what_the_trace_holds() -> None:
     early, late = Metrics("tiny-random"), Metrics("tiny-random")
     with AsyncEngine(Engine(EngineConfig(model="tiny-random", num_blocks=64, block_size=4))) as live:
         early.follow(live)
         early.follow(live)  # twice is once
         run(live)
-        heard = threading.Event()
+        told = threading.Event()
         late.follow(live)
-        live.listen(lambda record: heard.set())  # told in turn: when this one hears, the other has heard
-        assert heard.wait(20)
+        live.subscribe(lambda record: told.set())  # one after the other: then the other has been told, too
+        assert told.wait(20)
     ours, theirs = values_of(early), values_of(late)
     same = [key for key in ours if not key[0].endswith(("_created", "_sum", "_bucket"))]
     assert {key: ours[key] for key in same} == {key: theirs[key] for key in same}

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,16 +20,16 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from serving.api_server import MODEL, free_port
 
 from labkit import LLM, Engine, EngineConfig, SamplingParams
 from labkit.serving import scale
 from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.cli import StartError
 
-MODEL = "tiny-random"
 SIZES = {"num_blocks": 1024, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 64}
 PROMPTS = [f"the {word} of these words is a word" for word in ("first", "second", "third", "last")]
-LONG = 1800  # tokens: much longer than it takes to kill somebody
+LONG = 1800  # tokens: much longer than it takes to kill an engine
 
 
 # Ray's own.
@@ -104,7 +103,7 @@ def test_an_engine_that_failed_is_unhealthy() -> None:
 
     with AsyncEngine(Engine(EngineConfig(model=MODEL, **SIZES))) as live:
         replica = _Replica()
-        replica.app = SimpleNamespace(state=SimpleNamespace(server=SimpleNamespace(engine=lambda: live)))
+        replica.app = SimpleNamespace(state=SimpleNamespace(handler=SimpleNamespace(engine=lambda: live)))
         replica.check_health()
         live.engine.step = fail  # type: ignore[method-assign]
         *_, output = live.stream(live.submit("words", SamplingParams(max_tokens=4)))
@@ -219,9 +218,7 @@ def alone() -> Callable[[str, int], str]:
 @contextlib.contextmanager
 def started(folder: str, *, tries: int = 2) -> Iterator[Scaled]:
     """The program, ready. Ray's own processes have half a minute to start, so it gets a second try."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "labkit.scale", "--model", MODEL, "--port", str(port)]
     command += ["--replicas", "2", "--threads", "1", "--routing", "session", "--drain-seconds", "60"]
     for name, value in SIZES.items():
@@ -246,7 +243,7 @@ def started(folder: str, *, tries: int = 2) -> Iterator[Scaled]:
 @pytest.fixture(scope="module")
 def scaled() -> Iterator[Scaled]:
     pytest.importorskip("ray")
-    folder = tempfile.mkdtemp(prefix="ray")  # a short path, for Ray puts sockets there
+    folder = tempfile.mkdtemp(prefix="ray")  # a short path, because Ray puts sockets there
     with started(folder) as scaled:
         yield scaled
     shutil.rmtree(folder, ignore_errors=True)
@@ -341,7 +338,7 @@ def test_a_killed_engine_costs_its_own_streams_and_is_replaced(
 
 
 def right(scaled: Scaled, session: str, alone: Callable[[str, int], str]) -> bool:
-    """Whether an answer comes, which must be right. Ray may need a moment to see that somebody is dead."""
+    """Whether an answer comes, which must be right. Ray may need a moment to see that a replica is dead."""
     try:
         answer = scaled.post(session, prompt=PROMPTS[0])
     except httpx.HTTPError:

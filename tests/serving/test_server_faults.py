@@ -12,23 +12,24 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from serving import MODEL, Served, served
+from serving import api_server
+from serving.api_server import Served, served
 
 from labkit.core.block_pool import BlockPool, InvariantError, OutOfBlocks
-from labkit.sampling_params import SamplingParams
-from labkit.serving.handler import Job, Options
-from labkit.serving.schema import CompletionAsked, CompletionFormat
+from labkit.serving.handler import Options
+from labkit.serving.schema import CompletionBody
+from labkit.serving.stream import CompletionFormat
+
+LENGTH = {"max_tokens": 12, "ignore_eos": True}
 
 
 def ask(prompt: str = "a b", **fields: Any) -> dict[str, Any]:
-    return {"model": MODEL, "prompt": prompt, "temperature": 0, "max_tokens": 12, "ignore_eos": True} | fields
+    return api_server.ask(prompt=prompt, **LENGTH, **fields)
 
 
 def solo(site: Served, prompt: str) -> str:
     """What the engine itself answers to `ask(prompt)`."""
-    name = site.live.submit(prompt, SamplingParams(max_tokens=12, ignore_eos=True))
-    *_, output = site.live.stream(name)
-    return output.text
+    return api_server.solo(site, prompt, **LENGTH).text
 
 
 @contextlib.contextmanager
@@ -135,7 +136,7 @@ def test_a_broken_pool_stops_the_engine_and_everybody_hears_of_it(monkeypatch: p
         assert (health.status_code, health.json()["status"]) == (503, "failed")
         answer = httpx.post(f"{site.url}/v1/completions", json=ask(), timeout=30)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_stopped")
-        assert not site.server.busy
+        assert not site.handler.busy
 
 
 def test_an_answer_that_takes_too_long_ends_in_mid_stream() -> None:
@@ -152,29 +153,32 @@ def test_an_answer_that_takes_too_long_ends_in_mid_stream() -> None:
 
 def test_a_client_that_leaves_as_news_comes_is_not_followed_to_the_end() -> None:
     """`asyncio.wait_for` before Python 3.12 loses a cancellation that comes together with the result."""
-    heard: list[int] = []
+    told: list[int] = []
 
     async def leave_as_news_comes(site: Served) -> None:
-        asked = CompletionAsked.model_validate(ask())
-        written = CompletionFormat("id", MODEL, 0, None)
-        job = Job("", asked, ["a b"], [""], written, False, time.perf_counter())
-        live = await site.server.take(job, max_tokens=12, logprobs=None)
+        handler, live = site.handler, site.live
+        call = await handler.start(CompletionBody.model_validate(ask()), "", CompletionFormat)
 
         async def listen() -> None:
-            async for _, output in site.server.follow(live, job):
-                heard.append(len(output.token_ids))
+            async for _, piece in handler.follow(call):
+                told.append(len(piece.token_ids))
 
-        before = asyncio.all_tasks()
+        def step() -> None:  # in the way of the event loop, which finds the news and the end together
+            before = call.answers[0].num_tokens
+            live.single_step()
+            while call.answers[0].num_tokens == before:
+                time.sleep(0.001)
+
         listening = asyncio.create_task(listen())
-        while not heard:
+        step()
+        while not told:
             await asyncio.sleep(0)
         await asyncio.sleep(0)
-        (waiting,) = asyncio.all_tasks() - before - {listening}
-        waiting.add_done_callback(lambda _: listening.cancel())
-        live.single_step()
+        step()
+        asyncio.get_running_loop().call_soon(listening.cancel)
         await asyncio.wait({listening}, timeout=30)
-        assert listening.cancelled()
-        site.server.let_go(live, job)
+        assert listening.cancelled() and told == [1]
+        await handler.finish(call)
 
     with served() as site:
         site.live.pause()

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from serving import MODEL, Served, served
+from serving.api_server import MODEL, Served, served
 
 from labkit.serving.handler import Options
 from labkit.serving.limits import Limits
-from labkit.serving.schema import ChatAsked, CompletionAsked
+from labkit.serving.schema import ChatBody, CompletionBody
 
 EMOJI = "🙂"
 PATHS = {
@@ -238,22 +238,22 @@ def test_a_server_of_short_answers_serves_who_asks_for_no_length(web: httpx.Clie
 
 
 @pytest.mark.parametrize(
-    ("body", "asked"),
+    ("fields", "body"),
     [
-        ({"prompt": [1.5] * 9999}, CompletionAsked),
-        ({"prompt": [[1.5] * 99] * 99}, CompletionAsked),
-        ({"prompt": "", "stop": [1] * 9999}, CompletionAsked),
-        ({"prompt": "", "stop_token_ids": [-1] * 9999}, CompletionAsked),
-        ({"prompt": "", "logit_bias": {str(i): "x" for i in range(9999)}}, CompletionAsked),
-        ({"messages": [1] * 9999}, ChatAsked),
-        ({"messages": [{"role": "user", "content": [1] * 9999}]}, ChatAsked),
+        ({"prompt": [1.5] * 9999}, CompletionBody),
+        ({"prompt": [[1.5] * 99] * 99}, CompletionBody),
+        ({"prompt": "", "stop": [1] * 9999}, CompletionBody),
+        ({"prompt": "", "stop_token_ids": [-1] * 9999}, CompletionBody),
+        ({"prompt": "", "logit_bias": {str(i): "x" for i in range(9999)}}, CompletionBody),
+        ({"messages": [1] * 9999}, ChatBody),
+        ({"messages": [{"role": "user", "content": [1] * 9999}]}, ChatBody),
     ],
 )
-def test_a_million_mistakes_are_not_described_one_by_one(body: dict[str, Any], asked: type) -> None:
+def test_a_million_mistakes_are_not_described_one_by_one(fields: dict[str, Any], body: type) -> None:
     try:
-        value = asked.model_validate({"model": MODEL} | body)
+        value = body.model_validate({"model": MODEL} | fields)
         with pytest.raises(ValueError, match="logit_bias"):
-            value.params(max_tokens=1, logprobs=None)
+            value.sampling_params(1)
     except ValidationError as error:
         assert error.error_count() <= 8
 
@@ -372,7 +372,7 @@ RAW = {
 
 @pytest.mark.parametrize("case", RAW)
 def test_requests_that_are_none(site: Served, web: httpx.Client, case: str) -> None:
-    """An answer, or a closed door; and whoever comes next is served."""
+    """An answer, or a closed connection; and the next client is served."""
     host, port = site.url.removeprefix("http://").split(":")
     received = b""
     with socket.create_connection((host, int(port)), timeout=60) as connection:

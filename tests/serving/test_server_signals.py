@@ -14,22 +14,16 @@ from typing import Any
 
 import httpx
 import pytest
+from serving.api_server import MODEL, free_port
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120  # seconds until a test gives up; nothing is decided by it
-MODEL = "tiny-random"
 # With one seat, minutes of work: it never ends while a test looks on.
 LONG = {"max_tokens": 1900, "n": 64, "temperature": 1, "ignore_eos": True}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @contextlib.contextmanager
-def serving(port: int, *options: str) -> Iterator[subprocess.Popen[str]]:
+def server(port: int, *options: str) -> Iterator[subprocess.Popen[str]]:
     """The process, once it listens."""
     command = [sys.executable, "-m", "labkit.server", "--model", MODEL, "--port", str(port), *options]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -62,7 +56,7 @@ def streaming(port: int, **fields: Any) -> Iterator[Iterator[str]]:
 
 
 def until_draining(port: int) -> None:
-    """Wait until the server says to whoever comes that it stops."""
+    """Wait until the server tells new clients that it stops."""
     while True:
         answer = httpx.get(f"http://127.0.0.1:{port}/health", timeout=PATIENCE)
         if answer.status_code == 503:
@@ -72,7 +66,7 @@ def until_draining(port: int) -> None:
 
 def test_told_to_stop_it_ends_what_it_has_begun_and_takes_nothing_new() -> None:
     port = free_port()
-    with serving(port, "--drain-seconds", "3600") as process, socket.socket() as slow:
+    with server(port, "--drain-seconds", "3600") as process, socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # its stream cannot end before it is read
         slow.connect(("127.0.0.1", port))
         slow.settimeout(PATIENCE)
@@ -106,7 +100,7 @@ def test_told_to_stop_it_ends_what_it_has_begun_and_takes_nothing_new() -> None:
 
 def test_what_does_not_end_in_time_ends_with_an_error() -> None:
     port = free_port()
-    with serving(port, "--drain-seconds", "0.5", "--max-num-seqs", "1") as process:
+    with server(port, "--drain-seconds", "0.5", "--max-num-seqs", "1") as process:
         with streaming(port, **LONG) as lines:
             process.send_signal(signal.SIGTERM)
             *_, last, done = lines
@@ -119,7 +113,7 @@ def test_what_does_not_end_in_time_ends_with_an_error() -> None:
 def test_told_twice_it_ends_at_once() -> None:
     port = free_port()
     with (
-        serving(port, "--drain-seconds", "3600", "--max-num-seqs", "1") as process,
+        server(port, "--drain-seconds", "3600", "--max-num-seqs", "1") as process,
         streaming(port, **LONG) as lines,
     ):
         process.send_signal(signal.SIGTERM)
@@ -133,11 +127,11 @@ def test_told_twice_it_ends_at_once() -> None:
 
 def test_killed_in_mid_stream_it_can_start_again_at_the_same_port() -> None:
     port = free_port()
-    with serving(port, "--max-num-seqs", "1") as process, streaming(port, **LONG) as lines:
+    with server(port, "--max-num-seqs", "1") as process, streaming(port, **LONG) as lines:
         process.kill()
         with pytest.raises(httpx.TransportError):  # and not an answer that looks complete
             list(lines)
-    with serving(port) as process:
+    with server(port) as process:
         answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body(), timeout=PATIENCE)
         assert answer.status_code == 200
         process.send_signal(signal.SIGINT)  # with nothing under way it ends by itself

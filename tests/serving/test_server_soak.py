@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from serving import MODEL, Served, served
+from serving.api_server import MODEL, Served, served
 
 from labkit.config import EngineConfig
 from labkit.core.request import answer_ids
@@ -221,7 +221,7 @@ def test_two_thousand_calls_leave_nothing_behind() -> None:
     sizes = {"max_model_len": 120, "num_blocks": 160, "max_num_seqs": 16, "max_trace_steps": 1}
     loops: set[asyncio.AbstractEventLoop] = set()
     with served(options, **sizes) as site:
-        site.server.file = lambda *_: loops.add(asyncio.get_running_loop())
+        site.handler.on_request = lambda *_: loops.add(asyncio.get_running_loop())
         clients = Clients(site, seed=7)
         objects = []
         for _ in range(ROUNDS):

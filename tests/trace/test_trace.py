@@ -85,7 +85,7 @@ def test_rows_and_state_during_and_after_a_step() -> None:
     assert (first.total_tokens, first.total_sampled) == (6, 1)
 
 
-def test_shared_pages_have_several_owners() -> None:
+def test_shared_blocks_have_several_owners() -> None:
     bench = Bench(blocks=10, size=4)
     prompt = list(range(9))
     bench.add(prompt, 3)
@@ -98,7 +98,7 @@ def test_shared_pages_have_several_owners() -> None:
     assert Bench().trace.prefix_hit_rate is None
 
 
-def test_pages_of_an_aborted_request_can_be_taken_in_the_same_step() -> None:
+def test_blocks_of_an_aborted_request_can_be_taken_in_the_same_step() -> None:
     bench = Bench(blocks=6, size=2, caching=False)
     bench.add(4, 4)
     bench.step()
@@ -197,16 +197,19 @@ RUN = '"requests":["a"],"kinds":"p","starts":[0],"num_tokens":[2],"sampled":[[1]
         ([HEAD, '{"step":0,"taken":[["a"]]}'], "line 2: .*blocks"),
         ([HEAD, '{"step":0,"taken":7}'], "line 2: taken: expected a list, found 7"),
         ([HEAD, '{"step":0,"blocked":["a"]}'], "line 2: "),
-        ([HEAD, '{"step":0,' + RUN + "}"], "line 2: request 'a' computes token 1 but holds pages for 0 only"),
+        (
+            [HEAD, '{"step":0,' + RUN + "}"],
+            "line 2: request 'a' computes token 1 but holds blocks for 0 only",
+        ),
         ([HEAD, '{"step":0,' + RUN.replace('"p"', '"z"') + "}"], "kinds must be made of the letters"),
-        ([HEAD, '{"step":0,"copied":[["a",0,1]]}'], "line 2: copies a page that its request does not hold"),
+        ([HEAD, '{"step":0,"copied":[["a",0,1]]}'], "line 2: copies a block that its request does not hold"),
         ([HEAD, '{"step":0,"waiting":-1}'], "line 2: a count is negative"),
         ([HEAD, '{"step":0,' + RUN + ',"drafted":[]' + ',"padding":[1,2]}'], "padding must have one entry"),
         ([HEAD, '{"step":0,' + RUN + ',"drafted":[[1],[2]]}'], "drafted must have one entry per request"),
         ([HEAD, '{"step":0,' + RUN.replace("[[1]]", "[[1,2,3]]") + ',"drafted":[[1]]}'], "sampled more than"),
         (
             [HEAD, '{"step":0,"taken":[["a",[0]]],"returned":[["a",[1]]],' + RUN + "}"],
-            "line 2: request 'a' returns pages that do not end its table",
+            "line 2: request 'a' returns blocks that do not end its table",
         ),
         ([HEAD, "[" * 100_000], "line 2: not JSON"),
     ],

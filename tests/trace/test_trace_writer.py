@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,31 @@ from labkit.models.load import load_model
 from labkit.page.session import Lab
 from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine
+from labkit.trace.records import StepRecord, TraceMeta
 from labkit.trace.trace import Trace
+from labkit.trace.writer import TraceWriters
+
+
+def test_what_is_told_is_written_until_it_is_closed(tmp_path: Path) -> None:
+    listeners: list[Callable[[StepRecord], None]] = []
+
+    def subscribe(listener: Callable[[StepRecord], None]) -> Callable[[], None]:
+        listeners.append(listener)
+        return lambda: listeners.remove(listener)
+
+    writers = TraceWriters(tmp_path / "run.jsonl")
+    for blocks in (4, 8):
+        meta = TraceMeta(blocks, 2, 1, 8)
+        path = writers.follow(meta, subscribe)
+        (write,) = listeners  # of the engine before there is no listener any more
+        for step in range(3):
+            write(StepRecord(step))
+        assert len(listeners) == 1
+    writers.close()
+    write(StepRecord(3))
+    assert not listeners and path.name == "run-2.jsonl"
+    assert Trace.load(path) == Trace(meta, map(StepRecord, range(3)))
+    assert Trace.load(tmp_path / "run.jsonl").meta.num_blocks == 4
 
 
 def run(lab: Lab, max_tokens: int) -> None:

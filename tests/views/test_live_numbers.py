@@ -5,7 +5,7 @@ from __future__ import annotations
 from labkit.trace.pool_state import PoolState
 from labkit.trace.records import Admission, Arrival, Blocks, Finish, StepRecord
 from labkit.views.events import events_of
-from labkit.views.live_numbers import LATEST_GAPS, LATEST_REQUESTS, Numbers, wasted_slots
+from labkit.views.live_numbers import LATEST_GAPS, LATEST_REQUESTS, Numbers
 
 STEPS = [
     StepRecord(
@@ -66,16 +66,6 @@ def test_memory_is_bounded() -> None:
         len(numbers._ttft) == len(numbers._looked_up) == LATEST_REQUESTS and len(numbers._itl) == LATEST_GAPS
     )
     assert not numbers._arrived and not numbers._latest
-
-
-def test_waste_is_what_is_held_and_empty() -> None:
-    state = PoolState(4)
-    state.tables = {"a": [0, 1, 2], "b": [0, 3], "c": [4, 5]}
-    state.computed = {"a": 9, "b": 5, "c": 0}
-    assert wasted_slots(state) == 3 + 3 + 8
-    state.tables["d"], state.computed["d"] = [0, 1, 2], 10  # a fork of a, one token ahead in the same page
-    assert wasted_slots(state) == 2 + 3 + 8
-    assert wasted_slots(PoolState(4)) == 0
 
 
 def test_the_log_tells_all_that_happened_in_order() -> None:

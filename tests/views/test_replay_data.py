@@ -8,6 +8,7 @@ import json
 import pytest
 from hypothesis import given, settings
 
+from labkit.trace.memory_use import memory_uses
 from labkit.trace.trace import Trace
 from labkit.views import replay_data
 from labkit.views.facts.pool_blocks import blocks_of
@@ -109,10 +110,10 @@ def test_never_more_frames_than_asked_or_held() -> None:
 
 def test_a_huge_trace_is_looked_at_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = busy()
-    exact = replay_data.usage_of(trace)
+    exact = memory_uses(trace)
     monkeypatch.setattr(replay_data, "_MAX_WORK", len(trace) * trace.meta.num_blocks // 2)
     owned = replay_data.pack(trace)["steps"]["owned"]
-    assert owned == [exact[place - place % 3][0] for place in range(len(trace))]
+    assert owned == [exact[place - place % 3].owned for place in range(len(trace))]
 
 
 def test_an_empty_trace() -> None:

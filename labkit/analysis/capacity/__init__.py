@@ -1,13 +1,14 @@
-"""What a machine, or many, can serve: a price for each step, and the real scheduler against that clock.
+"""What a machine, or many, can serve: a clock says what each step takes, and the real scheduler runs on it.
 
-`fit` takes a clock from a trace, `Roofline` one from a data sheet; `replay` sends a workload through the
+`fit` takes a clock from a trace, `Roofline` one from a data sheet. `replay` sends a workload through the
 scheduler and the block pool, and says what its users would have seen. No torch.
 """
 
-from labkit.analysis.capacity.clock import TERMS, Clock, FittedClock, StepWork, fit
+from labkit.analysis.capacity.clock import TERMS, Clock, FittedClock, Roofline, fit
 from labkit.analysis.capacity.replay import ROUTERS, Demand, Replay, Router, draw_demands, replay
 from labkit.analysis.capacity.replica import Replica, Settings
-from labkit.analysis.capacity.roofline import GPUS, MODELS, Gpu, ModelSize, Roofline
+from labkit.analysis.devices import GPUS, Gpu
+from labkit.analysis.roofline import MODELS, ModelSize, StepWork, Work
 
 __all__ = [
     "GPUS",
@@ -25,6 +26,7 @@ __all__ = [
     "Router",
     "Settings",
     "StepWork",
+    "Work",
     "draw_demands",
     "fit",
     "replay",

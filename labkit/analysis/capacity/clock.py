@@ -1,7 +1,8 @@
-"""What a step costs: seconds as a function of the work that its record shows.
+"""Clocks: the seconds that a step takes, as a function of its work.
 
 Time goes with what a step must do: read the weights once, multiply for each token, read the keys and values
-of every row. How much of each there is stands in the trace, and so a machine's prices can be fitted to it.
+of every row. A `FittedClock` has the prices of a machine, fitted to a trace; a `Roofline` is a floor under
+them, from a data sheet.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from operator import mul
-from typing import NamedTuple
 
 import numpy as np
 
+from labkit.analysis.devices import Gpu
+from labkit.analysis.roofline import ModelSize, StepWork
 from labkit.sampling_params import check_number
 from labkit.trace.records import StepRecord
 
@@ -22,44 +23,6 @@ TERMS = ("step", "tokens", "keys", "sampled", "rows", "pairs")
 _ROUNDS = 30  # of reweighting; it settles after a few
 _HUBER = 1.345  # spreads: errors beyond it count less than by their square (Huber 1964)
 _EXACT = 1e-9  # a relative spread below this is rounding
-
-
-class StepWork(NamedTuple):
-    """What a step has to do.
-
-    Attributes:
-        rows: requests in the batch.
-        tokens: computed, with those that a static batch pads.
-        sampled: places that go through the output layer: one of each row that samples, and its drafts.
-        keys: tokens of the KV cache read, each row's own once.
-        pairs: of a query and a key that it looks at; quadratic in a prompt.
-    """
-
-    rows: int
-    tokens: int
-    sampled: int
-    keys: int
-    pairs: int
-
-    @classmethod
-    def of(cls, record: StepRecord) -> StepWork:
-        """The work that a record shows."""
-        padding = sum(record.padding)
-        sampled = sum(1 for tokens in record.sampled if tokens) + sum(map(len, record.drafted))
-        work = cls.of_rows(record.starts, record.num_tokens, sampled)
-        return work._replace(tokens=work.tokens + padding) if padding else work
-
-    @classmethod
-    def of_rows(cls, starts: Sequence[int], num_tokens: Sequence[int], sampled: int) -> StepWork:
-        """The work of rows that compute `num_tokens[i]` tokens from `starts[i]` on."""
-        rows = len(num_tokens) - num_tokens.count(0)
-        tokens = sum(num_tokens)
-        keys = sum(starts) + tokens
-        if rows != len(num_tokens):  # idle seats read nothing
-            keys = sum(start + count for start, count in zip(starts, num_tokens, strict=True) if count)
-        # A query at position p looks at p + 1 keys.
-        pairs = sum(map(mul, starts, num_tokens)) + (sum(map(mul, num_tokens, num_tokens)) + tokens) // 2
-        return cls(rows, tokens, sampled, keys, pairs)
 
 
 Clock = Callable[[StepWork], float]  # seconds that a step takes
@@ -70,9 +33,9 @@ class FittedClock:
     """A price in seconds for each kind of work: `step` once, and the others for each of what they name.
 
     Attributes:
-        error: the median relative error of a step, of those that it was fitted to.
-        bias: what it gives all of these steps together, against what they took: 0.01 is one percent too much.
-        num_steps: how many they were.
+        error: The median relative error of a step, among those that it was fitted to.
+        bias: The relative error of these steps together: 0.01 is one percent too much.
+        num_steps: The number of these steps.
     """
 
     step: float = 0.0
@@ -116,15 +79,15 @@ _ONE = dict(zip(TERMS, ("step", "token", "key", "place that samples", "row", "pa
 def fit(records: Iterable[StepRecord], terms: Sequence[str] = TERMS[:3]) -> FittedClock:
     """Find the prices that come nearest to what steps took.
 
-    Non-negative least squares of relative errors, with Huber's weights: what a busy moment did to some steps
-    counts little. With so few terms every subset is tried, so the best is the best.
+    The method is non-negative least squares of the relative errors, with Huber's weights, so that what a busy
+    moment did to some steps counts little. There are so few terms that every subset of them is tried.
 
     Args:
-        records: with their seconds; steps that computed nothing are left out.
-        terms: which kinds of work have a price, of `TERMS`.
+        records: Records with their seconds. Steps that computed nothing are left out.
+        terms: The kinds of work that have a price, from `TERMS`.
 
     Raises:
-        ValueError: for terms that there are not, or fewer steps than twice as many as terms.
+        ValueError: If a term is unknown, or there are fewer than two steps per term.
     """
     names = tuple(dict.fromkeys(terms))
     if not names or not set(names) <= set(TERMS):
@@ -176,3 +139,51 @@ def _non_negative(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
                 best, least = np.zeros(columns.shape[1]), left
                 best[list(chosen)] = x
     return best
+
+
+# -- from a data sheet ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """A clock for a model on a GPU that one does not have: the least time of a step, plus an overhead.
+
+    No kernel reaches both peaks of a data sheet, so what it says of a step is a floor, and what it says of
+    capacity a ceiling.
+
+    Args:
+        gpu: The data sheet.
+        model: The sizes of the model.
+        overhead: The seconds that every step takes besides: launches, scheduling, sampling.
+    """
+
+    gpu: Gpu
+    model: ModelSize
+    overhead: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("overhead", self.overhead, 0, math.inf)
+
+    def __call__(self, step: StepWork) -> float:
+        return self.model.work(step).seconds(self.gpu.bandwidth, self.gpu.flops) + self.overhead
+
+    def bound(self, step: StepWork) -> str:
+        """What such a step waits for: "bandwidth" or "compute"."""
+        return self.model.work(step).bound(self.gpu.bandwidth, self.gpu.flops)
+
+    def num_blocks(self, block_size: int = 16, share: float = 0.9) -> int:
+        """How many blocks of the KV cache fit beside the weights into this share of the memory.
+
+        Raises:
+            ValueError: If not even one does.
+        """
+        check_number("block_size", block_size, 1, math.inf, whole=True)
+        check_number("share", share, 0, 1)
+        left = share * self.gpu.memory - self.model.bytes
+        blocks = int(left // (block_size * self.model.kv_bytes_per_token))
+        if blocks < 1:
+            raise ValueError(
+                f"the weights take {self.model.bytes / 1e9:.1f} GB, and {share:.0%} of a {self.gpu.name} is "
+                f"{share * self.gpu.memory / 1e9:.1f} GB: no block of the KV cache fits"
+            )
+        return blocks

@@ -1,8 +1,8 @@
-"""A workload through engines without a model, and what its users would have seen.
+"""Sends a workload through engines without a model, and says what its users would have seen.
 
-Arrivals, lengths and a clock decide everything else: the real scheduler says who runs in each step and the
-real pool who has which page. A token is a number that nobody looks at, but a prompt that shares its beginning
-with others finds it in the prefix cache.
+Arrivals, lengths and a clock decide everything else: the real scheduler says which requests run in each step,
+and the real pool which blocks they have. Tokens mean nothing here, but a prompt that begins like others finds
+that beginning in the prefix cache.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from labkit.analysis.capacity.clock import Clock
 from labkit.analysis.capacity.replica import Replica, Settings
 from labkit.core.request import Request
 from labkit.sampling_params import SamplingParams, check_number
+from labkit.trace import latency
 from labkit.trace.trace import Trace
 
 
@@ -27,9 +28,9 @@ class Demand:
     """One request of a workload.
 
     Attributes:
-        at: when it arrives, in seconds.
-        prompt, answer: its tokens.
-        group, shared: the first `shared` tokens of its prompt are those of all demands of this group.
+        at: When it arrives, in seconds.
+        prompt, answer: Their numbers of tokens.
+        group, shared: The first `shared` tokens of its prompt are those of all demands of this group.
     """
 
     at: float
@@ -56,12 +57,14 @@ def draw_demands(
     shared: int = 0,
     seed: int = 0,
 ) -> list[Demand]:
-    """Demands with lengths drawn log-uniformly between two limits: many short ones, a few long ones.
+    """Draw demands, with lengths log-uniform between two limits: many short ones, a few long ones.
 
     Args:
-        rate: arrivals per second, at random moments (Poisson); None: all are there at the start.
-        groups, shared: each belongs to one of so many groups, whose `shared` tokens stand before its own.
-        seed: the same gives the same, on every machine.
+        count: The number of demands.
+        rate: Arrivals per second, at random moments (Poisson); None: all are there at the start.
+        prompt_tokens, answer_tokens: The limits.
+        groups, shared: The number of groups, and the tokens that the prompts of a group begin with.
+        seed: The same seed gives the same demands, on every machine.
     """
     check_number("count", count, 1, math.inf, whole=True)
     if rate is not None:
@@ -89,11 +92,11 @@ def draw_demands(
 # -- routing --------------------------------------------------------------------------------------
 
 Router = Callable[[Request, Sequence[Replica]], int]  # which replica a request goes to
-SLACK = 4  # requests more than the least loaded has: what a cached prefix is worth
+SLACK = 4  # how many requests more than the least loaded replica a cached prefix is worth
 
 
 class RoundRobin:
-    """One after the other."""
+    """Takes one replica after the other."""
 
     def __init__(self) -> None:
         self._next = 0
@@ -105,15 +108,16 @@ class RoundRobin:
 
 
 def least_loaded(request: Request, replicas: Sequence[Replica]) -> int:
-    """Whoever has the fewest requests, running or waiting."""
+    """The replica with the fewest requests, running or waiting."""
     return min(range(len(replicas)), key=lambda i: replicas[i].num_unfinished)
 
 
 def prefix_aware(request: Request, replicas: Sequence[Replica]) -> int:
-    """Whoever holds most of the prompt in its prefix cache, unless it has far more to do than others.
+    """The replica that has most of the prompt in its prefix cache, unless it is far busier than others.
 
-    The idea of the cache-aware routers before vLLM and SGLang: cached tokens save work, but not if all who
-    share a prefix queue for the one replica that has it. Once another gets one of them, it has it too.
+    This is the idea of the cache-aware routers in front of vLLM and SGLang. Cached tokens save work, but not
+    if all requests that share a prefix queue for the one replica that has it. Once another replica has got
+    one of them, it has the prefix, too.
     """
     most = min(replica.num_unfinished for replica in replicas) + SLACK
     near = [i for i, replica in enumerate(replicas) if replica.num_unfinished <= most]
@@ -135,12 +139,13 @@ class Replay:
     """What became of a workload. Arrays have one entry for each demand, by arrival; times are in seconds.
 
     Attributes:
-        replica: where each went.
-        gaps, gap_counts: inter-token latencies, and how many tokens came after each.
-        kv_usage, kv_peak: share of the pages in use while steps run: on average, and at most, of any replica.
-        prefix_hit_rate: share of the tokens looked up in prefix caches that were found there.
-        busy: share of the time in which a replica runs a step.
-        traces: one for each replica, if they were asked for.
+        replica: The replica that each demand went to.
+        gaps, gap_counts: The inter-token latencies, and how many tokens had each.
+        kv_usage, kv_peak: The share of the blocks in use while steps run: on average, and at most, of any
+            replica.
+        prefix_hit_rate: The share of the tokens looked up in prefix caches that were found there.
+        busy: The share of the time in which a replica runs a step.
+        traces: One for each replica, if they were asked for.
     """
 
     demands: Sequence[Demand]
@@ -159,45 +164,42 @@ class Replay:
 
     @property
     def arrival(self) -> np.ndarray:
+        """When each demand arrived."""
         return np.array([demand.at for demand in self.demands])
 
     @property
     def seconds(self) -> float:
-        """From the first arrival to the last token."""
+        """The time from the first arrival to the last token."""
         return float(self.finish.max() - self.demands[0].at)
 
     @property
     def num_tokens(self) -> int:
-        """Of all answers."""
+        """The tokens of all answers."""
         return sum(demand.answer for demand in self.demands)
 
     @property
     def tokens_per_second(self) -> float:
+        """Output tokens per second."""
         return self.num_tokens / self.seconds
 
     @property
     def ttft(self) -> np.ndarray:
-        """Time to first token."""
+        """Time to first token, of each demand."""
         return self.first_token - self.arrival
 
     @property
     def e2e(self) -> np.ndarray:
-        """From arrival to the last token."""
+        """End-to-end latency, of each demand."""
         return self.finish - self.arrival
 
     def percentile(self, what: str, percent: float) -> float:
-        """The smallest "ttft", "itl" or "e2e" that so many percent do not exceed; NaN if there is none."""
+        """A `latency.percentile` of "ttft", "itl" (token by token) or "e2e"; NaN if there is none."""
         if what not in ("ttft", "itl", "e2e"):
             raise ValueError(f"what must be ttft, itl or e2e, not {what!r}")
         check_number("percent", percent, 0, 100)
-        values = self.gaps if what == "itl" else getattr(self, what)
-        counts = self.gap_counts if what == "itl" else np.ones(len(values), dtype=int)
-        if not len(values):
-            return math.nan
-        order = np.argsort(values, kind="stable")
-        reached = np.cumsum(counts[order])
-        place = np.searchsorted(reached, percent / 100 * reached[-1] - 1e-9)
-        return float(values[order][place])
+        if what == "itl":
+            return latency.percentile(self.gaps.tolist(), percent, self.gap_counts.tolist())
+        return latency.percentile(getattr(self, what).tolist(), percent)
 
     def __str__(self) -> str:
         lines = [
@@ -226,15 +228,17 @@ def replay(
     """Send a workload to some replicas and note when tokens come out.
 
     Args:
-        clock: seconds of a step: `fit` a trace, or take a `Roofline`.
-        settings: of each replica.
-        routing: a name of `ROUTERS`, or a function of a request and the replicas that gives an index. It sees
-            them as they are at the arrival.
-        jump: take runs of decode steps at once; the result is the same, and sooner there.
-        traces: keep a record of each step, as the engine's trace does.
+        demands: The requests of the workload.
+        clock: The seconds of a step: `fit` a trace, or take a `Roofline`.
+        settings: The settings of each replica.
+        replicas: The number of replicas.
+        routing: A name of `ROUTERS`, or a function of a request and the replicas that gives an index. It sees
+            the replicas as they are at the arrival.
+        jump: Whether runs of decode steps are taken at once, which gives the same result sooner.
+        traces: Whether a record of each step is kept, as in the engine's trace.
 
     Raises:
-        ValueError: for no demands, one that a pool could never hold, or a route to nowhere.
+        ValueError: If there are no demands, a pool could never hold one, or `routing` gives no replica.
     """
     ordered = sorted(demands, key=lambda demand: demand.at)
     if not ordered:
@@ -261,7 +265,7 @@ def replay(
 
 
 def _request(number: int, demand: Demand) -> Request:
-    """Its tokens are shared within the group, its own, and its answer's, each as one number, repeated."""
+    """A request whose tokens are three numbers, repeated: of the group, of its prompt, and of its answer."""
     own = 2 * number
     tokens = [-1 - demand.group] * demand.shared + [own] * (demand.prompt - demand.shared)
     return Request(str(number), tokens, _params(demand.answer), seed=own + 1)

@@ -1,12 +1,13 @@
-"""One engine without a model: the real scheduler and block pool, and a clock for what a step takes."""
+"""One engine without a model: the real scheduler and block pool, and a clock that says what a step takes."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from labkit.analysis.capacity.clock import Clock, StepWork
+from labkit.analysis.capacity.clock import Clock
 from labkit.analysis.capacity.decode_run import DecodeRun
+from labkit.analysis.roofline import StepWork
 from labkit.core.block_pool import BlockPool
 from labkit.core.plan import StepPlan, StepResult
 from labkit.core.recorder import record_step
@@ -19,7 +20,7 @@ from labkit.trace.trace import Trace
 
 @dataclass(frozen=True)
 class Settings:
-    """What each engine is run with; the names are those of `EngineConfig`."""
+    """The settings of a replica, under the names of `EngineConfig`."""
 
     num_blocks: int
     block_size: int = 16
@@ -39,18 +40,18 @@ class Replica:
     """A queue, a scheduler and a pool, stepped by a clock.
 
     Args:
-        settings: of its scheduler and its pool.
-        clock: gives the seconds of a step.
-        jump: take runs of decode steps at once (see `DecodeRun`); the result is the same.
-        trace: keep a record of each step; then nothing is jumped.
+        settings: The settings of its scheduler and its pool.
+        clock: A function that gives the seconds of a step.
+        jump: Whether runs of decode steps are taken at once (see `DecodeRun`); the result is the same.
+        trace: Whether a record of each step is kept; then no steps are taken at once.
 
     Attributes:
-        now: when the last step ended, in seconds.
-        first_token, finish: request to when its first token came, and its last.
-        gaps, gap_counts: inter-token latencies, and how many tokens came after each.
-        steps, busy: steps taken, and their seconds.
-        blocks: pages in use times the seconds that they were; with `peak_blocks`, for KV usage.
-        cached, looked_up: tokens found in the prefix cache at admission, of so many looked up.
+        now: When the last step ended, in seconds.
+        first_token, finish: When the first token of each request came, and its last.
+        gaps, gap_counts: The inter-token latencies, token by token, and how many tokens had each.
+        steps, busy: The number of steps taken, and their seconds.
+        blocks: Blocks in use times the seconds that they were; with `peak_blocks`, for KV usage.
+        cached, looked_up: Tokens found in the prefix cache at admission, and tokens looked up.
     """
 
     def __init__(self, settings: Settings, clock: Clock, *, jump: bool = True, trace: bool = False) -> None:
@@ -76,45 +77,51 @@ class Replica:
         self._plan: StepPlan | None = None  # of the step that runs now
         self._result = StepResult([])
         self._run: DecodeRun | None = None
-        self._last = False  # the run ends with the step that runs now
+        self._last = False  # whether the run ends with the step that runs now
         self._seconds = 0.0  # of the step that runs now; 0 between steps
-        self._stuck = False  # the last step could not admit the head of the queue, and nobody has left since
-        self._behind: dict[str, float] = {}  # preempted: when the last token came
+        self._stuck = (
+            False  # the last step could not admit the head of the queue, and no request has left since
+        )
+        self._behind: dict[str, float] = {}  # preempted requests, and when their last token came
 
     # -- what a router may look at ----------------------------------------------------------------
 
     @property
     def num_unfinished(self) -> int:
+        """Requests that run or wait."""
         return len(self.scheduler.requests)
 
     @property
     def num_running(self) -> int:
+        """Requests that have a seat."""
         return len(self.scheduler.running)
 
     @property
     def num_waiting(self) -> int:
+        """Requests that have no seat."""
         return self.scheduler.num_waiting
 
     @property
     def num_free_blocks(self) -> int:
+        """Blocks without an owner."""
         return self.pool.num_free
 
     def num_cached_tokens(self, request: Request) -> int:
-        """Tokens of a prompt whose keys and values lie in this replica's prefix cache."""
+        """How many tokens of a prompt have their keys and values in this replica's prefix cache."""
         return len(self.pool.match(request.token_ids)) * self.pool.block_size
 
     # -- time -------------------------------------------------------------------------------------
 
     def add(self, request: Request, now: float) -> None:
-        """Queue a request. Advance to `now` before; a step that runs then does not see it.
+        """Queue a request. Call `advance(now)` before; a step that runs at that moment does not see it.
 
         Raises:
-            ValueError: for one that the pool could never hold.
+            ValueError: If the pool could never hold the request.
         """
         seats = self.num_running < self.scheduler.max_num_seqs
         if self._run and seats and not self.num_waiting:
             if self._seconds:
-                self._last = True  # it gets a seat after the step that runs now
+                self._last = True  # the request gets a seat after the step that runs now
             else:
                 self._stop_run()
         self.scheduler.add(request)
@@ -122,7 +129,7 @@ class Replica:
             self.now = max(self.now, now)
 
     def advance(self, until: float) -> None:
-        """Carry out what is over by `until`. A step that runs at that moment is not over."""
+        """Carry out all steps that end by `until`. A step that still runs at that moment is not over."""
         while True:
             if self._seconds:
                 if self.now + self._seconds > until:
@@ -161,7 +168,7 @@ class Replica:
         return all(
             request.num_prompt_tokens <= request.num_computed_tokens == len(request.token_ids) - 1
             and request.request_id not in self._behind
-            for request in reversed(scheduler.running)  # whoever still computes a prompt came last
+            for request in reversed(scheduler.running)  # those that still compute a prompt came last
         )
 
     def _make_plan(self) -> StepWork:
@@ -191,7 +198,7 @@ class Replica:
         self._seconds = 0.0
 
     def _commit(self, begin: float) -> int:
-        """Commit the plan; returns how many rows had sampled in the step before and have done so again."""
+        """Commit the plan; returns how many rows sampled in the step before, and again in this one."""
         plan, result, running = self._plan, self._result, self.num_running
         self.scheduler.commit(plan, result)
         self._stuck = bool(

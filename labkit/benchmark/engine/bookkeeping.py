@@ -1,7 +1,8 @@
-"""What the scheduler, the pool and the trace cost by themselves, with made-up tokens in place of a model."""
+"""What the scheduler, the block pool and the trace cost without a model: tokens are made up."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import statistics
 import time
@@ -34,23 +35,24 @@ class Books:
         limits = dict(max_num_seqs=running, max_num_batched_tokens=running + 2048)
         self.scheduler = Scheduler(self.pool, **limits)
         self.trace = Trace(TraceMeta(blocks, BLOCK_SIZE, **limits))
-        self.count = 0
+        self.count = 0  # requests so far
         self.steps = 0
         for _ in range(running + waiting):
             self.add()
-        # Spread the ends: from here on some requests end, and as many are admitted, at every step.
+        # Spread the ends, so that at every step from here on some requests end and as many are admitted.
         while len(self.scheduler.running) < running:
             self.step()
         for i, request in enumerate(self.scheduler.running):
             request.max_len = len(request.token_ids) + 1 + i % _ANSWER
 
     def add(self) -> None:
+        """Queue one more request."""
         self.count += 1
         prompt = [self.count * 7919 % 49_152] * _PROMPT
         self.scheduler.add(Request(str(self.count), prompt, SamplingParams(max_tokens=_ANSWER)))
 
     def step(self) -> float:
-        """One step, and one arrival for each end; returns the seconds of the step itself."""
+        """Take a step, and queue a request for each that ended; returns the seconds of the step itself."""
         begin = time.perf_counter()
         plan = self.scheduler.schedule()
         planned = time.perf_counter()
@@ -66,6 +68,7 @@ class Books:
         return end - made + planned - begin
 
     def made_up(self, plan: StepPlan) -> list[tuple[int, ...]]:
+        """A token for each request that has computed all of its tokens."""
         token = self.steps * 31 % 49_152
         return [
             (token,) if start + n == len(request.token_ids) else ()
@@ -84,10 +87,10 @@ class Cell:
 
 
 def measure_steps(running: int, waiting: int, *, steps: int = 200, repeats: int = 3) -> Cell:
-    """Median cost of a step with so many requests running and waiting."""
+    """The median cost of a step with so many requests running and waiting."""
     books = Books(running, waiting)
     gc.collect()
-    gc.freeze()  # the queue is the workload's, not the step's: keep the collector from walking it
+    gc.freeze()  # the collector must not walk the queue, which belongs to the workload
     try:
         medians = [statistics.median(books.step() for _ in range(steps)) for _ in range(repeats)]
     finally:
@@ -96,8 +99,18 @@ def measure_steps(running: int, waiting: int, *, steps: int = 200, repeats: int 
     return Cell(running, waiting, seconds * 1e6, seconds * 1e6 / running)
 
 
-def measure_trace(running: int, steps: int) -> dict[str, Any]:
+@dataclass
+class TraceCost:
     """Bytes per request and step that a trace of so many steps takes, in memory and on disk."""
+
+    running: int
+    steps: int
+    memory: float
+    disk: float
+
+
+def measure_trace(running: int, steps: int) -> TraceCost:
+    """The cost of a trace of so many steps."""
     books = Books(running, 100)
     rows = 0
     tracemalloc.start()
@@ -109,28 +122,37 @@ def measure_trace(running: int, steps: int) -> dict[str, Any]:
     kept = tracemalloc.get_traced_memory()[0]
     books.trace = Trace(books.trace.meta)
     gc.collect()
-    memory = kept - tracemalloc.get_traced_memory()[0]  # what letting go of the trace gives back
+    memory = kept - tracemalloc.get_traced_memory()[0]  # what dropping the trace frees
     tracemalloc.stop()
-    return {"running": running, "steps": steps, "memory": memory / rows, "disk": disk / rows}
+    return TraceCost(running, steps, memory / rows, disk / rows)
 
 
-def report(*, trace_steps: int = 100_000, steps: int = 200) -> dict[str, Any]:
-    """All sizes, then the trace."""
+@dataclass
+class BookkeepingReport:
+    """What `report` found: the cost of a step at each size, and that of the trace."""
+
+    cells: list[Cell]
+    trace: TraceCost
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{'running':>8}{'waiting':>9}{'us/step':>10}{'us/request/step':>17}   ({BLOCKS:,} blocks)"]
+        lines += [
+            f"{c.running:8d}{c.waiting:9d}{c.step_us:10.0f}{c.per_request_us:17.2f}" for c in self.cells
+        ]
+        t = self.trace
+        lines.append(
+            f"A trace of {t.steps:,} steps of {t.running} requests takes, per request and step, "
+            f"{t.memory:.0f} bytes in memory and {t.disk:.0f} on disk."
+        )
+        return "\n".join(lines)
+
+
+def report(*, trace_steps: int = 100_000, steps: int = 200) -> BookkeepingReport:
+    """Measure all sizes, then the trace."""
     sizes = [(running, waiting) for running in RUNNING for waiting in WAITING]
-    cells = [vars(measure_steps(*size, steps=steps)) for size in tqdm(sizes, desc="bookkeeping", unit="size")]
-    return {"cells": cells, "trace": measure_trace(RUNNING[0], trace_steps)}
-
-
-def table(figures: dict[str, Any]) -> str:
-    """The figures of `report` as text."""
-    lines = [f"{'running':>8}{'waiting':>9}{'us/step':>10}{'us/request/step':>17}   ({BLOCKS:,} blocks)"]
-    lines += [
-        f"{c['running']:8d}{c['waiting']:9d}{c['step_us']:10.0f}{c['per_request_us']:17.2f}"
-        for c in figures["cells"]
-    ]
-    t = figures["trace"]
-    lines.append(
-        f"A trace of {t['steps']:,} steps of {t['running']} requests takes, per request and step, "
-        f"{t['memory']:.0f} bytes in memory and {t['disk']:.0f} on disk."
-    )
-    return "\n".join(lines)
+    cells = [measure_steps(*size, steps=steps) for size in tqdm(sizes, desc="bookkeeping", unit="size")]
+    return BookkeepingReport(cells, measure_trace(RUNNING[0], trace_steps))

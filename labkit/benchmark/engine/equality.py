@@ -1,10 +1,10 @@
 """How far half precision is from fp32, on the same weights and text.
 
-Greedy tokens in half precision may differ from those in fp32 wherever the two likeliest are close, so
-equality of tokens is no fair question there. Teacher forcing is: both see fp32's own answer, and the logits
-at each place are compared. How often the likeliest token changes, and how close the top two were where it
-did, says whether the difference is rounding or a mistake. What a precision costs in the end, int8 among
-them, is said by its perplexity on a text that none of the models has written (`perplexity.py`).
+Greedy tokens in half precision may differ from those in fp32 wherever the two likeliest are close, so equal
+tokens are too much to ask there. Teacher forcing is a fair test: both models see fp32's own answer, and the
+logits at each place are compared. How often the likeliest token changes, and how close the top two were
+where it did, says whether the difference is rounding or a mistake. What a precision, int8 among them, costs
+in the end is measured by perplexity on a text that none of the models has written (`perplexity.py`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ import torch
 
 from labkit.analysis.workload import Job, prose
 from labkit.benchmark.engine import perplexity
+from labkit.benchmark.engine.runs import dtype_name, run_engine
 from labkit.config import EngineConfig
 from labkit.core.model import Transformer
-from labkit.engine import Engine
 from labkit.models.load import LoadedModel, load_model
 from labkit.models.teacher_forcing import teacher_forced
-from labkit.sampling_params import SamplingParams
 
 DTYPES = ("bfloat16", "float16")
 # The mean error of a logit, as a share of the logits' standard deviation. A mistake in the model's code is
@@ -33,7 +32,7 @@ TOLERANCE = {"bfloat16": 0.05, "float16": 0.01}
 
 @dataclass
 class Closeness:
-    """One dtype against fp32. Gaps are between the two likeliest logits, in fp32."""
+    """One dtype compared with fp32. Gaps are between the two likeliest logits, in fp32."""
 
     dtype: str
     positions: int
@@ -43,32 +42,18 @@ class Closeness:
     gap_where_different: float | None  # the median
     gap_everywhere: float
     answers: int
-    diverged: int  # greedy answers that leave fp32's somewhere
-    first_divergence: float | None  # the median place, in tokens
+    diverged: int  # greedy answers that differ from fp32's somewhere
+    first_divergence: float | None  # the median place where they begin to, in tokens
 
     @property
     def within(self) -> bool:
+        """Whether the mean error is within the tolerance."""
         return self.mean_error <= TOLERANCE[self.dtype]
 
 
-def answers(model: LoadedModel, jobs: Sequence[Job]) -> list[list[int]]:
-    """Greedy answers to all jobs, computed together."""
-    engine = Engine(EngineConfig(model=model))
-    ids = [
-        engine.add_request(job.prompt, SamplingParams(max_tokens=job.max_tokens, ignore_eos=True))
-        for job in jobs
-    ]
-    while engine.has_unfinished:
-        engine.step()
-    for output in engine.outputs.values():
-        if output.error:
-            raise RuntimeError(f"request {output.request_id} failed in {model.dtype}: {output.error}")
-    return [engine.outputs[i].token_ids for i in ids]
-
-
 def compare(full: LoadedModel, half: LoadedModel, jobs: Sequence[Job]) -> Closeness:
-    """Hold a half-precision model against the fp32 one."""
-    true_answers, half_answers = answers(full, jobs), answers(half, jobs)
+    """Compare a half-precision model with the fp32 one."""
+    true_answers, half_answers = (run_engine(EngineConfig(model=one), jobs).tokens for one in (full, half))
     errors, largest, same, gaps, gaps_different = [], 0.0, 0, [], []
     for job, answer in zip(jobs, true_answers, strict=True):
         tokens = [*job.prompt, *answer[:-1]]
@@ -89,7 +74,7 @@ def compare(full: LoadedModel, half: LoadedModel, jobs: Sequence[Job]) -> Closen
     ]
     diverged = [place for place in places if place is not None]
     return Closeness(
-        str(half.dtype).removeprefix("torch."),
+        dtype_name(half.dtype),
         len(gaps),
         float(torch.cat(errors).mean()),
         largest,
@@ -104,12 +89,13 @@ def compare(full: LoadedModel, half: LoadedModel, jobs: Sequence[Job]) -> Closen
 
 @dataclass
 class Precisions:
-    """Every precision against fp32: half precision logit by logit, all of them on the text."""
+    """Every precision compared with fp32: half precision logit by logit, all of them on the text."""
 
     closeness: list[Closeness]
     perplexity: list[perplexity.Perplexity]
 
     def to_json(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -117,14 +103,15 @@ class Precisions:
 
 
 def report(model: str, device: str, jobs_of: Any, *, text: str | None = None) -> Precisions:
-    """Every precision against fp32, one after the other in memory.
+    """Compare every precision with fp32. They are in memory one after the other.
 
     Args:
-        jobs_of: `jobs_of(tokenizer)` makes the jobs.
-        text: to read; None is all of the prose in the package.
+        model, device: As in `load_model`.
+        jobs_of: A function of the tokenizer that makes the jobs.
+        text: The text to read; None is all of the prose in the package.
 
     Raises:
-        ModelError: for a model that cannot be had in one of the precisions.
+        ModelError: If the model does not exist in one of the precisions.
     """
     full = load_model(model, dtype="float32", device=device)
     jobs = jobs_of(full.tokenizer)
@@ -135,7 +122,7 @@ def report(model: str, device: str, jobs_of: Any, *, text: str | None = None) ->
             half = load_model(model, dtype=dtype, device=device)
             closeness.append(compare(full, half, jobs))
             yield dtype, half
-        if isinstance(full.module, Transformer):  # of others there is no int8
+        if isinstance(full.module, Transformer):  # there is no int8 of others
             yield "int8", load_model(model, device=device, quantization="int8")
 
     token_ids = full.tokenizer.encode(prose() if text is None else text, add_special_tokens=False)
@@ -144,7 +131,7 @@ def report(model: str, device: str, jobs_of: Any, *, text: str | None = None) ->
 
 
 def table(rows: Sequence[Closeness]) -> str:
-    """A few lines for each dtype."""
+    """A table with a few lines for each dtype."""
     lines = []
     for r in rows:
         verdict = "within" if r.within else "OUTSIDE"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import gc
-import itertools
 import statistics
 import time
 from collections.abc import Sequence
@@ -21,18 +20,19 @@ from plotly.subplots import make_subplots
 from tqdm.auto import tqdm
 
 from labkit.analysis.capacity import Demand, FittedClock, Settings, draw_demands, fit, replay
-from labkit.analysis.reference import device_name, versions
 from labkit.analysis.workload import Job, make_workload
+from labkit.benchmark.engine.runs import check_answers, device_name, dtype_name, exactly, versions
+from labkit.benchmark.report import Report
 from labkit.config import EngineConfig
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel
-from labkit.sampling_params import SamplingParams
+from labkit.trace import latency
 from labkit.trace.records import StepRecord
 from labkit.views import style
 
 TERMS = ("step", "tokens", "keys")
-LOAD = 0.7  # of what the clock says can be served: how fast the requests of the open loop come
-REPLAYED = 10_000  # requests, to time the replay itself
+LOAD = 0.7  # the rate of the open loop, as a share of what the clock says can be served
+REPLAYED = 10_000  # requests with which the replay itself is timed
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Case:
     """A way to run the engine, and what it is given.
 
     Attributes:
-        fitted: whether the clock comes from it.
-        arrivals: seconds, one for each job; all 0 is a backlog.
+        fitted: Whether the clock is fitted to it.
+        arrivals: The time at which each job arrives, in seconds; empty: all are there at the start.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Case:
 
     @property
     def demands(self) -> list[Demand]:
+        """The jobs, as a replay takes them."""
         arrivals = self.arrivals or [0.0] * len(self.jobs)
         return [
             Demand(at, len(job.prompt), job.max_tokens) for at, job in zip(arrivals, self.jobs, strict=True)
@@ -61,7 +62,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Served:
-    """What a run of a case gave: output tokens per second, TTFT and ITL in seconds."""
+    """What a run of a case gave: output tokens per second, TTFT and ITL (token by token) in seconds."""
 
     rate: float
     ttft: list[float]
@@ -71,8 +72,8 @@ class Served:
 
 
 def serve(loaded: LoadedModel, case: Case) -> Served:
-    """Run the engine on a case; each request is added at the first step boundary after its time."""
-    gc.collect()  # an engine that is done with may still hold its pool
+    """Run the engine on a case. Each request is added at the first step boundary after its time."""
+    gc.collect()  # an engine that is no longer used may still hold its pool
     engine = Engine(EngineConfig(model=loaded, max_num_seqs=case.seats, max_num_batched_tokens=case.budget))
     todo = collections.deque(zip(case.demands, case.jobs, strict=True))
     arrivals: dict[str, float] = {}
@@ -81,24 +82,19 @@ def serve(loaded: LoadedModel, case: Case) -> Served:
         now = time.perf_counter() - begin
         while todo and todo[0][0].at <= now:
             demand, job = todo.popleft()
-            params = SamplingParams(max_tokens=job.max_tokens, ignore_eos=True)
-            arrivals[engine.add_request(job.prompt, params)] = begin + demand.at
+            arrivals[engine.add_request(job.prompt, exactly(job.max_tokens))] = begin + demand.at
         if engine.has_unfinished:
             engine.step()
         else:
             time.sleep(todo[0][0].at - now)
     outputs = [engine.outputs[request_id] for request_id in arrivals]
-    for output in outputs:
-        if output.error:
-            raise RuntimeError(
-                f"request {output.request_id} of the case {case.name!r} failed: {output.error}"
-            )
+    check_answers(outputs, f"of the case {case.name!r}")
     times = [output.metrics.token_times for output in outputs]
     seconds = max(some[-1] for some in times) - min(arrivals.values())
     return Served(
         sum(map(len, times)) / seconds,
-        [some[0] - arrival for some, arrival in zip(times, arrivals.values(), strict=True)],
-        [b - a for some in times for a, b in itertools.pairwise(some)],
+        [latency.ttft(at, some) or 0.0 for at, some in zip(arrivals.values(), times, strict=True)],
+        [gap for some in times for gap in latency.itl(some)],
         engine.trace.records,
         engine.pool.num_blocks,
     )
@@ -106,7 +102,7 @@ def serve(loaded: LoadedModel, case: Case) -> Served:
 
 @dataclass
 class ForecastRow:
-    """A case, measured (medians over the repeats) and predicted. Times in seconds."""
+    """A case, measured (medians over the repeats) and predicted. TTFT and ITL are medians, in seconds."""
 
     case: str
     fitted: bool
@@ -124,26 +120,26 @@ class ForecastRow:
 
     @property
     def rate_error(self) -> float:
+        """The relative error of the predicted throughput."""
         return self.predicted_rate / self.rate - 1
 
     @property
     def ttft_error(self) -> float:
+        """The relative error of the predicted median TTFT."""
         return self.predicted_ttft / self.ttft - 1
 
 
 @dataclass
-class ForecastReport:
-    settings: dict[str, Any]
+class ForecastReport(Report):
+    """What `forecast` found."""
+
     clock: FittedClock
     rows: list[ForecastRow]
     replay: dict[str, float] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
     def __str__(self) -> str:
         lines = [
-            ", ".join(f"{key} {value}" for key, value in self.settings.items()),
+            self.settings_line,
             f"The clock: {self.clock}.",
             f"{'':34}{'tokens/s':>10}{'predicted':>11}{'':>6}{'TTFT s':>9}{'predicted':>11}{'':>6}"
             f"{'ITL ms':>9}{'predicted':>11}",
@@ -166,10 +162,12 @@ class ForecastReport:
 
 
 def cases_of(tokenizer: Any, seed: int = 0, scale: float = 1.0) -> list[Case]:
-    """Two to fit, three to predict; the arrivals of the last wait for what the first two say.
+    """Two cases to fit, and three to predict. The arrivals of the last are drawn once the first two have run.
 
     Args:
-        scale: for fewer or more requests.
+        tokenizer: The tokenizer of the model.
+        seed: The seed of the workloads.
+        scale: A factor for the number of requests.
     """
 
     def jobs(count: int, offset: int, **lengths: tuple[int, int]) -> list[Job]:
@@ -193,13 +191,17 @@ def forecast(
     replayed: int = REPLAYED,
     progress: bool = True,
 ) -> ForecastReport:
-    """Run all cases in turn, fit the clock on those that are for it, and predict all.
+    """Run all cases in turn, fit the clock to those that are for it, and predict all.
 
     The last case is the open loop: its requests come at random moments, at `LOAD` of the throughput that
-    the clock of the first round gives a backlog of them.
+    the clock of the first round predicts for a backlog of them.
 
     Args:
-        replayed: requests with which the replay itself is timed.
+        loaded: The model.
+        cases: The cases; at least one must be for fitting.
+        repeats: The number of runs of each.
+        replayed: The number of requests with which the replay itself is timed.
+        progress: Whether a progress bar is shown.
     """
     warm = make_workload(loaded.tokenizer, 4, prompt_tokens=(16, 64), output_tokens=(4, 8))
     serve(loaded, Case("warm-up", 4, 64, warm))
@@ -217,7 +219,7 @@ def forecast(
     return ForecastReport(
         {
             "model": loaded.name,
-            "dtype": str(loaded.dtype).removeprefix("torch."),
+            "dtype": dtype_name(loaded.dtype),
             "device": device_name(loaded.device),
             "medians of": repeats,
             **versions(),
@@ -285,7 +287,7 @@ def _speed(clock: FittedClock, requests: int) -> dict[str, float]:
 
 
 def figure(report: ForecastReport) -> go.Figure:
-    """Measured beside predicted, for each case; its text twin is `str(report)`."""
+    """Measured beside predicted, for each case. Its text twin is `str(report)`."""
     drawn = make_subplots(1, 2, subplot_titles=("output tokens per second", "median TTFT, in seconds"))
     names = [style.escape(row.case + (" (fitted)" if row.fitted else "")) for row in report.rows]
     measures = (("rate", "predicted_rate", "all_rates"), ("ttft", "predicted_ttft", "all_ttfts"))

@@ -1,15 +1,16 @@
-"""From no cache to 8 bits, one thing more on each rung, on one workload and in one run.
+"""From no cache to 8 bits, one thing more in each ablation, on one workload and in one run.
 
-In fp32 every rung but the last must give the same tokens, or there is no table. A rung's speed is held
-against the rung below, against the first, against `transformers`, and against the floor under its steps.
+In fp32 all ablations but the last must give the same tokens, or there is no table. The speed of each is
+compared with the one below, with the first, with `transformers`, and with the roofline of its steps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -18,62 +19,68 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from labkit.analysis.reference import (
-    REFERENCE,
-    Run,
+from labkit.analysis.device_probe import measure_ceiling
+from labkit.analysis.devices import Ceiling
+from labkit.analysis.reference import REFERENCE, Run, agreement, compare_tokens, run_reference
+from labkit.analysis.roofline import Shape
+from labkit.analysis.workload import Job
+from labkit.benchmark.engine.ablations import Ablation, Sizes
+from labkit.benchmark.engine.ladder_report import AblationRow, LadderReport
+from labkit.benchmark.engine.meter import Meter, peak_memory
+from labkit.benchmark.engine.peers import PeerRow, peer_row, peer_systems
+from labkit.benchmark.engine.runs import (
     System,
-    agreement,
-    compare_tokens,
     describe,
+    dtype_name,
     middle,
     reason,
     run_engine,
-    run_reference,
     short_jobs,
     take_turns,
-    versions,
 )
-from labkit.analysis.roofline import Ceiling, Shape, measure_ceiling
-from labkit.analysis.workload import Job
-from labkit.benchmark.engine.ladder_report import LadderReport, RungRow
-from labkit.benchmark.engine.meter import Meter, peak_memory
-from labkit.benchmark.engine.peers import PeerRow, peer_row, peer_systems
-from labkit.benchmark.engine.rungs import Rung, Sizes
 from labkit.models.load import LoadedModel
 
-SLOW_SECONDS = 60.0  # what answers one at a time runs on as many of the first jobs as take about so long
-_FEWEST = 4  # but on no fewer than that
+SLOW_SECONDS = 60.0  # systems that answer one at a time get as many of the first jobs as take about so long
+_FEWEST = 4  # but no fewer jobs than that
 
-Load = Callable[..., LoadedModel]  # called with the switches of a rung's weights
+Load = Callable[..., LoadedModel]  # called with the switches of an ablation's weights
 
 
 @dataclass
-class Standing:
-    """A rung, ready to run."""
+class Contender:
+    """An ablation, ready to run."""
 
-    rung: Rung
+    ablation: Ablation
     loaded: LoadedModel
     sizes: Sizes
     bookkeeping_share: float | None = None
 
+    @property
+    def precision(self) -> str:
+        """What it multiplies in: "int8", or the dtype."""
+        return self.loaded.quantization or dtype_name(self.loaded.dtype)
+
     def __call__(self, jobs: Sequence[Job], bar: tqdm | None = None) -> Run:
-        """Answer the jobs; the first time also meter the steps, which on a GPU costs a little."""
-        meter = Meter() if self.bookkeeping_share is None else None
+        """Answer the jobs. The first time the steps are metered too, which costs a little on a GPU."""
+        if self.bookkeeping_share is not None:
+            return self.run(jobs, bar)
+        meter = Meter()
         run = self.run(jobs, bar, meter)
-        if meter is not None:
-            self.bookkeeping_share = meter.bookkeeping_share
+        self.bookkeeping_share = meter.bookkeeping_share
         return run
 
     def run(self, jobs: Sequence[Job], bar: tqdm | None = None, meter: Meter | None = None) -> Run:
-        run = run_engine(self.sizes.config(self.rung, self.loaded), jobs, bar, meter=meter)
-        run.system = self.rung.name
+        """Answer the jobs, with a meter or without."""
+        config = self.sizes.config(self.ablation, self.loaded)
+        run = run_engine(config, jobs, bar, watching=meter.watching if meter else contextlib.nullcontext)
+        run.system = self.ablation.name
         return run
 
 
 def climb(
     load: Load,
     jobs: Sequence[Job],
-    rungs: Sequence[Rung],
+    ablations: Sequence[Ablation],
     *,
     reference: Callable[[LoadedModel], PreTrainedModel] | None,
     peers: bool = False,
@@ -85,133 +92,136 @@ def climb(
     progress: bool = True,
     ceiling: Callable[..., Ceiling] = measure_ceiling,
 ) -> LadderReport:
-    """Measure the rungs, `transformers` and, if asked, its other ways and ours with fewer seats.
+    """Measure the ablations, `transformers` and, if asked, its other ways and ours with fewer seats.
 
     Args:
-        load: makes the model, by the switches of a rung's weights; picklable if `memory` is wanted.
-        reference: the same weights as `transformers` runs them.
-        slow_seconds: what answers one request at a time, and would take longer than this, runs on the first
-            few of the jobs; the table says on how many.
-        memory: run each rung once more in a process of its own, for its peak memory.
+        load: A function that makes the model, by the switches of an ablation's weights. It must be picklable
+            if `memory` is asked for.
+        jobs: The workload.
+        ablations: The ablations, from the bottom up.
+        reference: A function that gives the same weights as `transformers` runs them; None leaves it out.
+        peers: Whether the other ways are measured.
+        seats, budget: The sizes of the engine.
+        repeats: The number of runs of each system; the median counts.
+        slow_seconds: The time that a system which answers one request at a time may take. If it would take
+            longer, it runs on the first few of the jobs, and the table says on how many.
+        memory: Whether each ablation runs once more in a process of its own, for its peak memory.
+        progress: Whether a progress bar is shown.
+        ceiling: A function that measures what the device can do.
 
     Raises:
-        DifferentTokens: if, in fp32, two exact rungs disagree on any token.
-        ValueError: if no rung can be run.
+        DifferentTokens: If, in fp32, two exact ablations disagree on any token.
+        ValueError: If no ablation can run.
     """
     sizes = Sizes.of(jobs, seats, budget)
+    contenders, failed = _contenders(load, jobs, ablations, sizes)
+    first, top = (list(contenders.values())[place].loaded for place in (0, -1))
+    shapes = {name: Shape.of(one.loaded) for name, one in contenders.items()}
+    measure = functools.partial(ceiling, first.device, first.dtype, int8=top.quantization == "int8")
+    before = measure()
+    systems = _systems(contenders, reference(first) if reference else None, jobs, slow_seconds, peers, sizes)
+    for system in systems:
+        if system.optional:
+            _warm_up(system, jobs, failed)
+    exact = {name for name, one in contenders.items() if one.ablation.exact}
+
+    def check(runs: dict[str, Run]) -> str:
+        of_exact = [run for name, run in runs.items() if name in exact]
+        return compare_tokens(of_exact, first.dtype) if of_exact else "No rung is exact."
+
+    todo = [system for system in systems if system.name not in failed]
+    runs, broken, same = take_turns(todo, repeats, check=check, progress=progress)
+    failed |= broken
+    measured = before.best(measure())
+    baseline = statistics.median(run.rate for run in runs[REFERENCE]) if REFERENCE in runs else None
+    true = max((runs[name][0] for name in exact or contenders), key=lambda run: len(run.tokens))
+    jobs_of = {system.name: system.jobs for system in todo}
+    rows: list[AblationRow] = []
+    for ablation in ablations:
+        name = ablation.name
+        if name in failed:
+            rows.append(AblationRow(name, ablation.adds, failed[name]))
+            continue
+        row = _row(contenders[name], runs[name], shapes[name], measured, true)
+        row.peak_memory = _memory_of(load, contenders[name], jobs_of[name]) if memory else None
+        _gains(row, [other for other in rows if not other.failure], baseline)
+        rows.append(row)
+    others = [
+        PeerRow(system.name, failed[system.name])
+        if system.name in failed
+        else peer_row(system.name, runs[system.name], true, baseline)
+        for system in systems
+        if system.name not in contenders
+    ]
+    more = {
+        "seats": seats,
+        "token budget": sizes.budget,
+        "blocks": f"{sizes.num_blocks} of 16 tokens",
+        "medians of": repeats,
+    }
+    return LadderReport(describe(first, jobs, more), same, len(jobs), measured, rows, others)
+
+
+# -- what is measured -----------------------------------------------------------------------------
+
+
+def _contenders(
+    load: Load, jobs: Sequence[Job], ablations: Sequence[Ablation], sizes: Sizes
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """The ablations that can run here, warmed up, and why the others cannot."""
     models: dict[str, LoadedModel] = {}
-    standing: dict[str, Standing] = {}
+    contenders: dict[str, Contender] = {}
     failed: dict[str, str] = {}
-    for rung in rungs:
-        key = repr(rung.weights)
+    for ablation in ablations:
+        key = repr(ablation.weights)
         try:
             if key not in models:
-                models[key] = load(**rung.weights)
-            standing[rung.name] = Standing(rung, models[key], sizes)
-            standing[rung.name].run(short_jobs(jobs))
-        except ValueError as error:  # what it needs is not to be had here
-            standing.pop(rung.name, None)
-            failed[rung.name] = reason(error)
-    if not standing:
+                models[key] = load(**ablation.weights)
+            contender = Contender(ablation, models[key], sizes)
+            contender.run(short_jobs(jobs))
+        except ValueError as error:  # this device or model lacks what it needs
+            failed[ablation.name] = reason(error)
+        else:
+            contenders[ablation.name] = contender
+    if not contenders:
         raise ValueError(f"no rung can be run: {'; '.join(failed.values())}")
-    top = next(reversed(standing.values()))
-    first = next(iter(standing.values())).loaded
-    shapes = {name: Shape.of(one.loaded) for name, one in standing.items()}
-    measure = functools.partial(ceiling, first.device, first.dtype, int8=top.loaded.quantization == "int8")
-    measured = measure()
+    return contenders, failed
 
+
+def _systems(
+    contenders: dict[str, Contender],
+    model: PreTrainedModel | None,
+    jobs: Sequence[Job],
+    slow_seconds: float,
+    peers: bool,
+    sizes: Sizes,
+) -> list[System]:
+    """All that is measured in turn: `transformers`, the ablations, and the peers."""
     systems = []
-    model = reference(first) if reference else None
     if model is not None:
         run_reference(model, short_jobs(jobs))
         one_by_one = functools.partial(run_reference, model)
-        systems.append(_system(REFERENCE, one_by_one, jobs, slow_seconds, one_by_one))
-    for one in standing.values():
-        if one.rung.alone:
-            systems.append(_system(one.rung.name, one, jobs, slow_seconds, one.run))
-        else:
-            systems.append(System(one.rung.name, one, jobs))
+        systems.append(System(REFERENCE, one_by_one, _affordable(one_by_one, jobs, slow_seconds)))
+    for name, one in contenders.items():
+        some = _affordable(one.run, jobs, slow_seconds) if one.ablation.alone else jobs
+        systems.append(System(name, one, some))
     if peers:
         fewest = min((system.jobs for system in systems), key=len)
-        ours = _ours(standing.values())
-        systems += peer_systems(model, ours, jobs, seats=seats, budget=sizes.budget, few=fewest)
-        for system in systems:
-            if system.optional:
-                _warm_up(system, jobs, failed)
-
-    exact = {name for name, one in standing.items() if one.rung.exact}
-    same = ""
-
-    def check(runs: dict[str, Run]) -> None:
-        nonlocal same
-        of_rungs = [run for name, run in runs.items() if name in exact]
-        same = compare_tokens(of_rungs, first.dtype) if of_rungs else "No rung is exact."
-
-    todo = [system for system in systems if system.name not in failed]
-    runs, broken = take_turns(todo, repeats, check=check, progress=progress)
-    failed |= broken
-    measured = measured.best(measure())
-    peak: dict[str, int | None] = {}
-    if memory:
-        peak = {name: _memory_of(load, one, _jobs_of(todo, name)) for name, one in standing.items()}
-    baseline = statistics.median(run.rate for run in runs[REFERENCE]) if REFERENCE in runs else None
-    true = max((runs[name][0] for name in exact or standing), key=lambda run: len(run.tokens))
-    rows: list[RungRow] = []
-    for rung in rungs:
-        if rung.name in failed:
-            rows.append(RungRow(rung.name, rung.adds, failed[rung.name]))
-            continue
-        one = standing[rung.name]
-        row = _row(rung, runs[rung.name], shapes[rung.name], measured, one, true)
-        row.peak_memory = peak.get(rung.name)
-        _gains(row, [other for other in rows if not other.failure], baseline)
-        rows.append(row)
-    others: list[PeerRow] = []
-    for system in systems:
-        if system.name in standing:
-            continue
-        if system.name in failed:
-            others.append(PeerRow(system.name, failed[system.name]))
-        else:
-            others.append(peer_row(system.name, runs[system.name], true, baseline))
-    settings = {
-        **describe(first, jobs),
-        "seats": seats,
-        "token budget": sizes.budget,
-        "pages": f"{sizes.num_blocks} of 16 tokens",
-        "medians of": repeats,
-        **versions(),
-    }
-    return LadderReport(settings, same, len(jobs), measured, rows, others)
+        ours = {one.precision: one.loaded for one in contenders.values()}  # of each, the highest ablation's
+        systems += peer_systems(model, ours, jobs, seats=sizes.seats, budget=sizes.budget, few=fewest)
+    return systems
 
 
-def _system(
-    name: str,
-    run: Callable[..., Run],
-    jobs: Sequence[Job],
-    slow: float,
-    trial: Callable[..., Run],
-) -> System:
-    """Something that answers one request at a time, with as many of the first jobs as take so many seconds.
-
-    How long they take is judged by a trial with two of them.
-    """
-    tried = trial(jobs[:2])
-    left, count = slow, 0
+def _affordable(trial: Callable[..., Run], jobs: Sequence[Job], seconds: float) -> Sequence[Job]:
+    """As many of the first jobs as take so many seconds one at a time, judged by a trial with two of them."""
+    rate = trial(jobs[:2]).rate
+    left, count = seconds, 0
     while count < len(jobs):
-        left -= jobs[count].max_tokens / tried.rate
+        left -= jobs[count].max_tokens / rate
         if left < 0 and count >= _FEWEST:
             break
         count += 1
-    return System(name, run, jobs[:count])
-
-
-def _ours(standing: Iterable[Standing]) -> dict[str, LoadedModel]:
-    """The model of the highest rung of each precision, by its name."""
-    found: dict[str, LoadedModel] = {}
-    for one in standing:
-        found[one.loaded.quantization or str(one.loaded.dtype).removeprefix("torch.")] = one.loaded
-    return found
+    return jobs[:count]
 
 
 def _warm_up(system: System, jobs: Sequence[Job], failed: dict[str, str]) -> None:
@@ -221,24 +231,20 @@ def _warm_up(system: System, jobs: Sequence[Job], failed: dict[str, str]) -> Non
         failed[system.name] = reason(error)
 
 
-def _jobs_of(systems: Sequence[System], name: str) -> Sequence[Job]:
-    return next(system.jobs for system in systems if system.name == name)
+# -- the lines of the table -----------------------------------------------------------------------
 
 
-def _row(
-    rung: Rung, runs: Sequence[Run], shape: Shape, ceiling: Ceiling, one: Standing, true: Run
-) -> RungRow:
-    """Medians, and what the arithmetic says of the steps that took the median time."""
+def _row(one: Contender, runs: Sequence[Run], shape: Shape, ceiling: Ceiling, true: Run) -> AblationRow:
+    """Medians, and the arithmetic of the steps that took the median time."""
     run = middle(runs)
     works = [work for record in run.records if (work := shape.work(record)).bytes]
     moved, operations = sum(work.bytes for work in works), sum(work.operations for work in works)
     seconds = statistics.median(run.seconds for run in runs)
-    kind = one.loaded.quantization or str(one.loaded.dtype).removeprefix("torch.")
     places = agreement(true, run)
     diverged = [place for place in places if place is not None]
-    return RungRow(
-        rung.name,
-        rung.adds,
+    return AblationRow(
+        one.ablation.name,
+        one.ablation.adds,
         requests=len(run.tokens),
         tokens_per_second=statistics.median(run.rate for run in runs),
         seconds=seconds,
@@ -248,14 +254,14 @@ def _row(
         operations_per_step=operations / len(works),
         bytes_per_second=moved / seconds,
         operations_per_second=operations / seconds,
-        floor_share=ceiling.floor(works, kind) / seconds,
+        roofline_share=ceiling.least_seconds(works, one.precision) / seconds,
         bookkeeping_share=one.bookkeeping_share,
         equal=1 - len(diverged) / len(places),
         first_divergence=statistics.median(diverged) if diverged else None,
     )
 
 
-def _gains(row: RungRow, below: Sequence[RungRow], baseline: float | None) -> None:
+def _gains(row: AblationRow, below: Sequence[AblationRow], baseline: float | None) -> None:
     rate = row.tokens_per_second
     if below:
         row.gain_before = rate / below[-1].tokens_per_second
@@ -264,9 +270,9 @@ def _gains(row: RungRow, below: Sequence[RungRow], baseline: float | None) -> No
         row.gain_reference = rate / baseline
 
 
-def _memory_of(load: Load, one: Standing, jobs: Sequence[Job]) -> int | None:
-    """The most that a process holds which does nothing but this rung, in bytes (None: it failed)."""
-    arguments = (load, one.rung, one.sizes, list(jobs), torch.get_num_threads())
+def _memory_of(load: Load, one: Contender, jobs: Sequence[Job]) -> int | None:
+    """The most bytes that a process holds which does nothing but run this ablation; None if it failed."""
+    arguments = (load, one.ablation, one.sizes, list(jobs), torch.get_num_threads())
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(_run_alone, *arguments).result()
@@ -274,8 +280,8 @@ def _memory_of(load: Load, one: Standing, jobs: Sequence[Job]) -> int | None:
             return None
 
 
-def _run_alone(load: Load, rung: Rung, sizes: Sizes, jobs: Sequence[Job], threads: int) -> int | None:
+def _run_alone(load: Load, ablation: Ablation, sizes: Sizes, jobs: Sequence[Job], threads: int) -> int | None:
     torch.set_num_threads(threads)
-    loaded = load(**rung.weights)
-    Standing(rung, loaded, sizes).run(jobs)
+    loaded = load(**ablation.weights)
+    Contender(ablation, loaded, sizes).run(jobs)
     return peak_memory(loaded.device)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import plotly.graph_objects as go
 
-from labkit.analysis.roofline import Ceiling
+from labkit.analysis.devices import Ceiling
 from labkit.benchmark.engine.peers import PeerRow
+from labkit.benchmark.report import Report, table_line
 from labkit.views import style
 
-_COLUMNS = (  # of the rungs: two lines of heading, and a width
+_COLUMNS = (  # of the ablations: two lines of heading, and a width
     ("", "", 22),
     ("tokens", "/s", 8),
     ("x rung", "below", 7),
@@ -24,7 +24,7 @@ _COLUMNS = (  # of the rungs: two lines of heading, and a width
     ("GFLOP", "/step", 8),
     ("", "GB/s", 7),
     ("GFLOP", "/s", 8),
-    ("of the", "floor", 8),
+    ("of the", "roofline", 9),
     ("in", "Python", 8),
     ("peak", "GB", 6),
 )
@@ -43,12 +43,12 @@ _WIDTH = 110
 
 
 @dataclass
-class RungRow:
-    """A rung: medians over the repeats. Shares are of 1, memory is in bytes.
+class AblationRow:
+    """An ablation: medians over the repeats. Shares are of 1, memory is in bytes.
 
-    `bytes_per_step` and `operations_per_step` are arithmetic, means over the steps. `floor_share` is the
-    least time for them over the time they took. `equal` is the share of answers like those of the exact
-    rungs, and `first_divergence` the median place where the others leave them, in tokens.
+    `bytes_per_step` and `operations_per_step` are arithmetic, means over the steps. `roofline_share` is the
+    least time for the steps over the time that they took. `equal` is the share of answers that equal those
+    of the exact ablations, and `first_divergence` the median place where the others differ, in tokens.
     """
 
     name: str
@@ -66,13 +66,14 @@ class RungRow:
     operations_per_step: float = 0.0
     bytes_per_second: float = 0.0
     operations_per_second: float = 0.0
-    floor_share: float = 0.0
+    roofline_share: float = 0.0
     bookkeeping_share: float | None = None
     peak_memory: int | None = None
     equal: float | None = None
     first_divergence: float | None = None
 
     def cells(self) -> list[str]:
+        """The line of the table, as text."""
         return [
             self.name,
             f"{self.tokens_per_second:.1f}",
@@ -84,38 +85,37 @@ class RungRow:
             _short(self.operations_per_step / 1e9),
             _short(self.bytes_per_second / 1e9),
             _short(self.operations_per_second / 1e9),
-            f"{self.floor_share:.1%}",
+            f"{self.roofline_share:.1%}",
             _percent(self.bookkeeping_share),
             "-" if self.peak_memory is None else f"{self.peak_memory / 1e9:.2f}",
         ]
 
 
 @dataclass
-class LadderReport:
-    settings: dict[str, Any]
+class LadderReport(Report):
+    """What the ladder found."""
+
     same_tokens: str
     jobs: int
     ceiling: Ceiling
-    rungs: list[RungRow]
+    rungs: list[AblationRow]
     peers: list[PeerRow]
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         return "\n".join((*self._head(), "", *self._table(), "", *self._notes(), *self._peers()))
 
     def _head(self) -> list[str]:
         peak = ", ".join(f"{value / 1e9:,.0f} GFLOP/s in {kind}" for kind, value in self.ceiling.peak.items())
-        floor = f"Measured in this run: {self.ceiling.bandwidth / 1e9:.1f} GB/s read, {peak}."
-        settings = [f"{key} {value}" for key, value in self.settings.items()]
-        return [*_wrap(settings), self.same_tokens, floor]
+        measured = f"Measured in this run: {self.ceiling.bandwidth / 1e9:.1f} GB/s read, {peak}."
+        return [*_wrap(self.settings_parts), self.same_tokens, measured]
 
     def _table(self) -> list[str]:
         widths = [width for *_, width in _COLUMNS]
-        lines = [_line([heading[i] for heading in _COLUMNS], widths) for i in (0, 1)]
+        lines = [table_line([heading[i] for heading in _COLUMNS], widths) for i in (0, 1)]
         for row in self.rungs:
-            lines.append(f"{row.name:{widths[0]}}  not here" if row.failure else _line(row.cells(), widths))
+            lines.append(
+                f"{row.name:{widths[0]}}  not here" if row.failure else table_line(row.cells(), widths)
+            )
         return lines
 
     def _notes(self) -> list[str]:
@@ -138,7 +138,7 @@ class LadderReport:
         if not self.peers:
             return []
         widths = [width for _, width in _PEER_COLUMNS]
-        lines = ["", _line([name for name, _ in _PEER_COLUMNS], widths)]
+        lines = ["", table_line([name for name, _ in _PEER_COLUMNS], widths)]
         for peer in self.peers:
             if peer.failure:
                 lines.append(f"{peer.system}: {peer.failure}"[:_WIDTH])
@@ -154,18 +154,12 @@ class LadderReport:
                 "-" if peer.itl_median is None else f"{peer.itl_median * 1e3:.1f}",
                 "-" if peer.itl_p95 is None else f"{peer.itl_p95 * 1e3:.1f}",
             ]
-            lines.append(_line(cells, widths))
+            lines.append(table_line(cells, widths))
         return lines
 
 
-def _line(cells: list[str], widths: list[int]) -> str:
-    return f"{cells[0]:{widths[0]}}" + "".join(
-        f"{cell:>{width}}" for cell, width in zip(cells[1:], widths[1:], strict=True)
-    )
-
-
 def _wrap(parts: list[str]) -> list[str]:
-    """Comma-separated, in lines that fit."""
+    """Parts with commas between them, in lines that fit."""
     lines = [""]
     for part in parts:
         if lines[-1] and len(lines[-1]) + len(part) + 2 > _WIDTH:
@@ -184,7 +178,7 @@ def _percent(share: float | None) -> str:
 
 
 def _short(value: float) -> str:
-    """Two or three significant digits."""
+    """A number with two or three significant digits."""
     if value < 0.01:
         return f"{value:.1g}"
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
@@ -194,40 +188,48 @@ def _short(value: float) -> str:
 
 
 def figure(report: LadderReport) -> go.Figure:
-    """Bars of output tokens per second, on a logarithmic axis; its text twin is `str(report)`.
+    """Bars of output tokens per second, on a logarithmic axis. Its text twin is `str(report)`.
 
-    A rung's bar says what share of the floor it reaches. Peers are hatched.
+    The bar of an ablation says what share of its roofline it reaches. Peers are hatched.
     """
     rungs = [row for row in report.rungs if not row.failure]
     peers = [peer for peer in report.peers if not peer.failure]
+    pattern = {"shape": "/", "size": 6, "solidity": 0.3, "fgcolor": style.PALETTE[1], "bgcolor": style.PAPER}
     drawn = go.Figure()
-    drawn.add_trace(
-        go.Bar(
-            orientation="h",
-            name="rung (share of the floor)",
-            y=[style.escape(row.name) for row in rungs],
-            x=[row.tokens_per_second for row in rungs],
-            text=[f"{row.tokens_per_second:,.0f} ({row.floor_share:.0%} of the floor)" for row in rungs],
-            customdata=[_facts(row) for row in rungs],
-            marker={"color": style.PALETTE[0]},
-        )
-    )
-    if peers:
-        pattern = {"shape": "/", "size": 6, "solidity": 0.3, "fgcolor": style.PALETTE[1]}
+
+    def bars(
+        name: str, rows: dict[str, Any], texts: list[str], facts: list[str], marker: dict[str, Any]
+    ) -> None:
         drawn.add_trace(
             go.Bar(
                 orientation="h",
-                name="peers and other numbers of seats",
-                y=[style.escape(peer.system) for peer in peers],
-                x=[peer.tokens_per_second for peer in peers],
-                text=[f"{peer.tokens_per_second:,.0f}" for peer in peers],
-                customdata=[_peer_facts(peer) for peer in peers],
-                marker={
-                    "color": style.PALETTE[1],
-                    "pattern": {**pattern, "bgcolor": style.PAPER},
-                    "line": {"color": style.PALETTE[1], "width": 1},
-                },
+                name=name,
+                y=[style.escape(label) for label in rows],
+                x=[row.tokens_per_second for row in rows.values()],
+                text=texts,
+                customdata=facts,
+                marker=marker,
             )
+        )
+
+    bars(
+        "rung (share of the roofline)",
+        {row.name: row for row in rungs},
+        [f"{row.tokens_per_second:,.0f} ({row.roofline_share:.0%} of the roofline)" for row in rungs],
+        [_facts(row) for row in rungs],
+        {"color": style.PALETTE[0]},
+    )
+    if peers:
+        bars(
+            "peers and other numbers of seats",
+            {peer.system: peer for peer in peers},
+            [f"{peer.tokens_per_second:,.0f}" for peer in peers],
+            [_peer_facts(peer) for peer in peers],
+            {
+                "color": style.PALETTE[1],
+                "pattern": pattern,
+                "line": {"color": style.PALETTE[1], "width": 1},
+            },
         )
     drawn.update_traces(
         textposition="outside",
@@ -239,7 +241,7 @@ def figure(report: LadderReport) -> go.Figure:
     low, high = math.floor(math.log10(min(rates))), math.log10(max(rates)) + 0.6
     settings = report.settings
     title = f"The ladder: {settings['model']}, {settings['dtype']}, {settings['device']}"
-    subtitle = f"{settings['requests']} requests, {settings['seats']} seats, {settings['pages']}"
+    subtitle = f"{settings['requests']} requests, {settings['seats']} seats, blocks: {settings['blocks']}"
     small = f'<br><span style="font-size:12px;color:{style.FAINT_INK}">{style.escape(subtitle)}</span>'
     drawn.layout.template = style.TEMPLATE
     drawn.update_layout(
@@ -260,13 +262,13 @@ def figure(report: LadderReport) -> go.Figure:
     return drawn
 
 
-def _facts(row: RungRow) -> str:
+def _facts(row: AblationRow) -> str:
     lines = [
         f"<b>{style.escape(row.name)}</b>: {style.escape(row.adds)}",
         f"{row.tokens_per_second:,.1f} tokens/s over {style.plural(row.requests, 'request')}",
         f"{_times(row.gain_before)} the rung below, {_times(row.gain_first)} the first",
         f"{_short(row.bytes_per_step / 1e6)} MB and {_short(row.operations_per_step / 1e9)} GFLOP to a step",
-        f"{_short(row.bytes_per_second / 1e9)} GB/s, {row.floor_share:.1%} of the floor",
+        f"{_short(row.bytes_per_second / 1e9)} GB/s, {row.roofline_share:.1%} of the roofline",
     ]
     return "<br>".join(lines)
 

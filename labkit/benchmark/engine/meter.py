@@ -1,6 +1,6 @@
 """How an engine's step divides into computing and everything else, and how much memory a process takes.
 
-Nothing of this is in the engine: a meter puts itself round the parts of one that it is given.
+The engine knows nothing of this: a meter puts timers around the parts of the engine that it is given.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 
-from labkit.analysis.roofline import synchronize
-from labkit.core import model_runner as runner_module
+from labkit.analysis.device_probe import synchronize
 from labkit.engine import Engine
 
 
 class Meter:
     """Counts the seconds of an engine's steps, and of the model and the sampling within them.
 
-    What is left is Python and bookkeeping: to plan, to lay out the batch, to write tokens as text, to record.
+    What is left is Python and bookkeeping: planning, building the batch, turning tokens into text, recording.
     Where CUDA graphs are replayed, filling their inputs counts as computing.
     """
 
@@ -32,14 +31,14 @@ class Meter:
 
     @property
     def bookkeeping_share(self) -> float | None:
-        """The share of the steps that is not spent in the model or in sampling (None: no steps yet)."""
+        """The share of the steps' time that is not spent in the model or in sampling; None before a step."""
         return 1 - self.computing_seconds / self.step_seconds if self.step_seconds else None
 
     @contextlib.contextmanager
     def watching(self, engine: Engine) -> Iterator[None]:
-        """Put the meter round an engine, and take it away again. No other engine may run meanwhile."""
+        """Time the steps of an engine within this context. Afterwards the engine is as it was."""
         runner, device = engine.runner, engine.model.device
-        step, model, graphs, sample = engine.step, runner.model, runner.graphs, runner_module.sample
+        step, model, graphs, sample = engine.step, runner.model, runner.graphs, runner.sample
 
         def timed_step() -> Any:
             begin = time.perf_counter()
@@ -62,17 +61,17 @@ class Meter:
         runner.model = _Stand(model, call=timed(model), logits=timed(model.logits))  # type: ignore[assignment]
         if graphs is not None:
             runner.graphs = _Stand(graphs, run=timed(graphs.run))  # type: ignore[assignment]
-        runner_module.sample = timed(sample)
+        runner.sample = timed(sample)
         try:
             yield
         finally:
-            del engine.step  # the class's own is there again
+            del engine.step  # the method of the class is there again
             runner.model, runner.graphs = model, graphs
-            runner_module.sample = sample
+            runner.sample = sample
 
 
 class _Stand:
-    """Stands for another object: some of its methods are replaced, the rest is the other's."""
+    """Stands in for another object: some of its methods are replaced, everything else is passed on."""
 
     def __init__(self, other: Any, *, call: Callable[..., Any] | None = None, **methods: Any) -> None:
         self._other, self._call = other, call
@@ -88,9 +87,9 @@ class _Stand:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes that this process has held at most: resident on a CPU, allocated by PyTorch on a GPU.
+    """The most bytes that this process has held: resident on a CPU, allocated by PyTorch on a GPU.
 
-    None where the system does not say.
+    None if the system does not say.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

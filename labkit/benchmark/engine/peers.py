@@ -1,11 +1,10 @@
-"""What one would otherwise use, on the same weights and jobs: `transformers` one by one, in padded batches,
-and with its own continuous batching.
+"""What one would otherwise use, on the same weights and jobs: `transformers` in padded batches, and with its
+own continuous batching.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import statistics
 import time
@@ -17,22 +16,23 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from labkit.analysis.reference import Clock, Run, System, agreement, middle, run_engine
+from labkit.analysis.reference import Run, TokenTimes, agreement
 from labkit.analysis.workload import Job
-from labkit.benchmark.engine.schedulers import percentile
+from labkit.benchmark.engine.runs import System, middle, run_engine
+from labkit.benchmark.engine.schedulers import spreads_of
 from labkit.config import EngineConfig
 from labkit.models.load import LoadedModel
 
 BATCHES = (8, 32)
-_PAGE = 256  # tokens; the size that generate_batch takes by itself
+_BLOCK_SIZE = 256  # tokens; the default of generate_batch
 _PATIENCE = 600.0  # seconds without any answer
 
 
 @torch.inference_mode()
 def run_padded(model: PreTrainedModel, size: int, jobs: Sequence[Job], bar: tqdm | None = None) -> Run:
-    """`generate` on batches of so many requests in order of arrival, padded on the left.
+    """Answer with `generate` on batches of `size` requests in order of arrival, padded on the left.
 
-    A batch runs to its longest member. What it writes beyond a request's own length counts for nothing.
+    A batch runs as long as its longest answer. What it writes beyond a request's own length does not count.
     """
     begin = time.perf_counter()
     tokens: list[list[int]] = []
@@ -42,18 +42,20 @@ def run_padded(model: PreTrainedModel, size: int, jobs: Sequence[Job], bar: tqdm
         width = max(len(job.prompt) for job in some)
         rows = [[0] * (width - len(job.prompt)) + job.prompt for job in some]
         mask = [[0] * (width - len(job.prompt)) + [1] * len(job.prompt) for job in some]
-        clock = Clock()
+        streamer = TokenTimes()
         out = model.generate(
             torch.tensor(rows, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
             max_new_tokens=max(job.max_tokens for job in some),
             do_sample=False,
             pad_token_id=0,
-            streamer=clock,
+            streamer=streamer,
         )
         for job, row in zip(some, out[:, width:].tolist(), strict=True):
             tokens.append(row[: job.max_tokens])
-            times.append([t - begin for t in clock.times[1 : 1 + job.max_tokens]])  # the first is the prompts
+            times.append(
+                [t - begin for t in streamer.times[1 : 1 + job.max_tokens]]
+            )  # the first is the prompts
         if bar is not None:
             bar.update(len(some))
     return Run(f"transformers, batches of {size}", time.perf_counter() - begin, tokens, times)
@@ -62,20 +64,21 @@ def run_padded(model: PreTrainedModel, size: int, jobs: Sequence[Job], bar: tqdm
 def run_generate_batch(
     model: PreTrainedModel, seats: int, budget: int, jobs: Sequence[Job], bar: tqdm | None = None
 ) -> Run:
-    """The engine behind `generate_batch`, with each request's own length, and pages for all seats.
+    """Answer with the engine behind `generate_batch`, with blocks for all seats.
 
-    `generate_batch` itself takes one length for all. Starting and stopping the engine are not counted.
+    Each request has its own length, while `generate_batch` itself takes one length for all. Starting and
+    stopping the engine are not counted.
 
     Raises:
-        ImportError: where it is not to be had.
-        RuntimeError: if it gives up.
+        ImportError: If this release of `transformers` has no such engine.
+        RuntimeError: If it gives up.
     """
-    from transformers import ContinuousBatchingConfig  # here, for older releases have none
+    from transformers import ContinuousBatchingConfig  # here, because older releases have none
 
-    pages = sorted((-(-(len(job.prompt) + job.max_tokens) // _PAGE) for job in jobs), reverse=True)
+    blocks = sorted((-(-(len(job.prompt) + job.max_tokens) // _BLOCK_SIZE) for job in jobs), reverse=True)
     config = ContinuousBatchingConfig(
-        page_size=_PAGE,
-        num_blocks=sum(pages[:seats]) + 1,
+        page_size=_BLOCK_SIZE,
+        num_blocks=sum(blocks[:seats]) + 1,
         max_batch_tokens=budget,
         max_requests_per_batch=seats,
     )
@@ -117,7 +120,7 @@ def run_generate_batch(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the library's warnings out of the progress bar; what goes wrong is raised."""
+    """Keep the library's warnings out of the progress bar. Errors are raised, not logged."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -130,7 +133,7 @@ def _quiet() -> Iterator[None]:
 def run_ours(
     name: str, loaded: LoadedModel, seats: int, budget: int, jobs: Sequence[Job], bar: tqdm | None = None
 ) -> Run:
-    """The engine as it comes, at so many seats."""
+    """Answer with the engine in its default configuration, with so many seats."""
     config = EngineConfig(model=loaded, max_num_seqs=seats, max_num_batched_tokens=max(budget, seats))
     run = run_engine(config, jobs, bar)
     run.system = name
@@ -146,11 +149,14 @@ def peer_systems(
     budget: int,
     few: Sequence[Job] | None = None,
 ) -> list[System]:
-    """`transformers` in batches, and the engine as it comes with fewer seats and with all.
+    """`transformers` in batches, and the engine in its default configuration with fewer seats and with all.
 
     Args:
-        ours: the model, by the name of its precision.
-        few: what a single seat answers, if not all jobs.
+        reference: The weights as `transformers` runs them; None leaves its batches out.
+        ours: The model in each precision, by its name.
+        jobs: The workload.
+        seats, budget: The sizes of the engine.
+        few: The jobs that a single seat answers; None: all.
     """
     systems = []
     if reference is not None:
@@ -169,7 +175,11 @@ def peer_systems(
 
 @dataclass
 class PeerRow:
-    """A line of the table of peers: medians over the repeats. `equal` is the share of answers like ours."""
+    """A line of the table of peers: medians over the repeats.
+
+    `equal` is the share of answers that equal those of the engine. TTFT, and ITL token by token, are of one
+    repeat.
+    """
 
     system: str
     failure: str = ""
@@ -184,11 +194,10 @@ class PeerRow:
 
 
 def peer_row(name: str, runs: Sequence[Run], true: Run, baseline: float | None) -> PeerRow:
-    """What became of a peer; `baseline` is in output tokens per second."""
+    """The line of a peer; `baseline` is what speed is compared with, in output tokens per second."""
     rate = statistics.median(run.rate for run in runs)
     run = middle(runs)
-    gaps = [b - a for times in run.token_times for a, b in itertools.pairwise(times)]
-    firsts = [times[0] for times in run.token_times if times]
+    ttft, itl = spreads_of(run)
     places = agreement(true, run)
     return PeerRow(
         name,
@@ -197,7 +206,7 @@ def peer_row(name: str, runs: Sequence[Run], true: Run, baseline: float | None) 
         gain=rate / baseline if baseline else None,
         seconds=statistics.median(run.seconds for run in runs),
         equal=sum(place is None for place in places) / len(places),
-        ttft_median=statistics.median(firsts) if firsts else None,
-        itl_median=statistics.median(gaps) if gaps else None,
-        itl_p95=percentile(gaps, 95) if gaps else None,
+        ttft_median=ttft.median if ttft else None,
+        itl_median=itl.median if itl else None,
+        itl_p95=itl.p95 if itl else None,
     )

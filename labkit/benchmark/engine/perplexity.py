@@ -1,7 +1,7 @@
-"""How much of its knowledge of a text a model loses to a precision: perplexity, and the likeliest token.
+"""How much worse a model predicts a text in another precision: perplexity, and the likeliest token.
 
 Perplexity is the exponential of the mean surprise at the text's own next token. Both models see the text
-itself, in pieces, so that one error does not lead to the next.
+itself (teacher forcing), in pieces, so that one error does not lead to the next.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from tqdm.auto import tqdm
 from labkit.models.load import LoadedModel
 from labkit.models.teacher_forcing import teacher_forced
 
-PIECE = 512  # tokens; what comes before a piece is not seen
-TARGET = 0.02  # a perplexity so much above fp32's is good enough
+PIECE = 512  # tokens; the model does not see what comes before a piece
+TARGET = 0.02  # how far above fp32's a perplexity may be, as a share
 
 
 @dataclass
 class Perplexity:
-    """A precision on the text. `ratio` is its perplexity over fp32's, `top1_agreement` the share of places
-    at which the likeliest next token is the one of fp32.
+    """A precision on the text.
+
+    `ratio` is its perplexity over that of fp32, and `top1_agreement` the share of places at which the
+    likeliest next token is the same as in fp32.
     """
 
     precision: str
@@ -36,18 +38,19 @@ class Perplexity:
 
     @property
     def within(self) -> bool:
+        """Whether the perplexity is within the target."""
         return self.ratio <= 1 + TARGET
 
 
 def pieces(token_ids: Sequence[int], size: int = PIECE) -> list[Sequence[int]]:
-    """All of a text, in pieces; a last one of a single token predicts nothing and is left out."""
+    """All of a text, in pieces. A last piece of a single token predicts nothing and is left out."""
     found = [token_ids[i : i + size] for i in range(0, len(token_ids), size)]
     return [piece for piece in found if len(piece) > 1]
 
 
 @torch.inference_mode()
 def surprise(loaded: LoadedModel, piece: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """At each place but the last: the surprise at the next token (nats), and the likeliest token."""
+    """At each place but the last, the surprise at the next token (in nats) and the likeliest token."""
     logits = teacher_forced(loaded.module, piece)[:-1]
     targets = torch.tensor(piece[1:], device=logits.device)
     return F.cross_entropy(logits, targets, reduction="none").cpu(), logits.argmax(-1).cpu()
@@ -60,7 +63,7 @@ def compare_text(
     *,
     size: int = PIECE,
 ) -> list[Perplexity]:
-    """Hold precisions against the fp32 model, which comes first in what is returned."""
+    """Compare precisions with the fp32 model, which comes first in what is returned."""
     parts = pieces(token_ids, size)
 
     def over_text(name: str, loaded: LoadedModel) -> tuple[Tensor, Tensor]:
@@ -80,7 +83,7 @@ def compare_text(
 
 
 def table(rows: Sequence[Perplexity]) -> str:
-    """A line for each precision, and the target."""
+    """A table with a line for each precision, and the target."""
     lines = [f"{'':10}{'perplexity':>12}{'over fp32':>11}{'same likeliest':>16}"]
     for row in rows:
         verdict = "" if row is rows[0] else ("  within the target" if row.within else "  OUTSIDE the target")

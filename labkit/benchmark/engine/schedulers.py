@@ -5,41 +5,35 @@ Correctness comes first: in fp32 all of them must give the same tokens, or there
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import itertools
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from labkit.analysis.reference import (
-    REFERENCE,
-    Run,
-    System,
-    compare_tokens,
-    describe,
-    middle,
-    run_engine,
-    run_reference,
-    short_jobs,
-    take_turns,
-    versions,
-)
+from labkit.analysis.reference import REFERENCE, Run, compare_tokens, run_reference
 from labkit.analysis.workload import Job
+from labkit.benchmark.engine.runs import System, describe, middle, run_engine, short_jobs, take_turns
+from labkit.benchmark.report import Report, table_line
 from labkit.config import EngineConfig
 from labkit.models.load import LoadedModel
+from labkit.trace import latency
+from labkit.trace.latency import Spread
 
 OURS = ("naive", "static", "continuous")
 
+_HEAD = (
+    *("", "tokens/s", "speed-up", "seconds", "steps", "tok/step", "KV usage"),
+    *("TTFT s", "p95", "ITL ms", "p95"),
+)
+_WIDTHS = (12,) + (9,) * (len(_HEAD) - 1)
+
 
 @dataclass
-class Row:
-    """A line of the table: medians over the repeats."""
+class SchedulerRow:
+    """A line of the table: medians over the repeats. TTFT and ITL (token by token) are of one repeat."""
 
     system: str
     tokens_per_second: float
@@ -54,6 +48,7 @@ class Row:
     itl_p95: float
 
     def cells(self) -> list[str]:
+        """The line, as text."""
         inside = ["-"] * 3
         if self.steps:
             inside = [str(self.steps), f"{self.tokens_per_step:.1f}", f"{self.kv_usage:.0%}"]
@@ -71,26 +66,16 @@ class Row:
 
 
 @dataclass
-class Report:
-    settings: dict[str, Any]
-    rows: list[Row]
+class SchedulerReport(Report):
+    """What `measure` found."""
+
+    rows: list[SchedulerRow]
     same_tokens: str
     all_seconds: dict[str, list[float]] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
     def __str__(self) -> str:
-        head = ("", "tokens/s", "speed-up", "seconds", "steps", "tok/step", "KV usage")
-        head += ("TTFT s", "p95", "ITL ms", "p95")
-        settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
-        return "\n".join(
-            (settings, self.same_tokens, _line(head), *(_line(row.cells()) for row in self.rows))
-        )
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"{cells[0]:12}" + "".join(f"{cell:>9}" for cell in cells[1:])
+        lines = [table_line(cells, _WIDTHS) for cells in (_HEAD, *(row.cells() for row in self.rows))]
+        return "\n".join((self.settings_line, self.same_tokens, *lines))
 
 
 def measure(
@@ -103,59 +88,51 @@ def measure(
     repeats: int = 3,
     systems: Sequence[str] = OURS,
     progress: bool = True,
-) -> Report:
-    """Warm up, check, then time each system `repeats` times, in turn, so that a slow minute hits all alike.
+) -> SchedulerReport:
+    """Warm up, check, then time each system `repeats` times, in turn.
 
     Raises:
-        DifferentTokens: if, in fp32, two systems disagree on any token.
+        DifferentTokens: If, in fp32, two systems disagree on any token.
     """
+    budget = max(max_num_seqs, max_num_batched_tokens)
 
     def once(system: str, some: Sequence[Job], bar: tqdm | None = None) -> Run:
         if system == REFERENCE:
             return run_reference(reference, some, bar)
         config = EngineConfig(
-            model=loaded,
-            scheduler=system,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max(max_num_seqs, max_num_batched_tokens),
+            model=loaded, scheduler=system, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget
         )
         return run_engine(config, some, bar)
 
     names = [*([REFERENCE] if reference is not None else []), *systems]
     for name in names:
         once(name, short_jobs(jobs))
-    same = ""
-
-    def check(runs: dict[str, Run]) -> None:
-        nonlocal same
-        same = compare_tokens(list(runs.values()), loaded.dtype)
-
     todo = [System(name, functools.partial(once, name), jobs) for name in names]
-    runs, _ = take_turns(todo, repeats, check=check, progress=progress)
+    runs, _, same = take_turns(
+        todo,
+        repeats,
+        check=lambda runs: compare_tokens(list(runs.values()), loaded.dtype),
+        progress=progress,
+    )
     baseline = statistics.median(run.rate for run in runs[names[0]])
-    settings = {
-        **describe(loaded, jobs),
-        "seats": max_num_seqs,
-        "token budget": max(max_num_seqs, max_num_batched_tokens),
-        "medians of": repeats,
-        **versions(),
-    }
-    return Report(
-        settings,
+    more = {"seats": max_num_seqs, "token budget": budget, "medians of": repeats}
+    return SchedulerReport(
+        describe(loaded, jobs, more),
         [row_of(runs[name], baseline) for name in names],
         same,
         {name: [run.seconds for run in runs[name]] for name in names},
     )
 
 
-def row_of(runs: Sequence[Run], baseline: float) -> Row:
-    """Medians; `baseline` is what the speed-up is measured against, in output tokens per second."""
+def row_of(runs: Sequence[Run], baseline: float) -> SchedulerRow:
+    """The line of a system; `baseline` is what speed is compared with, in output tokens per second."""
     seconds = statistics.median(run.seconds for run in runs)
     run = middle(runs)
     rate = sum(map(len, run.tokens)) / seconds
-    ttft = [times[0] for times in run.token_times]
-    gaps = [b - a for times in run.token_times for a, b in itertools.pairwise(times)]
-    return Row(
+    ttft, itl = spreads_of(run)
+    if ttft is None or itl is None:
+        raise ValueError(f"{run.system} gave no answer of two tokens: there is no latency to report")
+    return SchedulerRow(
         run.system,
         rate,
         rate / baseline,
@@ -163,14 +140,14 @@ def row_of(runs: Sequence[Run], baseline: float) -> Row:
         run.steps,
         run.computed / run.steps if run.steps and run.computed else None,
         run.kv_usage,
-        statistics.median(ttft),
-        percentile(ttft, 95),
-        statistics.median(gaps),
-        percentile(gaps, 95),
+        ttft.median,
+        ttft.p95,
+        itl.median,
+        itl.p95,
     )
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that at least so many percent do not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
+def spreads_of(run: Run) -> tuple[Spread | None, Spread | None]:
+    """TTFT from the common start, and ITL token by token, over all answers of a run."""
+    first = [times[0] for times in run.token_times if times]
+    return Spread.of(first), Spread.of([gap for times in run.token_times for gap in latency.itl(times)])

@@ -1,8 +1,7 @@
-"""Speculation against none, in turn, on text that copies and on chat: the same tokens, in how much time."""
+"""Speculative decoding compared with plain decoding, in turn, on text that copies and on chat."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import statistics
 import textwrap
@@ -10,17 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from labkit.analysis.reference import (
-    Run,
-    System,
-    compare_tokens,
-    describe,
-    run_engine,
-    short_jobs,
-    take_turns,
-    versions,
-)
+from labkit.analysis.reference import Run, compare_tokens
 from labkit.analysis.workload import Job, prose
+from labkit.benchmark.engine.runs import System, describe, run_engine, short_jobs, take_turns
+from labkit.benchmark.report import Report
 from labkit.config import EngineConfig
 from labkit.models.chat import as_chat
 from labkit.models.load import LoadedModel
@@ -53,43 +45,41 @@ _QUESTIONS = (
 
 
 @dataclass
-class Row:
+class SpeculationRow:
     """One workload at one number of seats: medians over the repeats."""
 
     workload: str
     seats: int
     plain: float  # tokens per second
-    drafting: float
+    drafting: float  # likewise
     gain: float
     steps: int
     plain_steps: int
     drafted: int
     accepted: int
-    by_place: list[tuple[int, int]]  # drafts checked there, and right
-    held_back: str  # what the trace says most often
+    by_place: list[tuple[int, int]]  # drafts verified at each place, and accepted
+    held_back: str  # why there were not more drafts, as the trace says most often
 
 
 @dataclass
-class SpeculationReport:
-    settings: dict[str, Any]
-    same_tokens: str
-    rows: list[Row]
+class SpeculationReport(Report):
+    """What `speculate` found."""
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    same_tokens: str
+    rows: list[SpeculationRow]
 
     def __str__(self) -> str:
-        lines = [", ".join(f"{key} {value}" for key, value in self.settings.items()), self.same_tokens]
+        lines = [self.settings_line, self.same_tokens]
         lines.append(
             f"{'':10}{'seats':>6}{'tokens/s':>10}{'drafting':>10}{'gain':>7}{'steps':>7}{'were':>6}"
-            f"{'drafted':>9}{'right':>7}  right by place"
+            f"{'drafted':>9}{'accepted':>10}  accepted by place"
         )
         for row in self.rows:
-            right = f"{row.accepted / row.drafted:.0%}" if row.drafted else "-"
+            accepted = f"{row.accepted / row.drafted:.0%}" if row.drafted else "-"
             places = " ".join(f"{right / checked:.0%}" for checked, right in row.by_place if checked)
             lines.append(
                 f"{row.workload:10}{row.seats:6}{row.plain:10.1f}{row.drafting:10.1f}{row.gain:6.2f}x"
-                f"{row.steps:7}{row.plain_steps:6}{row.drafted:9}{right:>7}  {places}"
+                f"{row.steps:7}{row.plain_steps:6}{row.drafted:9}{accepted:>10}  {places}"
             )
         lines += [f"{row.workload}, {row.seats} seats: {row.held_back}" for row in self.rows if row.held_back]
         return "\n".join(lines)
@@ -99,7 +89,7 @@ def copy_jobs(loaded: LoadedModel) -> list[Job]:
     """Requests whose answers copy from their prompts: repeat, edit, and repeat code."""
     text = prose()
     text = textwrap.shorten(text[text.index("Alice was beginning") :], _PASSAGE, placeholder="")
-    begun = (  # and to be gone on with, for so small a model hardly follows orders
+    begun = (  # with the beginnings of the answers, because so small a model hardly follows orders
         f"{text}\n\nOnce more, word for word:\n\n{text[:60]}",
         f"{text}\n\nThe same text, with Anna in place of Alice:\n\n{text[:120].replace('Alice', 'Anna')}",
         f"{_CODE}\n\n# The same function, as above:\n\n{_CODE[:80]}",
@@ -122,10 +112,10 @@ def speculate(
     progress: bool = True,
     **config: Any,
 ) -> SpeculationReport:
-    """Time each workload with drafts and without. `config` are more switches of the engine.
+    """Time each workload with drafts and without; `config` has more switches of the engine.
 
     Raises:
-        DifferentTokens: if, in fp32, drafts changed any token.
+        DifferentTokens: If, in fp32, drafts changed any token.
     """
     workloads = [("copy", 1, copy_jobs(loaded))]
     workloads += [("chat", count, chat_jobs(loaded, max(count, 2))) for count in seats]
@@ -138,36 +128,29 @@ def speculate(
             todo.append(System(f"{name} {count} {speculative}", run, jobs))
     for system in todo[:2]:
         system.run(short_jobs(system.jobs), None)
-    same: list[str] = []
 
-    def check(runs: dict[str, Run]) -> None:
-        same[:] = [
-            compare_tokens([runs[f"{name} {count} None"], runs[f"{name} {count} ngram"]], loaded.dtype)
-            for name, count, _ in workloads
-        ]
+    def check(runs: dict[str, Run]) -> str:
+        pairs = [[runs[f"{name} {count} {way}"] for way in (None, "ngram")] for name, count, _ in workloads]
+        return " ".join(dict.fromkeys(compare_tokens(pair, loaded.dtype) for pair in pairs))
 
-    runs, _ = take_turns(todo, repeats, check=check, progress=progress)
+    runs, _, same = take_turns(todo, repeats, check=check, progress=progress)
     rows = [_row(name, count, runs) for name, count, _ in workloads]
-    settings = {
-        **describe(loaded, [job for *_, jobs in workloads for job in jobs]),
-        "token budget": budget,
-        "medians of": repeats,
-        **versions(),
-    }
-    return SpeculationReport(settings, " ".join(dict.fromkeys(same)), rows)
+    jobs = [job for *_, jobs in workloads for job in jobs]
+    settings = describe(loaded, jobs, {"token budget": budget, "medians of": repeats})
+    return SpeculationReport(settings, same, rows)
 
 
 def _run(loaded: LoadedModel, speculative: Any, jobs: Sequence[Job], bar: Any, **config: Any) -> Run:
     return run_engine(EngineConfig(model=loaded, speculative=speculative, **config), jobs, bar)
 
 
-def _row(name: str, count: int, runs: dict[str, list[Run]]) -> Row:
+def _row(name: str, count: int, runs: dict[str, list[Run]]) -> SpeculationRow:
     plain, drafting = runs[f"{name} {count} None"], runs[f"{name} {count} ngram"]
     rates = [statistics.median(run.rate for run in some) for some in (plain, drafting)]
     gain = statistics.median(b.rate / a.rate for a, b in zip(plain, drafting, strict=True))
     last = drafting[-1]
     held_back = [record.held_back for record in last.records if record.held_back]
-    return Row(
+    return SpeculationRow(
         name,
         count,
         *rates,

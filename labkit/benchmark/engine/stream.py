@@ -1,46 +1,34 @@
-"""A steady stream: so many requests that the seats stay full, against `transformers` one by one."""
+"""A steady stream: so many requests that the seats stay full, compared with `transformers` one by one."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedModel
 
-from labkit.analysis.reference import (
-    REFERENCE,
-    Run,
-    System,
-    compare_tokens,
-    describe,
-    run_reference,
-    short_jobs,
-    take_turns,
-    versions,
-)
+from labkit.analysis.reference import REFERENCE, compare_tokens, run_reference
 from labkit.analysis.workload import Job
 from labkit.benchmark.engine.peers import PeerRow, peer_row, run_ours
+from labkit.benchmark.engine.runs import System, describe, dtype_name, short_jobs, take_turns
+from labkit.benchmark.report import Report
 from labkit.models.load import LoadedModel
 
 REQUESTS = 128
-REFERENCE_REQUESTS = 16  # one by one takes long, and does not change
+REFERENCE_REQUESTS = 16  # one by one takes long, and more would change nothing
 
 
 @dataclass
-class StreamReport:
-    settings: dict[str, Any]
+class StreamReport(Report):
+    """What `stream` found."""
+
     same_tokens: str
     rows: list[PeerRow]
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
     def __str__(self) -> str:
-        lines = [", ".join(f"{key} {value}" for key, value in self.settings.items()), self.same_tokens]
+        lines = [self.settings_line, self.same_tokens]
         lines.append(f"{'':24}{'tokens/s':>10}{'x transf.':>11}{'seconds':>9}{'requests':>10}{'equal':>8}")
         for row in self.rows:
             lines.append(
@@ -63,11 +51,11 @@ def stream(
     """Time the stream in full precision and in int8, each in turn with `transformers` on its first requests.
 
     Raises:
-        DifferentTokens: if, in fp32, the engine and `transformers` disagree on any token.
-        ValueError: if there is no int8 for this model or device.
+        DifferentTokens: If, in fp32, the engine and `transformers` disagree on any token.
+        ValueError: If there is no int8 for this model or device.
     """
     full = load()
-    models = {str(full.dtype).removeprefix("torch."): full, "int8": load(quantization="int8")}
+    models = {dtype_name(full.dtype): full, "int8": load(quantization="int8")}
     few = jobs[:REFERENCE_REQUESTS]
     todo = [System(REFERENCE, functools.partial(run_reference, reference(full)), few)]
     for precision, loaded in models.items():
@@ -76,20 +64,13 @@ def stream(
     exact = todo[1].name
     for system in todo:
         system.run(short_jobs(jobs), None)
-    same = ""
-
-    def check(runs: dict[str, Run]) -> None:
-        nonlocal same
-        same = compare_tokens([runs[exact], runs[REFERENCE]], full.dtype)
-
-    runs, _ = take_turns(todo, repeats, check=check, progress=progress)
+    runs, _, same = take_turns(
+        todo,
+        repeats,
+        check=lambda runs: compare_tokens([runs[exact], runs[REFERENCE]], full.dtype),
+        progress=progress,
+    )
     baseline = statistics.median(run.rate for run in runs[REFERENCE])
     rows = [peer_row(name, some, runs[exact][0], baseline) for name, some in runs.items()]
-    settings = {
-        **describe(full, jobs),
-        "seats": seats,
-        "token budget": budget,
-        "medians of": repeats,
-        **versions(),
-    }
-    return StreamReport(settings, same, rows)
+    more = {"seats": seats, "token budget": budget, "medians of": repeats}
+    return StreamReport(describe(full, jobs, more), same, rows)

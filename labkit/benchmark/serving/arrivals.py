@@ -13,14 +13,14 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from labkit.analysis.workload import prose
-from labkit.models.load import TINY, find
+from labkit.models.hub import TINY, find
 from labkit.models.tiny import tiny_tokenizer
 from labkit.sampling_params import check_number
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request to come: when, in seconds from the start, its prompt, and how many tokens to answer with."""
+    """A request to come: its time in seconds from the start, its prompt, and the tokens to answer with."""
 
     at: float
     prompt: str
@@ -31,10 +31,10 @@ class Arrival:
 class Lengths:
     """Lengths in tokens, log-normal: half are below the median, a few far above; clipped to low ... high.
 
-    What people and chatbots say to each other is about so (ShareGPT); its medians are several times ours.
+    Conversations with chatbots have about this distribution (ShareGPT), with several times our medians.
 
     Raises:
-        ValueError: unless 1 <= low <= median <= high and sigma >= 0.
+        ValueError: Unless 1 <= low <= median <= high and sigma >= 0.
     """
 
     median: float
@@ -48,6 +48,7 @@ class Lengths:
         check_number("sigma", self.sigma, 0, 10)
 
     def draw(self, rng: random.Random) -> int:
+        """A random length."""
         drawn = rng.lognormvariate(log(self.median), self.sigma)
         return round(min(self.high, max(self.low, drawn)))
 
@@ -63,14 +64,14 @@ _MARK = 4  # letters
 def poisson(
     tokenizer: PreTrainedTokenizerBase, rate: float, seconds: float, *, seed: int = 0, **how: Any
 ) -> list[Arrival]:
-    """Arrivals that know nothing of each other, for an open loop.
+    """Arrivals for an open loop, independent of each other.
 
-    A Poisson process, given that `rate * seconds` requests (rounded, at least one) come in the time: how many
-    come is no matter of luck, only when. With one seed, other rates bring the same requests in the same order
-    and rhythm. For `how` see `requests`.
+    They are a Poisson process on the condition that `rate * seconds` requests (rounded, at least one) come in
+    this time: only when they come is random. With the same seed, other rates bring the same requests in the
+    same order and rhythm. `how` has further arguments of `requests`.
 
     Raises:
-        ValueError: for a rate or a time that is not above 0, and as `requests`.
+        ValueError: If the rate or the time is not above 0, and as `requests` does.
     """
     check_number("rate", rate, 1e-6, 1e6)
     check_number("seconds", seconds, 1e-6, 1e6)
@@ -85,7 +86,7 @@ def poisson(
 
 
 def at_once(tokenizer: PreTrainedTokenizerBase, count: int, *, seed: int = 0, **how: Any) -> list[Arrival]:
-    """So many requests that all come at the start. For `how`, and what is raised, see `requests`."""
+    """So many requests that all come at the start. `how` is passed to `requests`, which may raise."""
     sent = itertools.islice(requests(tokenizer, seed=seed, **how), count)
     return [Arrival(0.0, prompt, max_tokens) for prompt, max_tokens in sent]
 
@@ -98,19 +99,19 @@ def requests(
     prompts: Lengths = PROMPTS,
     answers: Lengths = ANSWERS,
 ) -> Iterator[tuple[str, int]]:
-    """Prompts cut out of the text in the package, and how many tokens to answer with, without end.
+    """Endless prompts, cut out of the text in the package, and how many tokens to answer each with.
 
     Each prompt begins with a few letters of its own, so that no prefix cache knows it.
 
     Args:
-        tokenizer: that counts the lengths.
-        seed: of the lengths, and with `text` of the words.
-        text: another one gives other words of the same lengths: for a second round that a cache cannot know.
-        prompts, answers: how long they are. The tokens of a prompt are right to one or two, for it is cut
-            in the middle of words.
+        tokenizer: The tokenizer that counts the lengths.
+        seed: The seed of the lengths and, together with `text`, of the words.
+        text: Any label. Another one gives other words of the same lengths, which a cache cannot know.
+        prompts, answers: Their lengths. That of a prompt may be wrong by a token or two, because it is cut in
+            the middle of words.
 
     Raises:
-        ValueError: for prompts that may be longer than the text.
+        ValueError: If prompts may be longer than the text.
     """
     token_ids = tokenizer.encode(prose(), add_special_tokens=False, verbose=False)  # longer than it likes
     if prompts.high >= len(token_ids):
@@ -130,7 +131,7 @@ def requests(
 
 
 def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, without its weights. Raises `ModelError` if the model cannot be found."""
+    """A model's tokenizer, without its weights; raises `ModelError` if there is no such model."""
     if model == TINY:
         return tiny_tokenizer()
     return AutoTokenizer.from_pretrained(find(model, say=None))

@@ -1,12 +1,12 @@
-"""A client that puts a server under load, and what it sees of it: for any server that speaks OpenAI's API.
+"""A client that puts a server under load and measures its answers. The server must speak OpenAI's API.
 
     measures = load.run(url, arrivals.poisson(tokenizer, rate=2, seconds=20))
-    print(load.summary(measures))
+    print(client_measures.summary(measures))
 
-An open loop sends each request at its time, whether or not others are answered: so do people who know nothing
-of each other, and a server that is too slow gets a queue. A closed loop has so many clients, each of whom
-sends the next request once the last is answered: it slows down with the server, and so hides what waiting
-costs. Times count from when a request was due, and not from when a busy client came to send it.
+An open loop sends each request at its time, whether or not others are answered. Independent people do the
+same, and a server that is too slow gets a queue. A closed loop has a number of clients, each of which sends
+the next request once the last is answered: it slows down with the server, and so hides what waiting costs.
+Times count from when a request was due, and not from when a busy client came to send it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,9 @@ from typing import Any
 
 import httpx
 
-from labkit.analysis.client_measures import Measure, Slo, summary
+from labkit.analysis.client_measures import Measure
 from labkit.benchmark.serving.arrivals import Arrival
 from labkit.sampling_params import check_number
-
-__all__ = ["EXTRAS", "Measure", "ServerError", "Slo", "follow", "run", "summary", "supported"]
 
 EXTRAS: dict[str, Any] = {"ignore_eos": True, "stream_options": {"include_usage": True}}
 _KEEP_ALIVE = 1.0  # seconds: far below the 5 after which uvicorn closes a connection that we might just take
@@ -33,7 +31,7 @@ _GONE = "not sent: the server could not be reached any more"
 
 
 class ServerError(RuntimeError):
-    """There is no server that could be put under load. The message says what was asked and what came."""
+    """There is no server to put under load. The message says what was asked, and what came back."""
 
 
 def run(
@@ -49,26 +47,26 @@ def run(
 ) -> list[Measure]:
     """Send requests to a server and measure its answers. Works in a notebook, where an event loop runs.
 
-    What goes wrong with a request is in its measure. Once the server cannot be reached at all, nothing more
-    is sent.
+    If a request goes wrong, its measure says so. Once the server cannot be reached at all, nothing more is
+    sent.
 
     Args:
-        url: of the server, without `/v1`.
-        arrivals: the requests. In an open loop (`clients` is None) each is sent at its time.
-        clients: so many clients in a closed loop, whatever the times of the arrivals say.
-        seconds: after which a closed loop sends nothing more (None: all is sent).
-        model: for the server; None is the first that it names.
-        extras: fields beyond the usual ones, each of which a server may not know. Where `ignore_eos` is
-            among them, an answer must have as many tokens as were asked for, or that is an error.
-        patience: seconds that a client waits for the next piece of its answer.
-        tell: called with each measure once it is complete.
+        url: The address of the server, without `/v1`.
+        arrivals: The requests. In an open loop (`clients` is None) each is sent at its time.
+        clients: The number of clients in a closed loop, which ignores the times of the arrivals.
+        seconds: The time after which a closed loop sends nothing more (None: everything is sent).
+        model: The name of the model; None is the first that the server names.
+        extras: Fields that not every server knows. If `ignore_eos` is among them, an answer must have as many
+            tokens as were asked for, or that is an error.
+        patience: The seconds that a client waits for the next piece of its answer.
+        tell: A function that is called with each measure once it is complete.
 
     Returns:
         The measures, in the order in which the requests were due.
 
     Raises:
-        ValueError: for an argument that makes no sense.
-        ServerError: if there is no server, or it names no model.
+        ValueError: If an argument makes no sense.
+        ServerError: If there is no server, or it names no model.
     """
     check_number("patience", patience, 1e-3, math.inf)
     if clients is not None:
@@ -91,7 +89,7 @@ def run(
 
 
 class _Crowd:
-    """All who ask a server in one run."""
+    """All clients of one run."""
 
     def __init__(
         self,
@@ -109,7 +107,7 @@ class _Crowd:
         self._clock = lambda: time.perf_counter() - begin
 
     async def open(self, arrivals: Iterable[Arrival]) -> None:
-        """Send each at its time."""
+        """Send each request at its time."""
         asking = []
         for arrival in arrivals:
             await asyncio.sleep(max(0.0, arrival.at - self._clock()))
@@ -123,7 +121,7 @@ class _Crowd:
         await asyncio.gather(*asking)
 
     async def closed(self, arrivals: Iterator[Arrival], clients: int, seconds: float) -> None:
-        """Each client sends the next that is there once its last is answered."""
+        """Let each client send the next request once its last one is answered."""
 
         async def one() -> None:
             while not self._gone and self._clock() < seconds and (arrival := next(arrivals, None)):
@@ -133,7 +131,7 @@ class _Crowd:
         await asyncio.gather(*(one() for _ in range(clients)))
 
     async def _ask(self, arrival: Arrival, measure: Measure) -> None:
-        """One request and its answer."""
+        """Send one request and follow its answer."""
         body = self._body | {"prompt": arrival.prompt, "max_tokens": arrival.max_tokens}
         measure.sent = self._clock()
         try:
@@ -156,8 +154,8 @@ class _Crowd:
 async def follow(lines: AsyncIterator[str], measure: Measure, clock: Callable[[], float]) -> None:
     """Read a stream of server-sent events to its end, and note in a measure what came when.
 
-    It need not end with [DONE], nor say how many tokens it brought; but an answer that is ended neither by
-    that nor by a finish reason is an error.
+    The stream need not say how many tokens it brought. It must end with [DONE] or a finish reason, or the
+    answer is an error.
     """
     pieces: list[str] = []
     done = False
@@ -198,12 +196,12 @@ async def follow(lines: AsyncIterator[str], measure: Measure, clock: Callable[[]
 
 
 def _message(error: object) -> str:
-    """The words of an error in OpenAI's shape, or in any."""
+    """The words of an error, in OpenAI's format or any other."""
     return str(error.get("message", error) if isinstance(error, Mapping) else error)
 
 
 def _reason(body: bytes) -> str:
-    """The words of an error that came in place of an answer."""
+    """The words of an error that came instead of an answer."""
     try:
         answer = json.loads(body)
         return _message(answer.get("error") or answer.get("detail") or answer)[:200]
@@ -211,14 +209,14 @@ def _reason(body: bytes) -> str:
         return body[:200].decode(errors="replace").strip()
 
 
-# -- what a server is -----------------------------------------------------------------------------
+# -- what a server knows -----------------------------------------------------------------------------
 
 
 def supported(url: str, model: str | None = None) -> tuple[str, dict[str, Any]]:
     """The model that a server names first, if none is given, and those of `EXTRAS` that it takes.
 
     Raises:
-        ServerError: if it answers no completion.
+        ServerError: If it answers no completion.
     """
     named = model or _outside(_named(url))
     for extras in (EXTRAS, {"stream_options": EXTRAS["stream_options"]}, {}):
@@ -245,7 +243,7 @@ async def _first_model(client: httpx.AsyncClient, url: str) -> str:
 
 
 def _connect(patience: float) -> httpx.AsyncClient:
-    """As many connections as there are streams, and no proxy between."""
+    """A client with as many connections as there are streams, and no proxy."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEP_ALIVE)
     timeout = httpx.Timeout(None, connect=60, read=patience)
     return httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False)

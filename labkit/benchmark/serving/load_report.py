@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,10 +9,12 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from labkit.analysis.client_measures import Slo, Spread, Summary
+from labkit.analysis.client_measures import Slo, Summary
+from labkit.benchmark.report import Report, table_line
+from labkit.trace.latency import Spread
 from labkit.views import style
 
-HTTP_TARGET = 0.10  # of the tokens a second that HTTP may cost
+HTTP_TARGET = 0.10  # the share of the tokens per second that HTTP may cost
 ITL_TARGET = 3.0  # p99 over the median at half the knee
 
 _COLUMNS = (  # two lines of heading, and a width
@@ -40,7 +41,7 @@ _COLUMNS = (  # two lines of heading, and a width
 class RateRow:
     """One rate of requests: what was asked for, and what came of it.
 
-    `queue` is the mean time in the server's own queue, in seconds; None if it does not say.
+    `queue` is the mean queue time, in seconds, as the server itself measures it; None if it does not say.
     """
 
     rate: float
@@ -53,6 +54,7 @@ class RateRow:
         return self.summary.done / self.summary.e2e_mean if self.summary.e2e_mean else 0.0
 
     def cells(self) -> list[str]:
+        """The line of the table, as text."""
         of = self.summary
         return [
             f"{self.rate:.2f}",
@@ -75,12 +77,12 @@ def _three(spread: Spread | None, factor: float, digits: int) -> list[str]:
 def knee(rows: Sequence[RateRow]) -> int:
     """The place of the knee among rows of rising rates: where power is greatest.
 
-    Power is throughput over response time (Giessler and others, 1978; Kleinrock, 1979): below its maximum
+    Power is throughput over response time (Giessler and others, 1978; Kleinrock, 1979). Below its maximum
     more load costs little time, above it time grows faster than throughput. It is also where a line from the
     origin touches the curve of response times.
 
     Raises:
-        ValueError: if there are no rows.
+        ValueError: If there are no rows.
     """
     if not rows:
         raise ValueError("rows is empty: there is no curve to have a knee")
@@ -89,7 +91,7 @@ def knee(rows: Sequence[RateRow]) -> int:
 
 @dataclass
 class HttpCost:
-    """The same requests at once, with and without a server: tokens per second, medians."""
+    """The same requests at once, with and without a server. Tokens per second are medians."""
 
     requests: int
     same: str
@@ -113,12 +115,12 @@ class HttpCost:
 
 @dataclass
 class ManyStreams:
-    """Many streams at once. `left` says what the server held afterwards, None if it does not say."""
+    """Many streams at once. `left` is what the server held afterwards; None if it does not say."""
 
     streams: int
     summary: Summary
-    most: int  # under way at one time
-    lost: int  # tokens asked for that did not come
+    most: int  # streams that were open at one time
+    lost: int  # tokens that were asked for and did not come
     seconds: float
     checked: int
     equal: int
@@ -143,10 +145,12 @@ class ManyStreams:
 
 
 @dataclass
-class LoadReport:
-    """All that was measured; `rows` by rising rate, `others` the same of the other server."""
+class LoadReport(Report):
+    """All that was measured: `rows` by rising rate, and in `others` the same of the other server.
 
-    settings: dict[str, Any]
+    The client's ITL is the gap from one piece of text to the next: `latency.itl_per_step`.
+    """
+
     http: HttpCost | None
     streams: ManyStreams | None
     unloaded: Summary
@@ -156,7 +160,7 @@ class LoadReport:
     slo: Slo
     slo_from: str
     rows: list[RateRow]
-    knee: int  # its place in `rows`
+    knee: int  # the place of the knee in `rows`
     half: RateRow  # at half the rate of the knee
     other: str = ""
     others: list[RateRow] = field(default_factory=list)
@@ -170,11 +174,10 @@ class LoadReport:
 
     def to_json(self) -> dict[str, Any]:
         more = {"itl_ratio_at_half_the_knee": self.itl_ratio, "knee_rate": self.rows[self.knee].rate}
-        return dataclasses.asdict(self) | more
+        return super().to_json() | more
 
     def __str__(self) -> str:
-        settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
-        parts = [settings, *(str(part) for part in (self.http, self.streams) if part), ""]
+        parts = [self.settings_line, *(str(part) for part in (self.http, self.streams) if part), ""]
         closed, unloaded = self.closed, self.unloaded
         parts.append(
             f"Unloaded, one request at a time: TTFT {_three(unloaded.ttft, 1, 3)[0]} s, "
@@ -212,14 +215,12 @@ class LoadReport:
 
 
 def table(rows: Sequence[RateRow], knee: int | None = None) -> list[str]:
-    """Lines of text, one for each rate; the knee has an asterisk."""
+    """Lines of text, one for each rate. The knee has an asterisk."""
     widths = [width for *_, width in _COLUMNS]
-    lines = [_line([heading[i] for heading in _COLUMNS], widths) for i in (0, 1)]
-    return lines + [_line(row.cells(), widths) + " *" * (i == knee) for i, row in enumerate(rows)]
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    return "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+    lines = [table_line([heading[i] for heading in _COLUMNS], widths, left=0) for i in (0, 1)]
+    return lines + [
+        table_line(row.cells(), widths, left=0) + " *" * (i == knee) for i, row in enumerate(rows)
+    ]
 
 
 # -- the picture ----------------------------------------------------------------------------------

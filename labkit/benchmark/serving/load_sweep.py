@@ -18,7 +18,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from labkit.analysis.client_measures import Measure, Slo, Summary, summary
-from labkit.analysis.reference import DifferentTokens, versions
+from labkit.analysis.reference import DifferentTokens
+from labkit.benchmark.engine.runs import versions
 from labkit.benchmark.serving import load
 from labkit.benchmark.serving.arrivals import (
     ANSWERS,
@@ -35,7 +36,7 @@ from labkit.benchmark.serving.processes import (
     Answer,
     EngineProcess,
     ServerProcess,
-    Sizes,
+    ServerSizes,
     numbers,
     server_process,
 )
@@ -45,30 +46,30 @@ FRACTIONS = (0.25, 0.5, 0.7, 0.85, 1.0, 1.2)  # of the closed loop's capacity
 SLO_TTFT, SLO_ITL = 10.0, 5.0  # times the unloaded median
 _SHORT_PROMPTS, _SHORT_ANSWERS = Lengths(12, 0.4, 8, 24), Lengths(10, 0.4, 6, 16)
 _LONG = Lengths(64, 0.0, 64, 64)
-_WARM = 0.2  # share of a run in which the server fills, and which rates do not count
+_WARM = 0.2  # the share of a run in which the server fills up; rates do not count it
 _UNLOADED = 8  # requests one by one
-_SOLO = 12  # of many streams, answered once more by the engine alone
-_NEAR = 0.1  # so close, as a share, a rate stands for another
-_PAGE = 16
+_SOLO = 12  # how many of many streams the engine alone answers once more
+_NEAR = 0.1  # a rate stands for another that is as close as this share
+_BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoadPlan:
     """What to measure.
 
     Args:
-        model, device, dtype, seats, budget: of the server.
-        batch: streams at once, for what HTTP costs; 0 leaves it out.
-        repeats: of that; the median counts.
-        streams: at once, of short requests; 0 leaves it out.
-        rates: requests per second; None takes `FRACTIONS` of what a closed loop reaches.
-        seconds: of each rate.
-        slo_ttft, slo_itl: objectives in seconds; None is so many times the unloaded median.
-        url, url_model: another server that gets the same arrivals, and the name of its model there.
-        seed: of the arrivals.
+        model, device, dtype, seats, budget: The options of the server.
+        batch: The number of streams at once with which the cost of HTTP is measured; 0 leaves it out.
+        repeats: The number of those measurements; the median counts.
+        streams: The number of short requests at once; 0 leaves them out.
+        rates: Requests per second; None takes `FRACTIONS` of what a closed loop reaches.
+        seconds: The time of each rate.
+        slo_ttft, slo_itl: Objectives in seconds; None is a multiple of the unloaded median.
+        url, url_model: Another server that gets the same arrivals, and the name of its model there.
+        seed: The seed of the arrivals.
 
     Raises:
-        ValueError: for a value that cannot work; the message names the field.
+        ValueError: If a value cannot work. The message names the field.
     """
 
     model: str = "smollm2-135m"
@@ -101,10 +102,10 @@ class Plan:
         for rate in self.rates or ():
             check_number("rates", rate, 1e-3, 1e5)
 
-    def sizes(self) -> Sizes:
-        """A pool that holds every seat at its longest, so that no figure hangs on preemption."""
-        longest = -(-(PROMPTS.high + _PAGE + ANSWERS.high) // _PAGE)
-        return Sizes(
+    def sizes(self) -> ServerSizes:
+        """A pool that holds every seat at its longest, so that no figure depends on preemption."""
+        longest = -(-(PROMPTS.high + _BLOCK_SIZE + ANSWERS.high) // _BLOCK_SIZE)
+        return ServerSizes(
             self.model,
             self.device,
             self.dtype,
@@ -114,14 +115,14 @@ class Plan:
         )
 
 
-def measure_load(plan: Plan, *, progress: bool = True) -> LoadReport:
+def measure_load(plan: LoadPlan, *, progress: bool = True) -> LoadReport:
     """Start a server and an engine without one, measure both, and then the server alone.
 
     Raises:
-        DifferentTokens: if, in fp32, an answer over HTTP is not that of the engine.
-        RuntimeError: if the server ends, or a request fails where none may.
-        ServerError: if the other server does not answer.
-        ValueError: if the model cannot be had.
+        DifferentTokens: If, in fp32, an answer over HTTP is not that of the engine.
+        RuntimeError: If the server ends, or a request fails where none may.
+        ServerError: If the other server does not answer.
+        ValueError: If there is no such model.
     """
     tokenizer = tokenizer_of(plan.model)
     other = load.supported(plan.url, plan.url_model) if plan.url else None
@@ -133,21 +134,21 @@ def measure_load(plan: Plan, *, progress: bool = True) -> LoadReport:
         with contextlib.closing(EngineProcess(sizes)) as engine:  # both start at once
             server = ending.enter_context(server_process(sizes, max(1024, 2 * plan.streams)))
             facts = engine.facts
-            bench = _Bench(plan, tokenizer, server, bar)
+            bench = TargetServer(plan, tokenizer, server, bar)
             bench.run("warming up", at_once(tokenizer, 4, text="warm", answers=_SHORT_ANSWERS))
             http = http_cost(bench, engine) if plan.batch else None
             streams = many_streams(bench, engine) if plan.streams else None
         return _sweep(bench, facts, http, streams, other)
 
 
-class _Bench:
-    """A server, and requests for it."""
+class TargetServer:
+    """A server, and the means to send requests to it."""
 
-    def __init__(self, plan: Plan, tokenizer: Any, server: ServerProcess, bar: tqdm) -> None:
+    def __init__(self, plan: LoadPlan, tokenizer: Any, server: ServerProcess, bar: tqdm) -> None:
         self.plan, self.tokenizer, self.server, self.bar = plan, tokenizer, server, bar
 
     def run(self, what: str, arrivals: Any, **how: Any) -> list[Measure]:
-        """As `load.run`. Raises `RuntimeError` if the server ends meanwhile."""
+        """Do what `load.run` does; raise `RuntimeError` if the server ends meanwhile."""
         self.bar.set_description(what)
         try:
             measures = load.run(self.server.url, arrivals, **how)
@@ -160,7 +161,7 @@ class _Bench:
         return measures
 
 
-def http_cost(bench: _Bench, engine: EngineProcess) -> HttpCost:
+def http_cost(bench: TargetServer, engine: EngineProcess) -> HttpCost:
     """The same requests at once, in turn by the engine alone and over HTTP; new words in each round."""
     plan = bench.plan
     tokens: dict[str, list[float]] = {"in process": [], "over HTTP": []}
@@ -185,8 +186,8 @@ def compare(measures: Sequence[Measure], answers: Sequence[Answer], dtype: str) 
     """One sentence on how far answers over HTTP are those of the engine alone.
 
     Raises:
-        DifferentTokens: if, in fp32, one is not.
-        RuntimeError: if one failed.
+        DifferentTokens: If, in fp32, one is not.
+        RuntimeError: If one failed.
     """
     for measure in measures:
         if measure.error:
@@ -202,16 +203,16 @@ def compare(measures: Sequence[Measure], answers: Sequence[Answer], dtype: str) 
     return f"{same} answers over HTTP have the text and the number of tokens of the engine alone ({dtype})."
 
 
-def many_streams(bench: _Bench, engine: EngineProcess) -> ManyStreams:
-    """So many short requests at once; some of the answers are compared with those of the engine alone.
+def many_streams(bench: TargetServer, engine: EngineProcess) -> ManyStreams:
+    """Many short requests at once. Some of the answers are compared with those of the engine alone.
 
     Raises:
-        DifferentTokens: if, in fp32, one of them differs.
+        DifferentTokens: If, in fp32, one of them differs.
     """
     plan = bench.plan
     short = {"seed": plan.seed, "text": "streams", "prompts": _SHORT_PROMPTS}
     arrivals = at_once(bench.tokenizer, plan.streams, answers=_SHORT_ANSWERS, **short)
-    # Those that get the seats first keep them until all the others have come.
+    # The requests that get the seats first keep them until all the others have come.
     arrivals[: plan.seats] = at_once(bench.tokenizer, min(plan.seats, plan.streams), answers=_LONG, **short)
     measures = bench.run(f"{plan.streams} streams", arrivals)
     left = _left(bench.server.url)
@@ -233,14 +234,14 @@ def many_streams(bench: _Bench, engine: EngineProcess) -> ManyStreams:
 
 
 def most_at_once(measures: Sequence[Measure]) -> int:
-    """How many requests were under way at one time, at most."""
+    """The most requests that were under way at one time."""
     begun = [(m.sent, 1) for m in measures if m.sent is not None]
     ended = [(m.end, -1) for m in measures if m.sent is not None]
     return max(itertools.accumulate(change for _, change in sorted(begun + ended)), default=0)
 
 
 def _left(url: str, seconds: float = 10.0) -> dict[str, float] | None:
-    """What a server still holds, once it holds nothing or so many seconds have passed; None if unsaid."""
+    """What a server still holds once it holds nothing, or after some seconds; None if it does not say."""
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
     end = time.monotonic() + seconds
     while True:
@@ -257,13 +258,13 @@ def _left(url: str, seconds: float = 10.0) -> dict[str, float] | None:
 
 
 def _sweep(
-    bench: _Bench,
+    bench: TargetServer,
     facts: dict[str, str],
     http: HttpCost | None,
     streams: ManyStreams | None,
     other: tuple[str, dict[str, Any]] | None,
 ) -> LoadReport:
-    """Unloaded, in a closed loop, and then at each rate."""
+    """Measure the server unloaded, in a closed loop, and then at each rate."""
     plan, tokenizer = bench.plan, bench.tokenizer
     unloaded_sent = at_once(tokenizer, _UNLOADED, seed=plan.seed, text="unloaded")
     unloaded = summary(_sound(bench.run("unloaded", unloaded_sent, clients=1)))
@@ -319,14 +320,14 @@ def _sweep(
     )
 
 
-def _settings(plan: Plan, facts: dict[str, str]) -> dict[str, Any]:
+def _settings(plan: LoadPlan, facts: dict[str, str]) -> dict[str, Any]:
     sizes = plan.sizes()
     return {
         "model": plan.model,
         **facts,
         "seats": sizes.max_num_seqs,
         "token budget": sizes.max_num_batched_tokens,
-        "pages": f"{sizes.num_blocks} of {_PAGE} tokens",
+        "blocks": f"{sizes.num_blocks} of {_BLOCK_SIZE} tokens",
         "prompts": str(PROMPTS),
         "answers": str(ANSWERS),
         "seconds of each rate": plan.seconds,
@@ -337,7 +338,7 @@ def _settings(plan: Plan, facts: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _slo_from(plan: Plan) -> str:
+def _slo_from(plan: LoadPlan) -> str:
     """Where the objectives come from."""
     ttft = "as asked for" if plan.slo_ttft else f"{SLO_TTFT:g} times the unloaded median"
     itl = "as asked for" if plan.slo_itl else f"{SLO_ITL:g} times"
@@ -345,7 +346,7 @@ def _slo_from(plan: Plan) -> str:
 
 
 def _sound(measures: list[Measure]) -> list[Measure]:
-    """The same, if all went well: objectives and rates hang on it. Raises `RuntimeError` if not."""
+    """The same measures; raises `RuntimeError` if one failed, because objectives and rates depend on them."""
     for measure in measures:
         if measure.error:
             raise RuntimeError(f"a request failed before the sweep: {measure.error}")
@@ -353,9 +354,9 @@ def _sound(measures: list[Measure]) -> list[Measure]:
 
 
 def _at(
-    bench: _Bench, rate: float, slo: Slo, other: tuple[str, str, dict[str, Any]] | None = None
+    bench: TargetServer, rate: float, slo: Slo, other: tuple[str, str, dict[str, Any]] | None = None
 ) -> RateRow:
-    """One rate, at our server or at another."""
+    """Measure one rate, at our server or at another."""
     plan = bench.plan
     arrivals = poisson(bench.tokenizer, rate, plan.seconds, seed=plan.seed, text=f"rate {rate}")
     url = other[0] if other else bench.server.url
@@ -367,11 +368,11 @@ def _at(
         measures = bench.run(f"{rate:.2f} requests/s", arrivals)
     bench.bar.update()
     seen: Summary = summary(measures, between=(_WARM * plan.seconds, plan.seconds), slo=slo)
-    return RateRow(rate, seen, _queue(before, numbers(url)))
+    return RateRow(rate, seen, mean_queue_time(before, numbers(url)))
 
 
-def _queue(before: dict[str, float], after: dict[str, float]) -> float | None:
-    """The mean time that requests waited between two looks at a server's numbers, in seconds."""
+def mean_queue_time(before: dict[str, float], after: dict[str, float]) -> float | None:
+    """The mean queue time between two looks at a server's numbers, in seconds."""
     name = "request_queue_time_seconds"
     if f"{name}_sum" not in after:
         return None

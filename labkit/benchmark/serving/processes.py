@@ -1,5 +1,6 @@
-"""A server, and an engine without one, each in a process of its own, so that neither shares an interpreter
-with the client that measures it.
+"""A server, and an engine without one, each in a process of its own.
+
+So neither shares an interpreter with the client that measures it.
 """
 
 from __future__ import annotations
@@ -23,19 +24,18 @@ from typing import IO, Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from labkit.analysis.reference import device_name
+from labkit.benchmark.engine.runs import check_answers, device_name, dtype_name, exactly
 from labkit.benchmark.serving.arrivals import Arrival
 from labkit.config import EngineConfig
 from labkit.engine import Engine
-from labkit.sampling_params import SamplingParams
 
 _START = 900.0  # seconds until a server must answer; the first time it fetches the model
 _STOP = 20.0  # seconds until it must be gone
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """How both are built; the options of the server, and of `EngineConfig`."""
+class ServerSizes:
+    """How both are built, under the names of the server's options and of `EngineConfig`."""
 
     model: str
     device: str
@@ -45,26 +45,29 @@ class Sizes:
     max_num_batched_tokens: int
 
     def arguments(self) -> list[str]:
-        """For the command line of the server."""
+        """The sizes as the command line of the server."""
         return [f"--{name.replace('_', '-')}={value}" for name, value in vars(self).items()]
 
     def config(self) -> EngineConfig:
-        return EngineConfig(**vars(self), max_trace_steps=1)  # as the server's own
+        """The sizes as the configuration of an engine."""
+        return EngineConfig(**vars(self), max_trace_steps=1)  # the server's own engine has the same
 
 
 # -- with a server --------------------------------------------------------------------------------
 
 
 class ServerProcess:
-    """A server that runs: its process, where it listens, and what it writes (opened for appending)."""
+    """A server that runs: its process, its address, and the file that it writes to."""
 
     def __init__(self, command: Sequence[str], url: str, log: IO[bytes]) -> None:
         self.url, self._log = url, log
-        here = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # it finds what we find
+        here = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path))
+        }  # it finds the packages that we find
         self.process = subprocess.Popen(command, env=here, stdout=log, stderr=log)
 
     def check(self, when: str, *, patience: float = 0.0) -> None:
-        """Raise `RuntimeError` if it has ended, or does in so many seconds; `when` is for the message."""
+        """Raise `RuntimeError`, which says `when`, if the process has ended or does so within `patience`."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             status = self.process.wait(patience)
             raise RuntimeError(f"the server ended with status {status} {when}; it said: {self.last_words()}")
@@ -87,6 +90,7 @@ class ServerProcess:
         raise RuntimeError(f"the server did not answer within {_START:g} s; it said: {self.last_words()}")
 
     def stop(self) -> None:
+        """End the process, by force if it does not end in time."""
         self.process.terminate()
         try:
             self.process.wait(_STOP)
@@ -96,8 +100,8 @@ class ServerProcess:
 
 
 @contextlib.contextmanager
-def server_process(sizes: Sizes, streams: int) -> Iterator[ServerProcess]:
-    """`python -m labkit.server` on a free port, for so many streams. Raises as `ServerProcess.wait`."""
+def server_process(sizes: ServerSizes, streams: int) -> Iterator[ServerProcess]:
+    """Run `python -m labkit.server` on a free port, for so many streams; may raise as `wait` does."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "labkit.server", "--host=127.0.0.1", f"--port={port}"]
@@ -112,7 +116,7 @@ def server_process(sizes: Sizes, streams: int) -> Iterator[ServerProcess]:
 
 
 def numbers(url: str) -> dict[str, float]:
-    """What a server says at `/metrics`, without the prefix that names it; empty if it says nothing."""
+    """The numbers at a server's `/metrics`, without the prefix of their names; empty if there are none."""
     try:
         response = httpx.get(f"{url.rstrip('/')}/metrics", trust_env=False, timeout=30)
         families = list(text_string_to_metric_families(response.text)) if response.is_success else []
@@ -128,26 +132,27 @@ _engine: Engine | None = None  # of the process
 
 
 class EngineProcess:
-    """An engine alone. It lives as long as the process, as that of a server does."""
+    """An engine alone, in a process that lives as long as it does."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: ServerSizes) -> None:
         self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
         self._starting = self._pool.submit(_start, sizes)
 
     @functools.cached_property
     def facts(self) -> dict[str, str]:
-        """Dtype and device. Raises what building the engine raised."""
+        """Its dtype and device; raises what building the engine raised."""
         return _result(self._starting)
 
     def together(self, arrivals: Sequence[Arrival]) -> tuple[float, list[Answer]]:
-        """All requests at once: the seconds until the last is done, and the answers."""
+        """Answer all requests at once; returns the seconds until the last is done, and the answers."""
         return _result(self._pool.submit(_together, list(arrivals)))
 
     def alone(self, arrivals: Sequence[Arrival]) -> list[Answer]:
-        """The answers one after the other."""
+        """Answer the requests one after the other."""
         return [answers[0] for _, answers in (self.together([arrival]) for arrival in arrivals)]
 
     def close(self) -> None:
+        """End the process."""
         self._pool.shutdown()
 
 
@@ -160,18 +165,18 @@ def _result(future: Future[Any]) -> Any:
 
 @dataclass(frozen=True)
 class Answer:
-    """What both ways must agree on."""
+    """What the server and the engine alone must agree on."""
 
     text: str
     tokens: int
 
 
-def _start(sizes: Sizes) -> dict[str, str]:
+def _start(sizes: ServerSizes) -> dict[str, str]:
     global _engine
     with contextlib.redirect_stdout(io.StringIO()):  # what it chose and why
         _engine = Engine(sizes.config())
     model = _engine.model
-    return {"dtype": str(model.dtype).removeprefix("torch."), "device": device_name(model.device)}
+    return {"dtype": dtype_name(model.dtype), "device": device_name(model.device)}
 
 
 def _together(arrivals: list[Arrival]) -> tuple[float, list[Answer]]:
@@ -179,15 +184,9 @@ def _together(arrivals: list[Arrival]) -> tuple[float, list[Answer]]:
     if engine is None:
         raise RuntimeError("the engine of this process was not started")
     begin = time.perf_counter()
-    ids = [
-        engine.add_request(arrival.prompt, SamplingParams(max_tokens=arrival.max_tokens, ignore_eos=True))
-        for arrival in arrivals
-    ]
-    while engine.has_unfinished:
-        engine.step()
+    ids = [engine.add_request(arrival.prompt, exactly(arrival.max_tokens)) for arrival in arrivals]
+    engine.run()
     seconds = time.perf_counter() - begin
     outputs = [engine.outputs.pop(i) for i in ids]
-    for output in outputs:
-        if output.error:
-            raise RuntimeError(f"request {output.request_id} failed without a server: {output.error}")
+    check_answers(outputs, "without a server")
     return seconds, [Answer(output.text, len(output.token_ids)) for output in outputs]

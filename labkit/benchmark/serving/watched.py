@@ -1,9 +1,8 @@
-"""What it costs to be watched: the workload on the lab, with nobody there and with many who watch."""
+"""What it costs to be watched: the workload on the lab, with no page open and with many that watch."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import gc
 import io
@@ -19,8 +18,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from labkit.analysis.reference import Run, System, compare_tokens, describe, short_jobs, take_turns, versions
+from labkit.analysis.reference import Run, compare_tokens
 from labkit.analysis.workload import Job
+from labkit.benchmark.engine.runs import System, describe, exactly, short_jobs, take_turns
+from labkit.benchmark.report import Report
 from labkit.benchmark.serving import watchers
 from labkit.config import EngineConfig
 from labkit.engine import Engine
@@ -29,37 +30,32 @@ from labkit.outputs import RequestOutput
 from labkit.page.gradio_page import serve
 from labkit.page.session import Bench, Lab
 from labkit.page.sse import PATH
-from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine
 from labkit.trace.records import StepRecord
 
 
 @dataclass
-class WatchedReport:
-    """Medians over the repeats; of the watchers, each one's share."""
+class WatchedReport(Report):
+    """What `watched` found: medians over the repeats. Figures of the watchers are those of each one."""
 
-    settings: dict[str, Any]
     same_tokens: str
     watchers: int
     tokens_per_second: dict[str, float]
-    ratio: float  # of the throughput when watched to that without
+    ratio: float  # of the throughput when watched to that when not
     frames_per_second: float  # that a watcher got
     bytes_per_frame: float
     client_cpu_seconds: float  # of all watchers together, in one run
-    lost: int  # watchers who were let go, for they read too slowly
+    lost: int  # watchers that were dropped because they read too slowly
     all_seconds: dict[str, list[float]] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
     def __str__(self) -> str:
-        lines = [", ".join(f"{key} {value}" for key, value in self.settings.items()), self.same_tokens]
+        lines = [self.settings_line, self.same_tokens]
         lines.append(f"{'':18}{'tokens/s':>10}{'seconds':>9}")
         for name, rate in self.tokens_per_second.items():
             lines.append(f"{name:18}{rate:10.1f}{statistics.median(self.all_seconds[name]):9.1f}")
         lines.append(f"Watched, the engine gives {self.ratio:.1%} of its tokens a second.")
         frames = f"{self.frames_per_second:.1f} frames a second of {self.bytes_per_frame:,.0f} bytes"
-        lines.append(f"A watcher got {frames}; {self.lost} were let go.")
+        lines.append(f"A watcher got {frames}; {self.lost} were dropped.")
         lines.append(
             "Their process shares the cores with the engine: the "
             f"{self.client_cpu_seconds:.2f} s of CPU that it took in a run are in the figure, too."
@@ -77,11 +73,11 @@ def watched(
     repeats: int = 3,
     progress: bool = True,
 ) -> WatchedReport:
-    """Time the workload on the lab, its server up, in turn without anybody and with so many who watch.
+    """Time the workload on the lab while its page is served, in turn without watchers and with `count`.
 
     Raises:
-        DifferentTokens: if, in fp32, being watched changed any token.
-        RuntimeError: if a request failed, or the watchers could not watch.
+        DifferentTokens: If, in fp32, being watched changed any token.
+        RuntimeError: If a request failed, or the watchers could not watch.
     """
     config = EngineConfig(model=loaded, max_num_seqs=seats, max_num_batched_tokens=max(seats, budget))
     seen: list[dict[str, Any]] = []
@@ -106,17 +102,16 @@ def watched(
         for system in todo:
             system.run(short_jobs(jobs), None)
         seen.clear()
-        same = ""
-
-        def check(runs: dict[str, Run]) -> None:
-            nonlocal same
-            same = compare_tokens(list(runs.values()), loaded.dtype)
-
-        runs, _ = take_turns(todo, repeats, check=check, progress=progress)
+        runs, _, same = take_turns(
+            todo,
+            repeats,
+            check=lambda runs: compare_tokens(list(runs.values()), loaded.dtype),
+            progress=progress,
+        )
     rates = {name: statistics.median(run.rate for run in some) for name, some in runs.items()}
     frames = sum(sum(figures["frames"]) for figures in seen)
     return WatchedReport(
-        {**describe(loaded, jobs), "seats": seats, "medians of": repeats, **versions()},
+        describe(loaded, jobs, {"seats": seats, "medians of": repeats}),
         same,
         count,
         rates,
@@ -131,7 +126,7 @@ def watched(
 
 @contextlib.contextmanager
 def _crowd(port: int, count: int) -> Iterator[dict[str, Any]]:
-    """A process with so many watchers, all of them there; what they saw, once it is over."""
+    """Run a process with so many watchers, all of them connected. Afterwards the dict has what they saw."""
     command = [sys.executable, "-I", watchers.__file__, str(port), PATH, str(count)]
     figures: dict[str, Any] = {}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -145,7 +140,7 @@ def _crowd(port: int, count: int) -> Iterator[dict[str, Any]]:
 
 
 def _answer(name: str, lab: Lab, jobs: Sequence[Job], bar: tqdm | None) -> Run:
-    """All jobs at once through a fresh engine of the lab, as if somebody had handed them in."""
+    """Answer all jobs at once with a fresh engine of the lab, as if a visitor had submitted them."""
     lab.change({}, running="cancel")
     gc.collect()
     bench, decode = lab.bench, lab.bench.live.engine.model.tokenizer.decode
@@ -162,7 +157,7 @@ def _answer(name: str, lab: Lab, jobs: Sequence[Job], bar: tqdm | None) -> Run:
         if len(outputs) == len(ids):
             done.set()
 
-    deafen = bench.live.listen(hear)
+    deafen = bench.live.subscribe(hear)
     begin = time.perf_counter()
     bench.live.resume()
     while not done.wait(1) and not bench.live.failure:
@@ -183,5 +178,4 @@ def _answer(name: str, lab: Lab, jobs: Sequence[Job], bar: tqdm | None) -> Run:
 
 
 def _submit(bench: Bench, job: Job, words: str) -> str:
-    params = SamplingParams(max_tokens=job.max_tokens, ignore_eos=True)
-    return bench.desk.submit("somebody", words, job.prompt, params)
+    return bench.desk.submit("somebody", words, job.prompt, exactly(job.max_tokens))

@@ -1,11 +1,11 @@
-"""Pages that watch, without the pages: a process that reads the lab's stream over many connections.
+"""Stands in for many web pages: a process that reads the lab's stream over many connections.
 
-It shares the cores with the engine that is measured, so it does next to nothing: it looks twenty times a
-second at what has come, and counts. Nothing of labkit is imported.
+It shares the cores with the engine that is measured, so it does as little as possible: twenty times a second
+it reads what has come, and counts. It imports nothing of labkit.
 
     python watchers.py PORT PATH COUNT
 
-says "ready" once all have got their first event, and its counts, as JSON, once its standard input ends.
+It prints "ready" once all have got their first event, and its counts, as JSON, once its standard input ends.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ END = b"\n\n"  # of an event
 
 
 class Watchers:
-    """Connections that read the stream at a path. Raises `OSError` if they cannot be had."""
+    """Connections that read the stream at a path; raises `OSError` if they cannot be made."""
 
     def __init__(self, port: int, path: str, count: int) -> None:
         self.frames = [0] * count
         self.bytes = 0
         self.lost = 0
-        self._last = [b""] * count  # byte of each one's latest piece: an event may end in the next
+        self._last = [
+            b""
+        ] * count  # byte of each connection's latest piece, because an event may end in the next
         self._selector = selectors.DefaultSelector()
         for i in range(count):
             connection = socket.create_connection(("127.0.0.1", port), timeout=30)
@@ -64,7 +66,7 @@ class Watchers:
 
 
 def main(port: int, path: str, count: int) -> None:
-    """Watch until standard input ends. Raises `OSError` if that cannot be done."""
+    """Watch until standard input ends; raise `OSError` if that cannot be done."""
     watchers = Watchers(port, path, count)
     while not all(watchers.frames):
         watchers.look()

@@ -177,7 +177,13 @@ _NUMBERS: tuple[tuple[str, Callable[[Result], float | None], str, int, str], ...
     ("Requests in a step", lambda r: r.batch, "{:.1f}", 1, "how many a step works for, on average"),
     ("First token", lambda r: r.ttft_median, "{:.2f} s", -1, "TTFT: from arrival to the first token, median"),
     ("First token, longest", lambda r: r.ttft_max, "{:.2f} s", -1, "TTFT of the request that waited longest"),
-    ("Between tokens", lambda r: r.itl_median, "{:.3f} s", -1, "ITL: from a token to the next, median"),
+    (
+        "Between tokens",
+        lambda r: r.itl_median,
+        "{:.3f} s",
+        -1,
+        "ITL: median; tokens that come at once share the gap",
+    ),
     ("Longest gap", lambda r: r.itl_max, "{:.3f} s", -1, "the longest ITL: how long an answer stood still"),
     (
         "Memory taken",

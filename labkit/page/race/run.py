@@ -6,19 +6,17 @@ must give the same tokens: if they do not, the engine has a fault, and `Race.che
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from labkit.outputs import RequestOutput
 from labkit.sampling_params import SamplingParams, check_number
+from labkit.trace import latency
+from labkit.trace.memory_use import MemoryUse, memory_uses, waste
 from labkit.trace.trace import Trace
-from labkit.views.replay_data import usage_of
 
 if TYPE_CHECKING:
     from labkit.config import EngineConfig
@@ -127,7 +125,7 @@ class Result:
     seconds: float  # from the start to the end of the last step
     tokens: tuple[tuple[int, ...], ...]  # generated, for each request
     ttft: tuple[float, ...]  # time to the first token, from each request's arrival
-    itl: tuple[float, ...]  # between a token and the next of its request; 0 if both come at once
+    token_times: tuple[tuple[float, ...], ...]  # when each token came, for each request
 
     @property
     def generated(self) -> int:
@@ -162,24 +160,23 @@ class Result:
         return accepted / self.drafted if self.drafted else None
 
     @cached_property
-    def _usage(self) -> list[tuple[int, int]]:
-        return usage_of(self.trace)
+    def _uses(self) -> list[MemoryUse]:
+        return memory_uses(self.trace)
 
     @property
     def waste(self) -> float:
         """Share of the slots of owned pages that hold no token, a mean over all steps' pages."""
-        slots = sum(owned for owned, _ in self._usage) * self.trace.meta.block_size
-        return 1 - sum(filled for _, filled in self._usage) / slots if slots else 0.0
+        return waste(self._uses)
 
     @property
     def kv_usage(self) -> float:
         """Share of the pool's pages that somebody owns, a mean over the steps."""
-        return statistics.mean(owned for owned, _ in self._usage) / self.trace.meta.num_blocks
+        return statistics.mean(use.owned for use in self._uses) / self.trace.meta.num_blocks
 
     @property
     def kv_usage_peak(self) -> float:
         """The same at its highest."""
-        return max(owned for owned, _ in self._usage) / self.trace.meta.num_blocks
+        return max(use.owned for use in self._uses) / self.trace.meta.num_blocks
 
     @property
     def batch(self) -> float:
@@ -196,12 +193,13 @@ class Result:
 
     @property
     def itl_median(self) -> float | None:
-        """None if no answer has two tokens. Tokens that come together have an equal share of the gap."""
-        return statistics.median(_shared(self.itl)) if self.itl else None
+        """The median of `latency.itl_shared`; None if no answer has two tokens."""
+        gaps = [gap for times in self.token_times for gap in latency.itl_shared(times)]
+        return statistics.median(gaps) if gaps else None
 
     @property
     def itl_max(self) -> float | None:
-        return max(self.itl, default=None)
+        return max((gap for times in self.token_times for gap in latency.itl(times)), default=None)
 
 
 @dataclass(frozen=True)
@@ -356,8 +354,11 @@ def _run(
         engine.trace,
         end - begin,
         tuple(tuple(output.token_ids) for output in outputs),
-        tuple(_first(output) - due[number] for number, output in enumerate(outputs)),
-        tuple(gap for output in outputs for gap in _gaps(output)),
+        tuple(
+            latency.ttft(due[number], output.metrics.token_times) or 0.0
+            for number, output in enumerate(outputs)
+        ),
+        tuple(tuple(output.metrics.token_times) for output in outputs),
     )
 
 
@@ -373,23 +374,3 @@ def _add(engine: Engine, setting: Setting, number: int, entry: Entry, begin: flo
     except ValueError as error:
         raise RaceError(f"{setting.name}: {error}") from None
     return time.perf_counter() if entry.seconds is None else begin + entry.seconds
-
-
-def _first(output: RequestOutput) -> float:
-    return output.metrics.token_times[0]
-
-
-def _gaps(output: RequestOutput) -> list[float]:
-    return [b - a for a, b in pairwise(output.metrics.token_times)]
-
-
-def _shared(gaps: Sequence[float]) -> list[float]:
-    """Gaps in order; each one is divided among the token after it and those that came with that."""
-    shared: list[float] = []
-    together: list[float] = []
-    for gap in (*gaps, math.inf):
-        if gap and together:
-            shared += [sum(together) / len(together)] * len(together)
-            together = []
-        together.append(gap)
-    return shared

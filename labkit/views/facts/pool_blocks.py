@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from labkit.trace.memory_use import MemoryUse, memory_use
 from labkit.trace.trace import Trace
 from labkit.views.style import plural
 
@@ -36,6 +37,7 @@ class PoolBlocks:
     block_size: int
     blocks: list[PoolBlock]
     requests: dict[str, tuple[int, int]]
+    use: MemoryUse
     owned_after: int
 
     def count(self, *kinds: str) -> int:
@@ -44,20 +46,20 @@ class PoolBlocks:
 
     @property
     def owned(self) -> int:
-        return self.count("owned", "shared")
+        return self.use.owned
 
     @property
     def filled_slots(self) -> int:
         """Count the slots of owned blocks that hold a token."""
-        return sum(block.filled for block in self.blocks if block.owners)
+        return self.use.used
 
     @property
     def headline(self) -> tuple[str, str]:
         """State the numbers in two sentences."""
         owned, total = self.owned, len(self.blocks)
-        slots = owned * self.block_size
+        slots = self.use.reserved
         first = f"Step {self.step}: KV usage {owned / total:.0%}, {owned} of {plural(total, 'block')} owned"
-        second = f"{self.count('shared')} shared, {self.count('cached')} cached and free, "
+        second = f"{self.use.shared} shared, {self.count('cached')} cached and free, "
         second += f"{self.count('free')} free"
         if owned:
             second += f"; tokens fill {self.filled_slots} of {slots} owned slots"
@@ -88,4 +90,4 @@ def blocks_of(trace: Trace, step: int) -> PoolBlocks:
         blocks.append(PoolBlock(number, kind, owners, positions, filled.get(number, 0), findable))
     requests = {name: (len(table), state.computed.get(name, 0)) for name, table in state.tables.items()}
     owned_after = len(trace.state(step, after=True).owners)
-    return PoolBlocks(step, trace.meta.block_size, blocks, requests, owned_after)
+    return PoolBlocks(step, trace.meta.block_size, blocks, requests, memory_use(state), owned_after)

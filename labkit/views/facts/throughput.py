@@ -6,6 +6,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import accumulate
 
+from labkit.trace.memory_use import kv_usage
 from labkit.trace.trace import Trace
 from labkit.views.facts.batch_timeline import ended_early
 from labkit.views.style import plural
@@ -91,7 +92,7 @@ def rates_of(trace: Trace, window: float | None = None) -> Rates | None:
         steps=[record.step for record in records],
         computed=_smooth(computed, spent, window),
         generated=_smooth(generated, spent, window),
-        kv_usage=[1 - record.free_blocks / trace.meta.num_blocks for record in records],
+        kv_usage=[kv_usage(record.free_blocks, trace.meta.num_blocks) for record in records],
         running=running,
         waiting=[record.waiting for record in records],
         preempted=[len(record.preempted) for record in records],

@@ -8,9 +8,9 @@ its tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Literal
 
+from labkit.trace import latency
 from labkit.trace.records import StepRecord
 from labkit.trace.trace import Trace
 from labkit.views.style import plural
@@ -35,12 +35,12 @@ class TokenLane:
     @property
     def ttft(self) -> float | None:
         """Return the time to first token, from arrival; None if there is no token yet."""
-        return self.tokens[0] - self.arrived if self.tokens else None
+        return latency.ttft(self.arrived, self.tokens)
 
     @property
     def gaps(self) -> list[float]:
-        """Return the inter-token latencies: the time from each token to the next."""
-        return [after - before for before, after in pairwise(self.tokens)]
+        """Return the inter-token latencies, token by token (`latency.itl`)."""
+        return latency.itl(self.tokens)
 
     @property
     def worst_gap(self) -> float:

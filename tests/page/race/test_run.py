@@ -175,9 +175,9 @@ def test_drafts_change_steps_and_no_token(model: LoadedModel, monkeypatch: pytes
 
 
 def test_tokens_that_come_together_share_the_gap(race: Race) -> None:
-    result = dataclasses.replace(race.results[0], itl=(0.3, 0.0, 0.0, 0.2, 0.2, 0.0))
+    result = dataclasses.replace(race.results[0], token_times=((0.0, 0.3, 0.3, 0.3, 0.5, 0.7, 0.7),))
     assert (result.itl_median, result.itl_max) == (pytest.approx(0.1), 0.3)
-    assert dataclasses.replace(result, itl=()).itl_median is None
+    assert dataclasses.replace(result, token_times=()).itl_median is None
 
 
 # -- the check ------------------------------------------------------------------------------------

@@ -1,0 +1,69 @@
+"""What devices can do: by their makers' data sheets, or as measured (by `device_probe.py`). No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from labkit.analysis.roofline import Work
+from labkit.sampling_params import check_number
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a data sheet says.
+
+    Attributes:
+        flops: The peak of dense half precision products on tensor cores, in operations/s (a multiplication
+            and an addition are two).
+        bandwidth: Of its memory, in bytes/s.
+        memory: In bytes.
+        source: The data sheet that has these numbers.
+    """
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: float
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for field in ("flops", "bandwidth", "memory"):
+            check_number(field, getattr(self, field), 1, math.inf)
+
+
+# NVIDIA's data sheets, by their numbers. Where one gives a peak with sparsity alone, half of it stands here:
+# that of dense matrices. (For the T4's memory, the Turing white paper has 320 GB/s.)
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("T4", 65e12, 300e9, 16e9, "NVIDIA T4, data sheet 951643: 65 TFLOPS mixed precision, 300 GB/s"),
+        Gpu("L4", 121e12, 300e9, 24e9, "NVIDIA L4, data sheet 2595652: 242 TFLOPS with sparsity, 300 GB/s"),
+        Gpu("A100", 312e12, 2039e9, 80e9, "NVIDIA A100 80GB SXM, data sheet 2188504: 312 TFLOPS, 2,039 GB/s"),
+        Gpu(
+            "H100",
+            989.5e12,
+            3350e9,
+            80e9,
+            "NVIDIA H100 SXM, data sheet 2287922: 1,979 TFLOPS with sparsity, 3.35 TB/s",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What a device was measured to do: `bandwidth` in bytes/s, `peak` by dtype in operations/s."""
+
+    bandwidth: float
+    peak: dict[str, float]
+
+    def least_seconds(self, works: Iterable[Work], dtype: str) -> float:
+        """The least time for steps that come one after the other."""
+        return sum(work.seconds(self.bandwidth, self.peak[dtype]) for work in works)
+
+    def best(self, other: Ceiling) -> Ceiling:
+        """The higher of two measurements: a busy moment lowers them, nothing raises them."""
+        peak = {dtype: max(value, other.peak.get(dtype, 0.0)) for dtype, value in self.peak.items()}
+        return Ceiling(max(self.bandwidth, other.bandwidth), peak)

@@ -1,0 +1,65 @@
+"""Where a model runs and in which precision: names to devices and dtypes, and what "auto" means."""
+
+from __future__ import annotations
+
+import torch
+
+from labkit.models.errors import ModelError
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Return the device of a name; "auto" is the GPU that CUDA sees, else the CPU.
+
+    Raises:
+        ModelError: if this machine does not have it; the message lists those it has.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    counts = {"cpu": 1, "cuda": gpus, "mps": int(torch.backends.mps.is_available())}
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    try:
+        found = torch.device(device)
+        missing = (found.index or 0) >= counts.get(found.type, 0)
+    except (RuntimeError, TypeError):  # torch knows no device of this name
+        missing = True
+    if missing:
+        here = ["cpu", *(f"cuda:{number}" for number in range(gpus)), *["mps"] * counts["mps"]]
+        raise ModelError(f"device {str(device)!r} is not available; there is {', '.join(here)}")
+    return found
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype of a name, or what "auto" means on a device (see `auto_reason`).
+
+    Raises:
+        ModelError: if there is no such dtype; the message lists the names.
+    """
+    if dtype == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        # Older GPUs, such as a T4, only emulate bf16, which is far slower than their fp16.
+        in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if in_hardware else torch.float16
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise ModelError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
+    return found
+
+
+def auto_reason(device: torch.device) -> str:
+    """Say why "auto" takes the dtype that it takes on a device."""
+    if device.type != "cuda":
+        return "half precision is slower here than fp32: most CPUs compute in that alone"
+    if resolve_dtype("auto", device) == torch.bfloat16:
+        return "this GPU has it in hardware, and its range is fp32's"
+    return "this GPU has no bf16 in hardware"

@@ -1,0 +1,17 @@
+"""What can be wrong with a model, said so that a reader knows what to do about it."""
+
+from __future__ import annotations
+
+
+class ModelError(ValueError):
+    """A model cannot be found, fetched or used; the message says why, and what can be done."""
+
+
+class DamagedError(ModelError):
+    """A file is not what was saved or published; fetching it again may help."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,98 @@
+"""The API's raw ASGI: a limit for bodies, one app beside another, and clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable
+from typing import TypeVar
+
+from fastapi.responses import StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+T = TypeVar("T")
+
+EVENT_HEADERS = {
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}  # proxies hand on each event as it comes
+
+
+class ClientGone(Exception):
+    """The client has closed the connection."""
+
+
+class BodyLimit:
+    """Refuses a body over a size while it arrives, so that it never lies in memory as a whole."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app, self.limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        size = 0
+
+        async def receive_limited() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.limit:
+                raise HTTPException(413, f"the body is too large: the limit is {self.limit:,} bytes")
+            return message
+
+        await self.app(scope, receive_limited, send)
+
+
+def beside(api: ASGIApp, app: ASGIApp) -> ASGIApp:
+    """An ASGI app that serves the API's paths and leaves all others to another app."""
+
+    async def front(scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] == "http" and (path.startswith("/v1/") or path in ("/health", "/metrics")):
+            await api({**scope, "path": path, "root_path": ""}, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return front
+
+
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled if the client goes away. Raises `ClientGone` then."""
+
+    async def leave() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    leaving, doing = asyncio.ensure_future(leave()), asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise ClientGone
+        return doing.result()
+    finally:
+        for task in (doing, leaving):
+            task.cancel()
+        with contextlib.suppress(BaseException):
+            await doing
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events that end when the client goes away, even while nothing is sent.
+
+    Its `background` task runs at the end in any case, also if nothing was ever sent.
+    """
+
+    media_type = "text/event-stream"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await unless_gone(receive, self.stream_response(send))
+        except (ClientGone, OSError):
+            pass
+        finally:
+            await self.body_iterator.aclose()  # type: ignore[attr-defined]
+            if self.background:
+                await self.background()

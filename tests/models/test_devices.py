@@ -1,0 +1,51 @@
+"""Names of dtypes and devices, and what "auto" means."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from labkit.models.devices import DTYPES, resolve_device, resolve_dtype
+from labkit.models.errors import ModelError
+from labkit.models.load import load_model
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(torch.float16, torch.float16), *DTYPES.items(), ("auto", torch.float32)],
+)
+def test_dtype_names(name: str | torch.dtype, dtype: torch.dtype) -> None:
+    assert resolve_dtype(name, torch.device("cpu")) is dtype
+
+
+@pytest.mark.parametrize("name", ["float8", "int8", torch.int64, None, 16, ["fp16"]], ids=str)
+def test_unknown_dtype_lists_the_known_ones(name: object) -> None:
+    with pytest.raises(ModelError, match="auto, float32, fp32, float16, fp16, half, bfloat16, bf16"):
+        load_model("tiny-random", dtype=name)
+
+
+@pytest.mark.parametrize("hardware", [True, False])
+def test_auto_dtype_on_a_gpu_is_bf16_only_in_hardware(
+    hardware: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a T4: bf16 is there, but emulated.
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or hardware
+    )
+    found = resolve_dtype("auto", torch.device("cuda"))
+    assert found is (torch.bfloat16 if hardware else torch.float16)
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == resolve_device("cpu") == resolve_device(torch.device("cpu"))
+    for missing in ("cuda", "cuda:0", "mps", "gpu", "meta", "cpu:x", None, torch.device("cuda")):
+        with pytest.raises(ModelError, match=r"there is cpu$"):
+            resolve_device(missing)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("auto").type == "cuda"
+    assert resolve_device("cuda:1").index == 1
+    with pytest.raises(ModelError, match=r"there is cpu, cuda:0, cuda:1$"):
+        resolve_device("cuda:2")

@@ -1,0 +1,138 @@
+"""What the API refuses: fields, chats and bodies that cannot be served, each with an error that names it."""
+
+# ruff: noqa: F811 - the fixtures of another module are imported, and asked for by name
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+from serving.api_server import HELLO, MODEL, TALK, Served, ask, nothing_left, post, site  # noqa: F401
+
+REFUSED = [
+    (ask(model="gpt-4"), 404, "model", "model 'gpt-4' is not served here; 'tiny-random' is"),
+    (ask(prompt=""), 400, "prompt", "prompt is empty"),
+    (ask(prompt=[]), 400, "prompt", "prompt is empty"),
+    (ask(prompt=[[]]), 400, "prompt", "prompt is empty"),
+    (ask(prompt=[999999]), 400, "prompt", "prompt: a token id must be between 0 and"),
+    (ask(prompt="word " * 400), 400, "prompt", "max_model_len is"),
+    (ask(prompt=7), 422, "prompt", "prompt."),
+    (ask(max_tokens=0), 400, "max_tokens", "max_tokens must be at least 1, not 0"),
+    (ask(max_tokens=1.5), 422, "max_tokens", "valid integer"),
+    (ask(max_tokens="9"), 422, "max_tokens", "valid integer"),
+    (ask(temperature=-1), 400, "temperature", "temperature must be between 0 and 100"),
+    (ask(top_p=0), 400, "top_p", "top_p must be between"),
+    (ask(top_k=-2), 400, "top_k", "top_k must be at least 0"),
+    (ask(n=0), 400, "n", "n must be between 1 and 64"),
+    (ask(n=2), 400, "n", "n > 1 needs temperature > 0"),
+    (ask(logprobs=21), 400, "logprobs", "logprobs must be between 0 and 20"),
+    (ask(logit_bias={"x": 1}), 400, "logit_bias", "'x' is no token id"),
+    (ask(logit_bias={"3": 101}), 400, "logit_bias", "between -100 and 100"),
+    (ask(stop=[""]), 400, "stop", "not empty"),
+    (ask(seed=2**70), 400, "seed", "seed must be between"),
+    (ask(priority=2**40), 400, "priority", "priority must be between"),
+    (ask(echo=True, logprobs=1), 400, "echo", "echo with logprobs"),
+    (ask(stream_options={"include_usage": True}), 400, "stream_options", "needs stream=true"),
+    (ask(best_of=3), 400, "best_of", "best_of is not supported here"),
+    (ask(suffix="x"), 400, "suffix", "suffix is not supported here"),
+    (ask(wibble=1), 400, "wibble", "wibble is not supported here"),
+    ({"prompt": HELLO}, 422, "model", "field required"),
+    ([1], 422, None, "the body must be a JSON object"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "status", "param", "words"), REFUSED)
+def test_what_cannot_be_served_is_named(
+    site: Served, body: Any, status: int, param: str | None, words: str
+) -> None:
+    answer = post(site, body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (status, param), error
+    assert words in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"messages": []}, "messages is empty"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "role must be one of"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only parts of type text"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "tool_calls is not supported"),
+        ({"messages": TALK, "top_logprobs": 3}, "top_logprobs needs logprobs=true"),
+        ({"messages": TALK, "tools": [{"type": "function"}]}, "tools is not supported here"),
+        ({"messages": TALK, "response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({"messages": TALK, "max_tokens": 1, "max_completion_tokens": 1}, "give one of them"),
+    ],
+)  # fmt: skip
+def test_chats_that_cannot_be_served_are_named(site: Served, fields: dict[str, Any], words: str) -> None:
+    answer = post(site, {"model": MODEL} | fields, "chat/completions")
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]
+
+
+def test_fields_that_ask_for_nothing_are_let_pass(site: Served) -> None:
+    neutral = {
+        "best_of": 1,
+        "suffix": None,
+        "stop": None,
+        "n": 1,
+        "user": "me",
+        "store": False,
+        "top_k": None,
+    }
+    assert post(site, ask(**neutral)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status", "words"),
+    [
+        (b"{", "application/json", 400, "the body is no JSON"),
+        (b"[" * 100_000, "application/json", 400, ""),
+        (
+            b'{"model": "tiny-random", "prompt": "a", "temperature": NaN}',
+            "application/json",
+            400,
+            "temperature",
+        ),
+        (b"model=tiny-random", "application/x-www-form-urlencoded", 422, "sent as application/json"),
+        (b"", "application/json", 422, "must be a JSON object"),
+        (b"\xff\xfe", "application/json", 400, ""),
+        (b'{"prompt": "' + b"x" * 3_000_000 + b'"}', "application/json", 413, "the limit is 2,097,152 bytes"),
+    ],
+)
+def test_bodies_that_are_no_requests(
+    site: Served, content: bytes, kind: str, status: int, words: str
+) -> None:
+    answer = httpx.post(
+        f"{site.url}/v1/completions", content=content, headers={"Content-Type": kind}, timeout=30
+    )
+    assert answer.status_code == status
+    assert words in answer.json()["error"]["message"]
+
+
+def test_paths_and_methods_that_are_not_there(site: Served) -> None:
+    for answer, status in (
+        (httpx.get(site.url + "/nowhere"), 404),
+        (httpx.get(site.url + "/v1/completions"), 405),
+    ):
+        assert answer.status_code == status
+        assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("text", ["🙂🙃 é́ ‮abc‬ שלום", "a\0b", "￿"])
+def test_any_text_goes_in_and_comes_back(site: Served, text: str) -> None:
+    answer = post(site, ask(prompt=text, echo=True, max_tokens=3))
+    assert answer.status_code == 200
+    assert answer.json()["choices"][0]["text"].startswith(site.live.engine.model.tokenizer.decode(
+        site.live.engine.model.tokenizer.encode(text)) or text)  # fmt: skip
+
+
+def test_half_a_surrogate_pair_is_no_text(site: Served) -> None:
+    content = b'{"model": "tiny-random", "prompt": "\\ud83d"}'
+    answer = httpx.post(
+        f"{site.url}/v1/completions", content=content, headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "prompt"
