@@ -16,7 +16,7 @@ from labkit.page.upload import MAX_BYTES
 from labkit.trace.records import TraceError
 from labkit.trace.trace import Trace
 from labkit.views import perfetto
-from labkit.views.live_feed import asset
+from labkit.views.assets import asset
 from labkit.views.pool_picture import pages_of
 from tests.views.test_perfetto import busy, timed
 from tests.views.test_views import run, story

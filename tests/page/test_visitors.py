@@ -1,4 +1,4 @@
-"""Sessions, the visitors behind them, and when somebody is gone."""
+"""Tabs, the visitors behind them, and when somebody is gone."""
 
 from __future__ import annotations
 
@@ -87,4 +87,4 @@ def test_what_is_kept_of_visitors_is_dropped_when_they_are_gone(visitors: Watche
     while len(visitors.left) < 50:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert not (visitors._names or visitors._sessions or visitors._visitor_of or visitors._timers)
+    assert not (visitors._names or visitors._tabs or visitors._visitor_of or visitors._timers)

@@ -7,8 +7,8 @@ Object.assign(labkit, (() => {
     const film = { meta, palette, headline, steps, place, count: steps.step.length, timed: Boolean(steps.begin),
                    drafting: Boolean(steps.drafted) };
     film.lanes = lanes.map((lane, id) => {
-      const spans = lane.spans.map(([kind, from, to, tokens, drafted, right]) => (
-        { kind, from: placeOf(film, from, 1), to: placeOf(film, to, -1), tokens, drafted, right }));
+      const spans = lane.spans.map(([kind, from, to, tokens, drafted, accepted]) => (
+        { kind, from: placeOf(film, from, 1), to: placeOf(film, to, -1), tokens, drafted, accepted }));
       const ends = lane.ends.map(([step, reason]) => ({ at: placeOf(film, step, -1), reason }));
       return { id, ...lane, spans, ends };
     });

@@ -6,17 +6,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-import pytest
-
-from labkit.models.load import LoadedModel, load_model
+from labkit.models.load import LoadedModel
 from labkit.page.race.explain import verdict
 from labkit.page.race.run import Race, run_race
 from labkit.page.race.workloads import CHUNKED, COURSES, RESERVED, SETTINGS, SPECULATION, WHOLE
-
-
-@pytest.fixture(scope="module")
-def model() -> LoadedModel:
-    return load_model("tiny-random", say=None)
 
 
 def race(model: LoadedModel, course: str, names: Sequence[str]) -> Race:
