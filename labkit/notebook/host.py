@@ -159,8 +159,19 @@ class NotebookSession:
         cards = []
         for name in outputs:
             serial, output, prompt, most = self._known[name]
-            answer = len(output.token_ids), output.text, output.finish_reason, output.error
-            cards.append(Card(serial, name, "", "", prompt, most, *answer))
+            card = Card(
+                serial=serial,
+                request=name,
+                owner="",
+                name="",
+                prompt=prompt,
+                max_tokens=most,
+                num_tokens=len(output.token_ids),
+                text=output.text,
+                finish_reason=output.finish_reason,
+                error=output.error,
+            )
+            cards.append(card)
         clock = self._stepper.clock()
         return Now(clock, self._stepper.running, self._coming(), max(serials, default=-1), cards, before)
 
@@ -250,8 +261,8 @@ class Host:
                 self.engine.abort(name)
         return {}
 
-    def _look(self, question: Mapping[str, Any]) -> Mapping[str, Any]:
-        return self._inspector.look(question.get("block"), question.get("step"))
+    def _look(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(self._inspector.look(question.get("block"), question.get("step")))
 
     def _token_ids(self, request_id: str) -> list[int]:
         output = self.engine.outputs[request_id]

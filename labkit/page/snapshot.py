@@ -200,7 +200,8 @@ class Snapshotter:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._foreseen: StepRecord | None = None  # the plan that was packed last
-        self._key, self._plan = 0, None
+        self._key = 0
+        self._plan: Plan | None = None
 
     def take(self) -> Snapshot:
         """The engine at this moment."""

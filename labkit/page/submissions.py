@@ -206,10 +206,19 @@ class Submissions:
                 if progress.finish_reason:
                     entry.end = progress
             room = live.engine.max_model_len - progress.num_prompt_tokens
-            most = min(entry.max_tokens, room)  # a long answer ends where the model does
-            facts = entry.request_id, entry.owner, entry.name, entry.prompt, most
-            answer = progress.num_tokens, progress.text, progress.finish_reason, progress.error
-            cards.append(Card(entry.serial, *facts, *answer))
+            card = Card(
+                serial=entry.serial,
+                request=entry.request_id,
+                owner=entry.owner,
+                name=entry.name,
+                prompt=entry.prompt,
+                max_tokens=min(entry.max_tokens, room),  # a long answer ends where the model does
+                num_tokens=progress.num_tokens,
+                text=progress.text,
+                finish_reason=progress.finish_reason,
+                error=progress.error,
+            )
+            cards.append(card)
         coming = live.preview if clock["paused"] else None
         return Now(clock, live.num_unfinished > 0, coming, serial, cards)
 

@@ -59,9 +59,19 @@ class Inspector:
         record, state = self.trace.at(step), self.trace.state(step)
         rows = []
         for row in record.rows:
-            work = row.kind[0], row.start, row.num_tokens, self.decode(list(row.sampled))
-            drafts = len(row.drafted), row.num_accepted, words_of(row.drafted, self.decode)
-            rows.append(RanRow(row.request_id, *looks(row.request_id), *work, *drafts))
+            rows.append(
+                RanRow(
+                    row.request_id,
+                    *looks(row.request_id),
+                    kind=row.kind[0],
+                    start=row.start,
+                    tokens=row.num_tokens,
+                    text=self.decode(list(row.sampled)),
+                    drafted=len(row.drafted),
+                    accepted=row.num_accepted,
+                    drafts=words_of(row.drafted, self.decode),
+                )
+            )
         return {
             "step": step,
             "ms": round(1000 * record.seconds, 3),

@@ -259,10 +259,18 @@ class Feed:
             taken.setdefault(name, []).extend(blocks)
         rows = []
         for row in record.rows:
-            name = row.request_id
-            drafts = len(row.drafted), words_of(row.drafted, decode)
-            work = row.kind[0], row.start, row.num_tokens, taken.get(name, [])
-            rows.append(PlannedRow(name, *looks(name), *work, *drafts))
+            rows.append(
+                PlannedRow(
+                    row.request_id,
+                    *looks(row.request_id),
+                    kind=row.kind[0],
+                    start=row.start,
+                    tokens=row.num_tokens,
+                    taken=taken.get(row.request_id, []),
+                    drafted=len(row.drafted),
+                    drafts=words_of(row.drafted, decode),
+                )
+            )
         return {
             "step": record.step,
             "rows": rows,
