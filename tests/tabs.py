@@ -1,4 +1,4 @@
-"""What the tests of race and replay share: a small page with one tab, and somebody who looks at it."""
+"""What the tests of race and replay share: a small page with one tab, and a person who looks at it."""
 
 from __future__ import annotations
 

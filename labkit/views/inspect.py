@@ -1,6 +1,6 @@
 """A closer look at one step, or at one block: from the trace, and the tokens of the answers still known.
 
-Blocks are numbers and the trace holds no prompts, so the tokens come from whoever keeps the answers.
+Blocks are numbers and the trace holds no prompts, so the tokens come from the answers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from labkit.views.wire import (
     Preempted,
     Queued,
     RanRow,
+    Returned,
     StepFacts,
     Table,
 )
@@ -85,7 +86,7 @@ class Inspector:
             "ended": [Ended(name, *looks(name), reason) for name, reason, _ in record.finished],
             "blocked": record.blocked and Blocked(*record.blocked),
             "free": record.free_blocks,
-            "returned": record.returned,
+            "returned": [Returned(name, blocks) for name, blocks in record.returned],
             "held_back": record.held_back,
         }
 

@@ -12,8 +12,6 @@ import types
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypedDict, get_args, get_origin, get_type_hints
 
-from labkit.trace.records import Blocks
-
 # -- rows -----------------------------------------------------------------------------------------
 
 
@@ -154,6 +152,13 @@ class Ended(NamedTuple):
     reason: str
 
 
+class Returned(NamedTuple):
+    """A request that gives blocks back because its drafts were wrong."""
+
+    request: str
+    blocks: Sequence[int]
+
+
 class Owner(NamedTuple):
     """A request that has a block, where in its block table, and how many slots are filled."""
 
@@ -221,7 +226,7 @@ class StepFacts(TypedDict):
     ended: Sequence[Ended]
     blocked: Blocked | None
     free: int
-    returned: Sequence[Blocks]
+    returned: Sequence[Returned]
     held_back: str
 
 

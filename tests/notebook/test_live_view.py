@@ -119,7 +119,7 @@ def test_old_pictures_let_go_of_their_engine(kernel: None, model: LoadedModel) -
     assert all(view.host for view in views[1:])
 
 
-def test_whoever_brings_a_message_the_engine_keeps_its_thread(kernel: None, engine: Engine) -> None:
+def test_the_engine_keeps_its_thread_whichever_thread_brings_a_message(kernel: None, engine: Engine) -> None:
     async def cell() -> None:
         view, here = labkit.lab(engine), threading.get_ident()
         threads: list[int] = []

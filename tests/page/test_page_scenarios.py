@@ -16,7 +16,7 @@ from tests.waiting import wait_for
 pytest_plugins = ["visiting_fixtures"]
 
 
-# -- presets --------------------------------------------------------------------------------------
+# -- scenarios ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)

@@ -121,7 +121,7 @@ def test_a_page_shows_owners_and_tokens(come: Callable[..., Visitor], lab: Lab) 
     assert f"Held last by request {request_id}, as block 1" in me.page.inner_text(".lk-step-lead")
 
 
-def test_whoever_waits_says_why_with_numbers(come: Callable[..., Visitor], lab: Lab) -> None:
+def test_a_request_that_waits_says_why_with_numbers(come: Callable[..., Visitor], lab: Lab) -> None:
     lab.change({"num_blocks": 8, "max_num_seqs": 4})
     me = come()
     lab.session.live.pause()

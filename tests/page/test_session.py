@@ -1,4 +1,4 @@
-"""Other settings mean another engine: nothing is lost that somebody did not agree to lose."""
+"""Other settings mean another engine, and nothing is lost unless a visitor agrees."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_change_that_waits_can_be_given_up_or_hurried(lab: Lab) -> None:
     lab.change({"max_num_seqs": 2}, running="finish")
     assert lab.change({"max_num_seqs": 3}, running="cancel") == {"done": True}
     assert lab.settings["max_num_seqs"] == 3
-    time.sleep(0.15)  # whoever waited notices that it is over
+    time.sleep(0.15)  # the one that waited notices that it is over
     assert lab.settings["max_num_seqs"] == 3
 
 
@@ -187,7 +187,7 @@ def test_the_end_closes_what_the_lab_built_and_no_more(model: LoadedModel) -> No
             lab.session.live.submit("hello")
 
 
-def test_whoever_is_gone_takes_their_requests_along(model: LoadedModel) -> None:
+def test_a_visitor_who_is_gone_takes_their_requests_along(model: LoadedModel) -> None:
     with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=128, max_num_seqs=4))) as live:
         lab = Lab(live, grace=0.01)
         me, you = lab.visitors.arrive("tab 1"), lab.visitors.arrive("tab 2")

@@ -172,7 +172,7 @@ def test_nobody_is_told_the_secret_of_another(lab: Lab) -> None:
 # -- nobody holds up anybody ----------------------------------------------------------------------
 
 
-def test_whoever_reads_too_slowly_is_let_go(lab: Lab) -> None:
+def test_a_reader_who_is_too_slow_is_let_go(lab: Lab) -> None:
     told, live = Broadcast(Snapshotter(lab)), lab.session.live
 
     async def test() -> None:

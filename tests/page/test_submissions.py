@@ -42,13 +42,13 @@ def test_cards_say_what_was_asked_and_answered(submissions: Submissions) -> None
     mine = submissions.inject("me", "hello", FOUR)
     theirs = submissions.inject("you", "world", FOUR)
     finish(submissions, mine, theirs)
-    news = told(submissions)
-    assert news["since"] == 2
-    assert [(card["id"], card["owner"], card["prompt"]) for card in news["items"]] == [
+    update = told(submissions)
+    assert update["since"] == 2
+    assert [(card["id"], card["owner"], card["prompt"]) for card in update["items"]] == [
         (mine, mark("me"), "hello"),
         (theirs, mark("you"), "world"),
     ]
-    card, output = news["items"][0], submissions.live.output(mine)
+    card, output = update["items"][0], submissions.live.output(mine)
     assert (card["text"], card["tokens"], card["max_tokens"]) == (output.text, 4, 4)
     assert (card["reason"], card["at"], card["length"]) == ("length", 0, len(output.text))
 
@@ -62,9 +62,9 @@ def test_only_the_new_end_of_a_text_is_sent_and_all_of_it_at_the_end(submissions
         submissions.live.single_step()
         while len(submissions.live.output(request_id).token_ids) == before:
             pass
-        news = told(submissions, since, {request_id: len(text)} if text else {})
-        since = news["since"]
-        for card in news["items"]:
+        update = told(submissions, since, {request_id: len(text)} if text else {})
+        since = update["since"]
+        for card in update["items"]:
             assert ("prompt" in card) == (not text)  # it is known by then
             assert card["at"] == (0 if card["reason"] else len(text))
             text = text[: card["at"]] + card["text"]
@@ -85,7 +85,7 @@ def test_everyone_cancels_their_own_only(submissions: Submissions) -> None:
     assert reasons == ["length", "abort", "length"]
 
 
-def test_whoever_leaves_takes_requests_and_pause_along(submissions: Submissions) -> None:
+def test_a_visitor_who_leaves_takes_requests_and_pause_along(submissions: Submissions) -> None:
     submissions.control("me", "pause")
     mine, theirs = submissions.inject("me", "hello", FOUR), submissions.inject("you", "hello", FOUR)
     submissions.leave("somebody else")
@@ -111,7 +111,7 @@ def test_the_clock(submissions: Submissions) -> None:
     assert submissions.clock()["speed"] is None
 
 
-def test_a_pause_stays_with_whoever_made_it(submissions: Submissions) -> None:
+def test_a_pause_stays_with_the_visitor_who_made_it(submissions: Submissions) -> None:
     for again in ("pause", "step"):
         submissions.control("me", "pause")
         submissions.control("you", again)
@@ -126,7 +126,7 @@ def test_a_pause_stays_with_whoever_made_it(submissions: Submissions) -> None:
     assert submissions.live.paused
 
 
-def test_whoever_leaves_takes_their_speed_along(submissions: Submissions) -> None:
+def test_a_visitor_who_leaves_takes_their_speed_along(submissions: Submissions) -> None:
     submissions.live.speed = 500  # the host's choice
     submissions.control("me", "speed", 5)
     submissions.control("you", "speed", 20)
@@ -140,7 +140,7 @@ def test_whoever_leaves_takes_their_speed_along(submissions: Submissions) -> Non
     assert submissions.live.speed == 50
 
 
-def test_whoever_has_no_name_decides_nothing(submissions: Submissions) -> None:
+def test_a_visitor_without_a_name_decides_nothing(submissions: Submissions) -> None:
     for action in ("pause", "step", "speed"):
         submissions.control("", action, 1)
     assert submissions.clock() == {"paused": False, "speed": None, "failure": ""}
@@ -177,9 +177,9 @@ def test_cards_that_nobody_knows_any_more_are_named(model: LoadedModel) -> None:
         forgotten, latest = submissions.inject("me", "hello", FOUR), submissions.inject("me", "hello", FOUR)
         finish(submissions, latest)
         known = {forgotten: 3, "never heard of": 0, latest: 0}
-        news = told(submissions, 2, known)
-        assert [card["id"] for card in news["items"]] == [latest]
-        assert set(news["gone"]) == {forgotten, "never heard of"}
+        update = told(submissions, 2, known)
+        assert [card["id"] for card in update["items"]] == [latest]
+        assert set(update["gone"]) == {forgotten, "never heard of"}
         assert told(submissions)["gone"] == []  # the visitor has no such card
 
 

@@ -14,7 +14,7 @@ from tests.waiting import PATIENCE
 
 
 class Watcher:
-    """Somebody with the stream open, as a server would have them."""
+    """A person with the stream open, as a server sees them."""
 
     def __init__(self) -> None:
         self.texts: list[bytes] = []

@@ -131,7 +131,7 @@ def test_a_tab_that_nobody_looks_at_hears_nothing_and_catches_up(
         cards += 1
 
 
-def test_whoever_was_let_go_comes_back(come: Callable[[], Visitor], page: Page) -> None:
+def test_a_page_that_was_let_go_comes_back(come: Callable[[], Visitor], page: Page) -> None:
     me = come()
     mine = me.inject("hello", max_tokens=4)
     me.finished(mine)

@@ -122,21 +122,21 @@ class Browser:
         self.tables: Any = ()
 
     def ask(self, feed: Feed) -> dict[str, Any]:
-        news = json.loads(json.dumps(feed.pictures(self.feed, self.step)))
-        if news.get("full"):
-            self.feed, self.lanes, self.steps = news["feed"], {}, []
-        self.step = news["step"]
-        if "steps" not in news:
-            return news
-        self.tables = [Table(*table) for table in news["tables"]]
-        self.steps = (self.steps + news["steps"])[-WINDOW:]
-        for request_id, part in lanes_of(news).items():
+        update = json.loads(json.dumps(feed.pictures(self.feed, self.step)))
+        if update.get("full"):
+            self.feed, self.lanes, self.steps = update["feed"], {}, []
+        self.step = update["step"]
+        if "steps" not in update:
+            return update
+        self.tables = [Table(*table) for table in update["tables"]]
+        self.steps = (self.steps + update["steps"])[-WINDOW:]
+        for request_id, part in lanes_of(update).items():
             lane = self.lanes.setdefault(request_id, {"spans": {}})
             lane["facts"] = part._replace(spans=())
             for span in part.spans:
                 assert (span.drafted, span.accepted) == (0, 0)
                 lane["spans"][span.kind, span.first] = (span.last, span.tokens)
-        return news
+        return update
 
 
 # -- what it says ---------------------------------------------------------------------------------
@@ -304,13 +304,13 @@ def test_an_answer_holds_the_new_part_of_a_lane_only() -> None:
     feed, browser = feed_of(STORY[:2]), Browser()
     browser.ask(feed)
     feed.append(STORY[2])
-    news = browser.ask(feed)
-    assert "full" not in news and [step[0] for step in news["steps"]] == [2]
-    assert lanes_of(news)["b"].spans == (Span("x", 2, 2, 3), Span("w", 2, 2, 0))
+    update = browser.ask(feed)
+    assert "full" not in update and [step[0] for step in update["steps"]] == [2]
+    assert lanes_of(update)["b"].spans == (Span("x", 2, 2, 3), Span("w", 2, 2, 0))
 
 
 @pytest.mark.parametrize("lost", ["the engine was started anew", "it slept too long", "it is ahead of us"])
-def test_whoever_has_lost_the_thread_gets_everything(lost: str) -> None:
+def test_a_browser_that_has_lost_the_thread_gets_everything(lost: str) -> None:
     feed = feed_of(STORY)
     for step in range(4, 4 + WINDOW):
         feed.append(StepRecord(step, free_blocks=12))
@@ -360,10 +360,10 @@ def test_a_frame_is_told_to_each_as_far_as_they_do_not_know_it() -> None:
     feed = feed_of(STORY[:3])
     frame = feed.frame()
     feed.append(STORY[3])
-    news, everything = feed.pictures(feed.name, 1, frame), feed.pictures("", -1, frame)
-    assert news["step"] == everything["step"] == 2 and feed.pictures()["step"] == 3
-    assert [step.step for step in news["steps"]] == [2] and len(everything["steps"]) == 3
-    assert news["tables"] == everything["tables"] != feed.pictures()["tables"]
+    update, everything = feed.pictures(feed.name, 1, frame), feed.pictures("", -1, frame)
+    assert update["step"] == everything["step"] == 2 and feed.pictures()["step"] == 3
+    assert [step.step for step in update["steps"]] == [2] and len(everything["steps"]) == 3
+    assert update["tables"] == everything["tables"] != feed.pictures()["tables"]
 
 
 def test_all_browsers_share_a_frame_for_a_moment() -> None:

@@ -90,8 +90,8 @@ COURSES: Mapping[str, Course] = MappingProxyType(
         ),
         "trickle": Course(
             "One after the other",
-            "A new request every third step: look for the dotted lines. Static batching lets whoever comes "
-            "too late wait for the whole batch; continuous batching lets them in at the next step.",
+            "A new request every third step: look for the dotted lines. Static batching makes those "
+            "that come too late wait for the whole batch; continuous batching lets them in at the next step.",
             tuple((3 * i, 16, n) for i, n in enumerate((20, 8, 14, 6, 24, 8, 12, 6, 16, 10))),
             ("naive", "static", "continuous"),
         ),

@@ -2,7 +2,7 @@
 Object.assign(labkit, (() => {
   const SILENCE = 40000; // ms, after which the other side is gone: it has a heartbeat every 15 seconds
 
-  // While somebody looks at `root`, call `take(update)`, with everything first, and `lost(whether)` there is no answer.
+  // While `root` is looked at, call `take(update)`, with everything first, and `lost(whether)` there is no answer.
   // Where there is no such stream, call `none()`, once, and give up.
   function follow(root, address, { take, lost, none }) {
     let source = null, worked = false, failures = 0, timer = 0;
@@ -48,7 +48,7 @@ Object.assign(labkit, (() => {
       failures += 1;
     }
 
-    // Nobody looks at a tab that is hidden, or behind another tab of the page: it gets everything when it is shown.
+    // A tab that is hidden, or behind another tab of the page, is not looked at: it gets everything when it is shown.
     function tune() {
       const looking = root.isConnected && !document.hidden && root.offsetParent;
       if (!looking) close();

@@ -21,7 +21,7 @@ const labkit = (() => {
     return named;
   }
 
-  // `plan` is the next step while the engine is paused, `past` a step that somebody looks back at, `hover` and
+  // `plan` is the next step while the engine is paused, `past` a step that is looked back at, `hover` and
   // `selected` what the pointer is on and what was clicked: { request, block, step }, each if there is one.
   function createState() {
     return { feed: "", step: -1, meta: null, speculative: "", palette: [], window: 200, tables: [], owners: new Map(),
@@ -285,7 +285,8 @@ const labkit = (() => {
   // -- the clock: steps from left to right, the same in timeline and meters -------------------------
 
   function clock(state, width) {
-    const room = width - GUTTER - RIGHT, last = state.plan ? state.plan.step : state.step, oldest = state.steps.length ? state.steps[0].step : 0;
+    const room = width - GUTTER - RIGHT, last = state.plan ? state.plan.step : state.step;
+    const oldest = state.steps.length ? state.steps[0].step : 0;
     const most = Math.min(state.window, Math.max(60, Math.floor(room / 3.5)));
     const count = Math.max(60, Math.min(most, last - oldest + 1));
     const first = Math.max(oldest, last - count + 1), pitch = room / count;

@@ -222,7 +222,8 @@ Object.assign(labkit, (() => {
     function byRequest(move) {
       const ids = [...state.lanes.keys()], now = ids.indexOf(state.selected.request);
       const next = now < 0 ? (move > 0 ? 0 : ids.length - 1) : now + move;
-      if (ids[next] !== undefined) select({ ...(state.selected.step === undefined ? {} : { step: state.selected.step }), request: ids[next] });
+      const { step } = state.selected;
+      if (ids[next] !== undefined) select(step === undefined ? { request: ids[next] } : { request: ids[next], step });
     }
 
     const keys = {
@@ -250,7 +251,9 @@ Object.assign(labkit, (() => {
   // With the address of a `stream` there is nothing to ask: updates come by themselves.
   function mount(root, ask, extras = [], sidePanel = null, { within = document, pace = null, stream = "" } = {}) {
     const state = labkit.createState(), live = { paused: false, speed: null, failure: "" };
-    const hooks = { select: (next) => chosen.select(next), focus: (request) => show.focus(request), peek: (...at) => chosen.peek(...at) };
+    const hooks = {
+      select: (next) => chosen.select(next), focus: (request) => show.focus(request), peek: (...at) => chosen.peek(...at),
+    };
     const show = pictures(root, state, hooks, within), clock = clockControls(root, ask, live);
     Object.assign(live, { toggle: clock.toggle, step: clock.step });
     const side = sidePanel ? sidePanel(state, hooks) : { update() {}, reveal() {} };
@@ -267,7 +270,8 @@ Object.assign(labkit, (() => {
       if (plan.key !== before && (plan.plan || !plan.key)) labkit.lookAhead(state, plan.key, plan.plan);
       const planned = (state.plan?.key ?? 0) !== before;
       if (pictures.full) {
-        for (const facts of within.querySelectorAll(".lk-facts")) facts.textContent = labkit.settings(state.meta, state.speculative);
+        const settings = labkit.settings(state.meta, state.speculative);
+        for (const facts of within.querySelectorAll(".lk-facts")) facts.textContent = settings;
         root.classList.toggle("lk-drafting", Boolean(state.speculative));
         show.restyle();
         if (state.feed !== feed) chosen.select({});

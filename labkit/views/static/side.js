@@ -76,7 +76,7 @@ Object.assign(labkit, (() => {
       for (const row of facts.rows) {
         const { request, text, drafts } = row, end = facts.ended.find((one) => one.request === request);
         const blocks = facts.tables.find((table) => table.request === request)?.blocks;
-        const returned = facts.returned.find((one) => one.request_id === request);
+        const returned = facts.returned.find((one) => one.request === request);
         const did = labkit.rowWords(row) + (text ? ` → “${text}”` : "") + (end ? ` and ended (${end.reason})` : "");
         const held = blocks ? `${labkit.count(blocks.length, "page")}: ${ranges(blocks)}` : "";
         const back = returned ? `; gave back ${ranges(returned.blocks)}, because drafts were wrong` : "";

@@ -87,7 +87,7 @@ function render({ model, el }) {
     return answer;
   }
 
-  // How long until the next question; null ends the asking until somebody does something.
+  // How long until the next question; null ends the asking until a person does something.
   function pace(update) {
     const now = performance.now();
     if (update.pictures.steps?.length && !running) watched = now + WATCH; // somebody steps the engine in a cell
@@ -119,7 +119,7 @@ function render({ model, el }) {
 
   // -- when to look -------------------------------------------------------------------------------
 
-  // A cell may have stepped the engine: have a look when somebody comes by, or has run a cell.
+  // A cell may have stepped the engine: look when the pointer comes by, or a cell was run.
   const { signal } = ends;
   function outside(event) {
     if (event.type === "keydown" && event.key !== "Enter") return;

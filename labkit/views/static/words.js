@@ -12,7 +12,7 @@ Object.assign(labkit, (() => {
     return facts.filter(Boolean).join(" · ");
   }
 
-  // The pictures in a sentence or two: what they show, for those who do not see them.
+  // The pictures in a sentence or two, for people who do not see them.
   function summary(state) {
     const now = labkit.latest(state), { meta } = state;
     const pool = count(meta.num_blocks, "page");
@@ -138,8 +138,8 @@ Object.assign(labkit, (() => {
 
   const median = (values) => [...values].sort((a, b) => a - b)[values.length >> 1];
 
-  // What it cost the others that a request joined a batch which was running, from the steps before, in which its
-  // prompt was read, and since; "" if it joined nobody, or too little is known. Of the latest, if `id` is not given.
+  // What it cost the others that a request (without `id`, the latest) joined a running batch: from the steps before it
+  // came, those in which its prompt was read, and those since. "" if it joined no others, or too little is known.
   function joinWords(state, id) {
     const reads = (span) => span.kind === "p" || span.kind === "c", reading = new Set();
     for (const { spans } of state.lanes.values()) {

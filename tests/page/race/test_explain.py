@@ -29,7 +29,7 @@ def test_static_against_continuous(model: LoadedModel) -> None:
     assert (
         f"took {static.steps} steps ({static.seconds:.1f} s), continuous {continuous.steps} steps (" in seen
     )
-    # A batch of six runs as long as its longest answer: whoever is done before stands idle.
+    # A batch of six runs as long as its longest answer: requests that are done before stand idle.
     lengths = [answer for _, _, answer in COURSES["uneven"].jobs]
     batches = [lengths[:6], lengths[6:]]
     assert sum(max(batch) for batch in batches) == static.steps
