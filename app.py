@@ -118,9 +118,9 @@ def add_api(demo: gr.Blocks, lab: Lab, api_key: str | None) -> None:
     from labkit.serving.server import beside, create_app
 
     def card(request_id: str, prompt: str, params: Any) -> None:
-        lab.bench.desk.enter("", request_id, prompt, params.max_tokens, name="API")
+        lab.session.submissions.enter("", request_id, prompt, params.max_tokens, name="API")
 
-    api = create_app(lambda: lab.bench.live, Options(limits=lab.limits, api_key=api_key), file=card)
+    api = create_app(lambda: lab.session.live, Options(limits=lab.limits, api_key=api_key), file=card)
     demo.app.middleware_stack = beside(api, demo.app.middleware_stack)
 
 

@@ -1,4 +1,4 @@
-"""The replay tab: a scrubber over any trace, the lab's own, a past race's, or one that somebody hands in."""
+"""The replay tab: a scrubber over any trace, the lab's own, that of a past race, or a file of a visitor."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from labkit.page.upload import MAX_BYTES, read_upload
 from labkit.trace.records import TraceError
 from labkit.trace.trace import Trace
 from labkit.views import perfetto, replay_data, style
-from labkit.views.live_feed import asset
+from labkit.views.assets import asset, script
 
 MAX_UPLOADS = 16
-MAX_REELS = 32  # traces that somebody looks at, as they were when it was opened
+MAX_REELS = 32  # traces that visitors look at, each as it was when it was opened
 _GONE = "This trace is no longer kept: choose another, or hand it in again."
 
 _GLUE = """
@@ -60,13 +60,13 @@ class Traces:
     """The traces that can be replayed, and those that are being looked at. Safe to use from many threads.
 
     Args:
-        sources: asked for the lab's own traces, by the names under which they are shown.
+        sources: a function that gives the lab's own traces by the names under which they are shown.
     """
 
     def __init__(self, sources: Callable[[], Mapping[str, Trace]]) -> None:
         self._sources = sources
         self._lock = threading.Lock()
-        self._heavy = threading.Lock()  # one long trace is packed at a time: the engine runs on, too
+        self._heavy = threading.Lock()  # one long trace is packed at a time, because the engine runs on
         self._uploads: OrderedDict[str, tuple[Trace, int]] = OrderedDict()
         self._reels: OrderedDict[str, _Reel] = OrderedDict()
 
@@ -75,10 +75,10 @@ class Traces:
         return list(self._sources())
 
     def hand_in(self, path: str | os.PathLike[str]) -> str:
-        """Keep the trace in a file; returns the key under which it is found, which nobody can guess.
+        """Keep the trace in a file, and return a key under which it is found, which nobody can guess.
 
         Raises:
-            TraceError: for a file that is no trace or too large.
+            TraceError: if the file is no trace, or too large.
         """
         trace, size = read_upload(path), os.path.getsize(path)
         key = secrets.token_hex(16)
@@ -132,11 +132,12 @@ class Traces:
 
 
 def build_replay_tab(sources: Callable[[], Mapping[str, Trace]]) -> gr.HTML:
-    """Add the replay to the Blocks that is being built. The page must have the variables of `canvas.css`.
+    """Add the replay to the Blocks that is being built. The page must have the variables of `live_feed.css`.
 
     Args:
-        sources: gives the traces that everybody may see, by name, each time it is asked: quickly, and from
-            any thread. They may grow; what is on show is the trace as it was when it was opened.
+        sources: a function that gives the traces that everybody may see, by name. It is called from any
+        thread
+            and must be quick. The traces may grow; the replay shows each as it was when it was opened.
 
     Returns:
         The component that shows it.
@@ -197,7 +198,7 @@ def build_replay_tab(sources: Callable[[], Mapping[str, Trace]]) -> gr.HTML:
     )
     view = gr.HTML(
         html_template=f"<style>{asset('replay.css')}</style>{asset('replay.html')}",
-        js_on_load=asset("canvas.js") + asset("replay_data.js") + asset("replay.js") + _GLUE,
+        js_on_load=script("live_feed.js", "replay_data.js", "replay.js") + _GLUE,
         server_functions=list(named.values()),
         elem_id="lkr-replay",
         **bare,
@@ -209,7 +210,7 @@ def build_replay_tab(sources: Callable[[], Mapping[str, Trace]]) -> gr.HTML:
 
 
 def _real_key(traces: Traces, key: str) -> str:
-    """Names are shown shortened: find the one that was meant."""
+    """The key of a trace whose name may have been shortened for display."""
     if not key.startswith("s:"):
         return key
     return next((f"s:{name}" for name in traces.names() if style.label(name, 60) == key[2:]), key)

@@ -16,8 +16,8 @@ from labkit.page.upload import MAX_BYTES
 from labkit.trace.records import TraceError
 from labkit.trace.trace import Trace
 from labkit.views import perfetto
+from labkit.views.assets import asset
 from labkit.views.facts.pool_blocks import blocks_of
-from labkit.views.live_feed import asset
 from tests.views.stories import busy, draft_story, run, story, timed
 
 TRACES = {

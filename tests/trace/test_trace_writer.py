@@ -16,7 +16,7 @@ from labkit.trace.trace import Trace
 
 
 def run(lab: Lab, max_tokens: int) -> None:
-    live = lab.bench.live
+    live = lab.session.live
     for _ in live.stream(live.submit("hello", SamplingParams(max_tokens=max_tokens, ignore_eos=True))):
         pass
 

@@ -165,7 +165,7 @@ def test_the_live_pictures_show_drafts(trace: Trace) -> None:
     step, steps, events = -1, [], []
     for record in trace:
         feed.append(record)
-        news = feed.snapshot(feed.name, step)
+        news = feed.pictures(feed.name, step)
         step = news["step"]
         steps += news["steps"]
         events += news["events"]
@@ -174,8 +174,8 @@ def test_the_live_pictures_show_drafts(trace: Trace) -> None:
             name: tuple(table) for name, table in after.tables.items()
         }
         assert {name: computed for name, computed, _ in news["tables"]} == after.computed
-        for name, *_, found in news["lanes"]:
-            spans |= {(name, kind, first): rest for kind, first, *rest in found}
+        for lane in news["lanes"]:
+            spans |= {(lane.request, kind, first): rest for kind, first, *rest in lane.spans}
     for name in {name for name, *_ in spans}:
         for at, row in rows_of(trace, name):
             ((first, rest),) = [
@@ -184,10 +184,10 @@ def test_the_live_pictures_show_drafts(trace: Trace) -> None:
                 if who == name and kind == row.kind[0] and first <= at <= rest[0]
             ]
             last, _, *drafts = rest
-            each = (len(row.drafted), row.num_accepted) if row.drafted else ()
+            each = (len(row.drafted), row.num_accepted)
             assert tuple(drafts) == tuple(count * (last - first + 1) for count in each)
-    assert [tuple(row[9:]) for row in steps] == [
-        (record.total_drafted, record.total_accepted) if record.drafted else () for record in trace
+    assert [(row.drafted, row.accepted) for row in steps] == [
+        (record.total_drafted, record.total_accepted) for record in trace
     ]
     returned = [(r.step, name, len(blocks)) for r in trace for name, blocks in r.returned]
     assert [(at, who, count) for at, kind, who, count, *_ in events if kind == "return"] == returned
@@ -196,10 +196,11 @@ def test_the_live_pictures_show_drafts(trace: Trace) -> None:
 def test_only_who_drafts_says_so() -> None:
     plain = Feed(draft_story().meta, min_interval=0)
     plain.append(draft_story()[0])
-    news = plain.snapshot()
-    assert "speculative" not in news and "drafts" not in news["numbers"] and len(news["steps"][0]) == 9
+    news = plain.pictures()
+    assert "speculative" not in news and "drafts" not in news["numbers"]
+    assert (news["steps"][0].drafted, news["steps"][0].accepted) == (0, 0)
     drafting = Feed(draft_story().meta, min_interval=0, speculative="ngram")
-    assert drafting.snapshot()["speculative"] == "ngram"
+    assert drafting.pictures()["speculative"] == "ngram"
 
 
 def test_the_step_to_come_says_how_many_drafts_it_will_check() -> None:
@@ -211,10 +212,10 @@ def test_the_step_to_come_says_how_many_drafts_it_will_check() -> None:
         held_back="why", free_blocks=3,
     )  # fmt: skip
     plan = feed.preview(coming, lambda tokens: f"<{tokens[0]}>")
-    drafts = [2, None, ["<67>", "<70>"]]  # what becomes of them is not known yet
-    assert [row[3:] for row in plan["rows"]] == [["d", 12, 3, [3], *drafts], ["d", 3, 1, []]]
-    assert plan["held_back"] == "why"
-    assert feed.preview(coming)["rows"][0][7:] == [2, None, []]
+    drafts = (2, ["<67>", "<70>"])  # what becomes of them is not known yet
+    assert [row[3:] for row in plan["rows"]] == [("d", 12, 3, [3], *drafts), ("d", 3, 1, [], 0, [])]
+    assert plan["held_back"] == "why" and not hasattr(plan["rows"][0], "accepted")
+    assert feed.preview(coming)["rows"][0][7:] == (2, [])
 
 
 def test_why_nobody_drafts_is_told_when_it_changes() -> None:
@@ -222,7 +223,7 @@ def test_why_nobody_drafts_is_told_when_it_changes() -> None:
         feed = Feed(draft_story().meta, min_interval=0)
         for step, why in enumerate(reasons):
             feed.append(StepRecord(step, held_back=why, free_blocks=8))
-        return [event[-1] for event in feed.snapshot()["events"] if event[1] == "hold"]
+        return [event[-1] for event in feed.pictures()["events"] if event[1] == "hold"]
 
     first, second = WHY.format("15%"), WHY.format("9% to 41%").replace("1 of 2", "3 of 12")
     other = "nobody drafts: in a step of 12 rows a draft costs more than it can bring"
@@ -252,7 +253,7 @@ def test_blocks_given_back_leave_with_the_end_of_the_step() -> None:
     feed = Feed(draft_story().meta, min_interval=0)
     for record in draft_story().records[:2]:
         feed.append(record)
-    assert feed.snapshot()["tables"] == (("a", 6, (0, 1)),)
+    assert feed.pictures()["tables"] == (("a", 6, (0, 1)),)
 
 
 def test_the_stories_are_traces() -> None:

@@ -27,7 +27,7 @@ from labkit.engine import Engine
 from labkit.models.load import LoadedModel
 from labkit.outputs import RequestOutput
 from labkit.page.gradio_page import serve
-from labkit.page.session import Bench, Lab
+from labkit.page.session import Lab, Session
 from labkit.page.sse import PATH
 from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine
@@ -148,29 +148,29 @@ def _answer(name: str, lab: Lab, jobs: Sequence[Job], bar: tqdm | None) -> Run:
     """All jobs at once through a fresh engine of the lab, as if somebody had handed them in."""
     lab.change({}, running="cancel")
     gc.collect()
-    bench, decode = lab.bench, lab.bench.live.engine.model.tokenizer.decode
-    bench.live.pause()
-    ids = [_submit(bench, job, decode(job.prompt)) for job in jobs]
+    session = lab.session
+    session.live.pause()
+    ids = [_submit(session, job) for job in jobs]
     outputs: dict[str, RequestOutput] = {}
     done = threading.Event()
 
     def hear(record: StepRecord) -> None:
         for finish in record.finished:
-            outputs[finish.request_id] = bench.live.output(finish.request_id)
+            outputs[finish.request_id] = session.live.output(finish.request_id)
         if bar is not None:
             bar.update(len(record.finished))
         if len(outputs) == len(ids):
             done.set()
 
-    deafen = bench.live.listen(hear)
+    deafen = session.live.listen(hear)
     begin = time.perf_counter()
-    bench.live.resume()
-    while not done.wait(1) and not bench.live.failure:
+    session.live.resume()
+    while not done.wait(1) and not session.live.failure:
         pass
     seconds = time.perf_counter() - begin
     deafen()
     for i in ids:
-        error = outputs[i].error if i in outputs else bench.live.failure
+        error = outputs[i].error if i in outputs else session.live.failure
         if error:
             raise RuntimeError(f"request {i} failed: {error}")
     answers = [outputs[i] for i in ids]
@@ -182,6 +182,6 @@ def _answer(name: str, lab: Lab, jobs: Sequence[Job], bar: tqdm | None) -> Run:
     )
 
 
-def _submit(bench: Bench, job: Job, words: str) -> str:
+def _submit(session: Session, job: Job) -> str:
     params = SamplingParams(max_tokens=job.max_tokens, ignore_eos=True)
-    return bench.desk.submit("somebody", words, job.prompt, params)
+    return session.submissions.submit("somebody", session.decode(job.prompt), job.prompt, params)

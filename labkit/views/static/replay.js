@@ -110,12 +110,12 @@ Object.assign(labkit, (() => {
       paintStrip();
       paintLanes();
       if (!frame) return;
-      labkit.lookBack(state, frame);
+      labkit.lookBack(state, { ...frame, tables: labkit.read(["Table"], frame.tables) });
       const canvas = canvases.pages;
-      const height = labkit.pagesHeight(state, canvas.clientWidth, 190);
+      const height = labkit.blocksHeight(state, canvas.clientWidth, 190);
       if (canvas.style.height !== `${height}px`) canvas.style.height = `${height}px`;
       const { ctx, width } = labkit.context(canvas);
-      labkit.drawPages(ctx, state, theme, width, height);
+      labkit.drawBlocks(ctx, state, theme, width, height);
       if (drawn !== at) words(frame);
       drawn = at;
       root.dataset.drawn = `${frame.step}`;

@@ -7,8 +7,8 @@ Object.assign(labkit, (() => {
     const data = { meta, palette, headline, steps, place, count: steps.step.length, timed: Boolean(steps.begin),
                    drafting: Boolean(steps.drafted) };
     data.lanes = lanes.map((lane, id) => {
-      const spans = lane.spans.map(([kind, from, to, tokens, drafted, right]) => (
-        { kind, from: placeOf(data, from, 1), to: placeOf(data, to, -1), tokens, drafted, right }));
+      const spans = lane.spans.map(([kind, from, to, tokens, drafted, accepted]) => (
+        { kind, from: placeOf(data, from, 1), to: placeOf(data, to, -1), tokens, drafted, accepted }));
       const ends = lane.ends.map(([step, reason]) => ({ at: placeOf(data, step, -1), reason }));
       return { id, ...lane, spans, ends };
     });
