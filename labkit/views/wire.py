@@ -10,15 +10,18 @@ from __future__ import annotations
 import json
 import types
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypedDict, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 # -- rows -----------------------------------------------------------------------------------------
 
 
 class Table(NamedTuple):
-    """A running request, its tokens in the cache, and its blocks in order."""
+    """A running request, its tokens in the cache, and its blocks in order.
 
-    request: str
+    In a replay, `request` is the place of its lane.
+    """
+
+    request: str | int
     computed: int
     blocks: Sequence[int]
 
@@ -174,6 +177,32 @@ class LastOwner(NamedTuple):
     position: int
 
 
+class ReplayRow(NamedTuple):
+    """What a request did in one step of a replay. `lane` is the place of its lane."""
+
+    lane: int
+    kind: str
+    start: int
+    tokens: int
+    padding: int
+    drafted: int = 0
+    accepted: int = 0
+
+
+class ReplayLine(NamedTuple):
+    """What happens to a request in one step of a replay, in words. `lane` is -1 if it is about no request."""
+
+    lane: int
+    words: str
+
+
+class ReplayEnd(NamedTuple):
+    """The end of a request in a replay: the step, and why."""
+
+    step: int
+    reason: str
+
+
 # -- messages -------------------------------------------------------------------------------------
 
 
@@ -240,7 +269,39 @@ class BlockFacts(TypedDict):
     tokens: Sequence[str] | None
 
 
-MESSAGES = (Pictures, Plan, StepFacts, BlockFacts)
+class ReplayLane(TypedDict):
+    """A request's row in the timeline of a replay."""
+
+    label: str
+    name: str
+    color: int
+    spans: Sequence[Span]
+    ends: Sequence[ReplayEnd]
+
+
+class ReplayData(TypedDict):
+    """What does not depend on the step that a replay looks at. `steps` holds columns."""
+
+    meta: dict[str, Any]
+    palette: Sequence[str]
+    headline: Sequence[str]
+    steps: dict[str, Any]
+    lanes: Sequence[ReplayLane]
+
+
+class ReplayFrame(TypedDict):
+    """The pool, the batch and the queue during one step of a replay."""
+
+    step: int
+    tables: Sequence[Table]
+    cached: str
+    batch: Sequence[ReplayRow]
+    queue: Sequence[ReplayLine]
+    queued: int
+    events: Sequence[ReplayLine]
+
+
+MESSAGES = (Pictures, Plan, StepFacts, BlockFacts, ReplayData, ReplayFrame)
 
 
 # -- the names, for JavaScript --------------------------------------------------------------------
@@ -258,19 +319,19 @@ def javascript() -> str:
 
 
 def _describe(kind: type, known: dict[str, dict[str, Any]]) -> None:
-    """Add the fields of a row or message, and of all rows inside it."""
+    """Add the fields of a row or message, and of all rows and messages inside it."""
     known[kind.__name__] = {name: _inner(hint, known) for name, hint in get_type_hints(kind).items()}
 
 
 def _inner(hint: Any, known: dict[str, dict[str, Any]]) -> str | list[str] | None:
-    """The row that a field holds: its name, a list with its name for several, or None for plain data."""
+    """The row or message that a field holds: its name, a list with it for several, or None for plain data."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is types.UnionType:  # a row, or None
         return _inner(arguments[0], known)
     if origin is not None and issubclass(origin, Sequence):
         name = _inner(arguments[0], known)
         return [name] if isinstance(name, str) else None
-    if isinstance(hint, type) and hasattr(hint, "_fields"):
+    if is_typeddict(hint) or hasattr(hint, "_fields"):
         if hint.__name__ not in known:
             _describe(hint, known)
         return hint.__name__

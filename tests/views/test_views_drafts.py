@@ -17,6 +17,7 @@ from labkit.views.facts.batch_timeline import timeline_of
 from labkit.views.facts.pool_blocks import blocks_of
 from labkit.views.live_feed import Feed
 from labkit.views.live_numbers import Numbers
+from labkit.views.wire import ReplayLine, ReplayRow, Span, Table
 from tests.views.stories import WHY, draft_run, draft_story
 
 
@@ -126,30 +127,31 @@ def test_the_story_as_replay_data() -> None:
     packed = json.loads(json.dumps(replay_data.pack(draft_story())))
     assert packed["steps"]["drafted"] == [0, 4, 2, 2, 2, 0]
     assert packed["steps"]["accepted"] == [0, 0, 2, 2, 1, 0]
-    a, b = [lane["spans"] for lane in packed["lanes"]]
+    a, b = [[Span(*span) for span in lane["spans"]] for lane in packed["lanes"]]
     assert a == [
-        ["p", 0, 0, 5],
-        ["d", 1, 1, 5, 4, 0],
-        ["d", 2, 3, 6, 4, 4],
-        ["d", 4, 4, 3, 2, 1],
-        ["d", 5, 5, 1],
+        Span("p", 0, 0, 5),
+        Span("d", 1, 1, 5, 4, 0),
+        Span("d", 2, 3, 6, 4, 4),
+        Span("d", 4, 4, 3, 2, 1),
+        Span("d", 5, 5, 1),
     ]
-    assert b == [["p", 3, 3, 3], ["d", 4, 5, 2]]
+    assert b == [Span("p", 3, 3, 3), Span("d", 4, 5, 2)]
     frames = replay_data.frames(draft_story(), {"a": 0, "b": 1}, 0, 6)
-    assert frames[1]["batch"] == [[0, "d", 5, 5, 0, 4, 0]] and frames[5]["batch"][0] == [0, "d", 14, 1, 0]
-    assert frames[1]["events"] == [[0, "gives 1 page back, because its drafts were wrong"]]
-    assert frames[4]["events"] == [[-1, WHY.format("15%")]]
-    assert frames[1]["tables"] == [[0, 10, [0, 1, 2]]], "while the step runs, drafts are in the cache"
-    assert frames[2]["tables"] == [[0, 9, [0, 1, 2]]]
+    assert frames[1]["batch"] == [ReplayRow(0, "d", 5, 5, 0, drafted=4, accepted=0)]
+    assert frames[5]["batch"][0] == ReplayRow(0, "d", 14, 1, 0)
+    assert frames[1]["events"] == [ReplayLine(0, "gives 1 page back, because its drafts were wrong")]
+    assert frames[4]["events"] == [ReplayLine(-1, WHY.format("15%"))]
+    assert frames[1]["tables"] == [Table(0, 10, [0, 1, 2])], "while the step runs, drafts are in the cache"
+    assert frames[2]["tables"] == [Table(0, 9, [0, 1, 2])]
     short = replay_data.pack(Trace(draft_story().meta, draft_story().records[:1]))
     assert "drafted" not in short["steps"] and "accepted" not in short["steps"]
 
 
 def test_replay_data_add_up(trace: Trace) -> None:
     packed = replay_data.pack(trace)
-    spans = [span for lane in packed["lanes"] for span in lane["spans"] if len(span) > 4]
-    assert sum(span[4] for span in spans) == sum(packed["steps"]["drafted"])
-    assert sum(span[5] for span in spans) == sum(packed["steps"]["accepted"]) > 0
+    spans = [span for lane in packed["lanes"] for span in lane["spans"]]
+    assert sum(span.drafted for span in spans) == sum(packed["steps"]["drafted"])
+    assert sum(span.accepted for span in spans) == sum(packed["steps"]["accepted"]) > 0
     for place, record in enumerate(trace):
         pool = blocks_of(trace, record.step)
         assert packed["steps"]["owned"][place] == pool.owned

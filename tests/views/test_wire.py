@@ -59,8 +59,11 @@ def test_what_is_sent_comes_back_by_name() -> None:
     assert [step["blocked"] for step in found["steps"]] == [{"request": "b", "reason": "no seat"}, None]
 
 
-@pytest.mark.parametrize("name", ["live_feed.js", "meters.js", "words.js", "side.js", "panel.js", "cards.js"])
+SCRIPTS = ("cards", "live_feed", "meters", "panel", "replay", "replay_data", "side", "words")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_nobody_counts_columns(name: str) -> None:
-    text = (Path(assets.__file__).parent / "static" / name).read_text(encoding="utf-8")
+    text = (Path(assets.__file__).parent / "static" / f"{name}.js").read_text(encoding="utf-8")
     by_number = re.findall(r"\b(?:row|plan|lane|span|table|owner|event|facts|blocked)\[\d\]", text)
     assert not by_number and "[, , " not in text, by_number
