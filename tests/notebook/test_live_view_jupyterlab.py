@@ -19,7 +19,7 @@ from visiting_fixtures import browser  # noqa: F401
 from labkit import Engine, EngineConfig, SamplingParams
 from labkit.models.chat import as_chat
 from labkit.views import style
-from tests.notebook.jupyterlab import CELLS, Notebook, jupyterlab
+from tests.notebook.in_jupyterlab import CELLS, Notebook, jupyterlab
 
 pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
 pytest.importorskip("anywidget", reason="anywidget is not installed")
