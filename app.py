@@ -119,9 +119,9 @@ def add_api(demo: gr.Blocks, lab: Lab, api_key: str | None) -> None:
     from labkit.serving.routes import create_app
 
     def card(request_id: str, prompt: str, params: Any) -> None:
-        lab.bench.desk.enter("", request_id, prompt, params.max_tokens, name="API")
+        lab.session.submissions.enter("", request_id, prompt, params.max_tokens, name="API")
 
-    api = create_app(lambda: lab.bench.live, Options(limits=lab.limits, api_key=api_key), on_request=card)
+    api = create_app(lambda: lab.session.live, Options(limits=lab.limits, api_key=api_key), on_request=card)
     demo.app.middleware_stack = beside(api, demo.app.middleware_stack)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of race and replay share: a small page with one tab, and somebody who looks at it."""
+"""What the tests of race and replay share: a small page with one tab, and a person who looks at it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import gradio as gr
 from visiting import HOSTILE, Person, free_port
 from visiting_fixtures import browser
 
-from labkit.views.live_feed import asset
+from labkit.views.assets import asset
 
 __all__ = ["HOSTILE", "Looker", "browser", "served"]
 
@@ -19,7 +19,7 @@ __all__ = ["HOSTILE", "Looker", "browser", "served"]
 def served(build: Callable[[], object]) -> Iterator[str]:
     """A page with what `build` adds; gives its address."""
     with gr.Blocks(analytics_enabled=False, fill_width=True) as demo:
-        gr.HTML(html_template=f"<style>{asset('canvas.css')}</style>", js_on_load=None)
+        gr.HTML(html_template=f"<style>{asset('live_feed.css')}</style>", js_on_load=None)
         build()
     port = free_port()
     demo.launch(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,13 +29,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.02)
-
-
 # -- a browser ------------------------------------------------------------------------------------
 
 
@@ -54,7 +45,7 @@ def chromium() -> str:
 
 
 class Person:
-    """Somebody with a page open, who remembers whatever goes wrong on it."""
+    """A person with a page open, who remembers everything that goes wrong on it."""
 
     def __init__(self, context: Any) -> None:
         self.context = context

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from visiting import SWITCHES, Visitor, chromium, free_port, wait_for
+from visiting import SWITCHES, Visitor, chromium, free_port
 
 import app
 from labkit.config import EngineConfig
@@ -14,6 +14,7 @@ from labkit.engine import Engine
 from labkit.models.load import LoadedModel, load_model
 from labkit.page.session import Lab
 from labkit.serving.async_engine import AsyncEngine
+from tests.waiting import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,8 @@ def model() -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def lab(model: LoadedModel) -> Iterator[tuple[AsyncEngine, str]]:
+def shown(model: LoadedModel) -> Iterator[tuple[AsyncEngine, str]]:
+    """An engine with a page on it, and the page's address."""
     config = EngineConfig(model=model, num_blocks=48, max_num_seqs=16, max_num_batched_tokens=256)
     with AsyncEngine(Engine(config)) as live:
         port = free_port()
@@ -43,9 +45,9 @@ def lab(model: LoadedModel) -> Iterator[tuple[AsyncEngine, str]]:
 
 
 @pytest.fixture
-def live(lab: tuple[AsyncEngine, str]) -> Iterator[AsyncEngine]:
-    """The engine, running flat out, and left idle for the next test."""
-    live = lab[0]
+def live(shown: tuple[AsyncEngine, str]) -> Iterator[AsyncEngine]:
+    """The engine, at full speed, and left idle for the next test."""
+    live = shown[0]
     yield live
     live.speed = None
     live.resume()
@@ -55,12 +57,14 @@ def live(lab: tuple[AsyncEngine, str]) -> Iterator[AsyncEngine]:
 
 
 @pytest.fixture
-def visit(browser: Any, lab: tuple[AsyncEngine, str], live: AsyncEngine) -> Iterator[Callable[..., Visitor]]:
+def visit(
+    browser: Any, shown: tuple[AsyncEngine, str], live: AsyncEngine
+) -> Iterator[Callable[..., Visitor]]:
     visitors: list[Visitor] = []
 
     def arrive(width: int = 1600, height: int = 900, **options: Any) -> Visitor:
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        visitors.append(Visitor(context, lab[1]))
+        visitors.append(Visitor(context, shown[1]))
         return visitors[-1]
 
     yield arrive

@@ -86,10 +86,7 @@ def build_metadata(
 
 
 def row_order(rows: Sequence[Span], few: int = 16) -> list[int]:
-    """The order that backends want: by the number of queries while these are few, then by falling length.
-
-    So rows that can share a call stand side by side, and those of similar length, too.
-    """
+    """The order that backends want: rows that can share a call side by side, then longer ones first."""
     return sorted(range(len(rows)), key=lambda i: (min(rows[i].num_queries, few + 1), -rows[i].length))
 
 
@@ -102,15 +99,9 @@ def attend(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """Attention of a flattened batch in one layer, whose keys and values are already written.
+    """Attention of queries (T, heads, head_dim) in one layer, whose keys and values are already written.
 
-    Args:
-        q: queries (T, heads, head_dim).
-        scale: the factor of the scores.
-        window: how many tokens a query sees at most, itself included (None: all before it).
-
-    Returns:
-        (T, heads, head_dim); zeros for padding.
+    A query sees at most `window` tokens, itself included (None: all before it). Padding gets zeros.
     """
     groups, blocks = metadata.groups, cache.layers[layer]
     if len(groups) == 1 and groups[0].last == len(q):  # as in most decode steps: nothing to put together

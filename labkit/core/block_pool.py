@@ -27,12 +27,7 @@ class BlockPool:
 
     A block is in one of three places: `free` (it holds nothing of use), `cached` (it has no owner, but its
     tokens are known, and a later request may share it) or in block tables (`ref_counts` says in how many).
-    `labkit.schedulers.audit.check_pool` checks this and all other rules.
-
-    Args:
-        num_blocks: the number of blocks in the pool.
-        block_size: the number of tokens that a block holds.
-        enable_prefix_caching: whether full blocks are remembered after their owners are gone.
+    `labkit.schedulers.audit.check_pool` checks this and all other rules. `block_size` counts tokens.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
@@ -72,11 +67,7 @@ class BlockPool:
         return -(-num_tokens // self.block_size)
 
     def allocate(self, request_id: str, count: int) -> list[int]:
-        """Append `count` blocks to a request's block table, and return them.
-
-        Raises:
-            OutOfBlocks: if fewer are free. Nothing is taken then.
-        """
+        """Append blocks to a request's table, and return them. Raises `OutOfBlocks`, and takes none then."""
         if count > self.num_free:
             raise OutOfBlocks(f"request {request_id!r} asks for {count} pages, {self.num_free} are free")
         blocks = [self._take() for _ in range(count)]
@@ -84,11 +75,7 @@ class BlockPool:
         return blocks
 
     def release(self, request_id: str) -> list[int]:
-        """Give back all blocks of a request; returns its block table as it was.
-
-        Raises:
-            InvariantError: if the request holds no blocks, or one of them has no owner (a double free).
-        """
+        """Give back all blocks of a request; returns its block table as it was. A double free raises."""
         if (table := self.tables.pop(request_id, None)) is None:
             raise InvariantError(f"double free: request {request_id!r} holds no pages")
         self._chain.pop(request_id, None)
@@ -98,10 +85,7 @@ class BlockPool:
         return table
 
     def truncate(self, request_id: str, count: int) -> list[int]:
-        """Give back all blocks of a request but the first `count`; returns them, in table order.
-
-        None of them may be in the prefix cache: nothing that may be taken back is published.
-        """
+        """Give back all blocks of a request but the first `count`, and return them; none is published yet."""
         blocks = self.tables[request_id][count:]
         del self.tables[request_id][count:]
         for block in reversed(blocks):
@@ -151,11 +135,7 @@ class BlockPool:
         return self.num_free - sum(self.ref_counts[block] == 0 for block in shared)
 
     def share(self, request_id: str, shared: Sequence[int]) -> None:
-        """Start a request's block table with the blocks that `match` found.
-
-        Raises:
-            InvariantError: if the request already has a block table (tables are append-only).
-        """
+        """Start a request's block table with the blocks that `match` found. Tables are append-only."""
         if request_id in self.tables:
             raise InvariantError(f"request {request_id!r} already has a block table")
         for block in shared:
@@ -202,10 +182,8 @@ class BlockPool:
     def make_writable(self, request_id: str, index: int) -> tuple[int, int] | None:
         """Copy on write: if others share the block at this place in the table, put a new one there.
 
-        Returns (old block, new block), whose contents the caller must copy before it writes, or None.
-
-        Raises:
-            OutOfBlocks: if no block is free.
+        Returns None, or (old block, new block), which the caller must copy before it writes. Raises
+        `OutOfBlocks` if none is free.
         """
         table = self.tables[request_id]
         old = table[index]

@@ -82,8 +82,8 @@ class EngineCore:
     def abort(self, request_id: str) -> bool:
         """End a request, with all its answers, at the next step. False if it is not there or is done."""
         requests = list(self.scheduler.requests.values())  # a copy: the engine's thread may change it
-        names = [r.request_id for r in requests if request_id in (r.request_id, r.family)]
-        return any([self.scheduler.abort(name) for name in names])
+        family = [r.request_id for r in requests if request_id in (r.request_id, r.family)]
+        return any([self.scheduler.abort(name) for name in family])
 
     @property
     def has_unfinished(self) -> bool:
@@ -112,8 +112,7 @@ class EngineCore:
         if self.speculator:
             self.scheduler.held_back = self.speculator.propose(plan, result, self.scheduler.running)
         end = time.perf_counter()
-        times = {"time": end - self._began, "seconds": end - begin}
-        record = record_step(self._step, plan, result, self.scheduler, **times)
+        record = record_step(self._step, plan, result, self.scheduler, end - self._began, end - begin)
         self._step += 1
         self.trace.append(record)
         for request_id, reason, blocks in record.finished:

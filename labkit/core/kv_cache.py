@@ -30,7 +30,6 @@ class KVShape:
 
     @property
     def bytes_per_token(self) -> int:
-        """The bytes of a token in all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
@@ -62,8 +61,7 @@ class PagedKVCache:
     def slots(self, blocks: Tensor, places: Tensor) -> Tensor:
         """Where in a layer the vectors of tokens lie that have these places (T,) in these blocks (T,).
 
-        Returns:
-            int64 (2, T * kv_heads): the keys and the values of each head, token by token.
+        Returns int64 (2, T * kv_heads): the keys and the values of each head, token by token.
         """
         size = self.num_kv_heads * self.block_size
         keys = ((blocks * (2 * size) + places)[:, None] + self._heads).flatten()
@@ -94,10 +92,9 @@ def read_tokens(blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def half_blocks(tables: Tensor, kv_heads: int) -> Tensor:
-    """Where the keys and the values of each head lie in the blocks of tables (rows, width).
+    """Where the keys and values of each head lie in the blocks of tables (rows, width).
 
-    Returns:
-        int64 (2, rows, kv_heads, width), which counts pieces of (block_size, head_dim): see `read_rows`.
+    Returns int64 (2, rows, kv_heads, width), which counts pieces of (block_size, head_dim): see `read_rows`.
     """
     heads = torch.arange(kv_heads, device=tables.device)[:, None]
     keys = tables[:, None] * (2 * kv_heads) + heads

@@ -20,35 +20,25 @@ from labkit.core.kv_cache import KVShape, PagedKVCache
 
 @dataclass(frozen=True, eq=False)
 class ModelShape:
-    """What tells one model of the Llama shape from another; the names are those of `config.json`.
-
-    Args:
-        num_key_value_heads: fewer than `num_attention_heads` where several query heads share one.
-        qkv_bias, o_bias, mlp_bias: whether these products add a bias.
-        qk_norm: whether each head's query and key are normalised, as in Qwen3.
-        windows: for each layer, how many tokens a query sees at most; None is all before it.
-        inv_freq: rotary frequencies (head_dim / 2,) in radians per position, fp32.
-        rope_scaling: factor for the cosines and sines, other than 1 only in models stretched for long texts.
-        tie_word_embeddings: whether the output layer is the embedding table.
-    """
+    """What tells one model of the Llama shape from another; the names are those of `config.json`."""
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int
+    num_key_value_heads: int  # fewer than query heads where several of these share one
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
-    qkv_bias: bool
+    qkv_bias: bool  # whether this product adds a bias, and so for the next two
     o_bias: bool
     mlp_bias: bool
-    qk_norm: bool
-    windows: tuple[int | None, ...]
-    inv_freq: Tensor
-    rope_scaling: float
-    tie_word_embeddings: bool
+    qk_norm: bool  # whether each head's query and key are normalised, as in Qwen3
+    windows: tuple[int | None, ...]  # for each layer, how many tokens a query sees at most; None: all before
+    inv_freq: Tensor  # rotary frequencies (head_dim / 2,), in radians per position, fp32
+    rope_scaling: float  # of cosines and sines; not 1 only in models that are stretched for long texts
+    tie_word_embeddings: bool  # whether the output layer is the embedding table
 
 
 class RMSNorm(nn.Module):
@@ -132,10 +122,6 @@ class Transformer(nn.Module):
 
     `forward` gives the hidden states of a flattened batch. `logits` is a step of its own because the output
     layer is the widest product of all, and only the rows that are to be sampled need it.
-
-    Attributes:
-        shape: the sizes that the model was built with.
-        windows: the sliding windows that occur among the layers, each once.
     """
 
     is_adapted = False
@@ -143,7 +129,7 @@ class Transformer(nn.Module):
     def __init__(self, shape: ModelShape, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.shape = shape
-        self.windows = tuple(set(shape.windows))
+        self.windows = tuple(set(shape.windows))  # those that occur, each once
         # Built on "meta", where tensors have no values: to draw random weights only for a checkpoint to
         # overwrite them would take seconds.
         with torch.device("meta"):
@@ -179,10 +165,9 @@ class Transformer(nn.Module):
 
     @property
     def kv_shape(self) -> KVShape:
-        """What one token takes in the KV cache, in every layer."""
-        shape = self.shape
-        layers, kv_heads = shape.num_hidden_layers, shape.num_key_value_heads
-        return KVShape(layers, kv_heads, shape.head_dim, self.dtype, self.device)
+        """What one token takes in the KV cache."""
+        layers, kv_heads = self.shape.num_hidden_layers, self.shape.num_key_value_heads
+        return KVShape(layers, kv_heads, self.shape.head_dim, self.dtype, self.device)
 
     @torch.inference_mode()
     def forward(

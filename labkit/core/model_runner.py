@@ -99,12 +99,11 @@ class ModelRunner:
             hidden = self.graphs.run(token_ids, spans)
             if hidden is not None:
                 return hidden, ends
-        metadata = build_metadata(
-            spans, self.cache, self.backend, windows=self.model.windows, num_padding=padding
-        )
-        inputs = torch.tensor(
-            [token_ids + [0] * padding, positions + [0] * padding], device=self.cache.device
-        )
+        token_ids += [0] * padding
+        positions += [0] * padding
+        windows, device = self.model.windows, self.cache.device
+        metadata = build_metadata(spans, self.cache, self.backend, windows=windows, num_padding=padding)
+        inputs = torch.tensor([token_ids, positions], device=device)  # in one copy to the device
         return self.model(inputs[0], inputs[1], self.cache, metadata), ends
 
     # Sampling has three stages: which rows, one call for all of them, and what is kept.

@@ -60,16 +60,12 @@ class StepPlan:
 
 @dataclass(slots=True)
 class StepResult:
-    """What the model runner made of a plan, row by row.
+    """What the model runner made of a plan, row by row."""
 
-    `sampled` has the new tokens of each row: none for a chunk that is not the last; for a row with drafts the
-    drafts that were right, and the token after them. `logprobs` is empty, or has one entry per row. `errors`
-    maps rows that failed to what went wrong.
-    """
-
+    # The new tokens: none for a chunk that is not the last; drafts that were right, and the token after them.
     sampled: list[tuple[int, ...]]
-    logprobs: list[tuple[TokenLogprobs, ...]] = field(default_factory=list)
-    errors: dict[int, str] = field(default_factory=dict)
+    logprobs: list[tuple[TokenLogprobs, ...]] = field(default_factory=list)  # empty, or one entry per row
+    errors: dict[int, str] = field(default_factory=dict)  # rows that failed, and what went wrong
 
 
 @dataclass(slots=True)

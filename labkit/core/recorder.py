@@ -8,13 +8,7 @@ from labkit.trace.records import StepRecord
 
 
 def record_step(
-    step: int,
-    plan: StepPlan,
-    result: StepResult,
-    scheduler: Scheduler,
-    *,
-    time: float = 0.0,
-    seconds: float = 0.0,
+    step: int, plan: StepPlan, result: StepResult, scheduler: Scheduler, time: float = 0, seconds: float = 0
 ) -> StepRecord:
     """Write the record of a step that is committed; the scheduler's list of changes begins anew."""
     pool, changes = scheduler.pool, scheduler.changes

@@ -30,15 +30,7 @@ def mix(seed: int, number: int) -> int:
 
 
 def gumbel_noise(keys: Sequence[int], token_ids: Tensor) -> Tensor:
-    """Standard Gumbel noise, without state.
-
-    Args:
-        keys: one 64-bit integer per row.
-        token_ids: int64, (rows, n), or (n,) if the tokens of all rows are the same.
-
-    Returns:
-        fp32 (rows, n).
-    """
+    """Standard Gumbel noise, fp32 (rows, n), from a key per row and token ids, int64 (rows, n) or (n,)."""
     low = torch.tensor([key & 0xFFFFFFFF for key in keys], device=token_ids.device)[:, None]
     high = torch.tensor([key >> 32 for key in keys], device=token_ids.device)[:, None]
     h = _mix32(_mix32(token_ids ^ low) ^ high)
@@ -56,15 +48,10 @@ def _mix32(h: Tensor) -> Tensor:
 def sample(
     logits: Tensor, requests: Sequence[Request]
 ) -> tuple[list[int], list[TokenLogprobs | None], list[bool]]:
-    """Pick the next token of each request.
+    """Pick the next token of each request from its row of logits (S, vocab_size).
 
-    Args:
-        logits: (S, vocab_size), row i for `requests[i]`.
-        requests: what their `params`, `seed` and `token_ids` say decides.
-
-    Returns:
-        Token ids; log-probabilities where a request asks for them; and whether each row was sound (it holds
-        no NaN, and its largest value is finite).
+    Returns token ids; log-probabilities where a request asks for them; and whether each row was sound: it
+    holds no NaN, and its largest value is finite.
     """
     raw = logits.float()
     logits = _adjust(raw, requests)

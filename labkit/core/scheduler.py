@@ -26,15 +26,9 @@ class Scheduler:
     """Continuous batching: requests join and leave at every step.
 
     A scheduler of your own is a subclass that overrides `schedule`, or any of the methods it is made of.
-    These building blocks keep the books right, whatever you decide with them:
-
-        end_aborted()                        ends what was aborted; call it first
-        grow(plan, requests)                 gives each the block for its next token, and preempts if need be
-        plan_running(plan)                   plans what runs; returns the budget that is left
-        plan_row(plan, request, budget)      plans one running request; returns its tokens
-        plan_waiting(plan, budget)           admits from the queue, and notes why it stopped
-        try_admit(plan, request, budget)     admits one, or returns why it must wait
-        admit, seat, allocate, preempt, finish, fork      the single moves
+    These keep the books right, whatever you decide with them: `end_aborted` (call it first), `plan_running`
+    and `plan_row`, `grow` (blocks for the next tokens, and preemption), `plan_waiting` and `try_admit`; and
+    the single moves `admit`, `seat`, `allocate`, `preempt`, `finish` and `fork`.
 
     Args:
         pool: the pool that blocks come from.
@@ -74,11 +68,7 @@ class Scheduler:
     # -- requests come and go ---------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
-        """Put a request (and its children) into the queue; it can run from the next step on.
-
-        Raises:
-            ValueError: if an id is in use, or the pool could never hold the request.
-        """
+        """Queue a request and its children, for the next step on. Raises what `check` raises."""
         self.check(request)
         for member in (request, *request.children):
             member.arrival = self._num_arrivals
@@ -92,7 +82,7 @@ class Scheduler:
             self._queue_children(request)
 
     def check(self, request: Request) -> None:
-        """Raise what `add` would raise, and change nothing."""
+        """Raise `ValueError` if an id is in use, or the pool could never hold the request."""
         for member in (request, *request.children):
             if member.request_id in self.requests:
                 raise ValueError(f"request_id {member.request_id!r} is already in use")
@@ -128,7 +118,6 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """How many requests wait, children of n > 1 included."""
         return len(self.requests) - len(self.running)
 
     # -- the plan of a step -----------------------------------------------------------------------
@@ -266,7 +255,7 @@ class Scheduler:
         return None
 
     def seat(self, request: Request, num_computed_tokens: int) -> None:
-        """Let a request run; so many of its tokens lie in the blocks it holds already."""
+        """Let a request run; the blocks that it holds already have so many of its tokens."""
         request.status = "running"
         request.num_computed_tokens = request.num_cached_tokens = num_computed_tokens
         request.num_slots = len(self.pool.tables[request.request_id]) * self.pool.block_size
@@ -289,10 +278,7 @@ class Scheduler:
     # -- after the step ---------------------------------------------------------------------------
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
-        """Take over what was computed: tokens advance, full blocks become known, requests end.
-
-        Tokens that were sampled past the end of an answer are dropped from `result.sampled`.
-        """
+        """Take over what was computed: tokens advance, full blocks become known, requests end."""
         size = self.pool.block_size
         for row, request in enumerate(plan.requests):
             if request.status != "running":  # an idle seat
@@ -303,7 +289,7 @@ class Scheduler:
                 continue
             sampled, reason, kept = result.sampled[row], None, 0
             for kept, token in enumerate(sampled, 1):
-                if reason := request.append(token):
+                if reason := request.append(token):  # drafts may reach past the end
                     result.sampled[row] = sampled[:kept]
                     break
             start = plan.starts[row]

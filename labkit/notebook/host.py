@@ -1,6 +1,7 @@
 """What stands between an engine and its picture in a notebook: questions in, plain data out.
 
-No widget here, and no thread: whatever the engine does, it does inside an answer, and for a moment only.
+There is no widget here, and no thread. Whatever the engine does, it does inside an answer, and only for a
+moment.
 """
 
 from __future__ import annotations
@@ -10,51 +11,208 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from labkit.models.chat import as_chat
+from labkit.page.snapshot import Card, ClientState, Now, Snapshotter
 from labkit.sampling_params import SamplingParams, check_number
 from labkit.serving.limits import Limits
-from labkit.views import style
-from labkit.views.inspect import page_facts, step_facts
+from labkit.trace.records import StepRecord
+from labkit.views.inspect import Inspector
 from labkit.views.live_feed import WINDOW, Feed
 
 if TYPE_CHECKING:
     from labkit.engine import Engine
     from labkit.outputs import RequestOutput
-    from labkit.trace.records import StepRecord
 
 SLICE = 0.08  # seconds of stepping in one answer, after which cells get their turn
 KEEP = 100  # cards, the latest
 
 
-class Host:
-    """Answers what the page asks of an engine, in plain data. Knows no widget.
+class Stepper:
+    """Steps an engine on demand: only inside `advance` and `step`, at a speed, until nothing is left to do.
 
     Args:
-        engine: to show and to step; whoever else steps it does so between two answers.
-        clock: seconds, for the speed.
+        engine: the engine; cells may step it too, between two calls.
+        clock: a function that returns seconds, for the speed.
     """
+
+    def __init__(self, engine: Engine, clock: Callable[[], float]) -> None:
+        self.running = False
+        self.held = False  # a person pressed pause, so that what they inject waits as well
+        self.speed: float | None = None  # steps a second; None is as fast as it goes
+        self.failure = ""
+        self._engine = engine
+        self._now = clock
+        self._due = 0.0  # the time of the next step
+
+    def advance(self) -> None:
+        """Run the steps that are due, for a moment at most."""
+        begin = self._now()
+        while self.running and (now := self._now()) - begin < SLICE:
+            if self.speed:
+                if now < self._due:
+                    return
+                gap = 1 / self.speed
+                self._due += gap if self._due + gap > now else now - self._due + gap  # no step is made up for
+            self.step()
+
+    def step(self) -> None:
+        """Run one step, if there is something to do."""
+        try:
+            if self._engine.has_unfinished:
+                self._engine.step()
+        except KeyboardInterrupt:  # the notebook's stop button
+            self.running, self.held = False, True
+        except Exception as error:  # in a scheduler or a pool that somebody wrote
+            self.running, self.failure = False, f"The step failed: {type(error).__name__}: {error}"
+        if not self._engine.has_unfinished:
+            self.running = False
+
+    def control(self, action: object, value: Any = None) -> None:
+        """Pause, resume, step, or set the speed. Raises ValueError for an impossible speed."""
+        if action == "speed":
+            if value is not None:
+                check_number("speed", value, 0.01, 1e6)
+            self.speed = value
+        elif action == "resume":
+            self.held, self.running = False, self._engine.has_unfinished
+        elif action in ("pause", "step"):
+            self.held, self.running = True, False
+            if action == "step":
+                self.failure = ""
+                self.step()
+        if action in ("resume", "speed"):
+            self._due, self.failure = 0.0, ""
+
+    def wait(self) -> int | None:
+        """Milliseconds until the next step is due; None if nothing runs."""
+        if not self.running:
+            return None
+        return max(0, round(1000 * (self._due - self._now()))) if self.speed else 0
+
+    def clock(self) -> dict[str, Any]:
+        """The state of the clock, for the controls."""
+        paused = not self.running and (self.held or self._engine.has_unfinished)
+        return {"paused": paused, "speed": self.speed, "failure": ""}
+
+
+class _Known(NamedTuple):
+    """What the card of a request says from its beginning to its end."""
+
+    serial: int
+    output: RequestOutput
+    prompt: str
+    max_tokens: int
+
+
+class NotebookSession:
+    """A notebook's own engine, as a snapshot asks it.
+
+    Args:
+        engine: the engine to show.
+        stepper: the clock of the engine.
+    """
+
+    def __init__(self, engine: Engine, stepper: Stepper) -> None:
+        self.decode = engine.model.tokenizer.decode
+        self.typed: dict[str, str] = {}  # the prompts that came from the page
+        self._engine = engine
+        self._stepper = stepper
+        self._latest = -1  # the latest step that the feed knows
+        self._known: dict[str, _Known] = {}
+        self._serials = itertools.count()
+        self.feed = self._new_feed()
+
+    def _new_feed(self) -> Feed:
+        engine = self._engine
+        return Feed(engine.trace.meta, min_interval=0, speculative=engine.config.speculative)
+
+    def catch_up(self) -> None:
+        """Tell the feed of the steps that it does not know, including those that cells ran."""
+        trace = self._engine.trace
+        records = trace.records
+        start = bisect.bisect_right(records, self._latest, key=lambda record: record.step)
+        fresh: Sequence[StepRecord] = records[start:]
+        if not fresh:
+            return
+        if len(fresh) > WINDOW or (start == 0 and self._latest >= 0):  # more than it shows, or than is kept
+            self.feed = self._new_feed()
+            fresh = records[-WINDOW:]
+            if len(records) > WINDOW:
+                before = records[-WINDOW - 1]
+                fresh = [trace.state(before.step, after=True).as_record(before), *fresh]
+        for record in fresh:
+            self.feed.append(record)
+        self._latest = fresh[-1].step
+
+    def now(self) -> Now:
+        """All cards, the clock and the plan at this moment."""
+        outputs = self._engine.outputs
+        for name, output in outputs.items():
+            if name not in self._known or self._known[name].output is not output:
+                self._known[name] = self._get_to_know(name, output)
+        for name in self._known.keys() - outputs.keys():  # a cell took it out
+            del self._known[name]
+        serials = [known.serial for known in self._known.values()]
+        before = sorted(serials)[-KEEP] - 1 if len(serials) > KEEP else -1
+        cards = []
+        for name in outputs:
+            serial, output, prompt, most = self._known[name]
+            card = Card(
+                serial=serial,
+                request=name,
+                owner="",
+                name="",
+                prompt=prompt,
+                max_tokens=most,
+                num_tokens=len(output.token_ids),
+                text=output.text,
+                finish_reason=output.finish_reason,
+                error=output.error,
+            )
+            cards.append(card)
+        clock = self._stepper.clock()
+        return Now(clock, self._stepper.running, self._coming(), max(serials, default=-1), cards, before)
+
+    def _get_to_know(self, name: str, output: RequestOutput) -> _Known:
+        request = self._engine.scheduler.requests.get(name)
+        most = request.max_len - request.num_prompt_tokens if request else len(output.token_ids)
+        prompt = self.typed.get(name) or self.decode(output.prompt_token_ids[:100])
+        return _Known(next(self._serials), output, prompt[:500], most)
+
+    def _coming(self) -> StepRecord | None:
+        """The next step, if one is to come and nothing runs."""
+        if self._stepper.running or not self._engine.has_unfinished:
+            return None
+        with contextlib.suppress(Exception):  # in a scheduler that somebody wrote: the step will report it
+            return self._engine.preview()
+        return None
+
+
+class Host:
+    """Answers the questions of the page about an engine, in plain data. It knows no widget.
+
+    Args:
+        engine: the engine to show and to step; cells may step it too, between two answers.
+        clock: a function that returns seconds, for the speed.
+    """
+
+    version = -1  # of the settings, which nobody changes here
 
     def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
         self.engine = engine
-        self.running = False
-        self.held = False  # by whoever pressed pause: what they inject waits as well
-        self.speed: float | None = None  # steps a second; None is as fast as it goes
-        self._now = clock
-        self._due = 0.0  # when the next step is
-        self._failure = ""
-        self._heard = -1  # the latest step that the feed knows
-        self._feed = self._new_feed()
-        self._plan: StepRecord | None = None
-        self._plan_key = 0
-        self._typed: dict[str, str] = {}
-        self._seen: dict[str, tuple[int, RequestOutput, int]] = {}  # place in the order, answer, max tokens
-        self._places = itertools.count()
+        self.stepper = Stepper(engine, clock)
+        self.session = NotebookSession(engine, self.stepper)
+        self._snapshotter = Snapshotter(self)
+        self._inspector = Inspector(engine.trace, self.session.decode, self._token_ids)
 
-    def answer(self, deed: str, question: Mapping[str, Any]) -> dict[str, Any]:
-        """Do what is asked; what was wrong with it comes back as "error", in a sentence."""
-        deeds = {
+    def status(self) -> dict[str, Any]:
+        return {}
+
+    def answer(self, name: str, question: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to a question, by its name. If something is wrong with it, "error" says what."""
+        answers = {
             "pull": self._pull,
             "control": self._control,
             "inject": self._inject,
@@ -62,119 +220,25 @@ class Host:
             "look": self._look,
         }
         try:
-            return deeds[deed](question)
+            return answers[name](question)
         except ValueError as error:
             return {"error": str(error)}
         except Exception as error:  # the page waits for an answer, whatever happened
             return {"error": f"{type(error).__name__}: {error}"}
-
-    # -- what is new ------------------------------------------------------------------------------
 
     def _pull(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """Run the steps that are due, and tell what is new since the last answer.
 
         `wait` says in how many milliseconds there will be more, if anything runs.
         """
-        self._advance()
-        self._listen()
-        name, after, cards = question.get("feed"), question.get("after", -1), question.get("cards") or {}
-        same = name == self._feed.name
-        since, known = (cards.get("since", -1), cards.get("open", {})) if same else (-1, {})
-        return {
-            "pictures": self._feed.snapshot(name if same else "", after),
-            "plan": self._look_ahead(question.get("plan")),
-            "cards": self._cards(since, known) | {"reset": since < 0},
-            "live": self._clock(),
-            "busy": self.running,
-            "wait": self._wait(),
-            "error": self._failure,
-        }
-
-    def _new_feed(self) -> Feed:
-        engine = self.engine
-        return Feed(engine.trace.meta, min_interval=0, speculative=engine.config.speculative)
-
-    def _listen(self) -> None:
-        """Tell the feed of the steps that it has not heard of, whoever ran them."""
-        trace = self.engine.trace
-        records = trace.records
-        start = bisect.bisect_right(records, self._heard, key=lambda record: record.step)
-        news: Sequence[StepRecord] = records[start:]
-        if not news:
-            return
-        if len(news) > WINDOW or (start == 0 and self._heard >= 0):  # more than it shows, or than is kept
-            self._feed = self._new_feed()
-            news = records[-WINDOW:]
-            if len(records) > WINDOW:
-                before = records[-WINDOW - 1]
-                news = [trace.state(before.step, after=True).as_record(before), *news]
-        for record in news:
-            self._feed.append(record)
-        self._heard = news[-1].step
-
-    def _look_ahead(self, known: object) -> dict[str, Any]:
-        """The plan for the next step, if one is to come and nothing runs; its key alone if it is `known`."""
-        plan = None
-        if not self.running and self.engine.has_unfinished:
-            with contextlib.suppress(Exception):  # a scheduler that somebody wrote: the step will say it
-                plan = self.engine.preview()
-        packed = plan and self._feed.preview(plan, self.engine.model.tokenizer.decode)
-        if plan is None or packed is None:
-            return {"key": 0}
-        if plan != self._plan:
-            self._plan, self._plan_key = plan, self._plan_key + 1
-        return {"key": self._plan_key} if known == self._plan_key else {"key": self._plan_key, "plan": packed}
-
-    # -- the clock --------------------------------------------------------------------------------
-
-    def _advance(self) -> None:
-        begin = self._now()
-        while self.running and (now := self._now()) - begin < SLICE:
-            if self.speed:
-                if now < self._due:
-                    return
-                gap = 1 / self.speed
-                self._due += gap if self._due + gap > now else now - self._due + gap  # nothing is made up for
-            self._step()
-
-    def _step(self) -> None:
-        try:
-            if self.engine.has_unfinished:
-                self.engine.step()
-        except KeyboardInterrupt:  # the notebook's stop button
-            self.running, self.held = False, True
-        except Exception as error:  # a scheduler or a pool that somebody wrote
-            self.running, self._failure = False, f"The step failed: {type(error).__name__}: {error}"
-        if not self.engine.has_unfinished:
-            self.running = False
-
-    def _wait(self) -> int | None:
-        if not self.running:
-            return None
-        return max(0, round(1000 * (self._due - self._now()))) if self.speed else 0
-
-    def _clock(self) -> dict[str, Any]:
-        paused = not self.running and (self.held or self.engine.has_unfinished)
-        return {"paused": paused, "speed": self.speed, "failure": ""}
+        self.stepper.advance()
+        self.session.catch_up()
+        update = self._snapshotter.take().tell(ClientState.read(question))
+        return update | {"wait": self.stepper.wait(), "error": self.stepper.failure}
 
     def _control(self, order: Mapping[str, Any]) -> dict[str, Any]:
-        action, value = order.get("action"), order.get("value")
-        if action == "speed":
-            if value is not None:
-                check_number("speed", value, 0.01, 1e6)
-            self.speed = value
-        elif action == "resume":
-            self.held, self.running = False, self.engine.has_unfinished
-        elif action in ("pause", "step"):
-            self.held, self.running = True, False
-            if action == "step":
-                self._failure = ""
-                self._step()
-        if action in ("resume", "speed"):
-            self._due, self._failure = 0.0, ""
-        return self._clock()
-
-    # -- requests ---------------------------------------------------------------------------------
+        self.stepper.control(order.get("action"), order.get("value"))
+        return self.stepper.clock()
 
     def _inject(self, order: Mapping[str, Any]) -> dict[str, Any]:
         prompt, most = order.get("prompt"), order.get("max_tokens")
@@ -185,9 +249,9 @@ class Host:
             raise ValueError(f"Max tokens must be a whole number, not {most!r}.")
         params = SamplingParams(max_tokens=int(str(most)))
         name = self.engine.add_request(as_chat(self.engine.model.tokenizer, prompt), params)
-        self._typed[name] = prompt
-        if not self.held:
-            self.running = True
+        self.session.typed[name] = prompt
+        if not self.stepper.held:
+            self.stepper.running = True
         return {"request": name}
 
     def _cancel(self, order: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,53 +261,9 @@ class Host:
                 self.engine.abort(name)
         return {}
 
-    def _cards(self, since: int, known: Mapping[str, int]) -> dict[str, Any]:
-        """Requests since place `since`, and more text of those of which so many characters are `known`."""
-        outputs, items = self.engine.outputs, []
-        for name, output in outputs.items():
-            if name not in self._seen or self._seen[name][1] is not output:
-                self._seen[name] = (next(self._places), output, self._most(name, output))
-        for name in self._seen.keys() - outputs.keys():  # taken out by a cell
-            del self._seen[name]
-        recent = set(list(outputs)[-KEEP:])
-        for name, output in outputs.items():
-            had = known.get(name, 0)
-            news = name in known and (output.finished or len(output.text) != had)
-            if news or (name in recent and self._seen[name][0] > since):
-                items.append(self._card(name, output, had))
-        latest = max((place for place, *_ in self._seen.values()), default=since)
-        return {"since": latest, "items": items, "gone": list(known.keys() - outputs.keys())}
-
-    def _most(self, name: str, output: RequestOutput) -> int:
-        request = self.engine.scheduler.requests.get(name)
-        return request.max_len - request.num_prompt_tokens if request else len(output.token_ids)
-
-    def _card(self, name: str, output: RequestOutput, had: int) -> dict[str, Any]:
-        at = had if not output.finished and 0 < had <= len(output.text) else 0
-        prompt = self._typed.get(name) or self.engine.model.tokenizer.decode(output.prompt_token_ids[:100])
-        return {
-            "id": name,
-            "label": style.label(name),
-            "color": style.color_index(name),
-            "mine": True,
-            "name": "",
-            "prompt": prompt[:500],
-            "max_tokens": self._seen[name][2],
-            "tokens": len(output.token_ids),
-            "at": at,  # the text begins with this character: what came before is known
-            "text": output.text[at:],
-            "length": len(output.text),
-            "reason": output.finish_reason,
-            "error": output.error,
-        }
-
-    # -- a closer look ----------------------------------------------------------------------------
-
     def _look(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        if question.get("block") is not None:
-            return page_facts(self, question["block"], question.get("step"))  # type: ignore[arg-type]
-        return step_facts(self, question.get("step", -1))  # type: ignore[arg-type]
+        return dict(self._inspector.look(question.get("block"), question.get("step")))
 
-    def output(self, request_id: str) -> RequestOutput:
-        """An answer so far. Raises KeyError if it was taken out."""
-        return self.engine.outputs[request_id]
+    def _token_ids(self, request_id: str) -> list[int]:
+        output = self.engine.outputs[request_id]
+        return output.prompt_token_ids + output.token_ids

@@ -1,8 +1,8 @@
 """Notebook controls: the live picture of an engine, and sliders that ask "what if".
 
 The page asks and the kernel answers. Whatever an engine does for the picture, it does inside an answer and
-for a moment only: there is no thread, nothing is pushed, and a kernel that is busy with a cell simply answers
-later. Where no page asks (a plain terminal, a notebook run without a browser), both are text.
+only for a moment: there is no thread, nothing is pushed, and a kernel that is busy with a cell answers later.
+Where no page asks (in a plain terminal, or a notebook that runs without a browser), both are text.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from labkit.engine import Engine
 from labkit.notebook.host import Host
 from labkit.views import text
-from labkit.views.live_feed import asset
+from labkit.views.assets import asset, script
 from labkit.views.picture import Picture, in_colab
 
 if TYPE_CHECKING:
     import ipywidgets
     from plotly.graph_objects import Figure
 
-KEEP_OPEN = 4  # pictures that hold on to their engine, for its pages are large
-SCRIPTS = ("canvas.js", "meters.js", "words.js", "side.js", "panel.js", "cards.js", "widget.js")
+KEEP_OPEN = 4  # pictures that hold on to their engine, whose KV cache is large
+SCRIPTS = ("live_feed.js", "meters.js", "words.js", "side.js", "panel.js", "cards.js", "widget.js")
 HOW_TO = 'Inject: engine.add_request("The sea is", labkit.SamplingParams(max_tokens=16)), then engine.step()'
-GONE = "This picture has let go of its engine, for others were opened since. Run its cell again."
+GONE = "This picture has let go of its engine, because others were opened since. Run its cell again."
 
 _VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -41,8 +41,8 @@ _VIEW = "application/vnd.jupyter.widget-view+json"
 def lab(engine: Engine) -> LiveView:
     """The live picture of an engine: inject, run, pause, step, and watch. Make it the last line of a cell.
 
-    It steps the engine only after somebody pressed a button in it, and stops when nothing is left to do.
-    Steps that cells run, before and after, are shown as well.
+    It steps the engine only after a button in it was pressed, and stops when nothing is left to do. Steps
+    that cells run, before and after, are shown as well.
 
     Raises:
         TypeError: for anything but an `Engine`.
@@ -56,35 +56,35 @@ def lab(engine: Engine) -> LiveView:
 
 
 class _Home:
-    """Has things done on the thread that made it, after whatever that is doing.
+    """Has things done on the thread that made it, after what that thread is doing.
 
-    JupyterLab may hand messages to a thread of their own, while a cell runs: an engine has one at a time.
+    JupyterLab may hand messages to another thread while a cell runs, but an engine works on one at a time.
     """
 
     def __init__(self) -> None:
         self._thread = threading.get_ident()
         self._loop: asyncio.AbstractEventLoop | None = None
-        with contextlib.suppress(RuntimeError):  # no loop, and nobody who could call from elsewhere
+        with contextlib.suppress(RuntimeError):  # without a loop, nobody calls from another thread
             self._loop = asyncio.get_running_loop()
 
-    def do(self, deed: Callable[[], object]) -> None:
+    def do(self, act: Callable[[], object]) -> None:
         if self._loop is None or threading.get_ident() == self._thread:
-            deed()
+            act()
         else:
-            self._loop.call_soon_threadsafe(deed)
+            self._loop.call_soon_threadsafe(act)
 
 
 @functools.cache
 def _script() -> str:
-    """The widget's JavaScript: the files that the page of the lab uses, and one of its own."""
-    parts = {"LIVE": "canvas.html", "SIDE": "side.html", "WIDGET": "widget.html"}
+    """The widget's JavaScript: files that the page of the lab uses too, and one of its own."""
+    parts = {"LIVE": "live_feed.html", "SIDE": "side.html", "WIDGET": "widget.html"}
     markup = "".join(f"const {name} = {json.dumps(asset(file))};\n" for name, file in parts.items())
-    return markup + "\n".join(map(asset, SCRIPTS))
+    return markup + script(*SCRIPTS)
 
 
 @functools.cache
 def _widget_class() -> type | None:
-    """The class of the widgets; None without anywidget."""
+    """The class of the widgets; None if anywidget is not installed."""
     try:
         from anywidget import AnyWidget
     except ImportError:
@@ -92,19 +92,19 @@ def _widget_class() -> type | None:
 
     class LabWidget(AnyWidget):
         _esm = _script()
-        _css = asset("canvas.css") + asset("widget.css")
+        _css = asset("live_feed.css") + asset("widget.css")
 
     return LabWidget
 
 
 def _has_page() -> bool:
-    """Whether there may be a page: in a kernel, and not in a terminal. Whether one looks cannot be known."""
+    """Whether there may be a page: in a kernel, but not in a terminal. Nobody can know whether one looks."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return hasattr(shell, "kernel")
 
 
 class _View:
-    """What a notebook shows as a widget, and everything else as text."""
+    """Something that a notebook shows as a widget, and any other place as text."""
 
     _widget: ipywidgets.DOMWidget | None = None
 
@@ -128,7 +128,7 @@ class _View:
         self._displayed()
 
     def _displayed(self) -> None:
-        """What Colab shows only once the widget is there."""
+        """Show what Colab shows only once the widget is there."""
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         if self.widget is None:
@@ -159,13 +159,13 @@ class LiveView(_View):
         if kind is None:
             return None
         widget = kind()
-        widget.on_msg(self._hear)
+        widget.on_msg(self._receive)
         self._open.append(self)
         while len(self._open) > KEEP_OPEN:
             self._open.pop(0).host = None
         return widget
 
-    def _hear(self, widget: ipywidgets.DOMWidget, message: Any, buffers: object) -> None:
+    def _receive(self, widget: ipywidgets.DOMWidget, message: Any, buffers: object) -> None:
         if isinstance(message, dict) and isinstance(message.get("question"), dict):
             self._home.do(lambda: widget.send({"id": message.get("id"), "answer": self.answer(message)}))
 
@@ -173,7 +173,7 @@ class LiveView(_View):
         """The answer to a message of the page."""
         if self.host is None:
             return {"error": GONE}
-        return self.host.answer(str(message.get("deed")), message["question"])
+        return self.host.answer(str(message.get("name")), message["question"])
 
 
 # -- what if --------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def what_if(function: Callable[..., Any], /, **ranges: Sequence[Any]) -> WhatIf:
     last line of a cell.
 
     Args:
-        function: called with the arguments by name.
+        function: a function that is called with the arguments by name.
         ranges: for each argument a tuple `(lowest, highest)` or `(lowest, highest, step)` of numbers, or a
             list of choices.
 
@@ -214,7 +214,7 @@ class WhatIf(_View):
         self._printed, self._result = self._call()
 
     def _call(self) -> tuple[str, Any]:
-        """What the function prints, and what it returns."""
+        """Call the function; returns what it prints, and what it returns."""
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             result = self._function(**self._values)
@@ -244,7 +244,7 @@ class WhatIf(_View):
         return box
 
     def _changed(self, _: object) -> None:
-        if not self._due:  # else one run answers to all that changed while the kernel was busy
+        if not self._due:  # else one call follows all changes that come while the kernel is busy
             self._due = True
             self._home.do(self._again)
 
@@ -257,7 +257,7 @@ class WhatIf(_View):
         try:
             self._printed, self._result = self._call()
         except Exception as error:
-            own = error.__traceback__.tb_next.tb_next  # what the function did, without these two frames
+            own = error.__traceback__.tb_next.tb_next  # the function's own frames, without these two
             lines = traceback.format_exception(type(error), error, own)
             kind, words = type(error).__name__, str(error)
             self._put([{"output_type": "error", "ename": kind, "evalue": words, "traceback": lines}])
@@ -270,7 +270,7 @@ class WhatIf(_View):
         if isinstance(picture, Picture):
             words = self._printed
             height = picture.figure.layout.height or 450
-            self._below.layout.min_height = f"{height}px"  # the place is kept while the next one is drawn
+            self._below.layout.min_height = f"{height}px"  # keeps the place while the next one is drawn
             outputs = [{"output_type": "display_data", "data": picture._repr_mimebundle_(), "metadata": {}}]
             if in_colab():
                 html = _drawn_late(picture.figure, f"labkit-what-if-{next(self._count)}")
@@ -292,7 +292,7 @@ class WhatIf(_View):
 
 
 def _first(name: str, choices: Sequence[Any], default: Any) -> Any:
-    """The value to begin with. Raises ValueError for a range that is none."""
+    """The value to begin with. Raises ValueError for a range that is neither."""
     if isinstance(choices, list) and choices:
         return default if default in choices else choices[0]
     if not isinstance(choices, tuple) or len(choices) not in (2, 3) or not all(map(_is_number, choices)):
@@ -321,12 +321,12 @@ def _control(name: str, choices: Sequence[Any], value: Any) -> ipywidgets.DOMWid
     whole = all(isinstance(number, int) for number in (*choices, value))
     kind = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
     pitch = step[0] if step else 1 if whole else (high - low) / 100
-    # One run for each slider that is let go, and none on the way there.
+    # One call for each slider that is let go, and none on the way there.
     return kind(value=value, min=low, max=high, step=pitch, continuous_update=False, **looks)
 
 
 def _drawn_late(figure: Figure, place: str) -> str:
-    """A figure as HTML that waits for plotly: in Colab's output widgets, scripts do not wait for another."""
+    """A figure as HTML that waits for plotly, because scripts in Colab's output widgets do not wait."""
     from plotly.offline import get_plotlyjs_version
 
     address = f"https://cdn.plot.ly/plotly-{get_plotlyjs_version()}.min.js"

@@ -1,9 +1,9 @@
 """The page of the lab: a prompt box, a card for each request, and the live pictures, all on one engine.
 
-Gradio draws the form. All else is canvas and text in `gr.HTML` components. They hear what is new from one
-broadcast for all, up to twelve times a second while the engine works; on a page that was mounted into
-somebody's own app, where there is none, they ask. The cards are as of the latest step; the pictures may be
-a twentieth of a second older. Nobody ever waits for the engine.
+Gradio draws the form. Everything else is canvas and text in `gr.HTML` components. One broadcast tells all of
+them what is new, up to twelve times a second while the engine works; on a page that is mounted into another
+app, where there is no broadcast, they ask. The cards are as of the latest step; the pictures may be a
+twentieth of a second older. Nobody ever waits for the engine.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import gradio as gr
 from labkit.page.page_api import Api
 from labkit.page.race.tab import build_race_tab
 from labkit.page.replay_tab import build_replay_tab
-from labkit.page.scenarios import PRESETS
+from labkit.page.scenarios import SCENARIOS
 from labkit.page.session import Lab
-from labkit.page.snapshot import News
+from labkit.page.snapshot import Snapshotter
 from labkit.page.sse import PATH, Broadcast
 from labkit.page.submissions import params_of
 from labkit.page.upload import MAX_BYTES
 from labkit.page.visitors import mark
 from labkit.serving.async_engine import AsyncEngine, EngineStoppedError
-from labkit.views.live_feed import asset
+from labkit.views.assets import asset, script
 
-QUEUE_SECONDS = 0.1  # between two looks of gradio at its queue: left alone, it takes 1,100 a second
+QUEUE_SECONDS = 0.1  # between two looks of gradio at its queue; by default it looks 1,100 times a second
 EXAMPLES = {
     "Why is the sky blue?": "Why is the sky blue? Explain it to a child.",
     "A list": "List ten animals that live in the sea, one per line.",
@@ -47,9 +47,9 @@ EIGHT = (
     "pieces lie.",
     "Tell me a story about a robot who learns to paint.",
 )
-SHARES = (0.25, 0.1, 0.6, 0.8, 1.0, 0.5, 0.4, 1.0)  # of max tokens: answers that end at different times
+SHARES = (0.25, 0.1, 0.6, 0.8, 1.0, 0.5, 0.4, 1.0)  # of max tokens, so that answers end at different times
 SCRIPTS = (
-    *("canvas.js", "meters.js", "words.js", "side.js", "controls.js"),
+    *("live_feed.js", "meters.js", "words.js", "side.js", "controls.js"),
     *("panel.js", "follow.js", "cards.js", "questions.js", "glue.js"),
 )
 
@@ -62,7 +62,7 @@ REMEMBERED = "() => { try { return sessionStorage.getItem('labkit') || ''; } cat
 
 
 class Page(gr.Blocks):
-    """Lets go of the engine when it is closed: an engine outlives many pages, in a notebook for instance."""
+    """A page that lets go of the engine when it is closed, because an engine may outlive many pages."""
 
     lab: Lab
     broadcast: Broadcast
@@ -77,8 +77,8 @@ def serve(engine: AsyncEngine | Lab, **options: Any) -> Page:
     """Launch the page in the background, with one broadcast for all who watch.
 
     Args:
-        engine: to show, or a lab round one.
-        options: for `gr.Blocks.launch`.
+        engine: the engine to show, or a lab round one.
+        options: arguments of `gr.Blocks.launch`.
     """
     page = build(engine)
     settings: dict[str, Any] = {
@@ -86,10 +86,10 @@ def serve(engine: AsyncEngine | Lab, **options: Any) -> Page:
         "footer_links": [],
         "max_file_size": MAX_BYTES,
         "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-    }  # of the default theme's fonts one comes from the net
+    }  # one of the default theme's fonts would come from the net
     app, _, _ = page.launch(**(settings | options | {"prevent_thread_lock": True}))
     page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = QUEUE_SECONDS
-    if app.auth is None and app.auth_dependency is None:  # else it is gradio that knows who may look
+    if app.auth is None and app.auth_dependency is None:  # else gradio alone knows who may look
         app.middleware_stack = page.broadcast.before(app.middleware_stack)
     return page
 
@@ -97,7 +97,7 @@ def serve(engine: AsyncEngine | Lab, **options: Any) -> Page:
 def build(engine: AsyncEngine | Lab) -> Page:
     """The page on a running engine, or on a lab round one. Launch it, or mount it into a FastAPI app.
 
-    Its pictures stand still once it was closed: build another to show the engine again.
+    Its pictures stand still once it is closed: build another page to show the engine again.
     """
     lab = engine if isinstance(engine, Lab) else Lab(engine)
 
@@ -108,16 +108,16 @@ def build(engine: AsyncEngine | Lab) -> Page:
     def leave(request: gr.Request) -> None:
         lab.visitors.leave(request.session_hash or "")
 
-    styles = asset("canvas.css") + asset("page.css")
-    news = News(lab)
+    styles = asset("live_feed.css") + asset("page.css")
+    snapshotter = Snapshotter(lab)
     with Page(title="labkit", analytics_enabled=False, fill_width=True) as demo:
-        demo.lab, demo.broadcast = lab, Broadcast(news)
+        demo.lab, demo.broadcast = lab, Broadcast(snapshotter)
         _html(f"<style>{styles}</style>{asset('header.html')}")
         with gr.Tabs(elem_id="lk-tabs"):
             with gr.Tab("Live", id="live", elem_id="lk-live-tab"):
-                view = _live_tab(news)
+                view = _live_tab(lab, Api(lab, snapshotter))
             with gr.Tab("Race", id="race", elem_id="lk-race-tab"):
-                build_race_tab(lab.bench.live.engine.model, keep=lab.keep)
+                build_race_tab(lab.session.live.engine.model, keep=lab.keep)
             with gr.Tab("Replay", id="replay", elem_id="lk-replay-tab"):
                 build_replay_tab(lab.traces)
         demo.load(arrive, view, view, js=REMEMBERED, queue=False, show_progress="hidden")
@@ -125,13 +125,12 @@ def build(engine: AsyncEngine | Lab) -> Page:
     return demo
 
 
-def _live_tab(news: News) -> gr.HTML:
+def _live_tab(lab: Lab, api: Api) -> gr.HTML:
     """The tab with the running engine; returns the component whose value is the visitor's secret and mark."""
-    lab = news.lab
-    has_chat = bool(getattr(lab.bench.live.engine.model.tokenizer, "chat_template", None))
+    has_chat = bool(getattr(lab.session.live.engine.model.tokenizer, "chat_template", None))
     with gr.Column(elem_id="lk-page"):
         with gr.Column(elem_id="lk-left", min_width=300):
-            _html(asset("what.html"), elem_id="lk-what")
+            _html(asset("submissions.html"), elem_id="lk-what")
             with gr.Column(elem_id="lk-form"):
                 prompt = gr.Textbox(
                     label="Prompt",
@@ -159,9 +158,9 @@ def _live_tab(news: News) -> gr.HTML:
                     eight = gr.Button("Inject 8", min_width=80, elem_id="lk-inject-8")
         message = _html('<p role="alert"></p>', js=SHOW_MESSAGE, elem_id="lk-message")
         view = _html(
-            asset("canvas.html"),
+            asset("live_feed.html"),
             js=_script(),
-            functions=Api(news).functions,
+            functions=api.functions,
             elem_id="lk-live",
         )
         _html(asset("switch.html"), elem_id="lk-switch")
@@ -178,12 +177,12 @@ def _live_tab(news: News) -> gr.HTML:
 
 
 def _script() -> str:
-    """The page's JavaScript, the presets that it offers, and where the broadcast is."""
-    presets = [
-        {"name": p.name, "title": p.title, "look": p.look, "settings": dict(p.settings)} for p in PRESETS
+    """The page's JavaScript, the scenarios that it offers, and the address of the broadcast."""
+    scenarios = [
+        {"name": s.name, "title": s.title, "look": s.look, "settings": dict(s.settings)} for s in SCENARIOS
     ]
-    facts = f"const PRESETS = {json.dumps(presets)}, STREAM = {json.dumps(PATH)};\n"
-    return facts + "".join(map(asset, SCRIPTS))
+    facts = f"const SCENARIOS = {json.dumps(scenarios)}, STREAM = {json.dumps(PATH)};\n"
+    return facts + script(*SCRIPTS)
 
 
 def _html(
@@ -200,7 +199,7 @@ def _html(
 
 
 def _injections(lab: Lab) -> tuple[Callable[..., str], Callable[..., str]]:
-    """What the form's two buttons do: they return nothing if it went well, else what was wrong."""
+    """The functions of the form's two buttons. They return "" if all went well, else what was wrong."""
 
     def inject(
         prompt: str,
@@ -212,11 +211,11 @@ def _injections(lab: Lab) -> tuple[Callable[..., str], Callable[..., str]]:
         request: gr.Request,
     ) -> str:
         visitor = lab.visitors.of(request.session_hash)
-        name, desk = lab.visitors.name(visitor), lab.bench.desk
+        name, submissions = lab.visitors.name(visitor), lab.session.submissions
 
         def act() -> None:
             params = params_of(max_tokens, temperature, top_p, seed)
-            desk.inject(visitor, prompt, params, raw=raw, name=name)
+            submissions.inject(visitor, prompt, params, raw=raw, name=name)
 
         return _say(act)
 
@@ -229,14 +228,14 @@ def _injections(lab: Lab) -> tuple[Callable[..., str], Callable[..., str]]:
         request: gr.Request,
     ) -> str:
         visitor = lab.visitors.of(request.session_hash)
-        name, desk = lab.visitors.name(visitor), lab.bench.desk
+        name, submissions = lab.visitors.name(visitor), lab.session.submissions
 
         def act() -> None:
             params = params_of(max_tokens, temperature, top_p, seed)
-            desk.check_room(visitor, len(EIGHT))
+            submissions.check_room(visitor, len(EIGHT))
             for prompt, share in zip(EIGHT, SHARES, strict=True):
                 own = replace(params, max_tokens=max(1, int(params.max_tokens * share)))
-                desk.inject(visitor, prompt, own, raw=raw, name=name)
+                submissions.inject(visitor, prompt, own, raw=raw, name=name)
 
         return _say(act)
 
@@ -244,7 +243,7 @@ def _injections(lab: Lab) -> tuple[Callable[..., str], Callable[..., str]]:
 
 
 def _say(act: Callable[[], object]) -> str:
-    """Do it; return nothing if it went well, else what was wrong in one sentence."""
+    """Do it, and return "" if all went well, else what was wrong in one sentence."""
     try:
         act()
     except (ValueError, EngineStoppedError) as error:

@@ -10,9 +10,9 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from labkit.page.snapshot import Known, News, as_json
+from labkit.page.session import Lab
+from labkit.page.snapshot import ClientState, Snapshotter, text_in
 from labkit.serving.async_engine import EngineStoppedError
-from labkit.views.inspect import page_facts, step_facts
 
 MS_PER_VISITOR = 4  # between two questions of a page: fifty pages ask five times a second each
 
@@ -21,11 +21,12 @@ class Api:
     """The functions that `gr.HTML` hands to the browser.
 
     Args:
-        news: of the lab that they ask.
+        lab: the lab that they act on.
+        snapshotter: the source of what is new in it.
     """
 
-    def __init__(self, news: News) -> None:
-        self.news, self.lab = news, news.lab
+    def __init__(self, lab: Lab, snapshotter: Snapshotter) -> None:
+        self.lab, self._snapshotter = lab, snapshotter
 
     @property
     def functions(self) -> list[Callable[..., Any]]:
@@ -33,70 +34,56 @@ class Api:
         return [_plain(method) for method in methods]
 
     async def pull(self, question: dict[str, Any]) -> str:
-        """What is new since the last answer, for a page that hears no broadcast."""
-        cards = _mapping(question.get("cards"))
-        known = Known(
-            feed=_text(question.get("feed")),
-            step=_whole(question.get("after"), -1),
-            plan=_whole(question.get("plan"), 0),
-            cards=_whole(cards.get("since"), -1),
-            open=_counts(cards.get("open")),
-            lab=_whole(question.get("lab"), -1),
-        )
-        news = self.news.now().since(known)
-        return as_json(news | {"every": MS_PER_VISITOR * len(self.lab.visitors)})
+        """What is new since the last answer, for a page that has no stream."""
+        update = self._snapshotter.take().tell(ClientState.read(question))
+        every = MS_PER_VISITOR * len(self.lab.visitors)
+        return json.dumps(update | {"every": every}, separators=(",", ":"))
 
     async def control(self, order: dict[str, Any]) -> str:
         """Pause, resume, step, or set the speed."""
-        desk = self.lab.bench.desk
-        visitor = _text(order.get("visitor"))
+        submissions = self.lab.session.submissions
+        visitor = text_in(order, "visitor")
         if visitor in self.lab.visitors:
             try:
-                desk.control(visitor, _text(order.get("action")), order.get("value"))
+                submissions.control(visitor, text_in(order, "action"), order.get("value"))
             except ValueError as error:
-                return json.dumps(desk.clock() | {"error": str(error)})
-        return json.dumps(desk.clock())
+                return json.dumps(submissions.clock() | {"error": str(error)})
+        return json.dumps(submissions.clock())
 
     async def cancel(self, order: dict[str, Any]) -> str:
         """Cancel one of the visitor's requests, or all."""
-        request = order.get("request")
-        self.lab.bench.desk.cancel(_text(order.get("visitor")), None if request is None else _text(request))
+        request = None if order.get("request") is None else text_in(order, "request")
+        self.lab.session.submissions.cancel(text_in(order, "visitor"), request)
         return "true"
 
     async def look(self, question: dict[str, Any]) -> str:
-        """One step in full, or one page."""
-        live = self.lab.bench.live
+        """One step in full, or one block."""
         step = question.get("step")
-        step = None if step is None else _whole(step, -1)
-
-        def facts() -> dict[str, Any]:
-            if question.get("block") is not None:
-                return page_facts(live, question["block"], step)
-            return step_facts(live, -1 if step is None else step)
-
-        return await _answer(facts)
+        if isinstance(step, bool) or not isinstance(step, int | None):
+            step = -1  # which no trace holds
+        inspector = self.lab.session.inspector
+        return await _answer(lambda: inspector.look(question.get("block"), step))
 
     async def change(self, order: dict[str, Any]) -> str:
         """Restart the engine with other settings."""
-        settings, running = _mapping(order.get("settings")), _text(order.get("running"))
+        settings, running = _mapping(order.get("settings")), text_in(order, "running")
         return await _answer(lambda: self._known(order) and self.lab.change(settings, running=running))
 
     async def play(self, order: dict[str, Any]) -> str:
-        """Play a preset."""
-        visitor, preset = _text(order.get("visitor")), _text(order.get("preset"))
-        settings, running = _mapping(order.get("settings")), _text(order.get("running"))
+        """Play a scenario."""
+        visitor, scenario = text_in(order, "visitor"), text_in(order, "scenario")
+        settings, running = _mapping(order.get("settings")), text_in(order, "running")
         return await _answer(
-            lambda: self._known(order) and self.lab.play(visitor, preset, settings, running=running)
+            lambda: self._known(order) and self.lab.play(visitor, scenario, settings, running=running)
         )
 
     async def rename(self, order: dict[str, Any]) -> str:
         """Take a name that others see."""
-        return json.dumps(
-            {"name": self.lab.visitors.rename(_text(order.get("visitor")), _text(order.get("name")))}
-        )
+        name = self.lab.visitors.rename(text_in(order, "visitor"), text_in(order, "name"))
+        return json.dumps({"name": name})
 
     def _known(self, order: Mapping[str, Any]) -> bool:
-        if _text(order.get("visitor")) not in self.lab.visitors:
+        if text_in(order, "visitor") not in self.lab.visitors:
             raise ValueError("The lab does not know this page any more: reload it.")
         return True
 
@@ -112,24 +99,12 @@ def _plain(method: Callable[[dict[str, Any]], Awaitable[str]]) -> Callable[..., 
 
 
 async def _answer(act: Callable[[], Any]) -> str:
-    """Do it off the event loop, for it may take a while; what was wrong comes back as "error"."""
+    """Do it off the event loop, because it may take a while. What was wrong comes back as "error"."""
     try:
         return json.dumps(await asyncio.to_thread(act))
     except (ValueError, EngineStoppedError) as error:
         return json.dumps({"error": str(error)})
 
 
-def _whole(value: object, otherwise: int) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else otherwise
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
-
-
 def _mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _counts(value: object) -> dict[str, int]:
-    return {name: _whole(count, 0) for name, count in _mapping(value).items()}

@@ -1,4 +1,4 @@
-"""The replay tab: a scrubber over any trace, the lab's own, a past race's, or one that somebody hands in."""
+"""The replay tab: a scrubber over any trace, the lab's own, that of a past race, or a file of a visitor."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from labkit.page.upload import MAX_BYTES, read_upload
 from labkit.trace.records import TraceError
 from labkit.trace.trace import Trace
 from labkit.views import perfetto, replay_data, style
-from labkit.views.live_feed import asset
+from labkit.views.assets import asset, script
 
 MAX_UPLOADS = 16
-MAX_REELS = 32  # traces that somebody looks at, as they were when it was opened
+MAX_OPENED = 32  # traces that visitors look at, each as it was when it was opened
 _GONE = "This trace is no longer kept: choose another, or hand it in again."
 
 _GLUE = """
@@ -48,7 +48,7 @@ watch("value", () => { line.textContent = props.value || ""; });
 
 
 @dataclass(frozen=True)
-class _Reel:
+class _Opened:
     """A trace as it was when somebody opened it."""
 
     trace: Trace
@@ -60,25 +60,25 @@ class Traces:
     """The traces that can be replayed, and those that are being looked at. Safe to use from many threads.
 
     Args:
-        sources: asked for the lab's own traces, by the names under which they are shown.
+        sources: a function that gives the lab's own traces by the names under which they are shown.
     """
 
     def __init__(self, sources: Callable[[], Mapping[str, Trace]]) -> None:
         self._sources = sources
         self._lock = threading.Lock()
-        self._heavy = threading.Lock()  # one long trace is packed at a time: the engine runs on, too
+        self._heavy = threading.Lock()  # one long trace is packed at a time, because the engine runs on
         self._uploads: OrderedDict[str, tuple[Trace, int]] = OrderedDict()
-        self._reels: OrderedDict[str, _Reel] = OrderedDict()
+        self._opened: OrderedDict[str, _Opened] = OrderedDict()
 
     def names(self) -> list[str]:
         """The lab's own traces."""
         return list(self._sources())
 
     def hand_in(self, path: str | os.PathLike[str]) -> str:
-        """Keep the trace in a file; returns the key under which it is found, which nobody can guess.
+        """Keep the trace in a file, and return a key under which it is found, which nobody can guess.
 
         Raises:
-            TraceError: for a file that is no trace or too large.
+            TraceError: if the file is no trace, or too large.
         """
         trace, size = read_upload(path), os.path.getsize(path)
         key = secrets.token_hex(16)
@@ -90,25 +90,25 @@ class Traces:
                 self._uploads.popitem(last=False)
         return key
 
-    def open(self, key: str) -> tuple[str, _Reel]:
-        """A trace as it is now, and the name of this reel. Raises KeyError if it is no longer kept."""
+    def open(self, key: str) -> tuple[str, _Opened]:
+        """A trace as it is now, and a name to ask more about it. Raises KeyError if it is no longer kept."""
         trace = self._find(key)
         records = list(trace.records)
         with self._heavy:
             with self._lock:
-                for name, reel in self._reels.items():
-                    seen = reel.trace.records
+                for name, opened in self._opened.items():
+                    seen = opened.trace.records
                     if len(seen) == len(records) and all(a is b for a, b in zip(seen, records, strict=True)):
-                        self._reels.move_to_end(name)
-                        return name, reel
+                        self._opened.move_to_end(name)
+                        return name, opened
             still = Trace(trace.meta, records)
-            reel = _Reel(still, replay_data.lanes_of(still), replay_data.pack(still))
+            opened = _Opened(still, replay_data.lanes_of(still), replay_data.pack(still))
         name = secrets.token_hex(16)
         with self._lock:
-            self._reels[name] = reel
-            while len(self._reels) > MAX_REELS:
-                self._reels.popitem(last=False)
-        return name, reel
+            self._opened[name] = opened
+            while len(self._opened) > MAX_OPENED:
+                self._opened.popitem(last=False)
+        return name, opened
 
     def _find(self, key: str) -> Trace:
         if key.startswith("s:"):
@@ -116,15 +116,15 @@ class Traces:
         with self._lock:
             return self._uploads[key][0]
 
-    def reel(self, name: str) -> _Reel:
+    def opened(self, name: str) -> _Opened:
         """What `open` gave. Raises KeyError if it was forgotten since."""
         with self._lock:
-            self._reels.move_to_end(name)
-            return self._reels[name]
+            self._opened.move_to_end(name)
+            return self._opened[name]
 
     def save(self, name: str, kind: str) -> tuple[str, str]:
-        """A file's name and text, of kind "trace" or "perfetto". Raises KeyError as `reel` does."""
-        trace = self.reel(name).trace
+        """A file's name and text, of kind "trace" or "perfetto". Raises KeyError as `opened` does."""
+        trace = self.opened(name).trace
         with self._heavy:
             if kind == "perfetto":
                 return "labkit.perfetto.json", "".join(perfetto.lines(trace))
@@ -132,11 +132,12 @@ class Traces:
 
 
 def build_replay_tab(sources: Callable[[], Mapping[str, Trace]]) -> gr.HTML:
-    """Add the replay to the Blocks that is being built. The page must have the variables of `canvas.css`.
+    """Add the replay to the Blocks that is being built. The page must have the variables of `live_feed.css`.
 
     Args:
-        sources: gives the traces that everybody may see, by name, each time it is asked: quickly, and from
-            any thread. They may grow; what is on show is the trace as it was when it was opened.
+        sources: a function that gives the traces that everybody may see, by name. It is called from any
+        thread
+            and must be quick. The traces may grow; the replay shows each as it was when it was opened.
 
     Returns:
         The component that shows it.
@@ -148,18 +149,18 @@ def build_replay_tab(sources: Callable[[], Mapping[str, Trace]]) -> gr.HTML:
 
     def open_trace(question: Any) -> str:
         try:
-            name, reel = traces.open(_real_key(traces, _text(question, "key")))
+            name, opened = traces.open(_real_key(traces, _text(question, "key")))
         except KeyError:
             return _answer({"error": _GONE})
-        return _answer({"opened": name, "data": reel.packed})
+        return _answer({"opened": name, "data": opened.packed})
 
     def frames_of(question: Any) -> str:
         try:
-            reel = traces.reel(_text(question, "opened"))
+            opened = traces.opened(_text(question, "opened"))
         except KeyError:
             return _answer({"gone": True})
         first, count = _number(question, "first"), _number(question, "count")
-        return _answer({"frames": replay_data.frames(reel.trace, reel.lanes, first, max(1, count))})
+        return _answer({"frames": replay_data.frames(opened.trace, opened.lanes, first, max(1, count))})
 
     def save(question: Any) -> str:
         try:
@@ -197,7 +198,7 @@ def build_replay_tab(sources: Callable[[], Mapping[str, Trace]]) -> gr.HTML:
     )
     view = gr.HTML(
         html_template=f"<style>{asset('replay.css')}</style>{asset('replay.html')}",
-        js_on_load=asset("canvas.js") + asset("replay_data.js") + asset("replay.js") + _GLUE,
+        js_on_load=script("live_feed.js", "replay_data.js", "replay.js") + _GLUE,
         server_functions=list(named.values()),
         elem_id="lkr-replay",
         **bare,
@@ -209,7 +210,7 @@ def build_replay_tab(sources: Callable[[], Mapping[str, Trace]]) -> gr.HTML:
 
 
 def _real_key(traces: Traces, key: str) -> str:
-    """Names are shown shortened: find the one that was meant."""
+    """The key of a trace whose name may have been shortened for display."""
     if not key.startswith("s:"):
         return key
     return next((f"s:{name}" for name in traces.names() if style.label(name, 60) == key[2:]), key)

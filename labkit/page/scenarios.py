@@ -1,4 +1,7 @@
-"""Scenes to play with one click: which requests, when, on which settings, and what to look for."""
+"""Scenarios to play with one click: which requests, when, on which settings, and what to look for.
+
+The page calls them presets.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,13 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Line:
-    """One request of a scene.
+class ScenarioRequest:
+    """One request of a scenario.
 
     Args:
-        prompt: a user's message.
-        max_tokens: how long the answer is: it does not end before, so that a scene goes the same way again.
-        after: steps after the beginning of the scene.
+        prompt: the user's message.
+        max_tokens: the length of the answer, which does not end before, so that each run goes the same way.
+        after: the number of steps after the beginning of the scenario.
         system: a system message before the prompt.
     """
 
@@ -26,22 +29,22 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Preset:
-    """A scene.
+class Scenario:
+    """Requests that come in by themselves, and show one thing.
 
     Args:
-        name: in links.
-        title: on its button.
+        name: the name in links.
+        title: the words on its button.
         look: one sentence on what to look for.
-        lines: its requests.
+        requests: the requests, in order.
         settings: fields of `EngineConfig` that it needs; other sizes are those that the lab started with.
-        talk: each line is a turn that waits for the answer to the one before, and sends the whole talk.
+        talk: whether each request is a turn that waits for the answer before it, and sends the whole talk.
     """
 
     name: str
     title: str
     look: str
-    lines: tuple[Line, ...]
+    requests: tuple[ScenarioRequest, ...]
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     talk: bool = False
 
@@ -82,80 +85,81 @@ _ANOTHER = (
 )
 _LENGTHS = (8, 96, 16, 24, 8, 64, 12, 32, 8, 48, 16, 8)
 
-PRESETS = (
-    Preset(
+SCENARIOS = (
+    Scenario(
         "uneven",
         "Uneven lengths",
         "Four seats, twelve answers of 8 to 96 tokens: a free seat is taken in the very next step; then set "
         "the scheduler to static, under Engine, and play it again: seats of finished rows stay idle (two "
         "thin lines) until the longest of the batch is done.",
-        tuple(Line(_QUESTIONS[i % 8], tokens) for i, tokens in enumerate(_LENGTHS)),
+        tuple(ScenarioRequest(_QUESTIONS[i % 8], tokens) for i, tokens in enumerate(_LENGTHS)),
         {"max_num_seqs": 4},
     ),
-    Preset(
+    Scenario(
         "long",
         "One more request",
         "Six answers are being written when a short request joins, and later one with a prompt of hundreds "
         "of tokens: that is read in hatched chunks, from what the others leave of the token budget of 64. No "
         "bar has a gap; what each newcomer cost the others is said above the rows.",
         (
-            *(Line(question, 80) for question in _QUESTIONS[:6]),
-            Line(_QUESTIONS[6], 24, after=15),
-            Line(_LONG, 24, after=45),
+            *(ScenarioRequest(question, 80) for question in _QUESTIONS[:6]),
+            ScenarioRequest(_QUESTIONS[6], 24, after=15),
+            ScenarioRequest(_LONG, 24, after=45),
         ),
         {"max_num_batched_tokens": 64},
     ),
-    Preset(
+    Scenario(
         "system",
         "A shared system prompt",
         "The first request computes the system prompt; the seven that follow find its pages (framed, with "
         "several owners), so their prefill is short and the prefix hit rate rises.",
         tuple(
-            Line(question, 40, after=3 * min(i, 1), system=_SYSTEM) for i, question in enumerate(_QUESTIONS)
+            ScenarioRequest(question, 40, after=3 * min(i, 1), system=_SYSTEM)
+            for i, question in enumerate(_QUESTIONS)
         ),
         {"enable_prefix_caching": True},
     ),
-    Preset(
+    Scenario(
         "small",
         "A pool too small",
         "Six answers grow in 24 pages: when none is left, the newest request is preempted (a cross), gives "
         "all its pages back, waits, and computes them again.",
-        tuple(Line(question, 100) for question in _QUESTIONS[:6]),
+        tuple(ScenarioRequest(question, 100) for question in _QUESTIONS[:6]),
         {"num_blocks": 24, "block_size": 16, "kv_policy": "paged", "scheduler": "continuous"},
     ),
-    Preset(
+    Scenario(
         "burst",
         "A burst of 32",
         "32 requests at once on 16 seats: tokens/s climbs with every seat that fills, and those in the queue "
         "pay for it with their time to first token.",
-        tuple(Line(_QUESTIONS[i % 8], 16 + 8 * (i % 4)) for i in range(32)),
+        tuple(ScenarioRequest(_QUESTIONS[i % 8], 16 + 8 * (i % 4)) for i in range(32)),
         {"max_num_seqs": 16},
     ),
-    Preset(
+    Scenario(
         "chat",
         "A chat",
         "Each turn sends the whole talk again, but its pages are still cached: only the new words are "
         "prefilled, however long the talk has become.",
         (
-            Line("I want to learn how computers remember things. Where do I begin?", 48),
-            Line("What is the difference between memory and a disk?", 48),
-            Line("And what is a cache, then?", 48),
-            Line("Give me an example from a kitchen.", 48),
+            ScenarioRequest("I want to learn how computers remember things. Where do I begin?", 48),
+            ScenarioRequest("What is the difference between memory and a disk?", 48),
+            ScenarioRequest("And what is a cache, then?", 48),
+            ScenarioRequest("Give me an example from a kitchen.", 48),
         ),
         {"enable_prefix_caching": True},
         talk=True,
     ),
-    Preset(
+    Scenario(
         "copy",
         "A text that copies itself",
         "Two answers repeat what they were given, and speculation guesses what comes next from the text so "
         "far: solid stripes along a bar are guesses that a step kept, pale ones were wrong; then set "
         "speculation to off, under Engine, and play it again: the same answers, token by token.",
         tuple(
-            Line(f"Repeat the following text word for word:\n\n{text}", tokens)
+            ScenarioRequest(f"Repeat the following text word for word:\n\n{text}", tokens)
             for text, tokens in ((_PASSAGE, 72), (_ANOTHER, 44))
         ),
         {"speculative": "ngram", "scheduler": "continuous", "max_num_seqs": 1},
     ),
 )
-BY_NAME = {preset.name: preset for preset in PRESETS}
+BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}

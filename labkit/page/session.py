@@ -1,7 +1,8 @@
-"""The lab: one model, the engine that is running on it now, and the people round it.
+"""The lab: one model, the session of the engine that runs on it now, and the visitors.
 
 Most settings of an engine cannot change under running requests. So the lab builds another engine on the same
-weights and swaps the two, once what runs has finished or whoever asked agreed to cancel it.
+weights and swaps the two, once the running requests have finished or the person who asks agrees to cancel
+them.
 """
 
 from __future__ import annotations
@@ -17,20 +18,22 @@ from typing import Any
 
 from labkit.config import KV_POLICIES, EngineConfig
 from labkit.engine import Engine
-from labkit.page.scenario_player import Player
+from labkit.page.scenario_player import ScenarioPlayer
 from labkit.page.scenarios import BY_NAME
-from labkit.page.submissions import Desk
+from labkit.page.snapshot import Now
+from labkit.page.submissions import Submissions
 from labkit.page.visitors import GRACE, Visitors
 from labkit.sampling_params import check_flag, check_number
 from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.limits import Limits
 from labkit.trace.trace import Trace
 from labkit.trace.writer import TraceWriters
-from labkit.views.live_feed import WINDOW, Feed
+from labkit.views.inspect import Inspector
+from labkit.views.live_feed import WINDOW, Decode, Feed
 
 logger = logging.getLogger(__name__)
 
-# The knobs of the page: a choice of values, or the least and the most that a number may be.
+# The knobs of the page: a number's least and greatest value, or a choice of values.
 SIZES = {
     "block_size": (1, 256),
     "num_blocks": (4, 4096),
@@ -48,25 +51,47 @@ KNOBS = (*CHOICES, *SIZES, *FLAGS)
 
 
 @dataclass(frozen=True)
-class Bench:
-    """One engine, what watches it, and who hands in requests. Another engine is another bench."""
+class Session:
+    """One engine, the feed that watches it, and the requests that visitors hand in.
+
+    Another engine is another session. A snapshot asks the feed, and calls `now` for everything else.
+    """
 
     live: AsyncEngine
     feed: Feed
-    desk: Desk
-    player: Player
-    deafen: Callable[[], None]
+    submissions: Submissions
+    player: ScenarioPlayer
+    inspector: Inspector
+    decode: Decode
+    now: Callable[[], Now]
+    unsubscribe: Callable[[], None]
 
     @classmethod
-    def around(cls, live: AsyncEngine, limits: Limits) -> Bench:
+    def start(cls, live: AsyncEngine, limits: Limits) -> Session:
+        """Watch an engine from now on, and take requests in for it."""
         feed = Feed(live.engine.trace.meta, speculative=live.engine.config.speculative)
-        desk = Desk(live, limits)
-        return cls(live, feed, desk, Player(desk), live.subscribe(feed.append, last=WINDOW))
+        submissions = Submissions(live, limits)
+        decode = live.engine.model.tokenizer.decode
 
-    def leave(self) -> None:
-        """Watch the engine no more; it goes on."""
+        def token_ids(request_id: str) -> list[int]:
+            output = live.output(request_id)
+            return output.prompt_token_ids + output.token_ids
+
+        return cls(
+            live,
+            feed,
+            submissions,
+            ScenarioPlayer(submissions),
+            Inspector(live.engine.trace, decode, token_ids),
+            decode,
+            submissions.now,
+            live.subscribe(feed.append, last=WINDOW),
+        )
+
+    def end(self) -> None:
+        """Watch the engine no more; the engine goes on."""
         self.player.close()
-        self.deafen()
+        self.unsubscribe()
 
 
 @dataclass(frozen=True)
@@ -74,20 +99,20 @@ class _Change:
     """A swap that waits until what runs has finished."""
 
     config: EngineConfig
-    then: Callable[[Bench], None]
+    then: Callable[[Session], None]
 
 
 class Lab:
-    """Owns the current bench and swaps it for another when the settings change.
+    """Owns the current session and swaps it for another one when the settings change.
 
     Args:
         live: the first engine. When its settings are changed it is closed, and another takes its place.
-        limits: on what visitors may hand in.
-        grace: seconds after which the requests of somebody who closed the page are cancelled.
+        limits: the limits on what visitors may hand in.
+        grace: seconds after which the requests of a visitor who closed the page are cancelled.
         knobs: whether visitors may change the settings.
-        make: builds an engine; pass your own to keep a scheduler or a pool that you wrote.
-        trace_file: every step is written there as JSON Lines, those that the engine forgets included. Each
-            engine after the first has a file of its own: "run.jsonl", "run-2.jsonl", ...
+        make: a function that builds an engine; pass your own to keep a scheduler or a pool that you wrote.
+        trace_file: the file for every step, as JSON Lines, also those that the engine forgets. Each engine
+            after the first has a file of its own: "run.jsonl", "run-2.jsonl", ...
 
     Raises:
         OSError: if the trace file cannot be written.
@@ -109,20 +134,20 @@ class Lab:
         self.visitors = Visitors(self._gone, grace=grace)
         self._make = make
         self._first = live
-        self._lock = threading.RLock()  # held while the bench is swapped
+        self._lock = threading.RLock()  # held while the session is swapped
         self._change: _Change | None = None
-        self._played = ""  # the scene played last
+        self._played = ""  # the name of the scenario that was played last
         self._kept: dict[str, Trace] = {}
         self._writers = TraceWriters(trace_file) if trace_file else None
-        self.bench = self._seat(live)
-        self.base = self.settings  # what the lab started with
+        self.session = self._start(live)
+        self.base = self.settings  # those that the lab started with
         self._draft_model = live.engine.config.draft_model
-        self.version = 0  # changes whenever `status` does, but for its counts
+        self.version = 0  # grows whenever `status` changes, except for its counts
 
     @property
     def settings(self) -> dict[str, Any]:
         """The knobs of the engine that runs now."""
-        engine = self.bench.live.engine
+        engine = self.session.live.engine
         values = {name: getattr(engine.config, name) for name in KNOBS}
         return values | {"num_blocks": engine.trace.meta.num_blocks}
 
@@ -145,23 +170,23 @@ class Lab:
         settings: Mapping[str, Any],
         *,
         running: str = "ask",
-        then: Callable[[Bench], None] = lambda bench: None,
+        then: Callable[[Session], None] = lambda session: None,
     ) -> dict[str, Any]:
         """Run on other settings from now on.
 
         Args:
-            settings: some of `KNOBS`; the others stay as they are.
-            running: what becomes of requests under way. "ask": nothing changes if there are any; "finish":
-                wait for them, and take no new ones meanwhile; "cancel": they are cancelled. And "keep" gives
-                up a change that waits.
-            then: called with the new bench.
+            settings: values for some of `KNOBS`; the others stay as they are.
+            running: what becomes of the requests under way. "ask": nothing changes if there are any;
+                "finish": wait for them, and take no new ones meanwhile; "cancel": they are cancelled. And
+                "keep" gives up a change that waits.
+            then: a function that is called with the new session.
 
         Returns:
             {"done": True}; {"ask": n} if n requests are under way; {"waits": n} if it waits for them.
 
         Raises:
-            ValueError: for settings that cannot be; the message names the field and the limit. The engine
-                that runs goes on.
+            ValueError: for impossible settings; the message names the field and the limit. The engine that
+                runs goes on.
         """
         if running == "keep":
             self._give_up()
@@ -171,7 +196,7 @@ class Lab:
         config = self._config(settings)
         with self._lock:
             self._give_up()
-            live = self.bench.live
+            live = self.session.live
             under_way = 0 if live.failure else live.num_unfinished
             if under_way and running not in ("finish", "cancel"):
                 return {"ask": under_way}
@@ -182,18 +207,18 @@ class Lab:
         return {"done": True}
 
     def _config(self, settings: Mapping[str, Any]) -> EngineConfig:
-        base = self.base  # what the host chose may be beyond what visitors may
+        base = self.base  # the host's own choice may be beyond the limits for visitors
         check_settings({name: value for name, value in settings.items() if base.get(name) != value})
-        live = self.bench.live
+        live = self.session.live
         of_the_model: dict[str, Any] = {"dtype": "auto", "device": "auto", "quantization": None}
-        of_the_model |= {"fused_projections": True, "packed_weights": True}  # as it was loaded, in fact
+        of_the_model |= {"fused_projections": True, "packed_weights": True}  # it is loaded already
         values = self.settings | dict(settings)
         of_the_model["draft_model"] = self._draft_model if values["speculative"] == "draft" else None
         return dataclasses.replace(live.engine.config, model=live.engine.model, **of_the_model, **values)
 
-    def _swap(self, config: EngineConfig, then: Callable[[Bench], None]) -> None:
+    def _swap(self, config: EngineConfig, then: Callable[[Session], None]) -> None:
         """Build the new engine, and only then let go of the old one."""
-        old = self.bench
+        old = self.session
         try:
             live = AsyncEngine.build(lambda: self._make(config))
         except (MemoryError, RuntimeError) as error:
@@ -202,30 +227,30 @@ class Lab:
                 "There is too little memory for that: lower the number of pages or the page size."
             ) from error
         live.speed = old.live.speed
-        self.bench = self._seat(live)
+        self.session = self._start(live)
         self.version += 1
-        old.leave()
+        old.end()
         old.live.close()
-        then(self.bench)
+        then(self.session)
 
-    def _seat(self, live: AsyncEngine) -> Bench:
+    def _start(self, live: AsyncEngine) -> Session:
         if self._writers:
             self._writers.follow(live.engine.trace.meta, live.subscribe)
-        return Bench.around(live, self.limits)
+        return Session.start(live, self.limits)
 
     def _wait_for_the_end(self, change: _Change) -> None:
-        bench, self._change = self.bench, change
-        bench.desk.refuses = (
+        session, self._change = self.session, change
+        session.submissions.refuses = (
             "The engine is about to restart with other settings, once what runs has finished: wait a moment."
         )
         self.version += 1
-        if bench.live.paused:
-            bench.live.resume()
-        thread = threading.Thread(target=self._swap_at_the_end, args=(bench, change), daemon=True)
+        if session.live.paused:
+            session.live.resume()
+        thread = threading.Thread(target=self._swap_at_the_end, args=(session, change), daemon=True)
         thread.start()
 
-    def _swap_at_the_end(self, bench: Bench, change: _Change) -> None:
-        while bench.live.num_unfinished and self._change is change:
+    def _swap_at_the_end(self, session: Session, change: _Change) -> None:
+        while session.live.num_unfinished and self._change is change:
             time.sleep(0.05)
         with self._lock:
             if self._change is not change:
@@ -233,88 +258,90 @@ class Lab:
             self._give_up()
             try:
                 self._swap(change.config, change.then)
-            except ValueError:  # there was room when it was asked for, so: the old one goes on
+            except ValueError:  # there was room when the visitor asked: the old engine goes on
                 logger.warning("the engine keeps its settings", exc_info=True)
 
     def _give_up(self) -> None:
         with self._lock:
             if self._change:
-                self._change, self.bench.desk.refuses = None, ""
+                self._change, self.session.submissions.refuses = None, ""
                 self.version += 1
 
-    # -- scenes -----------------------------------------------------------------------------------
+    # -- scenarios --------------------------------------------------------------------------------
 
     def play(
         self, visitor: str, name: str, settings: Mapping[str, Any] | None = None, *, running: str = "ask"
     ) -> dict[str, Any]:
-        """Play a preset for a visitor, on the settings that it needs.
+        """Play a scenario for a visitor, on the settings that it needs.
 
-        The one that was played last runs on the settings as they are now, so that a knob can be turned in
-        between. Sizes and speculation that neither `settings` nor the preset name go back to what the lab
-        started with.
+        The scenario that was played last runs on the present settings, so that a knob can be turned in
+        between. Sizes and speculation that neither `settings` nor the scenario name go back to those that the
+        lab started with.
 
-        Returns as `change` does, and raises as it and `Player.play` do.
+        Returns what `change` returns, and raises what it and `ScenarioPlayer.play` raise.
         """
-        preset = BY_NAME.get(name) if isinstance(name, str) else None
-        if preset is None:
+        scenario = BY_NAME.get(name) if isinstance(name, str) else None
+        if scenario is None:
             raise ValueError(f"There is no preset {str(name)[:40]!r}: known are {', '.join(BY_NAME)}.")
         wanted = dict(settings or {})
         check_settings(wanted)
         if self._played != name:
             fresh = {knob: self.base[knob] for knob in (*SIZES, "speculative")}
-            wanted = {**fresh, **preset.settings, **wanted}
+            wanted = {**fresh, **scenario.settings, **wanted}
             budget = wanted["max_num_batched_tokens"]
             if "max_num_seqs" not in (settings or {}):
                 wanted["max_num_seqs"] = min(wanted["max_num_seqs"], budget)
         if not self.knobs:
-            wanted = {}  # as well as it can be done
+            wanted = {}  # it plays on the settings that there are
 
-        def begin(bench: Bench) -> None:
-            bench.player.play(visitor, preset, name=self.visitors.name(visitor))
+        def begin(session: Session) -> None:
+            session.player.play(visitor, scenario, name=self.visitors.name(visitor))
             self._played = name
             self.version += 1
 
         with self._lock:
             now = self.settings
-            if self.bench.live.failure is None and all(now[knob] == value for knob, value in wanted.items()):
-                begin(self.bench)
+            if self.session.live.failure is None and all(
+                now[knob] == value for knob, value in wanted.items()
+            ):
+                begin(self.session)
                 return {"done": True}
             return self.change(wanted, running=running, then=begin)
 
     # -- traces -----------------------------------------------------------------------------------
 
     def keep(self, name: str, trace: Trace) -> None:
-        """Remember the trace of a race, say, under a name; the oldest of `KEPT_TRACES` gives way."""
+        """Remember a trace under a name, for instance that of a race, and forget the oldest if need be."""
         with self._lock:
             self._kept.pop(name, None)
             kept = {**self._kept, name: trace}
             self._kept = dict(list(kept.items())[-KEPT_TRACES:])
 
     def traces(self) -> dict[str, Trace]:
-        """What can be replayed, by name: the engine that runs, and what was kept, the latest first."""
-        return {"The engine, live": self.bench.live.engine.trace, **dict(reversed(self._kept.items()))}
+        """The traces that can be replayed, by name: the running engine's, then those kept, latest first."""
+        return {"The engine, live": self.session.live.engine.trace, **dict(reversed(self._kept.items()))}
 
     # -- the end ----------------------------------------------------------------------------------
 
     def _gone(self, visitor: str) -> None:
-        bench = self.bench
-        bench.player.drop(visitor)
-        bench.desk.leave(visitor)
+        session = self.session
+        session.player.drop(visitor)
+        session.submissions.leave(visitor)
 
     def close(self) -> None:
-        """Let go of the engine. The one that was handed in goes on; one that the lab built is closed."""
+        """Let go of the engine. An engine that was handed in goes on; one that the lab built is closed."""
         with self._lock:
             self._give_up()
             self.visitors.close()
-            self.bench.leave()
+            self.session.end()
             if self._writers:
                 self._writers.close()
-            if self.bench.live is not self._first:
-                self.bench.live.close()
+            if self.session.live is not self._first:
+                self.session.live.close()
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Raise `ValueError`, naming the field and the limit, unless these are knobs at values that can be."""
+    """Raise `ValueError`, naming the field and the limit, unless these are knobs with possible values."""
     for name, value in settings.items():
         if name in SIZES:
             check_number(name, value, *SIZES[name], whole=True)

@@ -1,18 +1,20 @@
-"""The news of the lab as one stream for all who watch: one text for each moment, the same for everybody.
+"""One stream of snapshots for all who watch: one text for each moment, the same for everybody.
 
-A page that comes late, or falls behind, gets everything and then what is new, like all others. So nothing is
-kept of anybody but the few texts that they have yet to read, and a text costs one write for each of them.
+A page that comes late, or falls behind, gets everything and then what is new, like all others. So a reader
+costs no more memory than the few texts that they have yet to read, and a text costs one write for each
+reader.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from labkit.page.snapshot import Known, News, as_json
+from labkit.page.snapshot import ClientState, Snapshotter
 
 logger = logging.getLogger(__name__)
 
@@ -20,13 +22,13 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
-Reader = asyncio.Queue[bytes]  # what somebody has yet to read; an empty text ends it
+Reader = asyncio.Queue[bytes]  # the texts that somebody has yet to read; an empty one ends the stream
 
 PATH = "/labkit/stream"
-SECONDS = 0.2  # between two moments that are told of
+SECONDS = 0.2  # between two snapshots
 FEW, SECONDS_FOR_FEW = 8, 0.08
-BEHIND = 50  # texts: whoever has more of them to read is let go, comes back and gets everything
-HEARTBEAT = 15.0  # seconds of silence: whatever is between us and a browser may take longer ones for the end
+BEHIND = 50  # texts: a reader with more of them to read is let go, comes back and gets everything
+HEARTBEAT = 15.0  # seconds of silence: a proxy may take a longer silence for the end
 BEAT = b"event: beat\ndata: 0\n\n"
 AGAIN = b"retry: 1000\n"  # milliseconds until a browser that has lost us comes back
 HEADERS = [
@@ -37,21 +39,21 @@ HEADERS = [
 
 
 class Broadcast:
-    """Tells everybody who watches what is new, as Server-Sent Events. Without anybody, it does nothing.
+    """Tells everybody who watches what is new, as Server-Sent Events. While nobody watches, it does nothing.
 
     Args:
-        news: to tell. It is taken down on the event loop that serves the readers.
+        snapshotter: the source of what is told; it is asked on the event loop that serves the readers.
     """
 
-    def __init__(self, news: News) -> None:
-        self._news = news
+    def __init__(self, snapshotter: Snapshotter) -> None:
+        self._snapshotter = snapshotter
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticking: asyncio.Task[None] | None = None
         self._readers: set[Reader] = set()
-        self._newcomers: set[Reader] = set()  # who have heard nothing yet
-        self._known = Known()  # what all readers have been told
-        self._state: tuple[Any, ...] = ()  # of the clock, as they have been told
-        self._told = 0.0  # when
+        self._newcomers: set[Reader] = set()  # readers who have been told nothing yet
+        self._client = ClientState()  # what all other readers have been told
+        self._state: tuple[Any, ...] = ()  # the state of the clock that they were told last
+        self._told = 0.0  # when they were told something last
         self._closed = False
 
     def before(self, app: App) -> App:
@@ -66,7 +68,7 @@ class Broadcast:
         return front
 
     def close(self) -> None:
-        """Let go of everybody, from any thread, and serve nobody any more."""
+        """Let go of all readers, from any thread, and serve nobody any more."""
         self._closed = True
         if self._loop and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._let_go)
@@ -93,7 +95,7 @@ class Broadcast:
         self._end(reader)
 
     def _end(self, reader: Reader) -> None:
-        """A reader has gone, or must."""
+        """End the stream of a reader who has gone, or has to."""
         self._readers.discard(reader)
         self._newcomers.discard(reader)
         while not reader.empty():
@@ -110,42 +112,41 @@ class Broadcast:
                 self._tick()
                 await asyncio.sleep(SECONDS_FOR_FEW if len(self._readers) <= FEW else SECONDS)
         except Exception:
-            logger.exception("the news could not be told")
+            logger.exception("a snapshot could not be told")
             self._let_go()  # they come back, and begin anew
         finally:
             self._ticking = None
 
     def _tick(self) -> None:
         """Tell what is new since the last time; to those who have come since, everything."""
-        moment = self._news.now()
+        snapshot = self._snapshotter.take()
         if not self._readers:
-            self._known = Known()
-        news = moment.since(self._known)
-        self._known.hear(news)
-        if self._is_new(news) and self._readers:
-            self._tell_all(_event(news))
+            self._client = ClientState()
+        update = snapshot.tell(self._client)
+        text = b""
+        if self._is_new(update) and self._readers:
+            text = event(update)
         elif time.monotonic() - self._told >= HEARTBEAT:
-            self._tell_all(BEAT)
+            text = BEAT
+        if text:
+            self._told = time.monotonic()
+            for reader in list(self._readers):
+                try:
+                    reader.put_nowait(text)
+                except asyncio.QueueFull:
+                    self._end(reader)
         if self._newcomers:
-            everything = AGAIN + _event(moment.since(Known()))
+            everything = AGAIN + event(snapshot.tell(ClientState()))
             for reader in self._newcomers:
                 reader.put_nowait(everything)
             self._readers |= self._newcomers
             self._newcomers.clear()
 
-    def _is_new(self, news: dict[str, Any]) -> bool:
-        cards, state = news["cards"], (news["live"], news["busy"], news["plan"]["key"])
+    def _is_new(self, update: dict[str, Any]) -> bool:
+        cards, state = update["cards"], (update["live"], update["busy"], update["plan"]["key"])
         told, self._state = self._state, state
-        grown = "steps" in news["pictures"] or bool(cards["items"] or cards["gone"])
-        return grown or "lab" in news or state != told
-
-    def _tell_all(self, text: bytes) -> None:
-        self._told = time.monotonic()
-        for reader in list(self._readers):
-            try:
-                reader.put_nowait(text)
-            except asyncio.QueueFull:
-                self._end(reader)
+        grown = "steps" in update["pictures"] or bool(cards["items"] or cards["gone"])
+        return grown or "lab" in update or state != told
 
 
 def _is_for_us(scope: MutableMapping[str, Any]) -> bool:
@@ -154,5 +155,6 @@ def _is_for_us(scope: MutableMapping[str, Any]) -> bool:
     return scope["path"].removeprefix(scope.get("root_path", "")) == PATH
 
 
-def _event(news: dict[str, Any]) -> bytes:
-    return f"data: {as_json(news)}\n\n".encode()
+def event(update: dict[str, Any]) -> bytes:
+    """What is new, as the text of one event."""
+    return f"data: {json.dumps(update, separators=(',', ':'))}\n\n".encode()

@@ -1,25 +1,25 @@
-"""The desk of the lab: who handed in which request, what their cards say, and who stopped the clock.
+"""Who handed in which request, what its card says, and who stopped the clock.
 
-No page here: names of visitors, plain numbers and words.
+Nothing here knows of a page: there are names of visitors, plain numbers and words.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from labkit.models.chat import as_chat
+from labkit.page.snapshot import Card, Now
 from labkit.page.visitors import mark
 from labkit.sampling_params import SamplingParams, check_number
 from labkit.serving.answer import AnswerProgress
 from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.limits import Limits
-from labkit.views import style
 
-KEEP = 200  # cards that the lab remembers, and more only while that many requests are unfinished
-MIN_SPEED = 0.5  # steps a second: slower than that, the shared engine seems to hang
+KEEP = 200  # cards that the lab remembers; it remembers more only while more requests are unfinished
+MIN_SPEED = 0.5  # steps a second: at a lower speed, the shared engine seems to hang
 
 
 @dataclass
@@ -28,74 +28,23 @@ class _Entry:
 
     serial: int
     visitor: str
-    owner: str  # the visitor, as others may know them
+    owner: str  # the visitor's mark, which others may see
     request_id: str
     prompt: str
     max_tokens: int
-    name: str  # that the visitor goes by
-    end: AnswerProgress | None = None  # once it is over
+    name: str  # the visitor's, for others to see
+    end: AnswerProgress | None = None  # the answer, once it is complete
 
 
-@dataclass(frozen=True)
-class Cards:
-    """All cards as they were at one moment."""
-
-    serial: int  # of the latest
-    longest: int  # tokens that the model can hold
-    shown: tuple[tuple[_Entry, AnswerProgress], ...]
-
-    def since(self, serial: int, known: Mapping[str, int]) -> dict[str, Any]:
-        """What is new on them: those after number `serial`, and more text on others, ready for JSON.
-
-        `known` says how many characters of which unfinished card somebody has: of those only what changes is
-        told again. Those that are no more are listed under "gone": whoever looked away for long would wait in
-        vain.
-        """
-        items = []
-        for entry, progress in self.shown:
-            had = known.get(entry.request_id)
-            if had is None and entry.serial > serial:
-                items.append(self._facts(entry, progress) | _growth(progress, 0))
-            elif had is not None and (progress.finish_reason or len(progress.text) != had):
-                items.append({"id": entry.request_id} | _growth(progress, had))
-        gone = known.keys() - {entry.request_id for entry, _ in self.shown}
-        return {"since": self.serial, "items": items, "gone": list(gone)}
-
-    def _facts(self, entry: _Entry, progress: AnswerProgress) -> dict[str, Any]:
-        room = self.longest - progress.num_prompt_tokens
-        return {
-            "id": entry.request_id,
-            "serial": entry.serial,
-            "label": style.label(entry.request_id),
-            "color": style.color_index(entry.request_id),
-            "owner": entry.owner,
-            "name": entry.name,
-            "prompt": entry.prompt,
-            "max_tokens": min(entry.max_tokens, room),  # a long answer ends where the model does
-        }
-
-
-def _growth(progress: AnswerProgress, had: int) -> dict[str, Any]:
-    at = had if not progress.finish_reason and had <= len(progress.text) else 0
-    return {
-        "tokens": progress.num_tokens,
-        "at": at,  # the text begins with this character: what came before is known
-        "text": progress.text[at:],
-        "length": len(progress.text),
-        "reason": progress.finish_reason,
-        "error": progress.error,
-    }
-
-
-class Desk:
-    """Who handed in which request, and what their cards say.
+class Submissions:
+    """The requests that visitors hand in, and the clock that all of them share.
 
     Args:
         live: the engine that all visitors share.
-        limits: on what they may hand in.
+        limits: the limits on what they may hand in.
 
     Attributes:
-        refuses: why nothing is taken in at present; "" if it is.
+        refuses: the reason why nothing is taken in at present; "" if everything is.
     """
 
     def __init__(self, live: AsyncEngine, limits: Limits | None = None) -> None:
@@ -130,7 +79,7 @@ class Desk:
         """Raise `ValueError` unless a visitor may hand in so many requests more."""
         if self.refuses:
             raise ValueError(self.refuses)
-        own = sum(entry.visitor == visitor and self._unfinished(entry) for entry in self._all()[1])
+        own = sum(entry.visitor == visitor and self._unfinished(entry) for entry in self._all())
         self.limits.check_room(own, self.live.num_unfinished, more)
 
     def submit(
@@ -154,7 +103,7 @@ class Desk:
         return request_id
 
     def enter(self, visitor: str, request_id: str, prompt: str, max_tokens: int, *, name: str = "") -> None:
-        """Make a card for a request that the engine has; one without a visitor is nobody's own."""
+        """Make a card for a request that the engine has. Without a visitor it belongs to nobody."""
         with self._lock:
             self._serial += 1
             self._entries[request_id] = _Entry(
@@ -163,9 +112,10 @@ class Desk:
             self._evict()
 
     def _evict(self) -> None:
-        """Forget the oldest cards of finished requests. One that runs stays: its owner may cancel it yet.
+        """Forget the oldest cards of finished requests.
 
-        The latest stays too, for its owner has not seen it.
+        A card of an unfinished request stays, because its owner may still cancel it. The latest card stays
+        too, because its owner has not seen it yet.
         """
         excess = len(self._entries) - KEEP
         for entry in list(self._entries.values())[:-1]:
@@ -179,18 +129,18 @@ class Desk:
         return self.live.unfinished(entry.request_id)
 
     def cancel(self, visitor: str, request_id: str | None = None) -> None:
-        """End one request of a visitor, or all of them. Other people's are left alone.
+        """End one request of a visitor, or all of them. Other people's requests go on.
 
-        Nothing happens for a visitor without a name: everybody without one would be meant.
+        Nothing happens for a visitor without a name, because everybody without one would be meant.
         """
         if not visitor:
             return
-        for entry in self._all()[1]:
+        for entry in self._all():
             if entry.visitor == visitor and request_id in (None, entry.request_id):
                 self.live.abort(entry.request_id)
 
     def leave(self, visitor: str) -> None:
-        """A visitor is gone: end their requests, and take back their pause and their speed."""
+        """End the requests of a visitor who is gone, and take back their pause and their speed."""
         if not visitor:
             return
         self.cancel(visitor)
@@ -205,12 +155,12 @@ class Desk:
                     self.live.speed = self._speed_before
 
     def control(self, visitor: str, action: str, value: float | None = None) -> None:
-        """Pause, resume, step, or set the speed (None: flat out), for everyone.
+        """Pause, resume, step, or set the speed (None: as fast as it goes), for everyone.
 
-        A visitor without a name is not obeyed: nobody could take back what they did once they are gone.
+        A visitor without a name is not obeyed, because nothing could be taken back once they are gone.
 
         Raises:
-            ValueError: for a speed that cannot be, or is below `MIN_SPEED`.
+            ValueError: for a speed that is impossible, or below `MIN_SPEED`.
         """
         if not visitor:
             return
@@ -226,7 +176,7 @@ class Desk:
                 self._speed_by, self._speed_chosen = visitor, value
                 self.live.speed = value
             elif action in ("pause", "step"):
-                if not self.live.paused:  # else it stays the pause of whoever made it
+                if not self.live.paused:  # else it remains the pause of the person who made it
                     self._paused_by = visitor
                 if action == "pause":
                     self.live.pause()
@@ -242,37 +192,49 @@ class Desk:
             "failure": f"{type(failure).__name__}: {failure}" if failure else "",
         }
 
-    def cards(self) -> Cards:
-        """All cards as they are now."""
-        serial, entries = self._all()
-        shown = []
-        for entry in entries:
-            progress = entry.end or self._progress(entry)
-            if progress:
-                shown.append((entry, progress))
-        return Cards(serial, self.live.engine.max_model_len, tuple(shown))
-
-    def _progress(self, entry: _Entry) -> AnswerProgress | None:
-        try:
-            progress = self.live.progress(entry.request_id)
-        except KeyError:  # finished long ago
-            return None
-        if progress.finish_reason:
-            entry.end = progress
-        return progress
-
-    def _all(self) -> tuple[int, list[_Entry]]:
+    def now(self) -> Now:
+        """All cards, the clock and the plan at this moment."""
+        live, clock, cards = self.live, self.clock(), []
         with self._lock:
-            return self._serial, list(self._entries.values())
+            serial, entries = self._serial, list(self._entries.values())
+        for entry in entries:
+            progress = entry.end
+            if progress is None:
+                try:
+                    progress = live.progress(entry.request_id)
+                except KeyError:  # it finished long ago
+                    continue
+                if progress.finish_reason:
+                    entry.end = progress
+            room = live.engine.max_model_len - progress.num_prompt_tokens
+            card = Card(
+                serial=entry.serial,
+                request=entry.request_id,
+                owner=entry.owner,
+                name=entry.name,
+                prompt=entry.prompt,
+                max_tokens=min(entry.max_tokens, room),  # a long answer ends where the model does
+                num_tokens=progress.num_tokens,
+                text=progress.text,
+                finish_reason=progress.finish_reason,
+                error=progress.error,
+            )
+            cards.append(card)
+        coming = live.preview if clock["paused"] else None
+        return Now(clock, live.num_unfinished > 0, coming, serial, cards)
+
+    def _all(self) -> list[_Entry]:
+        with self._lock:
+            return list(self._entries.values())
 
 
 def params_of(
     max_tokens: float | None, temperature: float | None, top_p: float | None, seed: str | float | None = None
 ) -> SamplingParams:
-    """The form's fields as `SamplingParams`; a blank seed is none.
+    """The form's fields as `SamplingParams`. A blank seed means no seed.
 
     Raises:
-        ValueError: for a value that cannot be; the message names the field.
+        ValueError: for an impossible value; the message names the field.
     """
     if isinstance(seed, str):
         digits = seed.strip()
@@ -286,5 +248,5 @@ def params_of(
 
 
 def _whole(number: Any) -> Any:
-    """A form sends 64.0 for 64; anything else goes on as it is, for `SamplingParams` to judge."""
+    """A form sends 64.0 for 64. Anything else goes on as it is, and `SamplingParams` judges it."""
     return int(number) if isinstance(number, float) and number.is_integer() else number

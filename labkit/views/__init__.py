@@ -7,8 +7,8 @@ is imported when the first figure is drawn. In this folder:
 - `figures/` draws these facts with plotly, `text.py` writes them, and `style.py` is the look that all share;
 - `picture.py` pairs each figure with its text twin, for notebooks and exercises;
 - `replay_data.py` and `perfetto.py` export a whole trace, to the web page's replay and to a trace viewer;
-- `live_feed.py`, `live_numbers.py`, `events.py` and `inspect.py` tell a browser what an engine does now, and
-  `static/` is what draws it there.
+- `live_feed.py`, `live_numbers.py`, `events.py` and `inspect.py` tell a browser what an engine does now;
+  `wire.py` names the rows that travel there, and `static/`, which `assets.py` reads, draws them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The numbers beside the pictures: latencies, hits, waste. Read from the trace, step by step.
+"""The numbers beside the pictures: latencies, prefix hits, waste. They are read from the trace, step by step.
 
-Seconds are seconds of work: those between two steps do not count, so that a pause, or an engine slowed down
-to be watched, does not spoil what is measured.
+Only seconds of work count. The time between two steps does not, so that neither a pause nor an engine that is
+slowed down to be watched spoils what is measured.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 from labkit.trace import latency
 from labkit.trace.records import StepRecord
 
-LATEST_REQUESTS = 100  # that TTFT and the hit rate look back on
-LATEST_GAPS = 1000  # between tokens, that ITL looks back on
-LATEST_CHECKS = 200  # of a row's drafts, that their share of right ones looks back on
+LATEST_REQUESTS = 100  # for TTFT and the hit rate
+LATEST_GAPS = 1000  # between tokens, for ITL
+LATEST_CHECKS = 200  # of a row's drafts, for the share that was accepted
 
 
 class Numbers:
-    """Hears every step, in order, and knows the latest numbers. Its memory is bounded."""
+    """Takes in every step, in order, and knows the latest numbers. Its memory is bounded."""
 
     def __init__(self) -> None:
         self.preemptions = 0
@@ -37,7 +37,7 @@ class Numbers:
         """Take in the next step."""
         begin = self._worked
         end = self._worked = begin + record.seconds
-        if record.requests or not record.admitted:  # else it stands for steps that nobody told us of
+        if record.requests or not record.admitted:  # else it stands for steps that never came in
             for arrival in record.arrived:
                 self._arrived[arrival.request_id] = begin
         for admission in record.admitted:
@@ -46,11 +46,11 @@ class Numbers:
         for request_id, tokens in zip(record.requests, record.sampled, strict=True):
             if tokens:
                 self._tokens(request_id, len(tokens), end)
+                self.generated += len(tokens)
         for row in record.rows if record.drafted else ():
             if row.drafted:
                 self._checked.append((row.num_accepted, len(row.drafted)))
         self.preemptions += len(record.preempted)
-        self.generated += record.total_sampled
         for finish in record.finished:
             self._arrived.pop(finish.request_id, None)
             self._latest.pop(finish.request_id, None)
@@ -80,7 +80,7 @@ class Numbers:
 
 
 def _share(counts: Iterable[tuple[int, int]]) -> float | None:
-    """The first numbers over the second ones."""
+    """The sum of the first numbers over the sum of the second ones; None if that is zero."""
     part, whole = (sum(column) for column in zip((0, 0), *counts, strict=True))
     return part / whole if whole else None
 

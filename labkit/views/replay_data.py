@@ -5,7 +5,6 @@ Both refer to a request by the place of its lane, so that each name is sent once
 
 from __future__ import annotations
 
-import base64
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +15,17 @@ from labkit.trace.trace import Trace
 from labkit.views import style
 from labkit.views.facts.batch_timeline import Lane, timeline_of
 from labkit.views.facts.throughput import rates_of
+from labkit.views.live_feed import pack_bits
+from labkit.views.wire import (
+    ReplayData,
+    ReplayEnd,
+    ReplayFrame,
+    ReplayLane,
+    ReplayLine,
+    ReplayRow,
+    Span,
+    Table,
+)
 
 MAX_FRAMES = 32  # in one answer
 MAX_LISTED = 60  # members of the queue, and events, that a frame names
@@ -24,14 +34,13 @@ _NAME, _WORDS = 32, 160  # columns
 _MAX_WORK = 20_000_000  # steps times blocks; beyond it, memory is read in every second step, or third, ...
 
 
-def pack(trace: Trace) -> dict[str, Any]:
+def pack(trace: Trace) -> ReplayData:
     """Return what does not depend on the step looked at, ready for JSON.
 
     `steps` holds columns with an entry per step. `begin` and `end` are in seconds since the first step
     began, or None if the trace has no clock. `owned` counts blocks during the step, and `filled` their slots
-    that hold a token. `lanes` has one entry per request: name, place in the palette, spans of
-    [kind, first step, last step, tokens], and ends of [step, reason]. If there are drafts, steps also have
-    `drafted` and `accepted` tokens, and spans with drafts have both at their end.
+    that hold a token. If there are drafts, steps also have `drafted` and `accepted` tokens. `lanes` has one
+    entry per request.
     """
     timeline, rates = timeline_of(trace), rates_of(trace)
     records = trace.records
@@ -70,26 +79,21 @@ def pack(trace: Trace) -> dict[str, Any]:
     }
 
 
-def _lane(lane: Lane) -> dict[str, Any]:
+def _lane(lane: Lane) -> ReplayLane:
     spans = [
-        [_LETTERS[span.kind], span.first, span.last, span.num_tokens, *_drafts(span.drafted, span.accepted)]
+        Span(_LETTERS[span.kind], span.first, span.last, span.num_tokens, span.drafted, span.accepted)
         for span in lane.spans
     ]
     return {
         "label": style.label(lane.request_id, 6),
         "name": style.label(lane.request_id, _NAME),
         "color": style.color_index(lane.request_id),
-        "spans": [*spans, *(["x", step, step, 0] for step in lane.preempted)],
-        "ends": [[end.step - end.early, style.label(end.reason, _NAME)] for end in lane.ends],
+        "spans": [*spans, *(Span("x", step, step, 0) for step in lane.preempted)],
+        "ends": [ReplayEnd(end.step - end.early, style.label(end.reason, _NAME)) for end in lane.ends],
     }
 
 
-def _drafts(drafted: int, accepted: int) -> tuple[int, ...]:
-    """Return what a span, or a row of a frame, has at its end: nothing if it has no drafts."""
-    return (drafted, accepted) if drafted else ()
-
-
-def frames(trace: Trace, lanes: dict[str, int], first: int, count: int) -> list[dict[str, Any]]:
+def frames(trace: Trace, lanes: dict[str, int], first: int, count: int) -> list[ReplayFrame]:
     """Return the pool, the batch and the queue during some steps, ready for JSON.
 
     Args:
@@ -111,11 +115,7 @@ def frames(trace: Trace, lanes: dict[str, int], first: int, count: int) -> list[
     return found
 
 
-def _frame(trace: Trace, lanes: dict[str, int], state: PoolState, record: StepRecord) -> dict[str, Any]:
-    bits = bytearray(-(-trace.meta.num_blocks // 8))
-    for block in state.cached:
-        bits[block >> 3] |= 1 << (block & 7)
-
+def _frame(trace: Trace, lanes: dict[str, int], state: PoolState, record: StepRecord) -> ReplayFrame:
     def number(request_id: str) -> int:
         return lanes.get(request_id, -1)
 
@@ -123,23 +123,25 @@ def _frame(trace: Trace, lanes: dict[str, int], state: PoolState, record: StepRe
     return {
         "step": record.step,
         "tables": [
-            [number(name), state.computed.get(name, 0), list(table)] for name, table in state.tables.items()
+            Table(number(name), state.computed.get(name, 0), list(table))
+            for name, table in state.tables.items()
         ],
-        "cached": base64.b64encode(bits).decode("ascii"),
+        "cached": pack_bits(state.cached, trace.meta.num_blocks),
         "batch": [
-            [
-                number(row.request_id),
-                _LETTERS[row.kind],
-                row.start,
-                row.num_tokens,
-                row.padding,
-                *_drafts(len(row.drafted), row.num_accepted),
-            ]
+            ReplayRow(
+                lane=number(row.request_id),
+                kind=_LETTERS[row.kind],
+                start=row.start,
+                tokens=row.num_tokens,
+                padding=row.padding,
+                drafted=len(row.drafted),
+                accepted=row.num_accepted,
+            )
             for row in record.rows
         ],
-        "queue": [[number(name), _why(state, record, name)] for name in queue[:MAX_LISTED]],
+        "queue": [ReplayLine(number(name), _why(state, record, name)) for name in queue[:MAX_LISTED]],
         "queued": len(queue),
-        "events": [[number(name), style.label(what, _WORDS)] for name, what in _events(record)],
+        "events": [ReplayLine(number(name), style.label(what, _WORDS)) for name, what in _events(record)],
     }
 
 

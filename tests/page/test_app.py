@@ -195,7 +195,7 @@ def test_options_for_speculation_reach_every_engine_of_the_lab(draft: list[str])
         first = live.engine.config
         assert (first.speculative, first.num_speculative_tokens) == ("draft", 3)
         lab.change({"max_num_seqs": 2})
-        second = lab.bench.live.engine.config
+        second = lab.session.live.engine.config
         assert second.draft_model is first.draft_model and second.num_speculative_tokens == 3
         lab.close()
 
@@ -215,7 +215,7 @@ def test_openais_api_is_beside_the_page(capsys: pytest.CaptureFixture[str]) -> N
             assert answer.json()["usage"]["completion_tokens"] == 5
             assert httpx.get(url).text.startswith("<!doctype html>")
             assert b"labkit:generation_tokens_total" in httpx.get(url + "/metrics").content
-            (card,) = lab.bench.desk.cards().since(-1, {})["items"]
-            assert (card["prompt"], card["name"], card["tokens"]) == ("from a script", "API", 5)
+            (card,) = lab.session.now().cards
+            assert (card.prompt, card.name, card.num_tokens) == ("from a script", "API", 5)
         finally:
             demo.close(verbose=False)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from visiting import FIND, HOSTILE, Visitor, free_port, wait_for
+from visiting import FIND, HOSTILE, Visitor, free_port
 
 import app
 from labkit.config import EngineConfig
@@ -14,6 +14,7 @@ from labkit.engine import Engine
 from labkit.models.load import LoadedModel
 from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine
+from tests.waiting import wait_for
 
 pytest_plugins = ["visiting_fixtures"]
 
@@ -41,7 +42,7 @@ def test_inject_by_hand_and_watch(
         assert owners and set(owners) == {request_id}
         spans = me.look("lab.state.lanes.get(it).spans", request_id)
         assert [span["kind"] for span in spans] == ["p", "d"][: step + 1]
-        assert (spans[0]["from"], spans[-1]["to"]) == (begin, begin + step)
+        assert (spans[0]["first"], spans[-1]["last"]) == (begin, begin + step)
     assert "1 running" in me.page.inner_text(".lk-summary")
     live.resume()
     text = me.finished(request_id)
@@ -135,7 +136,7 @@ ROW_OF = """(() => {
   const canvas = lab.show.canvases.timeline, { x, y, width, height } = canvas.getBoundingClientRect();
   let column = width - 1, row = 1;
   while (column > 0 && lab.stepAt(lab.state, width, column) !== lab.state.step) column -= 1;
-  while (row < height && lab.laneAt(lab.state, width, height, row)?.id !== it) row += 1;
+  while (row < height && lab.laneAt(lab.state, width, height, row)?.request !== it) row += 1;
   return [x + column, y + row];
 })()"""
 
@@ -151,7 +152,7 @@ def test_hover_names_block_and_request_and_marks_both(
     request_id = me.inject("The quick brown fox jumps over the lazy dog.", max_tokens=40)
     live.single_step()
     me.until("lab.state.tables.length === 1")
-    _, computed, blocks = me.look("lab.state.tables[0]")
+    computed, blocks = me.look("(({ computed, blocks }) => [computed, blocks])(lab.state.tables[0])")
     me.page.mouse.move(*me.look(CELL_OF, blocks[0]))
     tip = me.page.inner_text(".lk-tip")
     assert tip.splitlines()[:3] == [
@@ -331,13 +332,14 @@ MANY_CARDS = f"""() => {{
   {FIND}
   const root = document.querySelector("#lk-requests .lk-cards").cloneNode(true);
   root.querySelector(".lk-list").replaceChildren();
-  const cards = lab.cards(root, () => null), state = {{ ...lab.createState(), palette: ["#000000"] }};
+  const cards = lab.cards(root, () => null, (item) => item.mine);
+  const state = {{ ...lab.createState(), palette: ["#000000"] }};
   const rest = {{ label: "", color: 0, prompt: "", max_tokens: 1, tokens: 1, at: 0, text: "", length: 0 }};
   const item = (id, mine, reason) => ({{ ...rest, id, mine, reason }});
   const items = [item("running", false, null), item("own", true, "length")];
   for (let i = 0; i < 102; i++) items.push(item(String(i), false, "length"));
-  const cardNews = {{ reset: false, since: 1, items, gone: [] }};
-  cards.answer({{ cards: cardNews, pictures: {{}} }}, state, {{}});
+  const update = {{ reset: false, since: 1, items, gone: [] }};
+  cards.answer({{ cards: update, pictures: {{}} }}, state, {{}});
   const left = [...cards.byId].filter(([, card]) => !card.mine && card.reason);
   return {{
     all: root.querySelectorAll(".lk-card").length,

@@ -9,16 +9,11 @@ import pytest
 
 from labkit.config import EngineConfig
 from labkit.engine import Engine
-from labkit.models.load import LoadedModel, load_model
+from labkit.models.load import LoadedModel
 from labkit.sampling_params import SamplingParams
 
 PLANNED = ("step", "requests", "kinds", "starts", "num_tokens", "padding", "arrived", "admitted", "preempted")
 ALSO = ("taken", "copied", "evicted")
-
-
-@pytest.fixture(scope="module")
-def model() -> LoadedModel:
-    return load_model("tiny-random", say=None)
 
 
 def state_of(engine: Engine) -> dict[str, Any]:

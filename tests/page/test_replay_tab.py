@@ -16,8 +16,8 @@ from labkit.page.upload import MAX_BYTES
 from labkit.trace.records import TraceError
 from labkit.trace.trace import Trace
 from labkit.views import perfetto
+from labkit.views.assets import asset
 from labkit.views.facts.pool_blocks import blocks_of
-from labkit.views.live_feed import asset
 from tests.views.stories import busy, draft_story, run, story, timed
 
 TRACES = {
@@ -235,32 +235,32 @@ def test_a_growing_trace_stands_still_while_it_is_looked_at() -> None:
     whole = busy()
     growing = Trace(whole.meta, whole.records[:5], max_steps=6)
     traces = Traces(lambda: {"now": growing})
-    name, reel = traces.open("s:now")
+    name, opened = traces.open("s:now")
     assert traces.open("s:now")[0] == name, "two people who look at the same share it"
     for record in whole.records[5:]:
         growing.append(record)
-    assert growing[0].step > 0 and len(traces.reel(name).trace) == 5
+    assert growing[0].step > 0 and len(traces.opened(name).trace) == 5
     again, later = traces.open("s:now")
     assert again != name and len(later.packed["steps"]["step"]) == len(growing)
-    assert reel.packed["steps"]["step"] == [0, 1, 2, 3, 4]
+    assert opened.packed["steps"]["step"] == [0, 1, 2, 3, 4]
 
 
 def test_what_is_remembered_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay_tab, "MAX_REELS", 2)
+    monkeypatch.setattr(replay_tab, "MAX_OPENED", 2)
     monkeypatch.setattr(replay_tab, "MAX_UPLOADS", 2)
     traces = Traces(dict)
-    keys, reels = [], []
+    keys, names = [], []
     for seed in range(3):
         path = tmp_path / "x.jsonl"
         timed(run([(0, str(seed), 5, 3)])).save(path)
         keys.append(traces.hand_in(path))
-        reels.append(traces.open(keys[-1])[0])
+        names.append(traces.open(keys[-1])[0])
     assert len(set(keys)) == 3 and all(len(key) == 32 for key in keys)
     with pytest.raises(KeyError):
-        traces.reel(reels[0])
+        traces.opened(names[0])
     with pytest.raises(KeyError):
         traces.open(keys[0])
-    assert traces.reel(reels[2]) and traces.open(keys[1])
+    assert traces.opened(names[2]) and traces.open(keys[1])
     monkeypatch.setattr(replay_tab, "MAX_BYTES", 1)
     traces.hand_in(path)
     assert len(traces._uploads) == 1

@@ -1,29 +1,24 @@
-"""Other settings mean another engine: nothing is lost that somebody did not agree to lose."""
+"""Other settings mean another engine, and nothing is lost unless a visitor agrees."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from labkit.config import EngineConfig
 from labkit.engine import Engine
-from labkit.models.load import LoadedModel, load_model
-from labkit.page.scenarios import PRESETS
+from labkit.models.load import LoadedModel
+from labkit.page.scenarios import SCENARIOS, Scenario
 from labkit.page.session import KNOBS, Lab
 from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.limits import Limits
+from tests.waiting import PATIENCE, wait_for
 
-PATIENCE = 60  # seconds until a test gives up; nothing is decided by it
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def model() -> LoadedModel:
-    return load_model("tiny-random", say=None)
 
 
 @pytest.fixture
@@ -34,18 +29,11 @@ def lab(model: LoadedModel) -> Iterator[Lab]:
         lab.close()
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.005)
-
-
 # -- settings -------------------------------------------------------------------------------------
 
 
 def test_an_idle_engine_is_swapped_at_once(lab: Lab, model: LoadedModel) -> None:
-    old, version = lab.bench, lab.version
+    old, version = lab.session, lab.version
     old.live.speed = 500
     wanted = {
         "scheduler": "static", "kv_policy": "reserved", "block_size": 8, "num_blocks": 60, "max_num_seqs": 3,
@@ -53,60 +41,60 @@ def test_an_idle_engine_is_swapped_at_once(lab: Lab, model: LoadedModel) -> None
         "speculative": None,
     }  # fmt: skip
     assert lab.change(wanted) == {"done": True}
-    engine = lab.bench.live.engine
+    engine = lab.session.live.engine
     assert lab.settings == wanted and {name: getattr(engine.config, name) for name in KNOBS} == wanted
     assert engine.model.module is model.module, "the weights are loaded once"
-    assert lab.bench.live.speed == 500 and lab.version > version
-    assert lab.bench.feed.name != old.feed.name and lab.base["num_blocks"] == 128
+    assert lab.session.live.speed == 500 and lab.version > version
+    assert lab.session.feed.name != old.feed.name and lab.base["num_blocks"] == 128
     with pytest.raises(RuntimeError, match="closed"):
         old.live.submit("hello")
-    assert lab.bench.desk.inject("me", "hello", SamplingParams(max_tokens=2))
+    assert lab.session.submissions.inject("me", "hello", SamplingParams(max_tokens=2))
 
 
 def test_what_runs_is_asked_about(lab: Lab) -> None:
-    bench = lab.bench
-    bench.live.pause()
-    bench.desk.inject("me", "hello", LONG)
+    session = lab.session
+    session.live.pause()
+    session.submissions.inject("me", "hello", LONG)
     assert lab.change({"max_num_seqs": 2}) == {"ask": 1}
-    assert lab.bench is bench and bench.live.num_unfinished == 1
+    assert lab.session is session and session.live.num_unfinished == 1
 
 
 def test_what_runs_may_be_cancelled(lab: Lab) -> None:
-    old = lab.bench
+    old = lab.session
     old.live.pause()
-    request_id = old.desk.inject("me", "hello", LONG)
+    request_id = old.submissions.inject("me", "hello", LONG)
     assert lab.change({"max_num_seqs": 2}, running="cancel") == {"done": True}
     assert old.live.output(request_id).finish_reason == "abort" and lab.settings["max_num_seqs"] == 2
 
 
 def test_what_runs_may_finish_first(lab: Lab) -> None:
-    old = lab.bench
+    old = lab.session
     old.live.pause()
-    request_id = old.desk.inject("me", "hello", LONG)
+    request_id = old.submissions.inject("me", "hello", LONG)
     called: list[object] = []
     assert lab.change({"max_num_seqs": 2}, running="finish", then=called.append) == {"waits": 1}
     assert lab.status()["pending"]["max_num_seqs"] == 2
     with pytest.raises(ValueError, match="about to restart"):
-        old.desk.inject("you", "hello", LONG)
-    wait_for(lambda: lab.bench is not old)  # it was paused: that would have taken for ever
+        old.submissions.inject("you", "hello", LONG)
+    wait_for(lambda: lab.session is not old)  # it was paused: that would have taken for ever
     assert old.live.output(request_id).finish_reason == "length"
     wait_for(lambda: called)
-    assert called == [lab.bench] and lab.status()["pending"] is None
-    lab.bench.desk.inject("you", "hello", SamplingParams(max_tokens=1))
+    assert called == [lab.session] and lab.status()["pending"] is None
+    lab.session.submissions.inject("you", "hello", SamplingParams(max_tokens=1))
 
 
 def test_a_change_that_waits_can_be_given_up_or_hurried(lab: Lab) -> None:
-    old = lab.bench
+    old = lab.session
     old.live.speed = 5
-    old.desk.inject("me", "hello", LONG)
+    old.submissions.inject("me", "hello", LONG)
     lab.change({"max_num_seqs": 2}, running="finish")
     assert lab.change({}, running="keep") == {"done": True}
-    assert lab.bench is old and lab.status()["pending"] is None
-    old.desk.inject("me", "hello", LONG)
+    assert lab.session is old and lab.status()["pending"] is None
+    old.submissions.inject("me", "hello", LONG)
     lab.change({"max_num_seqs": 2}, running="finish")
     assert lab.change({"max_num_seqs": 3}, running="cancel") == {"done": True}
     assert lab.settings["max_num_seqs"] == 3
-    time.sleep(0.15)  # whoever waited notices that it is over
+    time.sleep(0.15)  # the one that waited notices that it is over
     assert lab.settings["max_num_seqs"] == 3
 
 
@@ -128,21 +116,21 @@ def test_a_change_that_waits_can_be_given_up_or_hurried(lab: Lab) -> None:
     ],
 )
 def test_settings_that_cannot_be(lab: Lab, settings: dict[str, object], message: str) -> None:
-    bench = lab.bench
+    session = lab.session
     with pytest.raises(ValueError, match=message):
         lab.change(settings, running="cancel")
-    assert lab.bench is bench and bench.desk.inject("me", "hello", SamplingParams(max_tokens=1))
+    assert lab.session is session and session.submissions.inject("me", "hello", SamplingParams(max_tokens=1))
 
 
 def test_speculation_is_turned_on_and_off(lab: Lab) -> None:
-    assert lab.settings["speculative"] is None and lab.bench.live.engine.speculator is None
+    assert lab.settings["speculative"] is None and lab.session.live.engine.speculator is None
     lab.change({"speculative": "ngram"})
-    assert lab.bench.live.engine.speculator and lab.bench.feed.snapshot()["speculative"] == "ngram"
+    assert lab.session.live.engine.speculator and lab.session.feed.pictures()["speculative"] == "ngram"
     lab.change({"max_num_seqs": 3})
     assert lab.settings["speculative"] == "ngram"
     lab.play("me", "uneven")
-    assert lab.settings["speculative"] is None, "a scene that does not name it begins as the lab did"
-    wait_for(lambda: not lab.bench.live.num_unfinished)
+    assert lab.settings["speculative"] is None, "a scenario that does not name it begins as the lab did"
+    wait_for(lambda: not lab.session.live.num_unfinished)
 
 
 def test_a_model_that_drafts_stays_for_those_who_come_back_to_it(model: LoadedModel) -> None:
@@ -151,7 +139,7 @@ def test_a_model_that_drafts_stays_for_those_who_come_back_to_it(model: LoadedMo
         lab = Lab(live)
         for settings in ({"max_num_seqs": 3}, {"speculative": "ngram"}, {"speculative": "draft"}):
             assert lab.change(settings) == {"done": True}
-            config = lab.bench.live.engine.config
+            config = lab.session.live.engine.config
             assert config.draft_model is (None if config.speculative == "ngram" else model)
         lab.close()
 
@@ -161,10 +149,10 @@ def test_without_room_the_old_engine_goes_on(lab: Lab) -> None:
         raise RuntimeError("can't allocate memory")
 
     lab._make = fail
-    bench = lab.bench
+    session = lab.session
     with pytest.raises(ValueError, match="too little memory"):
         lab.change({"num_blocks": 4000})
-    assert lab.bench is bench and bench.desk.inject("me", "hello", SamplingParams(max_tokens=1))
+    assert lab.session is session and session.submissions.inject("me", "hello", SamplingParams(max_tokens=1))
 
 
 def test_a_host_may_keep_the_knobs(model: LoadedModel) -> None:
@@ -172,7 +160,7 @@ def test_a_host_may_keep_the_knobs(model: LoadedModel) -> None:
         lab = Lab(live, knobs=False)
         with pytest.raises(ValueError, match="are its host's"):
             lab.change({"max_num_seqs": 2})
-        assert lab.play("me", "uneven") == {"done": True} and lab.bench.live is live
+        assert lab.play("me", "uneven") == {"done": True} and lab.session.live is live
         lab.close()
 
 
@@ -180,11 +168,11 @@ def test_an_engine_that_failed_is_replaced(lab: Lab) -> None:
     def fail() -> None:
         raise RuntimeError("a bug")
 
-    lab.bench.live.engine.step = fail  # type: ignore[assignment, method-assign]
-    lab.bench.desk.inject("me", "hello", LONG)
-    wait_for(lambda: lab.bench.live.failure)
+    lab.session.live.engine.step = fail  # type: ignore[assignment, method-assign]
+    lab.session.submissions.inject("me", "hello", LONG)
+    wait_for(lambda: lab.session.live.failure)
     assert lab.change({}) == {"done": True}
-    lab.bench.desk.inject("me", "hello", SamplingParams(max_tokens=1))
+    lab.session.submissions.inject("me", "hello", SamplingParams(max_tokens=1))
 
 
 def test_the_end_closes_what_the_lab_built_and_no_more(model: LoadedModel) -> None:
@@ -196,62 +184,65 @@ def test_the_end_closes_what_the_lab_built_and_no_more(model: LoadedModel) -> No
         lab.change({"num_blocks": 32}, running="cancel")
         lab.close()
         with pytest.raises(RuntimeError, match="closed"):
-            lab.bench.live.submit("hello")
+            lab.session.live.submit("hello")
 
 
-def test_whoever_is_gone_takes_their_requests_along(model: LoadedModel) -> None:
+def test_a_visitor_who_is_gone_takes_their_requests_along(model: LoadedModel) -> None:
     with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=128, max_num_seqs=4))) as live:
         lab = Lab(live, grace=0.01)
         me, you = lab.visitors.arrive("tab 1"), lab.visitors.arrive("tab 2")
         live.speed = 20
-        mine, theirs = lab.bench.desk.inject(me, "hello", LONG), lab.bench.desk.inject(you, "hello", LONG)
+        mine, theirs = (
+            lab.session.submissions.inject(me, "hello", LONG),
+            lab.session.submissions.inject(you, "hello", LONG),
+        )
         lab.play(me, "long", {"max_num_batched_tokens": 512, "max_num_seqs": 4})
         lab.visitors.leave("tab 1")
         wait_for(lambda: live.output(mine).finished)
         assert live.output(mine).finish_reason == "abort" and not live.output(theirs).finished
-        assert lab.bench.player._cues == []
+        assert lab.session.player._pending == []
         lab.close()
 
 
-# -- presets --------------------------------------------------------------------------------------
+# -- scenarios ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
-def test_each_preset_plays_to_its_end_and_shows_what_it_says(lab: Lab, preset: object) -> None:
-    assert lab.play("me", preset.name) == {"done": True}
-    for name, value in preset.settings.items():
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_each_scenario_plays_to_its_end_and_shows_what_it_says(lab: Lab, scenario: Scenario) -> None:
+    assert lab.play("me", scenario.name) == {"done": True}
+    for name, value in scenario.settings.items():
         assert lab.settings[name] == value
-    live, desk = lab.bench.live, lab.bench.desk
-    wait_for(lambda: desk._serial == len(preset.lines) and not live.num_unfinished)
+    live, submissions = lab.session.live, lab.session.submissions
+    wait_for(lambda: submissions._serial == len(scenario.requests) and not live.num_unfinished)
     records = live.records()
     reasons = {finish.reason for record in records for finish in record.finished}
-    assert reasons <= ({"length", "stop"} if preset.talk else {"length"})
+    assert reasons <= ({"length", "stop"} if scenario.talk else {"length"})
     trace = live.engine.trace
-    if preset.name == "uneven":
+    if scenario.name == "uneven":
         assert max(len(record.requests) for record in records) == 4
         assert sum(bool(record.admitted) for record in records) > 4
-    if preset.name == "long":
+    if scenario.name == "long":
         mixed = [record for record in records if "c" in record.kinds and "d" in record.kinds]
         assert len(mixed) > 3 and records[0].arrived and max(r.total_tokens for r in records) == 64
         assert [len(record.arrived) for record in records if record.arrived][-1] == 1
-    if preset.name in ("system", "chat"):
+    if scenario.name in ("system", "chat"):
         assert trace.prefix_hit_rate > 0.5
-    if preset.name == "small":
+    if scenario.name == "small":
         assert sum(len(record.preempted) for record in records) > 0
-    if preset.name == "copy":
+    if scenario.name == "copy":
         assert live.engine.speculator and max(len(record.requests) for record in records) == 1
-    if preset.name == "burst":
+    if scenario.name == "burst":
         assert len(records[0].arrived) + len(records[1].arrived) >= 16
         assert max(record.waiting for record in records) >= 8
 
 
-def test_a_preset_played_again_keeps_the_knobs_that_were_turned(lab: Lab) -> None:
+def test_a_scenario_played_again_keeps_the_knobs_that_were_turned(lab: Lab) -> None:
     lab.play("me", "uneven")
     assert lab.settings["max_num_seqs"] == 4
     lab.change({"scheduler": "static", "max_num_seqs": 6}, running="cancel")
     lab.play("me", "uneven")
     assert (lab.settings["scheduler"], lab.settings["max_num_seqs"]) == ("static", 6)
-    live = lab.bench.live
+    live = lab.session.live
     wait_for(lambda: not live.num_unfinished)
     assert any("i" in record.kinds for record in live.records()), "a static batch has idle rows"
     lab.play("me", "burst")
@@ -263,14 +254,14 @@ def test_a_link_may_bring_settings(lab: Lab) -> None:
     assert (lab.settings["num_blocks"], lab.settings["scheduler"]) == (30, "static")
 
 
-def test_a_preset_asks_before_it_restarts_what_runs(lab: Lab) -> None:
-    lab.bench.live.pause()
-    lab.bench.desk.inject("me", "hello", LONG)
+def test_a_scenario_asks_before_it_restarts_what_runs(lab: Lab) -> None:
+    lab.session.live.pause()
+    lab.session.submissions.inject("me", "hello", LONG)
     assert lab.play("me", "small") == {"ask": 1} and lab.status()["played"] == ""
     assert lab.play("me", "small", running="cancel") == {"done": True} and lab.status()["played"] == "small"
 
 
-def test_presets_are_bounded_like_everything_else(model: LoadedModel) -> None:
+def test_scenarios_are_bounded_like_everything_else(model: LoadedModel) -> None:
     with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=128))) as live:
         lab = Lab(live, limits=Limits(requests=8))
         with pytest.raises(ValueError, match="8 is the limit"):
@@ -292,5 +283,5 @@ def test_two_changes_at_once_are_one_after_the_other(lab: Lab) -> None:
         thread.start()
     for thread in threads:
         thread.join(PATIENCE)
-    assert lab.bench.desk.inject("me", "hello", SamplingParams(max_tokens=1))
+    assert lab.session.submissions.inject("me", "hello", SamplingParams(max_tokens=1))
     wait_for(lambda: sum(t.name == "labkit-engine" for t in threading.enumerate()) == 1)

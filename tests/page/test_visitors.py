@@ -1,4 +1,4 @@
-"""Sessions, the visitors behind them, and when somebody is gone."""
+"""Tabs, the visitors behind them, and when a visitor is gone."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PATIENCE = 30  # seconds until a test gives up; nothing is decided by it
 class Watched(Visitors):
     def __init__(self, grace: float) -> None:
         self.left: list[str] = []
-        self.news = threading.Event()
+        self.gone = threading.Event()
         super().__init__(self._note, grace=grace)
 
     def _note(self, visitor: str) -> None:
         self.left.append(visitor)
-        self.news.set()
+        self.gone.set()
 
 
 @pytest.fixture
@@ -31,14 +31,14 @@ def visitors() -> Iterator[Watched]:
     visitors.close()
 
 
-def test_whoever_closes_the_page_is_gone_after_a_while(visitors: Watched) -> None:
+def test_a_visitor_who_closes_the_page_is_gone_after_a_while(visitors: Watched) -> None:
     me, you = visitors.arrive("tab 1"), visitors.arrive("tab 2")
     assert me != you and len(visitors) == 2 and visitors.of("tab 1") == me and me in visitors
     visitors.leave("tab 1")
     assert visitors.left == [] and me in visitors and len(visitors) == 1
-    assert visitors.news.wait(PATIENCE)
+    assert visitors.gone.wait(PATIENCE)
     assert visitors.left == [me] and me not in visitors and you in visitors
-    assert visitors.arrive("tab 3", me) != me, "given up: whoever comes back is new"
+    assert visitors.arrive("tab 3", me) != me, "given up: a visitor who comes back is new"
 
 
 def test_a_reload_is_no_farewell(visitors: Watched) -> None:
@@ -87,4 +87,4 @@ def test_what_is_kept_of_visitors_is_dropped_when_they_are_gone(visitors: Watche
     while len(visitors.left) < 50:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert not (visitors._names or visitors._sessions or visitors._visitor_of or visitors._timers)
+    assert not (visitors._names or visitors._tabs or visitors._visitor_of or visitors._timers)

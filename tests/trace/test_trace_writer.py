@@ -41,7 +41,7 @@ def test_what_is_told_is_written_until_it_is_closed(tmp_path: Path) -> None:
 
 
 def run(lab: Lab, max_tokens: int) -> None:
-    live = lab.bench.live
+    live = lab.session.live
     for _ in live.stream(live.submit("hello", SamplingParams(max_tokens=max_tokens, ignore_eos=True))):
         pass
 

@@ -1,4 +1,4 @@
-"""The page in a real browser, and where its news come from: one stream for all, or answers without one."""
+"""The page in a real browser, and what tells it of updates: one stream for all, or answers without one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import gradio as gr
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from visiting import Visitor, free_port, wait_for
+from visiting import Visitor, free_port
 
 from labkit.config import EngineConfig
 from labkit.engine import Engine
@@ -20,6 +20,7 @@ from labkit.page.gradio_page import Page, build, serve
 from labkit.page.session import Lab
 from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine
+from tests.waiting import wait_for
 
 pytest_plugins = ["visiting_fixtures"]
 
@@ -70,13 +71,11 @@ HIDE = """(hidden) => {
 
 def hears(me: Visitor, page: Page, text: str = "hello") -> None:
     """A request that somebody else hands in is seen from its beginning to its end."""
-    desk = page.lab.bench.desk
-    request_id = desk.inject("somebody else", text, SamplingParams(max_tokens=4))
-    wait_for(lambda: desk.live.output(request_id).finished)
-    assert (
-        me.finished(request_id, desk.live.output(request_id).finish_reason)
-        == desk.live.output(request_id).text
-    )
+    session = page.lab.session
+    request_id = session.submissions.inject("somebody else", text, SamplingParams(max_tokens=4))
+    wait_for(lambda: session.live.output(request_id).finished)
+    output = session.live.output(request_id)
+    assert me.finished(request_id, output.finish_reason) == output.text
 
 
 def test_everybody_follows_one_stream_and_asks_for_nothing(come: Callable[[], Visitor], page: Page) -> None:
@@ -84,7 +83,7 @@ def test_everybody_follows_one_stream_and_asks_for_nothing(come: Callable[[], Vi
     mine = me.inject("hello", max_tokens=4)
     for visitor in (me, other):
         text = visitor.finished(mine)
-        assert text == page.lab.bench.live.output(mine).text
+        assert text == page.lab.session.live.output(mine).text
         assert visitor.look(f"{FOLLOWS}.length") == 1
         assert not visitor.look("asked.some((body) => body.includes('pull'))")
     assert other.page.locator(".lk-mine").count() == 0 and me.page.locator(".lk-mine").count() == 1
@@ -112,12 +111,14 @@ def test_a_tab_that_nobody_looks_at_hears_nothing_and_catches_up(
         leave()
         wait_for(lambda: not page.broadcast._readers)
         step = me.look("lab.state.step")
-        request_id = page.lab.bench.desk.inject("somebody else", "meanwhile", SamplingParams(max_tokens=3))
-        wait_for(lambda: not page.lab.bench.live.busy)
+        request_id = page.lab.session.submissions.inject(
+            "somebody else", "meanwhile", SamplingParams(max_tokens=3)
+        )
+        wait_for(lambda: not page.lab.session.live.busy)
         assert me.look("lab.state.step") == step
         come_back()
         me.page.wait_for_selector(f'.lk-card[data-request="{request_id}"]')
-        me.until("lab.state.step === it", page.lab.bench.live.records()[-1].step)
+        me.until("lab.state.step === it", page.lab.session.live.records()[-1].step)
         cards += 1
         assert me.page.locator(".lk-card").count() == cards
         assert me.page.locator(".lk-card").first.get_attribute("data-request") == request_id
@@ -130,7 +131,7 @@ def test_a_tab_that_nobody_looks_at_hears_nothing_and_catches_up(
         cards += 1
 
 
-def test_whoever_was_let_go_comes_back(come: Callable[[], Visitor], page: Page) -> None:
+def test_a_page_that_was_let_go_comes_back(come: Callable[[], Visitor], page: Page) -> None:
     me = come()
     mine = me.inject("hello", max_tokens=4)
     me.finished(mine)

@@ -18,8 +18,10 @@ from labkit.sampling_params import SamplingParams
 from labkit.schedulers import SCHEDULERS
 from labkit.trace.records import Admission, Arrival, Blocks, Finish, StepRecord, TraceMeta
 from labkit.trace.trace import Trace
-from labkit.views import live_feed, style
-from labkit.views.live_feed import WINDOW, Feed, asset
+from labkit.views import assets, style
+from labkit.views.assets import asset
+from labkit.views.live_feed import WINDOW, Feed
+from labkit.views.wire import Lane, PlannedRow, Queued, Shared, Span, Step, Table
 
 META = TraceMeta(num_blocks=12, block_size=4, max_num_seqs=3, max_num_batched_tokens=8)
 
@@ -74,8 +76,10 @@ def feed_of(records: list[StepRecord], meta: TraceMeta = META) -> Feed:
     return feed
 
 
-def lanes_of(snapshot: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
-    return {lane[0]: lane[1:] for lane in snapshot["lanes"]}
+def lanes_of(pictures: dict[str, Any]) -> dict[str, Lane]:
+    """The lanes by request, whether they went through JSON or not."""
+    lanes = [Lane(*lane) for lane in pictures["lanes"]]
+    return {lane.request: lane._replace(spans=tuple(Span(*span) for span in lane.spans)) for lane in lanes}
 
 
 def bits(text: str) -> set[int]:
@@ -110,7 +114,7 @@ def busy_trace(scheduler: str = "continuous", *, steps: int = 10_000, requests: 
 
 
 class Browser:
-    """Does what `canvas.js` does with snapshots."""
+    """Does what `live_feed.js` does with pictures."""
 
     def __init__(self) -> None:
         self.feed, self.step = "", -1
@@ -119,61 +123,72 @@ class Browser:
         self.tables: Any = ()
 
     def ask(self, feed: Feed) -> dict[str, Any]:
-        news = json.loads(json.dumps(feed.snapshot(self.feed, self.step)))
-        if news.get("full"):
-            self.feed, self.lanes, self.steps = news["feed"], {}, []
-        self.step = news["step"]
-        if "steps" not in news:
-            return news
-        self.tables = news["tables"]
-        self.steps = (self.steps + news["steps"])[-WINDOW:]
-        for request_id, *facts, spans in news["lanes"]:
+        update = json.loads(json.dumps(feed.pictures(self.feed, self.step)))
+        if update.get("full"):
+            self.feed, self.lanes, self.steps = update["feed"], {}, []
+        self.step = update["step"]
+        if "steps" not in update:
+            return update
+        self.tables = [Table(*table) for table in update["tables"]]
+        self.steps = (self.steps + update["steps"])[-WINDOW:]
+        for request_id, part in lanes_of(update).items():
             lane = self.lanes.setdefault(request_id, {"spans": {}})
-            lane["facts"] = facts
-            for kind, first, last, tokens in spans:
-                lane["spans"][kind, first] = (last, tokens)
-        return news
+            lane["facts"] = part._replace(spans=())
+            for span in part.spans:
+                assert (span.drafted, span.accepted) == (0, 0)
+                lane["spans"][span.kind, span.first] = (span.last, span.tokens)
+        return update
 
 
 # -- what it says ---------------------------------------------------------------------------------
 
 
 def test_nothing_has_run_yet() -> None:
-    snapshot = Feed(META).snapshot()
-    assert snapshot["full"] and snapshot["step"] == -1
-    assert snapshot["meta"]["num_blocks"] == 12 and snapshot["palette"] == style.PALETTE
-    assert snapshot["lanes"] == [] and snapshot["steps"] == [] and not snapshot["tables"]
+    pictures = Feed(META).pictures()
+    assert pictures["full"] and pictures["step"] == -1
+    assert pictures["meta"]["num_blocks"] == 12 and pictures["palette"] == style.PALETTE
+    assert pictures["lanes"] == [] and pictures["steps"] == [] and not pictures["tables"]
 
 
 def test_lanes_say_what_each_request_did() -> None:
-    lanes = lanes_of(feed_of(STORY).snapshot())
-    assert lanes["a"][-1] == (("p", 0, 0, 3), ("d", 1, 3, 3))
-    assert lanes["b"][-1] == (("c", 0, 1, 9), ("x", 2, 2, 3), ("w", 2, 3, 0))
-    assert lanes["c"][-1] == (("w", 0, 3, 0),)
-    assert lanes["a"][:-1] == ("a", style.color_index("a"), 0, 3, 3, "stop")
-    assert lanes["b"][-3:-1] == (-1, "")
+    lanes = lanes_of(feed_of(STORY).pictures())
+    assert lanes["a"].spans == (Span("p", 0, 0, 3), Span("d", 1, 3, 3))
+    assert lanes["b"].spans == (Span("c", 0, 1, 9), Span("x", 2, 2, 3), Span("w", 2, 3, 0))
+    assert lanes["c"].spans == (Span("w", 0, 3, 0),)
+    assert lanes["a"]._replace(spans=()) == Lane("a", "a", style.color_index("a"), 0, 3, 3, "stop", ())
+    assert (lanes["b"].ended, lanes["b"].reason) == (-1, "")
 
 
 def test_pages_after_the_step() -> None:
-    snapshot = feed_of(STORY[:3]).snapshot()
-    assert snapshot["tables"] == (("a", 5, (0, 4)),)
-    assert bits(snapshot["cached"]) == {0, 1}
-    assert feed_of(STORY).snapshot()["tables"] == ()
+    pictures = feed_of(STORY[:3]).pictures()
+    assert pictures["tables"] == (("a", 5, (0, 4)),)
+    assert bits(pictures["cached"]) == {0, 1}
+    assert feed_of(STORY).pictures()["tables"] == ()
 
 
 def test_counts_of_each_step() -> None:
-    steps = feed_of(STORY).snapshot()["steps"]
-    assert steps[0] == (0, 0.5, 1, 8, 4, 2, 1, ("c", "it needs 8 pages, and 8 are free"), 8)
-    assert [step[5:7] for step in steps] == [(2, 1), (2, 1), (1, 2), (1, 2)]
-    assert [step[4] for step in steps] == [4, 4, 2, 0]
+    steps = feed_of(STORY).pictures()["steps"]
+    assert steps[0] == Step(
+        step=0,
+        seconds=0.5,
+        sampled=1,
+        computed=8,
+        used=4,
+        running=2,
+        waiting=1,
+        blocked=("c", "it needs 8 pages, and 8 are free"),
+        wasted=8,
+    )
+    assert [(step.running, step.waiting) for step in steps] == [(2, 1), (2, 1), (1, 2), (1, 2)]
+    assert [step.used for step in steps] == [4, 4, 2, 0]
 
 
 def test_the_queue_the_log_and_the_numbers() -> None:
-    snapshot = feed_of(STORY[:3]).snapshot()
-    assert snapshot["queue"] == ("b", "c")
-    assert [event[:3] for event in snapshot["events"] if event[0] == 2] == [(2, "preempt", "b")]
-    assert snapshot["numbers"]["preemptions"] == 1
-    assert feed_of(STORY[:3]).snapshot()["held"] == ()
+    pictures = feed_of(STORY[:3]).pictures()
+    assert pictures["queue"] == ("b", "c")
+    assert [event[:3] for event in pictures["events"] if event.step == 2] == [(2, "preempt", "b")]
+    assert pictures["numbers"]["preemptions"] == 1
+    assert feed_of(STORY[:3]).pictures()["held"] == ()
     feed, browser = feed_of(STORY[:3]), Browser()
     browser.ask(feed)
     feed.append(STORY[3])
@@ -188,17 +203,17 @@ def test_the_step_to_come() -> None:
         preempted=(Blocks("b", (1, 2, 3)),), taken=(Blocks("a", (1,)), Blocks("d", (2, 3))),
         evicted=(1,), waiting=2, blocked=("b", "it needs 8 pages"), free_blocks=8,
     )  # fmt: skip
-    before = feed.snapshot()
+    before = feed.pictures()
     plan = feed.preview(coming)
     assert plan["rows"] == [
-        ["a", "a", style.color_index("a"), "d", 4, 1, [1]],
-        ["d", "d", style.color_index("d"), "p", 0, 6, [2, 3]],
+        PlannedRow("a", "a", style.color_index("a"), "d", 4, 1, [1], 0, []),
+        PlannedRow("d", "d", style.color_index("d"), "p", 0, 6, [2, 3], 0, []),
     ]
-    assert [row[0] for row in plan["preempted"]] == ["b"] and plan["preempted"][0][3] == 3
-    assert [(entry[0], entry[3]) for entry in plan["queue"]] == [("b", False), ("c", False)]
-    assert plan["shared"] == [["d", 4, (0,)]] and plan["admitted"] == ["d"] and plan["evicted"] == 1
-    assert feed.snapshot(feed.name, 1) == {"feed": feed.name, "step": 1}, "a preview changed something"
-    assert feed.snapshot() == before
+    assert [(row.request, row.num_blocks) for row in plan["preempted"]] == [("b", 3)]
+    assert plan["queue"] == [Queued(name, name, style.color_index(name), False) for name in "bc"]
+    assert plan["shared"] == [Shared("d", 4, (0,))] and plan["admitted"] == ["d"] and plan["evicted"] == 1
+    assert feed.pictures(feed.name, 1) == {"feed": feed.name, "step": 1}, "a preview changed something"
+    assert feed.pictures() == before
     assert feed.preview(STORY[3]) is None, "not the next one"
 
 
@@ -211,7 +226,7 @@ def test_a_seat_that_gets_nothing_of_the_budget_is_idle() -> None:
         ),
         StepRecord(1, ("a",), "d", (3,), (1,), ((1,),), free_blocks=10),
     ]  # fmt: skip
-    assert lanes_of(feed_of(records).snapshot())["b"][-1] == (("p", 0, 0, 3), ("i", 1, 1, 0))
+    assert lanes_of(feed_of(records).pictures())["b"].spans == (Span("p", 0, 0, 3), Span("i", 1, 1, 0))
 
 
 def test_a_request_cancelled_while_it_waits() -> None:
@@ -219,8 +234,8 @@ def test_a_request_cancelled_while_it_waits() -> None:
         StepRecord(0, arrived=(Arrival("a", 3, 9),), waiting=1, free_blocks=12),
         StepRecord(1, finished=(Finish("a", "abort", ()),), free_blocks=12),
     ]
-    lane = lanes_of(feed_of(records).snapshot())["a"]
-    assert lane[-3:] == (1, "abort", (("w", 0, 0, 0),))
+    lane = lanes_of(feed_of(records).pictures())["a"]
+    assert (lane.ended, lane.reason, lane.spans) == (1, "abort", (Span("w", 0, 0, 0),))
 
 
 def test_a_name_used_again_begins_a_new_lane() -> None:
@@ -229,10 +244,10 @@ def test_a_name_used_again_begins_a_new_lane() -> None:
         taken=(Blocks("a", (7,)),), free_blocks=11,
     )  # fmt: skip
     feed = feed_of([*STORY, again])
-    assert lanes_of(feed.snapshot())["a"][2:] == (5, 2, -1, "", (("p", 5, 5, 2),))
+    assert lanes_of(feed.pictures())["a"][3:] == (5, 2, -1, "", (Span("p", 5, 5, 2),))
     for step in range(6, 6 + WINDOW):
         feed.append(StepRecord(step, ("a",), "d", (step,), (1,), ((1,),), free_blocks=11))
-    assert "a" in lanes_of(feed.snapshot())
+    assert "a" in lanes_of(feed.pictures())
 
 
 @pytest.mark.parametrize("scheduler", ["continuous", "static", "naive"])
@@ -245,7 +260,7 @@ def test_a_whole_run_agrees_with_its_trace(scheduler: str) -> None:
         after = trace.state(record.step, after=True)
         assert {name: table for name, _, table in browser.tables} == after.tables
         assert {name: computed for name, computed, _ in browser.tables} == after.computed
-        assert bits(feed.snapshot()["cached"]) == after.cached
+        assert bits(feed.pictures()["cached"]) == after.cached
     if scheduler == "continuous":
         assert any(record.preempted for record in trace), "this run should have been short of pages"
     for record in trace:
@@ -254,7 +269,7 @@ def test_a_whole_run_agrees_with_its_trace(scheduler: str) -> None:
             spans = browser.lanes[row.request_id]["spans"].items()
             assert any(k == letter and first <= record.step <= last for (k, first), (last, _) in spans)
         for request_id, reason, _ in record.finished:
-            assert browser.lanes[request_id]["facts"][-2:] == [record.step, reason]
+            assert browser.lanes[request_id]["facts"][-3:-1] == (record.step, reason)
     computed = sum(
         tokens
         for lane in browser.lanes.values()
@@ -290,20 +305,20 @@ def test_an_answer_holds_the_new_part_of_a_lane_only() -> None:
     feed, browser = feed_of(STORY[:2]), Browser()
     browser.ask(feed)
     feed.append(STORY[2])
-    news = browser.ask(feed)
-    assert "full" not in news and [step[0] for step in news["steps"]] == [2]
-    assert lanes_of(news)["b"][-1] == [["x", 2, 2, 3], ["w", 2, 2, 0]]
+    update = browser.ask(feed)
+    assert "full" not in update and [step[0] for step in update["steps"]] == [2]
+    assert lanes_of(update)["b"].spans == (Span("x", 2, 2, 3), Span("w", 2, 2, 0))
 
 
 @pytest.mark.parametrize("lost", ["the engine was started anew", "it slept too long", "it is ahead of us"])
-def test_whoever_has_lost_the_thread_gets_everything(lost: str) -> None:
+def test_a_browser_that_has_lost_the_thread_gets_everything(lost: str) -> None:
     feed = feed_of(STORY)
     for step in range(4, 4 + WINDOW):
         feed.append(StepRecord(step, free_blocks=12))
     name = "another" if lost == "the engine was started anew" else feed.name
     after = {"it slept too long": 0, "it is ahead of us": 999}.get(lost, 150)
-    snapshot = feed.snapshot(name, after)
-    assert snapshot["full"] and len(snapshot["steps"]) == WINDOW
+    pictures = feed.pictures(name, after)
+    assert pictures["full"] and len(pictures["steps"]) == WINDOW
 
 
 def test_the_steps_of_the_window_and_a_record_of_what_was_before_are_enough(
@@ -314,13 +329,13 @@ def test_the_steps_of_the_window_and_a_record_of_what_was_before_are_enough(
     records = trace.records[:36]
     before = records[-13]
     start = trace.state(before.step, after=True).as_record(before)
-    part = feed_of([start, *records[-12:]], trace.meta).snapshot()
-    whole = feed_of(records, trace.meta).snapshot()
-    assert whole["tables"] and whole["steps"][0][6], "nobody runs or nobody waits: that proves little"
+    part = feed_of([start, *records[-12:]], trace.meta).pictures()
+    whole = feed_of(records, trace.meta).pictures()
+    assert whole["tables"] and whole["steps"][0].waiting, "nobody runs or nobody waits: that proves little"
     for key in ("step", "tables", "cached", "steps"):
         assert part[key] == whole[key]
     last_spans = [
-        {name: (spans[-1][0], spans[-1][2]) for name, (*_, spans) in lanes_of(feed).items()}
+        {name: (lane.spans[-1].kind, lane.spans[-1].last) for name, lane in lanes_of(feed).items()}
         for feed in (part, whole)
     ]
     assert last_spans[0] == last_spans[1]
@@ -337,8 +352,8 @@ def test_it_does_not_grow() -> None:
                 finished=(Finish(name, "length", page),), free_blocks=50,
             )
         )  # fmt: skip
-    snapshot = feed.snapshot()
-    assert len(snapshot["steps"]) == len(snapshot["lanes"]) == WINDOW
+    pictures = feed.pictures()
+    assert len(pictures["steps"]) == len(pictures["lanes"]) == WINDOW
     assert len(feed._lanes) == len(feed._ended) == WINDOW
 
 
@@ -346,19 +361,19 @@ def test_a_frame_is_told_to_each_as_far_as_they_do_not_know_it() -> None:
     feed = feed_of(STORY[:3])
     frame = feed.frame()
     feed.append(STORY[3])
-    news, everything = feed.snapshot(feed.name, 1, frame), feed.snapshot("", -1, frame)
-    assert news["step"] == everything["step"] == 2 and feed.snapshot()["step"] == 3
-    assert [step[0] for step in news["steps"]] == [2] and len(everything["steps"]) == 3
-    assert news["tables"] == everything["tables"] != feed.snapshot()["tables"]
+    update, everything = feed.pictures(feed.name, 1, frame), feed.pictures("", -1, frame)
+    assert update["step"] == everything["step"] == 2 and feed.pictures()["step"] == 3
+    assert [step.step for step in update["steps"]] == [2] and len(everything["steps"]) == 3
+    assert update["tables"] == everything["tables"] != feed.pictures()["tables"]
 
 
 def test_all_browsers_share_a_frame_for_a_moment() -> None:
     feed = Feed(META, min_interval=3600)
     for record in STORY[:2]:
         feed.append(record)
-    first = feed.snapshot()["step"]
+    first = feed.pictures()["step"]
     feed.append(STORY[2])
-    assert feed.snapshot()["step"] == first  # the next frame is an hour away
+    assert feed.pictures()["step"] == first  # the next frame is an hour away
 
 
 def test_reading_while_the_engine_writes() -> None:
@@ -383,7 +398,7 @@ def test_reading_while_the_engine_writes() -> None:
 
 
 def test_the_files_of_the_page_are_there_and_safe_to_put_into_a_template() -> None:
-    for name in sorted(path.name for path in (Path(live_feed.__file__).parent / "static").iterdir()):
+    for name in sorted(path.name for path in (Path(assets.__file__).parent / "static").iterdir()):
         if name.endswith((".py", "__")):
             continue
         text = asset(name)

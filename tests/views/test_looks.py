@@ -8,9 +8,9 @@ import re
 import pytest
 
 from labkit.views import style
-from labkit.views.live_feed import asset
+from labkit.views.assets import asset
 
-CSS = asset("canvas.css")
+CSS = asset("live_feed.css")
 # Linear RGB as people see it who lack one kind of cone (Viénot, Brettel and Mollon 1999).
 BLIND = {
     "protan": ((0.11238, 0.88762, 0.0), (0.11238, 0.88762, 0.0), (0.00401, -0.00401, 1.0)),

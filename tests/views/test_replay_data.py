@@ -12,6 +12,7 @@ from labkit.trace.memory_use import memory_uses
 from labkit.trace.trace import Trace
 from labkit.views import replay_data
 from labkit.views.facts.pool_blocks import blocks_of
+from labkit.views.wire import ReplayLine, Span
 from tests.views.stories import HOSTILE, busy, run, story, timed, trace_of, traces
 
 
@@ -52,9 +53,9 @@ def test_frames_say_who_held_what_and_who_waited(trace: Trace) -> None:
         assert bits(frame["cached"]) == state.cached
         assert [names[n] for n, _ in frame["queue"]] == state.queue and frame["queued"] == len(state.queue)
         ran = [(row.request_id, row.kind[0], row.num_tokens) for row in record.rows]
-        assert [(names[n], kind, tokens) for n, kind, _, tokens, _ in frame["batch"]] == ran
+        assert [(names[n], kind, tokens) for n, kind, _, tokens, *_ in frame["batch"]] == ran
         if record.blocked and record.blocked[0] in state.waiting:
-            assert [names.index(record.blocked[0]), record.blocked[1]] in frame["queue"]
+            assert (names.index(record.blocked[0]), record.blocked[1]) in frame["queue"]
 
 
 @settings(max_examples=40, deadline=None)
@@ -66,12 +67,12 @@ def test_lanes_show_all_rows(trace: Trace) -> None:
     for record in trace:
         for row in record.rows:
             spans = packed[numbers[row.request_id]]["spans"]
-            assert any(k == letters[row.kind] and a <= record.step <= b for k, a, b, _ in spans)
+            assert any(k == letters[row.kind] and a <= record.step <= b for k, a, b, *_ in spans)
         for name, reason, _ in record.finished:
             early = name not in record.requests
-            assert [record.step - early, reason] in packed[numbers[name]]["ends"]
+            assert (record.step - early, reason) in packed[numbers[name]]["ends"]
         for name, _ in record.preempted:
-            assert ["x", record.step, record.step, 0] in packed[numbers[name]]["spans"]
+            assert Span("x", record.step, record.step, 0) in packed[numbers[name]]["spans"]
 
 
 def test_the_clock_starts_with_the_first_step_and_never_goes_back() -> None:
@@ -96,7 +97,7 @@ def test_events_in_words() -> None:
         ["preempted, gives 2 pages back", "ends: length"],
         ["admitted, 4 tokens found in the prefix cache", "ends: stop"],
     ]
-    assert replay_data.frames(trace, lanes, 2, 1)[0]["queue"] == [[1, "no page"]]
+    assert replay_data.frames(trace, lanes, 2, 1)[0]["queue"] == [ReplayLine(1, "no page")]
 
 
 def test_never_more_frames_than_asked_or_held() -> None:

@@ -17,6 +17,7 @@ from labkit.views.facts.batch_timeline import timeline_of
 from labkit.views.facts.pool_blocks import blocks_of
 from labkit.views.live_feed import Feed
 from labkit.views.live_numbers import Numbers
+from labkit.views.wire import ReplayLine, ReplayRow, Span, Table
 from tests.views.stories import WHY, draft_run, draft_story
 
 
@@ -126,30 +127,31 @@ def test_the_story_as_replay_data() -> None:
     packed = json.loads(json.dumps(replay_data.pack(draft_story())))
     assert packed["steps"]["drafted"] == [0, 4, 2, 2, 2, 0]
     assert packed["steps"]["accepted"] == [0, 0, 2, 2, 1, 0]
-    a, b = [lane["spans"] for lane in packed["lanes"]]
+    a, b = [[Span(*span) for span in lane["spans"]] for lane in packed["lanes"]]
     assert a == [
-        ["p", 0, 0, 5],
-        ["d", 1, 1, 5, 4, 0],
-        ["d", 2, 3, 6, 4, 4],
-        ["d", 4, 4, 3, 2, 1],
-        ["d", 5, 5, 1],
+        Span("p", 0, 0, 5),
+        Span("d", 1, 1, 5, 4, 0),
+        Span("d", 2, 3, 6, 4, 4),
+        Span("d", 4, 4, 3, 2, 1),
+        Span("d", 5, 5, 1),
     ]
-    assert b == [["p", 3, 3, 3], ["d", 4, 5, 2]]
+    assert b == [Span("p", 3, 3, 3), Span("d", 4, 5, 2)]
     frames = replay_data.frames(draft_story(), {"a": 0, "b": 1}, 0, 6)
-    assert frames[1]["batch"] == [[0, "d", 5, 5, 0, 4, 0]] and frames[5]["batch"][0] == [0, "d", 14, 1, 0]
-    assert frames[1]["events"] == [[0, "gives 1 page back, because its drafts were wrong"]]
-    assert frames[4]["events"] == [[-1, WHY.format("15%")]]
-    assert frames[1]["tables"] == [[0, 10, [0, 1, 2]]], "while the step runs, drafts are in the cache"
-    assert frames[2]["tables"] == [[0, 9, [0, 1, 2]]]
+    assert frames[1]["batch"] == [ReplayRow(0, "d", 5, 5, 0, drafted=4, accepted=0)]
+    assert frames[5]["batch"][0] == ReplayRow(0, "d", 14, 1, 0)
+    assert frames[1]["events"] == [ReplayLine(0, "gives 1 page back, because its drafts were wrong")]
+    assert frames[4]["events"] == [ReplayLine(-1, WHY.format("15%"))]
+    assert frames[1]["tables"] == [Table(0, 10, [0, 1, 2])], "while the step runs, drafts are in the cache"
+    assert frames[2]["tables"] == [Table(0, 9, [0, 1, 2])]
     short = replay_data.pack(Trace(draft_story().meta, draft_story().records[:1]))
     assert "drafted" not in short["steps"] and "accepted" not in short["steps"]
 
 
 def test_replay_data_add_up(trace: Trace) -> None:
     packed = replay_data.pack(trace)
-    spans = [span for lane in packed["lanes"] for span in lane["spans"] if len(span) > 4]
-    assert sum(span[4] for span in spans) == sum(packed["steps"]["drafted"])
-    assert sum(span[5] for span in spans) == sum(packed["steps"]["accepted"]) > 0
+    spans = [span for lane in packed["lanes"] for span in lane["spans"]]
+    assert sum(span.drafted for span in spans) == sum(packed["steps"]["drafted"])
+    assert sum(span.accepted for span in spans) == sum(packed["steps"]["accepted"]) > 0
     for place, record in enumerate(trace):
         pool = blocks_of(trace, record.step)
         assert packed["steps"]["owned"][place] == pool.owned
@@ -165,7 +167,7 @@ def test_the_live_pictures_show_drafts(trace: Trace) -> None:
     step, steps, events = -1, [], []
     for record in trace:
         feed.append(record)
-        news = feed.snapshot(feed.name, step)
+        news = feed.pictures(feed.name, step)
         step = news["step"]
         steps += news["steps"]
         events += news["events"]
@@ -174,8 +176,8 @@ def test_the_live_pictures_show_drafts(trace: Trace) -> None:
             name: tuple(table) for name, table in after.tables.items()
         }
         assert {name: computed for name, computed, _ in news["tables"]} == after.computed
-        for name, *_, found in news["lanes"]:
-            spans |= {(name, kind, first): rest for kind, first, *rest in found}
+        for lane in news["lanes"]:
+            spans |= {(lane.request, kind, first): rest for kind, first, *rest in lane.spans}
     for name in {name for name, *_ in spans}:
         for at, row in rows_of(trace, name):
             ((first, rest),) = [
@@ -184,10 +186,10 @@ def test_the_live_pictures_show_drafts(trace: Trace) -> None:
                 if who == name and kind == row.kind[0] and first <= at <= rest[0]
             ]
             last, _, *drafts = rest
-            each = (len(row.drafted), row.num_accepted) if row.drafted else ()
+            each = (len(row.drafted), row.num_accepted)
             assert tuple(drafts) == tuple(count * (last - first + 1) for count in each)
-    assert [tuple(row[9:]) for row in steps] == [
-        (record.total_drafted, record.total_accepted) if record.drafted else () for record in trace
+    assert [(row.drafted, row.accepted) for row in steps] == [
+        (record.total_drafted, record.total_accepted) for record in trace
     ]
     returned = [(r.step, name, len(blocks)) for r in trace for name, blocks in r.returned]
     assert [(at, who, count) for at, kind, who, count, *_ in events if kind == "return"] == returned
@@ -196,10 +198,11 @@ def test_the_live_pictures_show_drafts(trace: Trace) -> None:
 def test_only_who_drafts_says_so() -> None:
     plain = Feed(draft_story().meta, min_interval=0)
     plain.append(draft_story()[0])
-    news = plain.snapshot()
-    assert "speculative" not in news and "drafts" not in news["numbers"] and len(news["steps"][0]) == 9
+    news = plain.pictures()
+    assert "speculative" not in news and "drafts" not in news["numbers"]
+    assert (news["steps"][0].drafted, news["steps"][0].accepted) == (0, 0)
     drafting = Feed(draft_story().meta, min_interval=0, speculative="ngram")
-    assert drafting.snapshot()["speculative"] == "ngram"
+    assert drafting.pictures()["speculative"] == "ngram"
 
 
 def test_the_step_to_come_says_how_many_drafts_it_will_check() -> None:
@@ -211,10 +214,10 @@ def test_the_step_to_come_says_how_many_drafts_it_will_check() -> None:
         held_back="why", free_blocks=3,
     )  # fmt: skip
     plan = feed.preview(coming, lambda tokens: f"<{tokens[0]}>")
-    drafts = [2, None, ["<67>", "<70>"]]  # what becomes of them is not known yet
-    assert [row[3:] for row in plan["rows"]] == [["d", 12, 3, [3], *drafts], ["d", 3, 1, []]]
-    assert plan["held_back"] == "why"
-    assert feed.preview(coming)["rows"][0][7:] == [2, None, []]
+    drafts = (2, ["<67>", "<70>"])  # what becomes of them is not known yet
+    assert [row[3:] for row in plan["rows"]] == [("d", 12, 3, [3], *drafts), ("d", 3, 1, [], 0, [])]
+    assert plan["held_back"] == "why" and not hasattr(plan["rows"][0], "accepted")
+    assert feed.preview(coming)["rows"][0][7:] == (2, [])
 
 
 def test_why_nobody_drafts_is_told_when_it_changes() -> None:
@@ -222,7 +225,7 @@ def test_why_nobody_drafts_is_told_when_it_changes() -> None:
         feed = Feed(draft_story().meta, min_interval=0)
         for step, why in enumerate(reasons):
             feed.append(StepRecord(step, held_back=why, free_blocks=8))
-        return [event[-1] for event in feed.snapshot()["events"] if event[1] == "hold"]
+        return [event[-1] for event in feed.pictures()["events"] if event[1] == "hold"]
 
     first, second = WHY.format("15%"), WHY.format("9% to 41%").replace("1 of 2", "3 of 12")
     other = "nobody drafts: in a step of 12 rows a draft costs more than it can bring"
@@ -252,7 +255,7 @@ def test_blocks_given_back_leave_with_the_end_of_the_step() -> None:
     feed = Feed(draft_story().meta, min_interval=0)
     for record in draft_story().records[:2]:
         feed.append(record)
-    assert feed.snapshot()["tables"] == (("a", 6, (0, 1)),)
+    assert feed.pictures()["tables"] == (("a", 6, (0, 1)),)
 
 
 def test_the_stories_are_traces() -> None:

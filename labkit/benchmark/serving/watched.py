@@ -28,7 +28,7 @@ from labkit.engine import Engine
 from labkit.models.load import LoadedModel
 from labkit.outputs import RequestOutput
 from labkit.page.gradio_page import serve
-from labkit.page.session import Bench, Lab
+from labkit.page.session import Lab, Session
 from labkit.page.sse import PATH
 from labkit.serving.async_engine import AsyncEngine
 from labkit.trace.records import StepRecord
@@ -143,29 +143,29 @@ def _answer(name: str, lab: Lab, jobs: Sequence[Job], bar: tqdm | None) -> Run:
     """Answer all jobs at once with a fresh engine of the lab, as if a visitor had submitted them."""
     lab.change({}, running="cancel")
     gc.collect()
-    bench, decode = lab.bench, lab.bench.live.engine.model.tokenizer.decode
-    bench.live.pause()
-    ids = [_submit(bench, job, decode(job.prompt)) for job in jobs]
+    session = lab.session
+    session.live.pause()
+    ids = [_submit(session, job) for job in jobs]
     outputs: dict[str, RequestOutput] = {}
     done = threading.Event()
 
     def hear(record: StepRecord) -> None:
         for finish in record.finished:
-            outputs[finish.request_id] = bench.live.output(finish.request_id)
+            outputs[finish.request_id] = session.live.output(finish.request_id)
         if bar is not None:
             bar.update(len(record.finished))
         if len(outputs) == len(ids):
             done.set()
 
-    deafen = bench.live.subscribe(hear)
+    deafen = session.live.subscribe(hear)
     begin = time.perf_counter()
-    bench.live.resume()
-    while not done.wait(1) and not bench.live.failure:
+    session.live.resume()
+    while not done.wait(1) and not session.live.failure:
         pass
     seconds = time.perf_counter() - begin
     deafen()
     for i in ids:
-        error = outputs[i].error if i in outputs else bench.live.failure
+        error = outputs[i].error if i in outputs else session.live.failure
         if error:
             raise RuntimeError(f"request {i} failed: {error}")
     answers = [outputs[i] for i in ids]
@@ -177,5 +177,6 @@ def _answer(name: str, lab: Lab, jobs: Sequence[Job], bar: tqdm | None) -> Run:
     )
 
 
-def _submit(bench: Bench, job: Job, words: str) -> str:
-    return bench.desk.submit("somebody", words, job.prompt, exactly(job.max_tokens))
+def _submit(session: Session, job: Job) -> str:
+    words = session.decode(job.prompt)
+    return session.submissions.submit("somebody", words, job.prompt, exactly(job.max_tokens))

@@ -1,4 +1,4 @@
-"""What a race has shown, and why, in words; every number in them is measured in that race."""
+"""The result of a race in words, and why. Every number in them was measured in that race."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from labkit.page.race.workloads import CHUNKED, RESERVED, SPECULATION, WHOLE
 
 
 def verdict(results: Sequence[Result]) -> list[tuple[str, str]]:
-    """What was seen and why, for each pair of settings that ran and that are known to be worth comparing."""
+    """What was seen and why, for each pair of settings that ran and is worth a comparison."""
     by_name = {result.setting.name: result for result in results}
     pairs = ((by_name.get(one), by_name.get(other), say) for one, other, say in _PAIRS)
     return [say(one, other) for one, other, say in pairs if one and other]
@@ -71,7 +71,7 @@ def _cost(result: Result) -> str:
 
 
 def _doubt(one: Result, other: Result) -> str:
-    """A word on the clock, where it contradicts the steps."""
+    """A sentence for a clock that contradicts the number of steps."""
     if (one.steps - other.steps) * (one.seconds - other.seconds) >= 0:
         return ""
     return (
@@ -85,7 +85,7 @@ def _per_step(result: Result) -> float:
 
 
 def _idle(result: Result) -> int:
-    """How often, over all steps, a request held a seat and got nothing."""
+    """How often, over all steps, a request held a seat and computed nothing."""
     return sum(row.kind == "idle" for record in result.trace for row in record.rows)
 
 

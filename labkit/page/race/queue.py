@@ -1,6 +1,6 @@
-"""One race at a time for everybody: who started it, how far it is, and what came of the last ones.
+"""One race at a time for everybody: who started it, how far it is, and the results of the last ones.
 
-No page here: a thread, plain numbers and words.
+Nothing here knows of a page: there are a thread, plain numbers and words.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KEPT = 4  # races that are remembered
-LEASE = 90.0  # seconds after which a race ends whose starter is not heard of any more
+LEASE = 90.0  # seconds of silence from the person who started a race, after which it ends
 
 
 class BusyError(RuntimeError):
-    """A race is being run already; says how far it is."""
+    """A race is running already; the message says how far it is."""
 
 
 class RaceTrack:
     """Runs races on a thread of their own. Safe to use from many threads.
 
     Args:
-        model: that all races run on.
-        keep: called with a name and the trace of each setting when a race is over.
+        model: the model of all races.
+        keep: a function that is called with a name and the trace of each setting when a race is over.
     """
 
     def __init__(self, model: LoadedModel, keep: Callable[[str, Trace], object]) -> None:
@@ -50,15 +50,15 @@ class RaceTrack:
         self._stop = False
         self._progress: Progress | None = None
         self._title = ""
-        self._failure: tuple[str, str] = ("", "")  # whose race, and why it came to nothing
+        self._failure: tuple[str, str] = ("", "")  # whose race failed, and why
         self._races: OrderedDict[int, tuple[Race, dict[str, Any]]] = OrderedDict()
         self._count = 0
 
     def start(self, course: str, settings: Sequence[str]) -> str:
-        """Start a race; returns a secret by which its starter is known.
+        """Start a race, and return a secret that proves who started it.
 
         Raises:
-            ValueError: for a course or settings that are not there, or too few or too many settings.
+            ValueError: for an unknown workload or setting, or too few or too many settings.
             BusyError: if another race is under way.
         """
         if course not in COURSES:
@@ -121,7 +121,7 @@ class RaceTrack:
             self._keep(f"Race {number}, {COURSES[course].title}: {result.setting.name}", result.trace)
 
     def stop(self, owner: str) -> bool:
-        """Stop the race before its next step. False for anybody but its starter."""
+        """Stop the race before its next step. Returns False for anybody who did not start it."""
         with self._lock:
             if not self._owner or owner != self._owner:
                 return False
@@ -135,7 +135,7 @@ class RaceTrack:
         return f"{self._title}, {progress.setting}, {progress.share:.0%} done"
 
     def status(self, owner: str) -> dict[str, Any]:
-        """How far the race under way is, if there is one, and the number of the latest result (0: none)."""
+        """How far the running race is, if there is one, and the number of the latest result (0: none)."""
         with self._lock:
             mine = bool(owner) and owner == self._owner
             if mine:
@@ -152,7 +152,7 @@ class RaceTrack:
             }
 
     def _left(self) -> float | None:
-        """Seconds that the race may still take, if the rest goes as what is done; None: too early to say."""
+        """Seconds that the race may still take at its speed so far; None while it is too early to say."""
         share = self._progress.share if self._owner and self._progress else 0.0
         return (time.monotonic() - self._began) * (1 - share) / share if share >= 0.05 else None
 
@@ -169,7 +169,7 @@ class RaceTrack:
 
 # -- the result cards -----------------------------------------------------------------------------
 
-# What is compared: name, how it is written, which is better (-1 less, 1 more, 0 neither), and what it is.
+# What is compared: its name, value and format, which is better (-1 less, 1 more, 0 neither), and its meaning.
 _NUMBERS: tuple[tuple[str, Callable[[Result], float | None], str, int, str], ...] = (
     ("Time", lambda r: r.seconds, "{:.2f} s", -1, "from the start until the last answer was complete"),
     ("Throughput", lambda r: r.tokens_per_second, "{:.1f} tokens/s", 1, "generated tokens over the time"),

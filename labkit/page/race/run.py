@@ -1,7 +1,8 @@
-"""The same requests under several settings, one after the other on the real model; each leaves its trace.
+"""A race: the same requests under several settings, one after the other on the real model.
 
-Seconds depend on what else the machine does meanwhile; steps, pages and tokens do not. In fp32 all settings
-must give the same tokens: if they do not, the engine has a fault, and `Race.check` says so.
+Each setting leaves a trace. Seconds depend on what else the machine does meanwhile; steps, blocks and tokens
+do not. In fp32 all settings must give the same tokens: if they do not, the engine has a fault, and
+`Race.check` says so.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ MAX_SETTINGS = 3
 MAX_REQUESTS = 32
 MAX_PROMPT = 1024  # tokens
 MAX_ANSWER = 256  # tokens
-MAX_SECONDS = 60.0  # that a request may arrive after the start
+MAX_SECONDS = 60.0  # from the start to the last arrival
 _NAP = 0.05  # seconds between two looks at the clock, while nothing runs
 
 
 class RaceError(RuntimeError):
-    """A race that cannot be run to its end: says which setting, and why."""
+    """A race that cannot be run to its end; the message says under which setting, and why."""
 
 
 class RaceCancelled(RaceError):
@@ -41,10 +42,10 @@ class RaceCancelled(RaceError):
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to run the requests. `max_num_batched_tokens` None takes that of the workload.
+    """One way to run the requests. `max_num_batched_tokens` None means that of the workload.
 
-    Drafts of `speculative` (see `EngineConfig`) are as many as may be, whether that pays or not: so a race is
-    the same on any machine.
+    With `speculative` (see `EngineConfig`) every step drafts as much as it can, whether that pays or not, so
+    that a race goes the same way on any machine.
     """
 
     name: str
@@ -73,7 +74,7 @@ class Workload:
     """The requests of a race, all by step or all by seconds, and the engine's sizes.
 
     Raises:
-        ValueError: for more or longer requests than a race may have; names the limit.
+        ValueError: for more or longer requests than a race may have; the message names the limit.
     """
 
     entries: tuple[Entry, ...]
@@ -105,7 +106,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a race is. `share` is between 0 and 1 and counts tokens generated, over all settings."""
+    """How far a race is. `share` is the share of all tokens that are generated, over all settings."""
 
     setting: str
     number: int
@@ -118,7 +119,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """One setting's way through all requests. Times are in seconds."""
+    """One setting's run of all requests. Times are in seconds."""
 
     setting: Setting
     trace: Trace
@@ -204,7 +205,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Check:
-    """Whether all settings gave the same tokens. `fault` is set if they had to, and did not."""
+    """Whether all settings gave the same tokens. `fault`: they had to, and did not."""
 
     same: bool
     fault: bool
@@ -250,15 +251,15 @@ def run_race(
     """Run all requests under each setting in turn, greedily, each to its full length.
 
     Args:
-        model: to run; its weights are shared, each setting has an engine of its own.
-        workload: what arrives when.
-        settings: two or three, with different names.
-        progress: called before the first step of each setting and after every step.
-        cancelled: asked before every step.
+        model: the model to run; its weights are shared, and each setting has an engine of its own.
+        workload: the requests and their arrivals.
+        settings: two or three settings with different names.
+        progress: a function that is called before the first step of each setting and after every step.
+        cancelled: a function that is called before every step and says whether to stop.
 
     Raises:
-        ValueError: for settings that cannot be.
-        RaceCancelled: when `cancelled` says so.
+        ValueError: for impossible settings.
+        RaceCancelled: when `cancelled` returns True.
         RaceError: if a request cannot be served under a setting, or fails.
     """
     names = [setting.name for setting in settings]
@@ -280,7 +281,7 @@ def run_race(
 
 
 def config_of(model: LoadedModel, workload: Workload, setting: Setting) -> EngineConfig:
-    """The engine that a setting means. Raises ValueError for one that cannot be."""
+    """The configuration for a setting. Raises ValueError if it is impossible."""
     from labkit.config import EngineConfig
 
     return EngineConfig(
@@ -307,7 +308,7 @@ def _engine(model: LoadedModel, workload: Workload, setting: Setting) -> Engine:
 
 
 def _warm_up(model: LoadedModel, workload: Workload, stop: Callable[[], bool]) -> None:
-    """A few steps that do not count: the first of a process are slow, whoever takes them."""
+    """Run a few steps that do not count, because the first steps of a process are slow."""
     engine = _engine(model, workload, Setting("warm-up"))
     engine.add_request(workload.entries[0].prompt[:8], SamplingParams(max_tokens=2, temperature=0))
     while engine.has_unfinished and not stop():
@@ -367,7 +368,7 @@ def _when(entry: Entry) -> float:
 
 
 def _add(engine: Engine, setting: Setting, number: int, entry: Entry, begin: float) -> float:
-    """Hand a request in; returns when it was due. One that came due during a step has waited since."""
+    """Hand a request in, and return when it was due, which may have been in the middle of a step."""
     params = SamplingParams(max_tokens=entry.max_tokens, temperature=0, ignore_eos=True)
     try:
         engine.add_request(entry.prompt, params, request_id=str(number))

@@ -13,7 +13,7 @@ from labkit import views
 from labkit.page.race.queue import BusyError, RaceTrack
 from labkit.page.race.workloads import COURSES, SETTINGS, WORDS
 from labkit.trace.trace import Trace
-from labkit.views.live_feed import asset
+from labkit.views.assets import asset, script
 
 if TYPE_CHECKING:
     from labkit.models.load import LoadedModel
@@ -30,7 +30,7 @@ const ask = async (name, argument) => {
 element.race = labkit.race(element.querySelector(".lkr"), ask);
 watch("value", () => element.race.started(props.value || ""));
 """
-ASKED = {"uneven": ("static", "continuous"), "pool": COURSES["pool"].settings}  # settings, by course
+ASKED = {"uneven": ("static", "continuous"), "pool": COURSES["pool"].settings}  # settings, by workload
 _LINE = """
 const line = element.querySelector("p");
 const say = () => { line.textContent = props.value || ""; };
@@ -40,14 +40,15 @@ watch("value", say);
 
 
 def build_race_tab(model: LoadedModel, *, keep: Callable[[str, Trace], object]) -> gr.HTML:
-    """Add the race to the Blocks that is being built. The page must have the variables of `canvas.css`.
+    """Add the race to the Blocks that is being built. The page must have the variables of `live_feed.css`.
 
-    One race is run at a time, whoever started it, on engines of its own; everybody sees how far it is and
-    what came of it. It ends early if its starter asks for that, or is gone.
+    Only one race runs at a time, on engines of its own. Everybody sees how far it is and what its result is.
+    It ends early if the visitor who started it asks for that, or is gone.
 
     Args:
-        model: to run; its weights are shared.
-        keep: called with a name and the trace of each setting when a race is over, from the race's thread.
+        model: the model to run; its weights are shared.
+        keep: a function that is called with a name and the trace of each setting when a race is over, on the
+            race's thread.
 
     Returns:
         The component that shows it.
@@ -109,10 +110,10 @@ def build_race_tab(model: LoadedModel, *, keep: Callable[[str, Trace], object]) 
             look = gr.HTML(COURSES[first].look, elem_id="lkr-look", **line)
             meaning = gr.HTML(_meaning(COURSES[first].settings), elem_id="lkr-meaning", **line)
     refused = gr.HTML(elem_id="lkr-refused", **line | {"html_template": '<p role="alert"></p>'})
-    scripts = ("canvas.js", "replay_data.js", "race.js")
+    scripts = ("live_feed.js", "replay_data.js", "race.js")
     view = gr.HTML(
         html_template=f"<style>{asset('replay.css')}</style>{asset('race.html')}",
-        js_on_load="".join(map(asset, scripts)) + _GLUE,
+        js_on_load=script(*scripts) + _GLUE,
         server_functions=[status, stop, race],
         elem_id="lkr-race",
         **bare,

@@ -14,8 +14,8 @@ from labkit.page.race.run import Entry, Setting, Workload
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHUNK = 32  # tokens a step, for the setting that shows what small chunks do
-_LETTERS = 4_000  # of the text: more would be longer than some models allow
+CHUNK = 32  # tokens a step, for the setting with small chunks
+_LETTERS = 4_000  # of the text, which all models can hold
 
 RESERVED, WHOLE, CHUNKED = "reserved memory", "whole prompts", f"chunks of {CHUNK}"
 SPECULATION = "speculation"
@@ -43,15 +43,15 @@ WORDS: Mapping[str, str] = MappingProxyType({setting.name: words for setting, wo
 
 @dataclass(frozen=True)
 class Course:
-    """A workload by name: its requests as (step of arrival, prompt tokens, answer tokens), and its sizes.
+    """A named workload: its requests as (step of arrival, prompt tokens, answer tokens), and its sizes.
 
-    If it `repeats`, a prompt asks to repeat so many tokens of text.
+    With `repeats`, each prompt asks the model to repeat that many tokens of text.
     """
 
     title: str
     look: str
     jobs: tuple[tuple[int, int, int], ...]
-    settings: tuple[str, ...]  # that it was made for
+    settings: tuple[str, ...]  # those that it was made for
     num_blocks: int = 40
     max_num_seqs: int = 6
     repeats: bool = False
@@ -90,8 +90,8 @@ COURSES: Mapping[str, Course] = MappingProxyType(
         ),
         "trickle": Course(
             "One after the other",
-            "A new request every third step: look for the dotted lines. Static batching lets whoever comes "
-            "too late wait for the whole batch; continuous batching lets them in at the next step.",
+            "A new request every third step: look for the dotted lines. Static batching makes those "
+            "that come too late wait for the whole batch; continuous batching lets them in at the next step.",
             tuple((3 * i, 16, n) for i, n in enumerate((20, 8, 14, 6, 24, 8, 12, 6, 16, 10))),
             ("naive", "static", "continuous"),
         ),

@@ -10,9 +10,9 @@ Object.assign(labkit, (() => {
     gone: "over: the lab has forgotten how it ended",
   };
 
-  // Draws into `root`; gives `labkit.mount` what it needs to ask for cards and to show them. `isMine(item)` says which
-  // are one's own.
-  function cards(root, ask, isMine = (item) => item.mine) {
+  // Draws into `root`, and gives `labkit.mount` what it needs to ask for cards and to show them. `isMine(item)` says
+  // which cards are one's own.
+  function cards(root, ask, isMine = () => true) {
     const list = root.querySelector(".lk-list"), none = root.querySelector(".lk-none");
     const cancelAll = root.querySelector(".lk-cancel-all"), filter = root.querySelector(".lk-filter");
     const who = root.querySelector(".lk-who-name");
@@ -34,13 +34,13 @@ Object.assign(labkit, (() => {
     }
 
     function question() {
-      const open = {};
-      for (const [id, card] of byId) if (!card.reason) open[id] = card.length;
-      return { cards: { since, open } };
+      const unfinished = {};
+      for (const [id, card] of byId) if (!card.reason) unfinished[id] = card.length;
+      return { cards: since, unfinished };
     }
 
-    function answer(news, state, show) {
-      const { reset, since: latest, items, gone } = news.cards;
+    function answer(update, state, show) {
+      const { reset, since: latest, items, gone } = update.cards;
       pictures = state;
       if (reset && feed !== state.feed) {
         byId.clear();
@@ -52,15 +52,15 @@ Object.assign(labkit, (() => {
         gone.push(...[...byId.keys()].filter((id) => !there.has(id) && !byId.get(id).reason));
       }
       ({ feed } = state);
-      if (news.pictures.full) {
+      if (update.pictures.full) {
         colors = (index) => state.palette[index % state.palette.length];
         ({ focus, select } = show);
         if (!root.dataset.linked) show.onHover((request) => mark(request));
         root.dataset.linked = "yes";
       }
       for (const item of items) {
-        if (byId.has(item.id)) update(byId.get(item.id), item);
-        else if (!(item.serial <= since)) update(create(item), item); // else it was dropped before
+        if (byId.has(item.id)) grow(byId.get(item.id), item);
+        else if (!(item.serial <= since)) grow(create(item), item); // else it was dropped before
       }
       since = latest;
       for (const id of gone) if (byId.has(id)) end(byId.get(id), "gone");
@@ -132,7 +132,7 @@ Object.assign(labkit, (() => {
     }
 
     // `at` and `length` count characters as the engine does; only the new end of the text was sent.
-    function update(card, item) {
+    function grow(card, item) {
       const follows = card.body.scrollTop + card.body.clientHeight >= card.body.scrollHeight - 4;
       card.text = item.at === 0 ? item.text : card.text + item.text;
       card.length = item.length;
@@ -145,9 +145,9 @@ Object.assign(labkit, (() => {
       if (follows) card.body.scrollTop = card.body.scrollHeight;
     }
 
-    // What it does, and why it does not run if it waits.
+    // What a request does, and why it does not run if it waits.
     function explain(card, state, id) {
-      const seated = state.tables.some(([name]) => name === id);
+      const seated = state.tables.some(({ request }) => request === id);
       const lost = !seated && state.lanes.get(id)?.spans.some((span) => span.kind === "x");
       const status = seated ? "running" : lost ? "preempted" : "waiting";
       if (card.element.dataset.status !== status) card.status.textContent = card.element.dataset.status = status;

@@ -1,5 +1,5 @@
-// The panels beside the prompt: scenes to play, the engine's knobs, and what becomes of running requests when
-// the engine restarts. `ask(name, argument)` reaches the lab.
+// The panels beside the prompt: scenarios to play (the page calls them presets), the engine's knobs, and what becomes
+// of running requests when the engine restarts. `ask(name, argument)` reaches the lab.
 Object.assign(labkit, (() => {
   const { part } = labkit;
   const KNOBS = [
@@ -21,7 +21,7 @@ Object.assign(labkit, (() => {
   const NAMES = { ngram: "n-gram" };
   const toText = (value) => (value === null ? "off" : String(value)), fromText = (text) => (text === "off" ? null : text);
 
-  // The scene and the knobs that the address asks for.
+  // The scenario and the knobs that the address asks for.
   function fromAddress(search) {
     const query = new URLSearchParams(search), settings = {};
     for (const [name, , , kind] of KNOBS) {
@@ -30,12 +30,12 @@ Object.assign(labkit, (() => {
       if (kind === true) settings[name] = !["0", "false", "off", "no"].includes(text.toLowerCase());
       else settings[name] = Array.isArray(kind) ? fromText(text) : Number(text);
     }
-    return { preset: query.get("preset") || "", settings };
+    return { scenario: query.get("preset") || "", settings };
   }
 
-  function controls(root, presets, ask, say) {
+  function controls(root, scenarios, ask, say) {
     const left = document.querySelector("#lk-left"), tabs = [...root.querySelectorAll(".lk-what [role=tab]")];
-    const scenes = root.querySelector(".lk-scenes"), knobs = root.querySelector(".lk-knobs");
+    const list = root.querySelector(".lk-scenarios"), knobs = root.querySelector(".lk-knobs");
     const question = root.querySelector(".lk-question"), apply = root.querySelector(".lk-apply");
     const inputs = new Map(), wanted = fromAddress(location.search);
     let status = null, chosen = "", again = null, fresh = true;
@@ -65,15 +65,15 @@ Object.assign(labkit, (() => {
 
     // -- asking the lab ---------------------------------------------------------------------------
 
-    // Do it; where requests are under way, find out first what is to become of them.
-    async function act(deed, argument, running = "ask") {
+    // Do it. If requests are under way, ask first what is to become of them.
+    async function act(name, argument, running = "ask") {
       question.hidden = true;
-      const answer = await ask(deed, { ...argument, running });
+      const answer = await ask(name, { ...argument, running });
       if (!answer) return say("No answer from the lab. Try again.");
       say(answer.error || "");
       if (answer.error) return;
       if (answer.ask) {
-        again = (choice) => act(deed, argument, choice);
+        again = (choice) => act(name, argument, choice);
         pose(`${labkit.count(answer.ask, "request")} ${answer.ask === 1 ? "is" : "are"} under way, perhaps of other people ` +
           "too. This restarts the engine. What shall become of them?", ["finish", "cancel", "leave"]);
       }
@@ -103,53 +103,53 @@ Object.assign(labkit, (() => {
       if (!choices.includes("keep")) buttons[0].focus();
     }
 
-    // -- scenes -----------------------------------------------------------------------------------
+    // -- scenarios --------------------------------------------------------------------------------
 
-    function linkTo(preset) {
-      const query = new URLSearchParams({ preset: preset.name });
+    function linkTo(scenario) {
+      const query = new URLSearchParams({ preset: scenario.name });
       for (const [name, value] of Object.entries(status?.settings || {})) {
-        const normal = name in preset.settings ? preset.settings[name] : status.base[name];
-        if (status.played === preset.name && value !== normal) query.set(name, toText(value));
+        const normal = name in scenario.settings ? scenario.settings[name] : status.base[name];
+        if (status.played === scenario.name && value !== normal) query.set(name, toText(value));
       }
       return `${location.origin}${location.pathname}?${query}`;
     }
 
     function choose(name) {
       chosen = name;
-      for (const item of scenes.children) {
-        const on = item.dataset.preset === name;
+      for (const item of list.children) {
+        const on = item.dataset.scenario === name;
         item.classList.toggle("lk-on", on);
-        item.querySelector(".lk-scene").setAttribute("aria-expanded", String(on));
-        item.querySelector(".lk-scene-more").hidden = !on;
+        item.querySelector(".lk-scenario").setAttribute("aria-expanded", String(on));
+        item.querySelector(".lk-scenario-more").hidden = !on;
       }
     }
 
     function start(name) {
-      const settings = wanted.preset === name ? wanted.settings : {};
-      act("play", { preset: name, settings });
-      wanted.preset = ""; // the link has been followed; from now on the knobs decide
+      const settings = wanted.scenario === name ? wanted.settings : {};
+      act("play", { scenario: name, settings });
+      wanted.scenario = ""; // the link has been followed; from now on the knobs decide
     }
 
     // From elsewhere on the page.
     function play(name) {
-      turn("scenes");
+      turn("scenarios");
       choose(name);
       start(name);
     }
 
-    for (const preset of presets) {
-      const item = part("li", ""), open = part("button", "lk-scene", preset.title), more = part("div", "lk-scene-more");
-      item.dataset.preset = preset.name;
+    for (const scenario of scenarios) {
+      const item = part("li", ""), open = part("button", "lk-scenario", scenario.title), more = part("div", "lk-scenario-more");
+      item.dataset.scenario = scenario.name;
       open.type = "button";
-      open.addEventListener("click", () => choose(chosen === preset.name ? "" : preset.name));
+      open.addEventListener("click", () => choose(chosen === scenario.name ? "" : scenario.name));
       const button = part("button", "lk-play", "Play"), link = part("a", "lk-link", "Link to this");
       button.type = "button";
-      button.addEventListener("click", () => start(preset.name));
-      const row = part("div", "lk-scene-row");
+      button.addEventListener("click", () => start(scenario.name));
+      const row = part("div", "lk-scenario-row");
       row.append(button, link);
-      more.append(part("p", "lk-look", preset.look), row);
+      more.append(part("p", "lk-look", scenario.look), row);
       item.append(open, more);
-      scenes.append(item);
+      list.append(item);
     }
     choose("");
 
@@ -199,18 +199,18 @@ Object.assign(labkit, (() => {
     });
     root.querySelector(".lk-reset").addEventListener("click", () => fill(status.settings));
 
-    // -- news -------------------------------------------------------------------------------------
+    // -- what the lab says ------------------------------------------------------------------------
 
-    function show(news) {
-      status = news;
-      fill(news.settings);
-      for (const { input } of inputs.values()) input.disabled = !news.knobs;
-      root.querySelector(".lk-locked").hidden = news.knobs;
-      for (const preset of presets) {
-        scenes.querySelector(`[data-preset="${preset.name}"] .lk-link`).href = linkTo(preset);
+    function show(told) {
+      status = told;
+      fill(status.settings);
+      for (const { input } of inputs.values()) input.disabled = !status.knobs;
+      root.querySelector(".lk-locked").hidden = status.knobs;
+      for (const scenario of scenarios) {
+        list.querySelector(`[data-scenario="${scenario.name}"] .lk-link`).href = linkTo(scenario);
       }
-      if (news.pending) {
-        again = (choice) => act("change", { settings: news.pending }, choice);
+      if (status.pending) {
+        again = (choice) => act("change", { settings: status.pending }, choice);
         pose("The engine restarts with other settings as soon as what runs has finished.", ["now", "keep"]);
       } else if (question.querySelector('[data-choice="keep"]')) question.hidden = true;
       if (fresh) followLink();
@@ -218,16 +218,16 @@ Object.assign(labkit, (() => {
     }
 
     function followLink() {
-      const known = presets.some((preset) => preset.name === wanted.preset);
+      const known = scenarios.some((scenario) => scenario.name === wanted.scenario);
       if (known) {
-        turn("scenes");
-        choose(wanted.preset);
+        turn("scenarios");
+        choose(wanted.scenario);
       } else if (Object.keys(wanted.settings).length) {
         turn("knobs");
         fill(wanted.settings);
       }
-      if (wanted.preset && !known) say(`The link asks for a preset that is not known here: ${wanted.preset.slice(0, 40)}.`);
-      if (!known) wanted.preset = "";
+      if (wanted.scenario && !known) say(`The link asks for a preset that is not known here: ${wanted.scenario.slice(0, 40)}.`);
+      if (!known) wanted.scenario = "";
     }
 
     turn("prompt");

@@ -1,17 +1,17 @@
-// News as one stream for all who look, where the server of the page has one. Plain Server-Sent Events.
+// One stream of updates for all who look, where the server of the page has one. Plain Server-Sent Events.
 Object.assign(labkit, (() => {
-  const SILENCE = 40000; // ms: there is a heartbeat every 15 seconds, so the other side is gone
+  const SILENCE = 40000; // ms, after which the other side is gone: it has a heartbeat every 15 seconds
 
-  // While somebody looks at `root`: `hear(news)`, everything first, and `lost(whether)` there is no answer. Where
-  // there is no such stream it says `none()`, once, and gives up.
-  function follow(root, address, { hear, lost, none }) {
+  // While `root` is looked at, call `take(update)`, with everything first, and `lost(whether)` there is no answer.
+  // Where there is no such stream, call `none()`, once, and give up.
+  function follow(root, address, { take, lost, none }) {
     let source = null, worked = false, failures = 0, timer = 0;
 
     function open() {
       source = new EventSource(address);
       source.onmessage = (event) => {
         live();
-        hear(JSON.parse(event.data));
+        take(JSON.parse(event.data));
       };
       source.addEventListener("beat", live);
       source.onerror = fail;
@@ -48,7 +48,7 @@ Object.assign(labkit, (() => {
       failures += 1;
     }
 
-    // Nobody looks at a tab that is hidden, or behind another tab of the page: it gets everything when it is shown.
+    // A tab that is hidden, or behind another tab of the page, is not looked at: it gets everything when it is shown.
     function tune() {
       const looking = root.isConnected && !document.hidden && root.offsetParent;
       if (!looking) close();

@@ -51,18 +51,18 @@ function switcher() {
 }
 
 function start() {
-  const roots = ["#lk-requests .lk-cards", "#lk-side .lk-side", "#lk-what .lk-desk", "#lk-message p", "#lk-switch .lk-switch"];
+  const roots = ["#lk-requests .lk-cards", "#lk-side .lk-side", "#lk-what .lk-submit", "#lk-message p", "#lk-switch .lk-switch"];
   if (!roots.every((root) => document.querySelector(root))) return requestAnimationFrame(start);
-  const [cardsRoot, sideRoot, deskRoot] = roots.map((root) => document.querySelector(root));
+  const [cardsRoot, sideRoot, submitRoot] = roots.map((root) => document.querySelector(root));
   const cards = labkit.cards(cardsRoot, ask, (item) => Boolean(mark()) && item.owner === mark());
-  const controls = labkit.controls(deskRoot, PRESETS, ask, say);
+  const controls = labkit.controls(submitRoot, SCENARIOS, ask, say);
   let version = -1;
   const lab = {
-    question: () => ({ lab: version }),
-    answer: (news) => {
-      if (!news.lab) return;
-      version = news.lab.version;
-      controls.show(news.lab);
+    question: () => ({ settings: version }),
+    answer: (update) => {
+      if (!update.lab) return;
+      version = update.lab.version;
+      controls.show(update.lab);
     },
   };
   const reveal = switcher(), home = window.gradio_config?.root; // without it, the page is part of another
@@ -77,7 +77,7 @@ function start() {
   }
   watch("value", greet);
   greet();
-  for (const deed of ["click", "keydown"]) document.querySelector("#lk-page").addEventListener(deed, panel.hurry);
+  for (const event of ["click", "keydown"]) document.querySelector("#lk-page").addEventListener(event, panel.hurry);
   const header = document.querySelector(".lk-questions");
   if (header) labkit.questions(header, controls.play);
   element.labkit = { ...panel, ...labkit, visitor: secret };

@@ -17,8 +17,8 @@ Object.assign(labkit, (() => {
       if (!state.meta || !canvases.pages.clientWidth) return; // another tab is in front, or the page is gone
       theme ??= labkit.themeOf(root, state);
       const most = Math.max(120, Math.min(280, window.innerHeight * 0.22));
-      canvases.pages.style.height = `${labkit.pagesHeight(state, canvases.pages.clientWidth, most)}px`;
-      paint("pages", labkit.drawPages);
+      canvases.pages.style.height = `${labkit.blocksHeight(state, canvases.pages.clientWidth, most)}px`;
+      paint("pages", labkit.drawBlocks);
       paint("timeline", labkit.drawTimeline);
       paint("meters", labkit.drawMeters);
       state.drawn = state.step;
@@ -63,13 +63,13 @@ Object.assign(labkit, (() => {
       pages: (width, height, x, y) => {
         const block = labkit.blockAt(state, width, height, x, y);
         if (block === undefined) return [{}, []];
-        return [{ block, request: labkit.ownersAt(state, block)[0]?.request }, labkit.pageWords(state, block)];
+        return [{ block, request: labkit.ownersAt(state, block)[0]?.request }, labkit.blockWords(state, block)];
       },
       timeline: (width, height, x, y) => {
         const lane = labkit.laneAt(state, width, height, y), step = labkit.stepAt(state, width, x);
         const inside = lane && step !== undefined && step >= lane.arrived && (lane.ended < 0 || step <= lane.ended);
-        if (inside) return [{ request: lane.id, step }, labkit.laneWords(state, lane, step)];
-        return [{ request: lane?.id, step }, lane ? [`Request ${lane.id}`] : []];
+        if (inside) return [{ request: lane.request, step }, labkit.laneWords(state, lane, step)];
+        return [{ request: lane?.request, step }, lane ? [`Request ${lane.request}`] : []];
       },
       meters: (width, height, x) => {
         const step = labkit.stepAt(state, width, x);
@@ -130,8 +130,8 @@ Object.assign(labkit, (() => {
       const kind = swatch.dataset.swatch, { ctx, width, height } = labkit.context(swatch);
       const owner = (request, filled) => ({ request, filled, position: 1 });
       const owners = { owned: [owner("a", 10)], shared: [owner("a", 16), owner("b", 16)] }[kind] || [];
-      const page = ["free", "cached", "owned", "shared"].includes(kind);
-      if (page) labkit.drawPage(ctx, sample, theme, 0, 0, height, kind, owners);
+      const block = ["free", "cached", "owned", "shared"].includes(kind);
+      if (block) labkit.drawBlock(ctx, sample, theme, 0, 0, height, kind, owners);
       else if (kind === "next") labkit.promise(ctx, 0, 0, width, height, theme.palette[0]);
       else labkit.drawSpan(ctx, theme, kind, theme.palette[0], 0, 0, width, height);
     }
@@ -146,9 +146,9 @@ Object.assign(labkit, (() => {
     pause.addEventListener("click", toggle);
     step.addEventListener("click", () => order("step"));
     speed.addEventListener("change", () => order("speed", speed.value ? Number(speed.value) : null));
-    function show(news) {
-      if (!news) return;
-      Object.assign(live, news);
+    function show(clock) {
+      if (!clock) return;
+      Object.assign(live, clock);
       pause.textContent = live.paused ? pause.dataset.resume || "Resume" : "Pause";
       pause.setAttribute("aria-pressed", String(live.paused));
       root.classList.toggle("lk-paused", live.paused);
@@ -167,7 +167,7 @@ Object.assign(labkit, (() => {
 
   // -- what is selected ---------------------------------------------------------------------------
 
-  // A request, a step, a page: selected once, marked everywhere, and told about in the side panel.
+  // A request, a step or a block is selected once, marked everywhere, and described in the side panel.
   function selection(root, ask, state, live, show, side, within) {
     let facts = null, asked = 0;
     const notice = root.querySelector(".lk-back"), effect = root.querySelector(".lk-joined");
@@ -181,11 +181,11 @@ Object.assign(labkit, (() => {
       const turn = (asked += 1), { step, block } = next;
       if (step === undefined && block === undefined) return;
       side.reveal("step");
-      const news = await ask("look", block === undefined ? { step } : { block });
+      const answer = await ask("look", block === undefined ? { step } : { block });
       if (turn !== asked) return; // something else was selected meanwhile
-      if (news && !news.error) facts = news;
-      if (facts && facts.tables && step < state.step) labkit.lookBack(state, facts);
-      refresh(news ? news.error : "No answer from the lab.");
+      if (answer && !answer.error) facts = labkit.read(block === undefined ? "StepFacts" : "BlockFacts", answer);
+      if (facts?.tables && step < state.step) labkit.lookBack(state, facts);
+      refresh(answer ? answer.error : "No answer from the lab.");
     }
 
     function refresh(error = "") {
@@ -197,19 +197,19 @@ Object.assign(labkit, (() => {
     }
     notice.querySelector("button").addEventListener("click", () => select({}));
 
-    // What the selected request, or the latest, cost those whom it joined.
+    // Say what the selected request, or the latest, cost those that it joined.
     function tell() {
       const words = labkit.joinWords(state, state.selected.request) || effect.dataset.none;
       if (effect.textContent !== words) effect.textContent = words;
     }
 
-    // The tokens of a page, a moment after the pointer came to rest on it.
+    // Say the tokens of a block, a moment after the pointer comes to rest on it.
     let resting = 0;
     function peek(block, x, y) {
       clearTimeout(resting);
       resting = setTimeout(async () => {
-        const news = await ask("look", { block, step: state.past?.step });
-        if (news?.tokens && state.hover.block === block) show.say(labkit.pageWords(state, block, news.tokens), x, y);
+        const answer = await ask("look", { block, step: state.past?.step });
+        if (answer?.tokens && state.hover.block === block) show.say(labkit.blockWords(state, block, answer.tokens), x, y);
       }, 150);
     }
 
@@ -222,7 +222,8 @@ Object.assign(labkit, (() => {
     function byRequest(move) {
       const ids = [...state.lanes.keys()], now = ids.indexOf(state.selected.request);
       const next = now < 0 ? (move > 0 ? 0 : ids.length - 1) : now + move;
-      if (ids[next] !== undefined) select({ ...(state.selected.step === undefined ? {} : { step: state.selected.step }), request: ids[next] });
+      const { step } = state.selected;
+      if (ids[next] !== undefined) select(step === undefined ? { request: ids[next] } : { request: ids[next], step });
     }
 
     const keys = {
@@ -244,13 +245,15 @@ Object.assign(labkit, (() => {
 
   // -- all together -------------------------------------------------------------------------------
 
-  // Keep asking what is new, one question at a time, and show it. `extras` add parts of their own to question and
-  // answer: { question(), answer(news, state, show) }. `sidePanel(hooks)` gives { update, reveal }. Keys and hints are
-  // those of all that is `within`; `pace(news)` says how many ms later to ask again, or null: not until `hurry`.
-  // With the address of a `stream` there is nothing to ask: the news come by themselves.
+  // Keep asking what is new, one question at a time, and show each update. `extras` add parts of their own to question
+  // and answer: { question(), answer(update, state, show) }. `sidePanel(hooks)` gives { update, reveal }. Keys and hints
+  // are those of all that is `within`; `pace(update)` says how many ms later to ask again, or null: not until `hurry`.
+  // With the address of a `stream` there is nothing to ask: updates come by themselves.
   function mount(root, ask, extras = [], sidePanel = null, { within = document, pace = null, stream = "" } = {}) {
     const state = labkit.createState(), live = { paused: false, speed: null, failure: "" };
-    const hooks = { select: (next) => chosen.select(next), focus: (request) => show.focus(request), peek: (...at) => chosen.peek(...at) };
+    const hooks = {
+      select: (next) => chosen.select(next), focus: (request) => show.focus(request), peek: (...at) => chosen.peek(...at),
+    };
     const show = pictures(root, state, hooks, within), clock = clockControls(root, ask, live);
     Object.assign(live, { toggle: clock.toggle, step: clock.step });
     const side = sidePanel ? sidePanel(state, hooks) : { update() {}, reveal() {} };
@@ -260,23 +263,25 @@ Object.assign(labkit, (() => {
     const numbers = [...root.querySelectorAll("[data-number]")];
     let paused = false, said = 0, timer = 0, asking = false, eagerUntil = 0, following = Boolean(stream);
 
-    function take(news) {
-      const { feed } = state, fresh = labkit.apply(state, news.pictures), before = state.plan?.key ?? 0;
-      clock.show(news.live);
-      if (news.plan.key !== before && (news.plan.plan || !news.plan.key)) labkit.lookAhead(state, news.plan.plan ? { ...news.plan.plan, key: news.plan.key } : null);
+    function take(update) {
+      const { feed } = state, { pictures, plan } = update, before = state.plan?.key ?? 0;
+      const fresh = labkit.apply(state, pictures);
+      clock.show(update.live);
+      if (plan.key !== before && (plan.plan || !plan.key)) labkit.lookAhead(state, plan.key, plan.plan);
       const planned = (state.plan?.key ?? 0) !== before;
-      if (news.pictures.full) {
-        for (const facts of within.querySelectorAll(".lk-facts")) facts.textContent = labkit.settings(state.meta, state.speculative);
+      if (pictures.full) {
+        const settings = labkit.settings(state.meta, state.speculative);
+        for (const facts of within.querySelectorAll(".lk-facts")) facts.textContent = settings;
         root.classList.toggle("lk-drafting", Boolean(state.speculative));
         show.restyle();
         if (state.feed !== feed) chosen.select({});
       }
       if (live.paused !== paused) side.reveal(live.paused ? "step" : "");
       ({ paused } = live);
-      for (const extra of extras) extra.answer(news, state, show);
-      const woken = Boolean(news.busy) !== state.busy;
-      state.busy = Boolean(news.busy);
-      if (!fresh && !news.pictures.full && !planned && !woken) return;
+      for (const extra of extras) extra.answer(update, state, show);
+      const woken = update.busy !== state.busy;
+      state.busy = update.busy;
+      if (!fresh && !pictures.full && !planned && !woken) return;
       root.classList.toggle("lk-cold", !state.steps.length && !state.plan && !state.busy);
       line.textContent = labkit.summary(state);
       const words = labkit.numberWords(state);
@@ -284,7 +289,7 @@ Object.assign(labkit, (() => {
       for (const canvas of Object.values(show.canvases)) {
         canvas.setAttribute("aria-label", `${canvas.dataset.name}. ${line.textContent}`);
       }
-      if (!news.busy || Date.now() - said > 4000) { // to be heard now and then, not ten times a second
+      if (!update.busy || Date.now() - said > 4000) { // to be heard now and then, not ten times a second
         spoken.textContent = line.textContent;
         said = Date.now();
       }
@@ -306,15 +311,15 @@ Object.assign(labkit, (() => {
 
     // Ask and show; returns how long to wait before the next time.
     async function look() {
-      const begin = performance.now(), question = { feed: state.feed, after: state.step, plan: state.plan?.key ?? 0 };
+      const begin = performance.now(), question = { feed: state.feed, step: state.step, plan: state.plan?.key ?? 0 };
       for (const extra of extras) Object.assign(question, extra.question());
-      const news = await ask("pull", question);
-      lost(!news);
-      if (!news) return 1000;
-      take(news);
-      if (pace) return pace(news);
-      const eager = (news.busy && !news.live.paused) || performance.now() < eagerUntil;
-      return eager ? Math.max(50 + performance.now() - begin, news.every) : 400;
+      const update = await ask("pull", question);
+      lost(!update);
+      if (!update) return 1000;
+      take(update);
+      if (pace) return pace(update);
+      const eager = (update.busy && !update.live.paused) || performance.now() < eagerUntil;
+      return eager ? Math.max(50 + performance.now() - begin, update.every) : 400;
     }
 
     function schedule(wait) {
@@ -339,8 +344,8 @@ Object.assign(labkit, (() => {
     }
 
     document.addEventListener("visibilitychange", hurry);
-    for (const deed of ["click", "keydown"]) root.addEventListener(deed, hurry);
-    if (following) labkit.follow(root, stream, { hear: take, lost, none });
+    for (const event of ["click", "keydown"]) root.addEventListener(event, hurry);
+    if (following) labkit.follow(root, stream, { take, lost, none });
     else schedule(0);
     return { state, live, show, hurry, select: hooks.select };
   }

@@ -1,5 +1,5 @@
-// A race on one clock: a track for each setting, and a card with what came of it. `ask(name, argument)` reaches
-// the lab. Whoever starts a race is told a secret, by which they are known.
+// A race on one clock: a track for each setting, and a card with its result. `ask(name, argument)` reaches the lab.
+// The page that starts a race is given a secret, which proves that it did.
 Object.assign(labkit, (() => {
   const AXIS = 18, MEMORY = 28, LANE = 10;
   const { el } = labkit;

@@ -78,7 +78,7 @@ Object.assign(labkit, (() => {
       if (asked !== opened) return fetchFrames();
       if (!answer) return void setTimeout(fetchFrames, 1000);
       if (answer.gone) return open(source.value, data.steps.step[at]);
-      answer.frames.forEach((frame, i) => frames.set(from + i, frame));
+      labkit.read(["ReplayFrame"], answer.frames).forEach((frame, i) => frames.set(from + i, frame));
       for (const key of frames.keys()) if (frames.size > KEPT) frames.delete(key);
       requestAnimationFrame(paint);
       fetchFrames();
@@ -112,10 +112,10 @@ Object.assign(labkit, (() => {
       if (!frame) return;
       labkit.lookBack(state, frame);
       const canvas = canvases.pages;
-      const height = labkit.pagesHeight(state, canvas.clientWidth, 190);
+      const height = labkit.blocksHeight(state, canvas.clientWidth, 190);
       if (canvas.style.height !== `${height}px`) canvas.style.height = `${height}px`;
       const { ctx, width } = labkit.context(canvas);
-      labkit.drawPages(ctx, state, theme, width, height);
+      labkit.drawBlocks(ctx, state, theme, width, height);
       if (drawn !== at) words(frame);
       drawn = at;
       root.dataset.drawn = `${frame.step}`;
@@ -193,28 +193,28 @@ Object.assign(labkit, (() => {
         + `${owned[at]} of ${count(blocks, "page")} owned, ${empty}% of their slots empty; `
         + `${count(computed[at], "token")} computed, ${sampled[at]} generated`
         + `${drafted?.[at] ? `: ${labkit.draftWords(drafted[at], accepted[at])}` : ""}.`;
-      const doing = new Map(frame.batch.map((row) => [row[0], row]));
-      const told = frame.events.map(([number, what]) => line(number, what));
+      const doing = new Map(frame.batch.map((row) => [row.lane, row]));
+      const told = frame.events.map(({ lane, words }) => line(lane, words));
       find(".lkr-events").replaceChildren(...(told.length ? told : [el("p", "lkr-none", "Nobody came or went.")]));
-      const queue = frame.queue.map(([number, why], i) => line(number, why || `number ${i + 1} in the queue`));
+      const queue = frame.queue.map(({ lane, words: why }, i) => line(lane, why || `number ${i + 1} in the queue`));
       if (frame.queued > queue.length) queue.push(el("p", "lkr-none", `and ${frame.queued - queue.length} more`));
       find(".lkr-queue").replaceChildren(...(queue.length ? queue : [el("p", "lkr-none", "Nobody waits.")]));
-      const tables = frame.tables.slice(0, 64).map((table) => tableOf(table, doing.get(table[0])));
+      const tables = frame.tables.slice(0, 64).map((table) => tableOf(table, doing.get(table.request)));
       find(".lkr-tables").replaceChildren(...(tables.length ? tables : [el("p", "lkr-none", "All pages are free.")]));
     }
 
-    function line(number, what) {
+    function line(lane, words) {
       const made = el("p", "lkr-line");
-      if (number >= 0) made.append(who(number));
-      made.append(el("span", "", what));
+      if (lane >= 0) made.append(who(lane));
+      made.append(el("span", "", words));
       return made;
     }
 
-    function tableOf([number, computed, blocks], row) {
+    function tableOf({ request, computed, blocks }, row) {
       const made = el("div", "lkr-table"), pages = el("span", "lkr-pages");
-      const drafts = row?.[5] ? `: ${labkit.draftWords(row[5], row[6])}` : "";
-      const did = row ? `${WHAT[row[1]]}, ${count(row[3], "token")}${drafts}` : "no token in this step";
-      made.append(who(number), el("span", "lkr-did", `${did}; ${computed} in the cache`), pages);
+      const drafts = row?.drafted ? `: ${labkit.draftWords(row.drafted, row.accepted)}` : "";
+      const did = row ? `${WHAT[row.kind]}, ${count(row.tokens, "token")}${drafts}` : "no token in this step";
+      made.append(who(request), el("span", "lkr-did", `${did}; ${computed} in the cache`), pages);
       for (const block of blocks.slice(0, 96)) pages.append(el("span", "lkr-page", block));
       if (blocks.length > 96) pages.append(el("span", "lkr-none", `and ${blocks.length - 96} more`));
       return made;

@@ -1,15 +1,16 @@
 // A run that is over, on a clock of steps or of seconds: race and replay both draw it. The data come from
 // `replay_data.py`, which refers to a request by the place of its lane.
 Object.assign(labkit, (() => {
-  // Make packed data ready for drawing: spans become objects, and each step's number gets its place.
-  function unpack({ meta, palette, headline, steps, lanes }) {
+  // Make packed data ready for drawing: each step's number becomes its place in the trace.
+  function unpack(sent) {
+    const { meta, palette, headline, steps, lanes } = labkit.read("ReplayData", sent);
     const place = new Map(steps.step.map((step, i) => [step, i]));
     const data = { meta, palette, headline, steps, place, count: steps.step.length, timed: Boolean(steps.begin),
                    drafting: Boolean(steps.drafted) };
     data.lanes = lanes.map((lane, id) => {
-      const spans = lane.spans.map(([kind, from, to, tokens, drafted, right]) => (
-        { kind, from: placeOf(data, from, 1), to: placeOf(data, to, -1), tokens, drafted, right }));
-      const ends = lane.ends.map(([step, reason]) => ({ at: placeOf(data, step, -1), reason }));
+      const spans = lane.spans.map((span) => (
+        { ...span, from: placeOf(data, span.first, 1), to: placeOf(data, span.last, -1) }));
+      const ends = lane.ends.map(({ step, reason }) => ({ at: placeOf(data, step, -1), reason }));
       return { id, ...lane, spans, ends };
     });
     return data;

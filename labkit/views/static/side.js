@@ -23,7 +23,7 @@ Object.assign(labkit, (() => {
     };
 
     // A line that belongs to a request: pointing at it marks it everywhere, a click selects it.
-    function line(request, label, color, words, extra = "", pick = {}) {
+    function line({ request, label, color }, words, extra = "", pick = {}) {
       const made = part("li", "lk-line"), button = part("button", "lk-line-button");
       button.type = "button";
       button.append(name(label, color), part("span", "lk-words", words));
@@ -36,32 +36,33 @@ Object.assign(labkit, (() => {
       return made;
     }
 
+    // What a line needs of a request that has a lane.
+    const known = (request) => state.lanes.get(request) ?? { request, label: request, color: 0 };
+
     const heading = (words) => part("li", "lk-heading", words);
-    const pages = (blocks) => (blocks.length ? `+ ${labkit.count(blocks.length, "page")}: ${ranges(blocks)}` : "");
+    const more = (blocks) => (blocks.length ? `+ ${labkit.count(blocks.length, "page")}: ${ranges(blocks)}` : "");
+    const preempted = (tense) => (one) => line(one, `preempted: ${tense} ${labkit.count(one.num_blocks, "page")} back`);
+    const total = (rows) => labkit.count(rows.reduce((sum, { tokens }) => sum + tokens, 0), "token");
 
     function showPlan(plan) {
       title.textContent = `Next: step ${plan.step}`;
-      const tokens = plan.rows.reduce((sum, row) => sum + row[5], 0), { max_num_batched_tokens: budget } = state.meta;
       lead.textContent = plan.rows.length
-        ? `Will compute ${labkit.count(tokens, "token")} of a budget of ${budget}, for ` +
+        ? `Will compute ${total(plan.rows)} of a budget of ${state.meta.max_num_batched_tokens}, for ` +
           `${labkit.count(plan.rows.length, "request")}; ${labkit.count(plan.free, "page")} stay free.`
         : "Will compute nothing.";
-      const items = plan.preempted.map(([id, label, color, blocks]) =>
-        line(id, label, color, `preempted: gives ${labkit.count(blocks, "page")} back`));
-      items.push(...plan.ended.map(([id, label, color]) => line(id, label, color, "cancelled")));
+      const items = plan.preempted.map(preempted("gives"));
+      items.push(...plan.ended.map((ended) => line(ended, "cancelled")));
       for (const row of plan.rows) {
-        const shared = plan.shared.find(([id]) => id === row[0]);
-        const found = shared ? `${shared[1]} tokens found in pages ${ranges(shared[2])}` : "";
-        const enters = plan.admitted.includes(row[0]) ? "gets a seat: " : "";
-        const extra = [found, pages(row[6])].filter(Boolean).join("; ");
-        const made = line(row[0], row[1], row[2], enters + labkit.rowWords(row), extra);
-        if (row[9]?.length) made.append(guesses("Drafts to check:", row[9]));
+        const { request, drafts } = row, shared = plan.shared.find((one) => one.request === request);
+        const found = shared ? `${shared.tokens} tokens found in pages ${ranges(shared.blocks)}` : "";
+        const enters = plan.admitted.includes(request) ? "gets a seat: " : "";
+        const extra = [found, more(row.taken)].filter(Boolean).join("; ");
+        const made = line(row, enters + labkit.rowWords(row), extra);
+        if (drafts.length) made.append(draftsOf("Drafts to check:", drafts));
         items.push(made);
       }
       if (plan.queue.length) items.push(heading("Will wait"));
-      for (const [id, label, color] of plan.queue.slice(0, 50)) {
-        items.push(line(id, label, color, labkit.whyWords(state, id)));
-      }
+      for (const one of plan.queue.slice(0, 50)) items.push(line(one, labkit.whyWords(state, one.request)));
       if (plan.evicted) items.push(heading(`${labkit.count(plan.evicted, "cached page")} forgotten to make room`));
       if (plan.held_back) items.push(heading("Drafts"), part("li", "lk-line", plan.held_back));
       list.replaceChildren(...items);
@@ -69,48 +70,45 @@ Object.assign(labkit, (() => {
 
     function showPast(facts) {
       title.textContent = `Step ${facts.step}`;
-      const tokens = facts.rows.reduce((sum, row) => sum + row[5], 0);
-      lead.textContent = `Computed ${labkit.count(tokens, "token")} for ${labkit.count(facts.rows.length, "request")} ` +
+      lead.textContent = `Computed ${total(facts.rows)} for ${labkit.count(facts.rows.length, "request")} ` +
         `in ${labkit.seconds(facts.ms / 1000)}; ${labkit.count(facts.free, "page")} free after it.`;
-      const ends = new Map(facts.ended.map(([id, , , reason]) => [id, reason]));
-      const items = facts.preempted.map(([id, label, color, blocks]) =>
-        line(id, label, color, `preempted: gave ${labkit.count(blocks, "page")} back`));
+      const items = facts.preempted.map(preempted("gave")), { step, blocked, queue } = facts;
       for (const row of facts.rows) {
-        const text = row[6] ? ` → “${row[6]}”` : "", end = ends.has(row[0]) ? ` and ended (${ends.get(row[0])})` : "";
-        const table = facts.tables.find(([id]) => id === row[0]), back = facts.returned?.find(([id]) => id === row[0]);
-        const held = table ? `${labkit.count(table[2].length, "page")}: ${ranges(table[2])}` : "";
-        const given = back ? `; gave back ${ranges(back[1])}, for drafts were wrong` : "";
-        const made = line(row[0], row[1], row[2], labkit.rowWords(row) + text + end, held + given, { step: facts.step });
-        if (row[9]) made.append(guesses("Drafted:", row[9], row[8]));
+        const { request, text, drafts } = row, end = facts.ended.find((one) => one.request === request);
+        const blocks = facts.tables.find((table) => table.request === request)?.blocks;
+        const returned = facts.returned.find((one) => one.request === request);
+        const did = labkit.rowWords(row) + (text ? ` → “${text}”` : "") + (end ? ` and ended (${end.reason})` : "");
+        const held = blocks ? `${labkit.count(blocks.length, "page")}: ${ranges(blocks)}` : "";
+        const back = returned ? `; gave back ${ranges(returned.blocks)}, because drafts were wrong` : "";
+        const made = line(row, did, held + back, { step });
+        if (drafts.length) made.append(draftsOf("Drafted:", drafts, row.accepted));
         items.push(made);
       }
-      if (facts.queue.length) items.push(heading("Waited"));
-      facts.queue.slice(0, 50).forEach(([id, label, color], place) => {
-        const first = facts.blocked && facts.blocked[0] === id ? `first in line: ${facts.blocked[1]}` : "";
-        items.push(line(id, label, color, first || `number ${place + 1} of ${facts.queue.length}`, "", { step: facts.step }));
+      if (queue.length) items.push(heading("Waited"));
+      queue.slice(0, 50).forEach((one, place) => {
+        const first = blocked?.request === one.request ? `first in line: ${blocked.reason}` : "";
+        items.push(line(one, first || `number ${place + 1} of ${queue.length}`, "", { step }));
       });
       if (facts.held_back) items.push(heading("Drafts"), part("li", "lk-line", facts.held_back));
       list.replaceChildren(...items);
     }
 
-    // Drafted tokens, of which so many were right; the others are struck through.
-    function guesses(words, tokens, right = tokens.length) {
+    // Drafted tokens, of which so many were accepted; the others are struck through.
+    function draftsOf(words, tokens, accepted = tokens.length) {
       const made = part("p", "lk-extra lk-guesses", words);
-      tokens.forEach((token, place) => made.append(part(place < right ? "span" : "s", "lk-token", visible(token))));
+      tokens.forEach((token, place) => made.append(part(place < accepted ? "span" : "s", "lk-token", visible(token))));
       return made;
     }
 
-    function showPage(facts) {
+    function showBlock(facts) {
       title.textContent = `Page ${facts.block}`;
-      const owned = facts.owners.length, last = facts.last && `request ${facts.last[0]}, as block ${facts.last[1]}`;
+      const owned = facts.owners.length, last = facts.last && `request ${facts.last.request}, as block ${facts.last.position}`;
       lead.textContent = owned > 1 ? `Shared by ${owned} requests: they begin with the same tokens.`
         : owned ? `Owned by one request.${facts.cached ? " It is full, and in the prefix cache." : ""}`
         : facts.cached ? `Only cached: free to take, but its tokens are still known. Held last by ${last || "nobody"}.`
         : `Free.${last ? ` Held last by ${last}.` : ""}`;
-      const items = facts.owners.map(([id, position, filled]) => {
-        const lane = state.lanes.get(id);
-        const words = `block ${position} of its table, ${filled} of ${state.meta.block_size} tokens filled`;
-        return line(id, lane?.label ?? id, lane?.color ?? 0, words);
+      const items = facts.owners.map(({ request, position, filled }) => {
+        return line(known(request), `block ${position} of its table, ${filled} of ${state.meta.block_size} tokens filled`);
       });
       if (facts.tokens?.length) {
         const row = part("li", "lk-tokens-row");
@@ -124,22 +122,19 @@ Object.assign(labkit, (() => {
       title.textContent = "A step in full";
       lead.textContent = "Pause to see what the next step will do. Or click: a column of the batch shows that step, a " +
         "square of the KV cache shows who has the page and which tokens are in it.";
-      const items = state.queue.slice(0, 50).map((id) => {
-        const lane = state.lanes.get(id);
-        return line(id, lane?.label ?? id, lane?.color ?? 0, labkit.whyWords(state, id));
-      });
+      const items = state.queue.slice(0, 50).map((request) => line(known(request), labkit.whyWords(state, request)));
       if (items.length) items.unshift(heading("Waiting"));
       list.replaceChildren(...items);
     }
 
-    // Show what is to be seen now: `facts` of a past step or of a page, if there are any.
+    // Show the `facts` of a past step or of a block, if there are any, else the plan, else who waits.
     function update(facts, error = "") {
       const key = facts ? JSON.stringify([facts.step, facts.block, facts.owners, facts.tokens])
         : state.plan ? `plan ${state.plan.key}` : `${state.step} ${state.queue.join(" ")}`;
       if (key !== shown) {
         shown = key;
         const top = list.scrollTop;
-        if (facts?.owners) showPage(facts);
+        if (facts?.owners) showBlock(facts);
         else if (facts) showPast(facts);
         else if (state.plan) showPlan(state.plan);
         else showNothing();
@@ -156,14 +151,12 @@ Object.assign(labkit, (() => {
         logged = -1;
         log.replaceChildren();
       }
-      const news = state.events.filter((event) => event.step > logged);
-      if (news.length) logged = news.at(-1).step;
-      for (const event of news) {
-        const { request } = event, lane = state.lanes.get(request), words = labkit.eventWords(event);
-        const made = request
-          ? line(request, lane?.label ?? request, lane?.color ?? 0, words, "", { step: event.step })
-          : part("li", "lk-line lk-alone", words);
-        made.prepend(part("span", "lk-when", String(event.step)));
+      const fresh = state.events.filter((event) => event.step > logged);
+      if (fresh.length) logged = fresh.at(-1).step;
+      for (const event of fresh) {
+        const { request, step } = event, words = labkit.eventWords(event);
+        const made = request ? line(known(request), words, "", { step }) : part("li", "lk-line lk-alone", words);
+        made.prepend(part("span", "lk-when", String(step)));
         made.dataset.kind = event.kind;
         log.prepend(made);
       }
@@ -176,7 +169,7 @@ Object.assign(labkit, (() => {
 
   const visible = (token) => token.replaceAll("\n", "↵") || "·";
 
-  // Page numbers, runs of them as one: 3–5, 9.
+  // Block numbers, a run of them as one: 3–5, 9.
   function ranges(blocks) {
     const runs = [];
     for (const block of blocks) {

@@ -5,11 +5,11 @@ const WATCH = 3000; // ms for which to look on after something happened outside 
 
 // Carries questions to the kernel, one at a time and in order: a kernel that runs a cell answers late.
 function courier(model, waiting) {
-  const name = Math.random().toString(36).slice(2); // several views of one model hear each other's answers
+  const view = Math.random().toString(36).slice(2); // several views of one model get each other's answers
   const log = { sent: 0, answered: 0 };
   let turn = Promise.resolve(), pending = null;
 
-  function hear({ id, answer }) {
+  function receive({ id, answer }) {
     if (!pending || pending.id !== id) return;
     const { resolve, timer } = pending;
     pending = null;
@@ -19,23 +19,23 @@ function courier(model, waiting) {
     resolve(answer);
   }
 
-  function send(deed, question) {
+  function send(name, question) {
     return new Promise((resolve) => {
-      const id = `${name}-${log.sent += 1}`;
+      const id = `${view}-${log.sent += 1}`;
       pending = { id, resolve, timer: setTimeout(() => waiting(true), LATE) };
-      model.send({ id, deed, question });
+      model.send({ id, name, question });
     });
   }
 
-  model.on("msg:custom", hear);
+  model.on("msg:custom", receive);
   return {
     log,
-    ask(deed, question) {
-      const answer = turn.then(() => send(deed, question));
+    ask(name, question) {
+      const answer = turn.then(() => send(name, question));
       turn = answer;
       return answer;
     },
-    stop: () => model.off("msg:custom", hear),
+    stop: () => model.off("msg:custom", receive),
   };
 }
 
@@ -75,28 +75,28 @@ function render({ model, el }) {
 
   // -- questions and answers ----------------------------------------------------------------------
 
-  async function ask(deed, question) {
-    const answer = await post.ask(deed, question);
-    if (deed === "pull" && !answer.pictures) { // this engine is gone: there will be no more news
+  async function ask(name, question) {
+    const answer = await post.ask(name, question);
+    if (name === "pull" && !answer.pictures) { // this engine is gone: there will be no more updates
       message.textContent = answer.error;
       return new Promise(() => {});
     }
-    if (deed === "pull" || deed === "look") return answer;
+    if (name === "pull" || name === "look") return answer;
     message.textContent = answer.error || "";
     panel.hurry();
     return answer;
   }
 
-  // How long until the next question; null ends the asking until somebody does something.
-  function pace(news) {
+  // How long until the next question; null ends the asking until a person does something.
+  function pace(update) {
     const now = performance.now();
-    if (news.pictures.steps?.length && !running) watched = now + WATCH; // somebody steps the engine in a cell
-    running = news.busy;
-    if (running) return news.wait;
+    if (update.pictures.steps?.length && !running) watched = now + WATCH; // somebody steps the engine in a cell
+    running = update.busy;
+    if (running) return update.wait;
     return now < watched ? 500 : null;
   }
 
-  const words = { question: () => ({}), answer: (news) => { message.textContent = news.error || message.textContent; } };
+  const words = { question: () => ({}), answer: (update) => { message.textContent = update.error || message.textContent; } };
   const cards = labkit.cards(find(".lk-cards"), ask);
   const panel = labkit.mount(section, ask, [cards, words], (state, hooks) => {
     return { ...labkit.side(find(".lk-side"), state, hooks), reveal() {} };
@@ -119,7 +119,7 @@ function render({ model, el }) {
 
   // -- when to look -------------------------------------------------------------------------------
 
-  // A cell may have stepped the engine: have a look when somebody comes by, or has run a cell.
+  // A cell may have stepped the engine: look when the pointer comes by, or a cell was run.
   const { signal } = ends;
   function outside(event) {
     if (event.type === "keydown" && event.key !== "Enter") return;
@@ -127,7 +127,7 @@ function render({ model, el }) {
     watched = performance.now() + WATCH;
     setTimeout(panel.hurry, 300); // once the cell is on its way: its turn comes first
   }
-  for (const deed of ["pointerdown", "keydown"]) document.addEventListener(deed, outside, { capture: true, signal });
+  for (const type of ["pointerdown", "keydown"]) document.addEventListener(type, outside, { capture: true, signal });
   root.addEventListener("pointerenter", panel.hurry, { signal });
   const sight = new IntersectionObserver((entries) => {
     if (!entries.at(-1).isIntersecting) return;

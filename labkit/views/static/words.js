@@ -1,4 +1,4 @@
-// What the pictures show, in words. Plain functions from the state to text; nobody here touches the page.
+// What the pictures show, in words. Plain functions from the state to text; nothing here touches the page.
 Object.assign(labkit, (() => {
   const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 
@@ -12,7 +12,7 @@ Object.assign(labkit, (() => {
     return facts.filter(Boolean).join(" · ");
   }
 
-  // The pictures in a sentence or two: what they show, for those who do not see them.
+  // The pictures in a sentence or two, for people who do not see them.
   function summary(state) {
     const now = labkit.latest(state), { meta } = state;
     const pool = count(meta.num_blocks, "page");
@@ -20,18 +20,18 @@ Object.assign(labkit, (() => {
     if (!now && state.busy) return `The first step is being computed. ${pool} of ${size}; ${seats}.`;
     if (!now) return `Idle. ${pool} of ${size}, all free; ${seats}.`;
     const counts = { free: 0, cached: 0, owned: 0, shared: 0 };
-    for (let block = 0; block < meta.num_blocks; block++) counts[labkit.pageKind(state, block)] += 1;
+    for (let block = 0; block < meta.num_blocks; block++) counts[labkit.blockKind(state, block)] += 1;
     const used = counts.owned + counts.shared;
     const people = `${state.tables.length} running, ${now.waiting} waiting`;
     const parts = [`Step ${now.step}: ${people}, ${used} of ${pool} in use`];
     if (counts.shared) parts.push(`${counts.shared} shared`);
     if (counts.cached) parts.push(`${counts.cached} cached`);
-    const why = now.blocked ? ` Request ${now.blocked[0]} waits: ${now.blocked[1]}.` : "";
+    const why = now.blocked ? ` Request ${now.blocked.request} waits: ${now.blocked.reason}.` : "";
     return `${parts.join(", ")}.${why}`;
   }
 
-  function pageWords(state, block, tokens = null) {
-    const kind = labkit.pageKind(state, block), owners = labkit.ownersAt(state, block);
+  function blockWords(state, block, tokens = null) {
+    const kind = labkit.blockKind(state, block), owners = labkit.ownersAt(state, block);
     const size = state.meta.block_size, next = state.past ? undefined : state.plan?.taken.get(block);
     const lines = [`Block ${block}: ${kind === "cached" ? "cached and free" : kind}`];
     for (const { request, position } of owners.slice(0, 6)) {
@@ -42,30 +42,30 @@ Object.assign(labkit, (() => {
     if (owners.length) lines.push(`${filled} of ${count(size, "token")} filled`);
     const until = owners.length ? "" : " until someone needs the page";
     if (labkit.isCached(state, block)) lines.push(`in the prefix cache${until}`);
-    if (next) lines.push(`the next step gives it to request ${next[0]}`);
+    if (next) lines.push(`the next step gives it to request ${next.request}`);
     if (tokens) lines.push(`“${tokens.join("").replace(/\s+/g, " ").trim()}”`);
     return lines;
   }
 
   function laneWords(state, lane, step) {
-    const lines = [`Request ${lane.id}, step ${step}`];
+    const lines = [`Request ${lane.request}, step ${step}`];
     for (const span of lane.spans) {
-      if (step < span.from || step > span.to) continue;
-      const steps = span.from === span.to ? "" : ` since step ${span.from}`;
+      if (step < span.first || step > span.last) continue;
+      const steps = span.first === span.last ? "" : ` since step ${span.first}`;
       const tokens = count(span.tokens, "token");
       if (span.kind === "p") lines.push(`prefill: ${tokens} at once`);
       if (span.kind === "c") lines.push(`a chunk of its prefill: ${tokens}${steps}`);
-      const { drafted, right } = span;
-      if (drafted) lines.push(`decode, ${tokens} computed${steps}: ${labkit.draftWords(drafted, right)}`);
+      const { drafted, accepted } = span;
+      if (drafted) lines.push(`decode, ${tokens} computed${steps}: ${labkit.draftWords(drafted, accepted)}`);
       else if (span.kind === "d") lines.push(`decode: ${tokens}${steps}`);
       if (span.kind === "i") lines.push(`idle: holds a seat, computes nothing${steps}`);
       if (span.kind === "x") lines.push(`preempted: gave ${count(span.tokens, "page")} back`);
       if (span.kind === "w") lines.push(`waiting${steps}`);
     }
     const blocked = state.steps.find((row) => row.step === step)?.blocked;
-    if (step === state.step) lines.push(...[whyWords(state, lane.id)].filter(Boolean));
-    else if (blocked && blocked[0] === lane.id) lines.push(`because ${blocked[1]}`);
-    if (lane.prompt) lines.push(`prompt of ${count(lane.prompt, "token")}`);
+    if (step === state.step) lines.push(...[whyWords(state, lane.request)].filter(Boolean));
+    else if (blocked?.request === lane.request) lines.push(`because ${blocked.reason}`);
+    if (lane.prompt_tokens) lines.push(`prompt of ${count(lane.prompt_tokens, "token")}`);
     if (lane.ended >= 0 && step >= lane.ended) lines.push(`ended in step ${lane.ended}: ${lane.reason}`);
     return lines;
   }
@@ -75,7 +75,7 @@ Object.assign(labkit, (() => {
     if (place < 0) return [];
     const row = state.steps[place], rate = labkit.rates(state.steps)[place];
     const used = labkit.percent(row.used / state.meta.num_blocks);
-    const drafts = row.drafted ? `: ${labkit.draftWords(row.drafted, row.right)}` : "";
+    const drafts = row.drafted ? `: ${labkit.draftWords(row.drafted, row.accepted)}` : "";
     return [
       `Step ${step}: ${(row.seconds * 1000).toPrecision(3)} ms`,
       `${count(row.computed, "token")} computed, ${row.sampled} generated${drafts}`,
@@ -90,14 +90,14 @@ Object.assign(labkit, (() => {
   function whyWords(state, id) {
     const { plan } = state;
     if (plan) {
-      const row = plan.rows.find((entry) => entry[0] === id);
-      const queue = plan.queue.map((entry) => entry[0]);
-      if (row && !state.tables.some(([name]) => name === id)) return `The next step lets it in: ${rowWords(row)}.`;
-      if (plan.preempted.some(([name]) => name === id)) return "The next step takes its pages: older requests need them.";
+      const row = plan.rows.find(({ request }) => request === id);
+      const queue = plan.queue.map(({ request }) => request);
+      if (row && !state.tables.some(({ request }) => request === id)) return `The next step lets it in: ${rowWords(row)}.`;
+      if (plan.preempted.some(({ request }) => request === id)) return "The next step takes its pages: older requests need them.";
       if (row) return "";
       return waits(state, id, queue, plan.blocked);
     }
-    if (state.tables.some(([name]) => name === id)) return "";
+    if (state.tables.some(({ request }) => request === id)) return "";
     return waits(state, id, state.queue, labkit.latest(state)?.blocked);
   }
 
@@ -106,8 +106,8 @@ Object.assign(labkit, (() => {
     const place = queue.indexOf(id);
     if (place < 0) return "";
     const lost = state.lanes.get(id)?.spans.findLast((span) => span.kind === "x");
-    const before = lost ? `Preempted in step ${lost.from}: its ${count(lost.tokens, "page")} went to older requests. ` : "";
-    const [head, reason] = blocked || [queue[0], "the next step decides"];
+    const before = lost ? `Preempted in step ${lost.first}: its ${count(lost.tokens, "page")} went to older requests. ` : "";
+    const { request: head, reason } = blocked ?? { request: queue[0], reason: "the next step decides" };
     if (id === head) return `${before}Waits, first in line: ${reason}.`;
     return `${before}Waits, number ${place + 1} of ${queue.length}. Request ${head} is before it: ${reason}.`;
   }
@@ -115,9 +115,9 @@ Object.assign(labkit, (() => {
   const KINDS = { p: "prefill", c: "chunk", d: "decode", i: "idle" };
 
   // What a row of a batch computes.
-  function rowWords([, , , kind, start, tokens, , drafted, right]) {
+  function rowWords({ kind, start, tokens, drafted, accepted }) {
     if (kind === "i") return "idle";
-    const drafts = drafted ? `: ${labkit.draftWords(drafted, right)}` : "";
+    const drafts = drafted ? `: ${labkit.draftWords(drafted, accepted)}` : "";
     return `${KINDS[kind]}, ${count(tokens, "token")}${kind === "c" ? ` from ${start} on` : ""}${drafts}`;
   }
 
@@ -129,7 +129,7 @@ Object.assign(labkit, (() => {
     if (kind === "preempt") return `is preempted: gives ${count(first, "page")} back`;
     if (kind === "evict") return `${count(first, "cached page")} forgotten to make room`;
     if (kind === "hold") return word;
-    if (kind === "return") return `gives ${count(first, "page")} back, for its drafts were wrong`;
+    if (kind === "return") return `gives ${count(first, "page")} back, because its drafts were wrong`;
     if (kind === "abort") return first ? `is cancelled, and gives ${count(first, "page")} back` : "is cancelled";
     return `ends (${word}), and gives ${count(first, "page")} back`;
   }
@@ -138,12 +138,12 @@ Object.assign(labkit, (() => {
 
   const median = (values) => [...values].sort((a, b) => a - b)[values.length >> 1];
 
-  // What it cost the others that a request joined a batch which was running, from the steps before, in which its
-  // prompt was read, and since; "" if it joined nobody, or too little is known. Of the latest, if `id` is not given.
+  // What it cost the others that a request (without `id`, the latest) joined a running batch: from the steps before it
+  // came, those in which its prompt was read, and those since. "" if it joined no others, or too little is known.
   function joinWords(state, id) {
     const reads = (span) => span.kind === "p" || span.kind === "c", reading = new Set();
     for (const { spans } of state.lanes.values()) {
-      for (const { from, to } of spans.filter(reads)) for (let step = from; step <= to; step++) reading.add(step);
+      for (const { first, last } of spans.filter(reads)) for (let step = first; step <= last; step++) reading.add(step);
     }
     const lanes = id === undefined ? [...state.lanes.values()].reverse() : [state.lanes.get(id)].filter(Boolean);
     for (const lane of lanes) {
@@ -158,7 +158,7 @@ Object.assign(labkit, (() => {
     if (!start || !reads(start)) return "";
     const parts = [];
     for (let i = first; lane.spans[i] && reads(lane.spans[i]); i++) parts.push(lane.spans[i]);
-    const end = parts.at(-1).to, { steps } = state, place = steps.findIndex((row) => row.step === start.from);
+    const end = parts.at(-1).last, { steps } = state, place = steps.findIndex((row) => row.step === start.first);
     // Steps of one size beside it, up to eight, in which nobody's prompt was read.
     const calm = (from, move) => {
       const found = [];
@@ -169,17 +169,17 @@ Object.assign(labkit, (() => {
       return found;
     };
     const before = place > 0 ? calm(place - 1, -1) : [];
-    const came = [...state.lanes.values()].filter((other) => other.spans.some((span) => span.from === start.from && reads(span)));
+    const came = [...state.lanes.values()].filter((other) => other.spans.some((span) => span.first === start.first && reads(span)));
     const others = (steps[place]?.running ?? 0) - came.length;
     if (before.length < 3 || others < 1) return "";
-    const during = steps.filter((row) => row.step >= start.from && row.step <= end);
+    const during = steps.filter((row) => row.step >= start.first && row.step <= end);
     const after = steps.findIndex((row) => row.step > end), since = after < 0 ? [] : calm(after, 1);
     const exact = (value) => (value < 0.01 ? `${(1000 * value).toPrecision(2)} ms` : seconds(value));
     const length = (rows) => exact(median(rows.map((row) => row.seconds)));
     const rate = (rows) => labkit.short(rows.reduce((sum, row) => sum + row.sampled, 0) / rows.reduce((sum, row) => sum + row.seconds, 0));
     const tokens = parts.reduce((sum, span) => sum + span.tokens, 0);
     const took = during.length > 1 ? `took ${during.length} steps, of ${length(during)} each` : `made that step ${length(during)} long`;
-    const story = `Request ${lane.id} joined ${count(others, "other")} in step ${start.from}. Reading its prompt (${count(tokens, "token")}) `
+    const story = `Request ${lane.request} joined ${count(others, "other")} in step ${start.first}. Reading its prompt (${count(tokens, "token")}) `
       + `${took}, instead of ${length(before)}.`;
     if (since.length < 3) return story;
     return `${story} Since then each waits ${length(since)} for a token (${length(before)} before), and all together `
@@ -202,5 +202,5 @@ Object.assign(labkit, (() => {
     };
   }
 
-  return { seconds, settings, summary, pageWords, laneWords, meterWords, whyWords, rowWords, eventWords, numberWords, joinWords, count };
+  return { seconds, settings, summary, blockWords, laneWords, meterWords, whyWords, rowWords, eventWords, numberWords, joinWords, count };
 })());

@@ -6,17 +6,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-import pytest
-
-from labkit.models.load import LoadedModel, load_model
+from labkit.models.load import LoadedModel
 from labkit.page.race.explain import verdict
 from labkit.page.race.run import Race, run_race
 from labkit.page.race.workloads import CHUNKED, COURSES, RESERVED, SETTINGS, SPECULATION, WHOLE
-
-
-@pytest.fixture(scope="module")
-def model() -> LoadedModel:
-    return load_model("tiny-random", say=None)
 
 
 def race(model: LoadedModel, course: str, names: Sequence[str]) -> Race:
@@ -36,7 +29,7 @@ def test_static_against_continuous(model: LoadedModel) -> None:
     assert (
         f"took {static.steps} steps ({static.seconds:.1f} s), continuous {continuous.steps} steps (" in seen
     )
-    # A batch of six runs as long as its longest answer: whoever is done before stands idle.
+    # A batch of six runs as long as its longest answer: requests that are done before stand idle.
     lengths = [answer for _, _, answer in COURSES["uneven"].jobs]
     batches = [lengths[:6], lengths[6:]]
     assert sum(max(batch) for batch in batches) == static.steps

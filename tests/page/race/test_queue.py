@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
-from labkit.models.load import LoadedModel, load_model
+from labkit.models.load import LoadedModel
 from labkit.page.race import queue
 from labkit.page.race.queue import BusyError, RaceTrack
-from labkit.page.race.run import Progress, RaceCancelled, RaceError
 from labkit.page.race.workloads import COURSES
 from labkit.trace.trace import Trace
+from tests.page.race.slow_race import SlowRace
+from tests.waiting import wait_for
 
 THREE = ["naive", "static", "continuous"]
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
-
-
-@pytest.fixture(scope="module")
-def model() -> LoadedModel:
-    return load_model("tiny-random", say=None)
 
 
 @pytest.fixture
@@ -40,22 +26,6 @@ def kept() -> dict[str, Trace]:
 @pytest.fixture
 def track(model: LoadedModel, kept: dict[str, Trace]) -> RaceTrack:
     return RaceTrack(model, kept.__setitem__)
-
-
-class SlowRace:
-    """Takes the place of a race: it is at 40% until it is let go or cancelled."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
-        self.go = threading.Event()
-        self.error = error or RaceError("static: no")
-        monkeypatch.setattr(queue, "run_race", self)
-
-    def __call__(self, *_: Any, progress: Callable[[Progress], None], cancelled: Callable[[], bool]) -> None:
-        progress(Progress("static", 1, 3, 17, 5, 12, 0.4))
-        while not self.go.wait(0.01):
-            if cancelled():
-                raise RaceCancelled("stopped in static, after 17 steps")
-        raise self.error
 
 
 def test_a_race_from_start_to_cards(track: RaceTrack, kept: dict[str, Trace]) -> None:

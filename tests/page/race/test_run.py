@@ -9,7 +9,7 @@ import pytest
 
 from labkit.core.request import Request
 from labkit.engine import Engine
-from labkit.models.load import LoadedModel, load_model
+from labkit.models.load import LoadedModel
 from labkit.page.race.run import (
     MAX_ANSWER,
     MAX_PROMPT,
@@ -32,11 +32,6 @@ from labkit.trace.records import TraceMeta
 from labkit.trace.trace import Trace
 
 THREE = [SETTINGS[name] for name in ("naive", "static", "continuous")]
-
-
-@pytest.fixture(scope="module")
-def model() -> LoadedModel:
-    return load_model("tiny-random", say=None)
 
 
 def small(**fields) -> Workload:

@@ -10,18 +10,13 @@ import gradio as gr
 import pytest
 from tabs import Looker, browser, served  # noqa: F401
 
-from labkit.models.load import LoadedModel, load_model
+from labkit.models.load import LoadedModel
 from labkit.page.race.tab import build_race_tab
 from labkit.page.race.workloads import COURSES, SETTINGS
 from labkit.trace.trace import Trace
-from tests.page.race.test_queue import SlowRace
+from tests.page.race.slow_race import SlowRace
 
 KEPT: dict[str, Trace] = {}
-
-
-@pytest.fixture(scope="module")
-def model() -> LoadedModel:
-    return load_model("tiny-random", say=None)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
-// The live pictures: a state, what to do with a snapshot, and how to draw. Plain functions over a canvas
-// context, so that a web page and a notebook can share them; nothing here knows where snapshots come from.
+// The live pictures: a state, what to do with new pictures, and how to draw. Plain functions over a canvas context,
+// which a web page and a notebook share; nothing here knows where the pictures come from.
 const labkit = (() => {
   const GUTTER = 46; // left of all pictures: names and scales
   const RIGHT = 6;
@@ -8,7 +8,20 @@ const labkit = (() => {
 
   // -- state --------------------------------------------------------------------------------------
 
-  // `plan` is the next step while the engine is paused, `past` a step that somebody looks back at, `hover` and
+  // Rows travel as arrays. `WIRE`, which `wire.py` makes, has the names of their fields: read them as objects. `kind`
+  // is the name of a row or a message, or a list that holds the name of a row, for several of those.
+  function read(kind, sent) {
+    if (!kind || sent == null) return sent;
+    if (Array.isArray(kind)) return sent.map((row) => read(kind[0], row));
+    const named = {};
+    Object.entries(WIRE[kind]).forEach(([field, inner], place) => {
+      const value = Array.isArray(sent) ? sent[place] : sent[field];
+      if (value !== undefined) named[field] = read(inner, value);
+    });
+    return named;
+  }
+
+  // `plan` is the next step while the engine is paused, `past` a step that is looked back at, `hover` and
   // `selected` what the pointer is on and what was clicked: { request, block, step }, each if there is one.
   function createState() {
     return { feed: "", step: -1, meta: null, speculative: "", palette: [], window: 200, tables: [], owners: new Map(),
@@ -16,56 +29,49 @@ const labkit = (() => {
              numbers: {}, busy: false, plan: null, past: null, mine: new Set(), hover: {}, selected: {}, drawn: -1, frames: 0 };
   }
 
-  // Take in a snapshot: all there is (`full`), or what is new since the last one.
-  function apply(state, snapshot) {
-    if (snapshot.full) {
-      const { meta, palette, window, feed, speculative = "" } = snapshot;
+  // Take in all pictures (`full`), or what is new since the last ones. Returns whether there was anything new.
+  function apply(state, sent) {
+    const pictures = read("Pictures", sent);
+    if (pictures.full) {
+      const { meta, palette, window, feed, speculative = "" } = pictures;
       if (feed !== state.feed) Object.assign(state, { plan: null, past: null, hover: {}, selected: {} });
       Object.assign(state, { feed, meta, palette, window, speculative, lanes: new Map(), steps: [], events: [], step: -1 });
     }
-    state.step = snapshot.step;
-    if (!snapshot.steps) return false;
-    state.cached = unpack(snapshot.cached);
-    state.queue = snapshot.queue;
-    state.held = new Map(snapshot.held);
-    state.numbers = snapshot.numbers;
-    for (const [step, kind, request, first, second, word] of snapshot.events) {
-      state.events.push({ step, kind, request, first, second, word });
-    }
+    state.step = pictures.step;
+    if (!pictures.steps) return false;
+    const { cached, queue, held, numbers, tables } = pictures;
+    Object.assign(state, { queue, numbers, tables, cached: bitsOf(cached), owners: ownersOf(tables, state.meta.block_size) });
+    state.held = new Map(held.map(({ request, parent }) => [request, parent]));
+    state.events.push(...pictures.events);
     state.events.splice(0, state.events.length - EVENTS);
-    state.tables = snapshot.tables;
-    state.owners = ownersOf(snapshot.tables, state.meta.block_size);
-    for (const row of snapshot.steps) {
-      const [step, seconds, sampled, computed, used, running, waiting, blocked, wasted, drafted, right] = row;
-      state.steps.push({ step, seconds, sampled, computed, used, running, waiting, blocked, wasted, drafted, right });
-    }
+    state.steps.push(...pictures.steps);
     state.steps.splice(0, state.steps.length - state.window);
-    for (const lane of snapshot.lanes) mergeLane(state, lane);
+    for (const lane of pictures.lanes) mergeLane(state, lane);
     const horizon = state.steps.length ? state.steps[0].step : 0;
     for (const [id, lane] of state.lanes) if (lane.ended >= 0 && lane.ended < horizon) state.lanes.delete(id);
     return true;
   }
 
-  const unpack = (text) => Uint8Array.from(atob(text), (char) => char.charCodeAt(0)); // a bit for each page
+  const bitsOf = (text) => Uint8Array.from(atob(text), (char) => char.charCodeAt(0)); // a bit for each block
 
-  // Look back at a step: its pages are drawn instead of those of now. Null ends it.
+  // Look back at a step: its blocks are drawn instead of the present ones. Null ends it.
   function lookBack(state, facts) {
     state.past = facts && {
-      step: facts.step, cached: unpack(facts.cached), tables: facts.tables,
+      step: facts.step, cached: bitsOf(facts.cached), tables: facts.tables,
       owners: ownersOf(facts.tables, state.meta.block_size),
     };
   }
 
-  // The step to come; its new pages by block. Null when there is none.
-  function lookAhead(state, plan) {
-    state.plan = plan && { ...plan, taken: new Map() };
-    for (const row of plan ? plan.rows : []) for (const block of row[6]) state.plan.taken.set(block, row);
+  // Take in the step to come, and which row of it takes which new block. Without a plan there is none.
+  function lookAhead(state, key, sent) {
+    state.plan = sent ? { ...read("Plan", sent), key, taken: new Map() } : null;
+    for (const row of state.plan?.rows ?? []) for (const block of row.taken) state.plan.taken.set(block, row);
   }
 
-  // Which request has which page, where in its block table, and how many tokens the page holds.
+  // Which request has which block, where in its block table, and how many tokens lie in it.
   function ownersOf(tables, blockSize) {
     const owners = new Map();
-    for (const [request, computed, blocks] of tables) {
+    for (const { request, computed, blocks } of tables) {
       blocks.forEach((block, position) => {
         const filled = Math.max(0, Math.min(blockSize, computed - position * blockSize));
         if (!owners.has(block)) owners.set(block, []);
@@ -75,34 +81,35 @@ const labkit = (() => {
     return owners;
   }
 
-  function mergeLane(state, [id, label, color, arrived, prompt, ended, reason, spans]) {
-    let lane = state.lanes.get(id);
-    if (!lane || lane.arrived !== arrived) {
-      lane = { id, label, color, arrived, prompt, spans: [] };
-      state.lanes.delete(id);
-      state.lanes.set(id, lane);
+  function mergeLane(state, part) {
+    let lane = state.lanes.get(part.request);
+    if (!lane || lane.arrived !== part.arrived) {
+      lane = { ...part, spans: [] };
+      state.lanes.delete(lane.request);
+      state.lanes.set(lane.request, lane);
     }
-    Object.assign(lane, { ended, reason });
-    for (const [kind, from, to, tokens, drafted, right] of spans) {
-      const known = lane.spans.find((span) => span.from === from && span.kind === kind);
-      if (known) Object.assign(known, { to, tokens, drafted, right });
-      else lane.spans.push({ kind, from, to, tokens, drafted, right });
+    lane.ended = part.ended;
+    lane.reason = part.reason;
+    for (const span of part.spans) {
+      const known = lane.spans.find(({ first, kind }) => first === span.first && kind === span.kind);
+      if (known) Object.assign(known, span);
+      else lane.spans.push(span);
     }
     const horizon = state.step - state.window;
-    while (lane.spans.length && lane.spans[0].to < horizon) lane.spans.shift();
+    while (lane.spans.length && lane.spans[0].last < horizon) lane.spans.shift();
   }
 
-  const shown = (state) => state.past || state; // whose pages are drawn
+  const shown = (state) => state.past || state; // whose blocks are drawn
   const ownersAt = (state, block) => shown(state).owners.get(block) || [];
   const isCached = (state, block) => ((shown(state).cached[block >> 3] >> (block & 7)) & 1) === 1;
   const focusOf = (state) => state.hover.request ?? state.selected.request;
   const colorOf = (state, theme, id) => theme.palette[state.lanes.get(id)?.color ?? 0];
-  const shareOf = ({ drafted, right }) => (drafted ? right / drafted : undefined); // of a span's drafts that were right
-  // What became of drafts, in words; nothing is known of them before their step.
-  const draftWords = (drafted, right) => `${drafted} drafted${right == null ? "" : `, ${right} of them right`}`;
+  const shareOf = ({ drafted, accepted }) => (drafted ? accepted / drafted : undefined); // of a span's drafts
+  // What became of drafts, in words; before their step nothing is known of that.
+  const draftWords = (drafted, accepted) => `${drafted} drafted${accepted == null ? "" : `, ${accepted} of them right`}`;
   const latest = (state) => state.steps[state.steps.length - 1];
 
-  function pageKind(state, block) {
+  function blockKind(state, block) {
     const owners = ownersAt(state, block);
     if (owners.length) return owners.length > 1 ? "shared" : "owned";
     return isCached(state, block) ? "cached" : "free";
@@ -113,12 +120,12 @@ const labkit = (() => {
   // Colours come from CSS variables, so that the page's light and dark themes reach the canvas.
   function themeOf(element, state) {
     const css = getComputedStyle(element);
-    const read = (name) => css.getPropertyValue(`--lk-${name}`).trim();
+    const variable = (name) => css.getPropertyValue(`--lk-${name}`).trim();
     const theme = { hatches: new Map(), font: `11px ${css.fontFamily}`, bold: `600 11px ${css.fontFamily}` };
     for (const name of ["ink", "muted", "line", "paper", "free", "cached", "waiting", "usage"]) {
-      theme[name] = read(name);
+      theme[name] = variable(name);
     }
-    const lift = Number(read("lift")) || 0; // towards white, where the page is dark
+    const lift = Number(variable("lift")) || 0; // towards white, where the page is dark
     theme.palette = state.palette.map((hex) => mix(hex, lift));
     return theme;
   }
@@ -179,10 +186,10 @@ const labkit = (() => {
     ctx.fillText(words, x, y);
   }
 
-  // -- pages --------------------------------------------------------------------------------------
+  // -- blocks -------------------------------------------------------------------------------------
 
   // The largest square cells with which the whole pool fits.
-  function pageGrid(state, width, height) {
+  function blockGrid(state, width, height) {
     const total = state.meta.num_blocks, room = width - GUTTER - RIGHT;
     const fits = [];
     for (let columns = 8; columns <= 1024; columns += columns < 64 ? 8 : 16) {
@@ -196,28 +203,28 @@ const labkit = (() => {
   }
 
   // How high the picture is when it may be `most` high.
-  function pagesHeight(state, width, most) {
-    const grid = pageGrid(state, width, most);
+  function blocksHeight(state, width, most) {
+    const grid = blockGrid(state, width, most);
     return Math.ceil(grid.rows * grid.size) + 2;
   }
 
-  function drawPages(ctx, state, theme, width, height) {
-    const grid = pageGrid(state, width, height), box = grid.size - grid.gap;
+  function drawBlocks(ctx, state, theme, width, height) {
+    const grid = blockGrid(state, width, height), box = grid.size - grid.gap;
     ctx.font = theme.font;
     const every = Math.max(1, Math.ceil(14 / grid.size));
     for (let row = 0; row < grid.rows; row += every) {
       text(ctx, row * grid.columns, GUTTER - 8, grid.top + row * grid.size + box / 2, theme.muted, "right");
     }
-    const focus = shown(state).tables.find(([request]) => request === focusOf(state))?.[0];
+    const focus = shown(state).tables.find(({ request }) => request === focusOf(state))?.request;
     for (let block = 0; block < state.meta.num_blocks; block++) {
       const x = grid.left + (block % grid.columns) * grid.size;
       const y = grid.top + Math.floor(block / grid.columns) * grid.size;
       const owners = ownersAt(state, block);
       ctx.globalAlpha = focus === undefined || owners.some((owner) => owner.request === focus) ? 1 : 0.22;
-      drawPage(ctx, state, theme, x, y, box, pageKind(state, block), owners);
+      drawBlock(ctx, state, theme, x, y, box, blockKind(state, block), owners);
       ctx.globalAlpha = 1;
       const next = state.past ? undefined : state.plan?.taken.get(block);
-      if (next) promise(ctx, x, y, box, box, theme.palette[next[2]]);
+      if (next) promise(ctx, x, y, box, box, theme.palette[next.color]);
       if (block === state.hover.block || block === state.selected.block) {
         outline(ctx, x - 1, y - 1, box + 2, box + 2, theme.ink, 2);
       }
@@ -231,7 +238,7 @@ const labkit = (() => {
     ctx.setLineDash([]);
   }
 
-  function drawPage(ctx, state, theme, x, y, size, kind, owners) {
+  function drawBlock(ctx, state, theme, x, y, size, kind, owners) {
     if (kind === "free") {
       if (size >= 8) outline(ctx, x, y, size, size, theme.free, 1);
       else box(ctx, x, y, size, size, theme.free);
@@ -269,7 +276,7 @@ const labkit = (() => {
   }
 
   function blockAt(state, width, height, x, y) {
-    const grid = pageGrid(state, width, height);
+    const grid = blockGrid(state, width, height);
     const column = Math.floor((x - grid.left) / grid.size), row = Math.floor((y - grid.top) / grid.size);
     const block = row * grid.columns + column;
     return column >= 0 && column < grid.columns && row >= 0 && block < state.meta.num_blocks ? block : undefined;
@@ -278,7 +285,8 @@ const labkit = (() => {
   // -- the clock: steps from left to right, the same in timeline and meters -------------------------
 
   function clock(state, width) {
-    const room = width - GUTTER - RIGHT, last = state.plan ? state.plan.step : state.step, oldest = state.steps.length ? state.steps[0].step : 0;
+    const room = width - GUTTER - RIGHT, last = state.plan ? state.plan.step : state.step;
+    const oldest = state.steps.length ? state.steps[0].step : 0;
     const most = Math.min(state.window, Math.max(60, Math.floor(room / 3.5)));
     const count = Math.max(60, Math.min(most, last - oldest + 1));
     const first = Math.max(oldest, last - count + 1), pitch = room / count;
@@ -329,16 +337,16 @@ const labkit = (() => {
     const labelEvery = Math.ceil(11 / rows.pitch);
     rows.shown.forEach((lane, row) => {
       const focus = focusOf(state);
-      ctx.globalAlpha = focus === undefined || focus === lane.id ? 1 : 0.22;
+      ctx.globalAlpha = focus === undefined || focus === lane.request ? 1 : 0.22;
       const y = row * rows.pitch, middle = y + rows.pitch / 2;
-      if (row % labelEvery === 0 || focus === lane.id) {
-        const mine = state.mine.has(lane.id);
+      if (row % labelEvery === 0 || focus === lane.request) {
+        const mine = state.mine.has(lane.request);
         ctx.font = mine ? theme.bold : theme.font;
         text(ctx, lane.label, GUTTER - 8, Math.max(6, middle), mine ? theme.ink : theme.muted, "right");
       }
       const tall = rows.pitch - (rows.pitch > 8 ? 3 : 1);
       drawLane(ctx, theme, lane, time, y + 0.5, tall);
-      const next = state.plan?.rows.find((entry) => entry[0] === lane.id);
+      const next = state.plan?.rows.find(({ request }) => request === lane.request);
       if (next) drawNext(ctx, theme, next, time.x(state.plan.step), y + 0.5, Math.max(7, time.pitch), tall);
     });
     ctx.globalAlpha = 1;
@@ -349,26 +357,26 @@ const labkit = (() => {
   function drawLane(ctx, theme, lane, time, y, height) {
     const color = theme.palette[lane.color];
     for (const span of lane.spans) {
-      if (span.to < time.first) continue;
-      const from = Math.max(span.from, time.first), x = time.x(from);
-      drawSpan(ctx, theme, span.kind, color, x, y, (span.to - from + 1) * time.pitch, height, shareOf(span));
+      if (span.last < time.first) continue;
+      const first = Math.max(span.first, time.first), x = time.x(first);
+      drawSpan(ctx, theme, span.kind, color, x, y, (span.last - first + 1) * time.pitch, height, shareOf(span));
     }
     if (lane.ended >= time.first) box(ctx, time.x(lane.ended + 1) - 1, y, 2, height, theme.ink);
   }
 
   // What a request will do in the next step: its shape, pale, in a dashed frame.
-  function drawNext(ctx, theme, [, , index, kind, , , , drafted], x, y, width, height) {
+  function drawNext(ctx, theme, { color, kind, drafted }, x, y, width, height) {
     const alpha = ctx.globalAlpha;
     ctx.globalAlpha = alpha * 0.45;
-    drawSpan(ctx, theme, kind, theme.palette[index], x, y, width, height, drafted && 0);
+    drawSpan(ctx, theme, kind, theme.palette[color], x, y, width, height, drafted ? 0 : undefined);
     ctx.globalAlpha = alpha;
-    promise(ctx, x, y, width, height, theme.palette[index]);
+    promise(ctx, x, y, width, height, theme.palette[color]);
   }
 
   // The shape says what: a block for prefill, hatched for a chunk, a bar for decode, hollow for idle, dots
-  // for waiting, a cross for a preemption, stripes along a bar for drafts, of which so large a share was `right`. The
-  // colour says whose.
-  function drawSpan(ctx, theme, kind, color, x, y, width, height, right) {
+  // for waiting, a cross for a preemption, stripes along a bar for drafts, as solid as the share that was `accepted`.
+  // The colour says whose.
+  function drawSpan(ctx, theme, kind, color, x, y, width, height, accepted) {
     const middle = y + height / 2;
     if (kind === "p") box(ctx, x, y, Math.max(2, width - 0.5), height, color);
     else if (kind === "c") {
@@ -376,7 +384,7 @@ const labkit = (() => {
       outline(ctx, x, y, Math.max(2, width - 0.5), height, color, 1);
     } else if (kind === "d") {
       box(ctx, x, y + height * 0.3, width, Math.max(1.5, height * 0.4), color);
-      if (right !== undefined) drawDrafts(ctx, color, x, y, width, height, right);
+      if (accepted !== undefined) drawDrafts(ctx, color, x, y, width, height, accepted);
     } else if (kind === "drafts") {
       drawSpan(ctx, theme, "d", color, x, y, width, height, 0.5); // in a legend
     } else if (kind === "i") {
@@ -399,10 +407,10 @@ const labkit = (() => {
     }
   }
 
-  // Stripes above and beneath the bar: pale, and solid as far outwards as drafts were right.
-  function drawDrafts(ctx, color, x, y, width, height, right) {
+  // Stripes above and below the bar: pale, and solid as far outwards as drafts were accepted.
+  function drawDrafts(ctx, color, x, y, width, height, accepted) {
     const alpha = ctx.globalAlpha;
-    for (const [share, strength] of [[1, 0.3], [Math.min(1, right), 1]]) {
+    for (const [share, strength] of [[1, 0.3], [Math.min(1, accepted), 1]]) {
       const stripe = height * 0.2 * share;
       ctx.globalAlpha = alpha * strength;
       box(ctx, x, y + height * 0.24 - stripe, width, stripe, color);
@@ -416,7 +424,7 @@ const labkit = (() => {
     return y < height - AXIS ? rows.shown[Math.floor(y / rows.pitch)] : undefined;
   }
 
-  return { GUTTER, RIGHT, createState, apply, lookBack, lookAhead, themeOf, context, pagesHeight, drawPages, drawPage,
-           drawTimeline, drawSpan, promise, clock, crosshair, box, text, hatch, blockAt, stepAt, laneAt, pageKind, isCached,
+  return { GUTTER, RIGHT, read, createState, apply, lookBack, lookAhead, themeOf, context, blocksHeight, drawBlocks, drawBlock,
+           drawTimeline, drawSpan, promise, clock, crosshair, box, text, hatch, blockAt, stepAt, laneAt, blockKind, isCached,
            ownersAt, focusOf, colorOf, latest, shareOf, draftWords };
 })();
