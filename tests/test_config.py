@@ -1,4 +1,4 @@
-"""A configuration that cannot work is refused, by field and limit."""
+"""A configuration that cannot work is refused; the message names the field and the limit."""
 
 from __future__ import annotations
 

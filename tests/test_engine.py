@@ -34,7 +34,7 @@ SIZES = [(1, 110), (4, 28), (16, 7)]
 def test_tokens_equal_transformers(
     family: str, scheduler: str, budget: int, block_size: int, num_blocks: int, caching: bool
 ) -> None:
-    """Small pools (so that some are preempted), page boundaries, shared prefixes, two ways to arrive."""
+    """Small pools (so that some are preempted), block boundaries, shared prefixes, two ways to arrive."""
     rng = random.Random(0)
     common = random_prompt(rng, 20)
     lengths = [n for k in (1, 2) for n in (16 * k - 1, 16 * k, 16 * k + 1)]

@@ -28,7 +28,7 @@ def test_a_nan_ends_its_own_request_and_no_other() -> None:
     record = engine.step()
     assert [(f.request_id, f.reason) for f in record.finished] == [(ids[2], "error")]
     assert "NaN" in engine.outputs[ids[2]].error
-    late = engine.add_request([9] * 7, SamplingParams(max_tokens=12))  # takes over the poisoned page
+    late = engine.add_request([9] * 7, SamplingParams(max_tokens=12))  # takes over the poisoned block
     drain(engine)
     assert engine.runner.cache.v.isfinite().all()
     for request_id, job in (*zip(ids, jobs, strict=True), (late, ([9] * 7, 12))):

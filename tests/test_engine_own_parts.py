@@ -30,7 +30,7 @@ def run_with(scheduler: type[Scheduler] | None = None, pool: type[BlockPool] | N
 
 
 class ShortestFirst(Scheduler):
-    """A policy of one's own: whoever has the shortest prompt goes first."""
+    """A policy of one's own: the shortest prompt goes first."""
 
     def add(self, request) -> None:
         request.priority = request.num_prompt_tokens
@@ -182,7 +182,7 @@ class OneAtATime(Scheduler):
 
 
 class ShortestPromptFirst(Scheduler):
-    """Admits whoever has the shortest prompt of those that wait, and jumps the queue."""
+    """Admits the shortest prompt of those that wait, past the order of the queue."""
 
     def plan_waiting(self, plan: StepPlan, budget: int) -> None:
         for request in sorted(self.waiting, key=lambda r: r.num_prompt_tokens):

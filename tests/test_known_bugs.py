@@ -70,7 +70,7 @@ def test_04_cached_tokens_are_counted_anew_after_a_preemption() -> None:
     assert names.count(first) + names.count(second) > 2
 
 
-def test_05_a_page_is_found_only_once_written_and_only_for_its_own_tokens() -> None:
+def test_05_a_block_is_found_only_once_written_and_only_for_its_own_tokens() -> None:
     bench = Bench(blocks=20, size=4)
     bench.add(list(range(9)), 4)
     plan = bench.scheduler.schedule()

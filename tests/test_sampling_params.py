@@ -1,4 +1,4 @@
-"""Bad values are refused by name and limit."""
+"""Bad values are refused; the message names the field and the limit."""
 
 from __future__ import annotations
 

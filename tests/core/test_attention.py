@@ -27,17 +27,17 @@ def cache_of(num_blocks: int, block_size: int, *, kv_heads: int = 2, dim: int = 
 
 
 def random_rows(rng: random.Random, block_size: int, count: int) -> tuple[list[Span], int]:
-    """Rows of any length and start, over shuffled pages."""
+    """Rows of any length and start, over shuffled blocks."""
     shapes = []
     for _ in range(count):
         n = 1 if rng.random() < 0.6 else rng.randint(2, 20)
         shapes.append((rng.choice([0, rng.randint(0, 60)]), n))
     needs = [-(-(start + n) // block_size) for start, n in shapes]
-    pages = list(range(sum(needs)))
-    rng.shuffle(pages)
+    blocks = list(range(sum(needs)))
+    rng.shuffle(blocks)
     rows = []
     for (start, n), need in zip(shapes, needs, strict=True):
-        rows.append(Span(start, n, [pages.pop() for _ in range(need)]))
+        rows.append(Span(start, n, [blocks.pop() for _ in range(need)]))
     return [rows[i] for i in row_order(rows)], sum(needs)
 
 

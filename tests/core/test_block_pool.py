@@ -1,4 +1,4 @@
-"""The block pool under any sequence of calls: its rules hold, and a shared page holds what it should."""
+"""The block pool under any sequence of calls: its rules hold, and a shared block holds what it should."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLOCKS, SIZE = 12, 3
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Plays requests that share, grow, fork and end, and keeps what was written to each page beside it."""
+    """Plays requests that share, grow, fork and end, and keeps what was written to each block beside it."""
 
     requests = Bundle("requests")
 
@@ -29,7 +29,7 @@ class PoolMachine(RuleBasedStateMachine):
         table = self.pool.tables[name]
         for t in range(start, end):
             block = table[t // SIZE]
-            assert self.pool.ref_counts[block] == 1, "a write reached a shared page"
+            assert self.pool.ref_counts[block] == 1, "a write reached a shared block"
             self.written[block][t % SIZE] = self.tokens[name][t]
 
     @rule(target=requests, tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14))
@@ -39,7 +39,7 @@ class PoolMachine(RuleBasedStateMachine):
         shared = self.pool.match(tokens)
         assert len(shared) * SIZE < len(tokens), "a hit must leave a token to compute"
         held = [token for block in shared for token in self.written[block]]
-        assert held == tokens[: len(held)], "a hit led to a page with other tokens"
+        assert held == tokens[: len(held)], "a hit led to a block with other tokens"
         need = self.pool.blocks_for(len(tokens)) - len(shared)
         if need > self.pool.num_free_without(shared):
             return name
@@ -101,7 +101,7 @@ class PoolMachine(RuleBasedStateMachine):
         check_pool(self.pool)
 
     @invariant()
-    def pages_hold_their_tokens(self) -> None:
+    def blocks_hold_their_tokens(self) -> None:
         for name, tokens in self.tokens.items():
             held = [token for block in self.pool.tables[name] for token in self.written[block]]
             assert held[: len(tokens)] == tokens, f"{name} was overwritten"
@@ -128,7 +128,7 @@ def test_nothing_is_taken_when_too_much_is_asked_for() -> None:
     assert "b" not in pool.tables
 
 
-def test_pages_are_handed_out_in_order_and_free_ones_before_cached_ones() -> None:
+def test_blocks_are_handed_out_in_order_and_free_ones_before_cached_ones() -> None:
     pool = BlockPool(4, 2)
     pool.share("a", [])
     assert pool.allocate("a", 2) == [0, 1]
@@ -150,7 +150,7 @@ def test_least_recently_used_prefix_is_evicted_first() -> None:
         pool.publish(name, [token], 1)
     pool.release("a")
     pool.release("b")
-    pool.share("c", pool.match([1, 0]))  # a's page is used again
+    pool.share("c", pool.match([1, 0]))  # a's block is used again
     pool.release("c")
     pool.allocate("d", 1)
     assert pool.match([1, 0])

@@ -211,7 +211,9 @@ class Breaks:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom\nmore"), KeyboardInterrupt(), torch.OutOfMemoryError()])
-def test_a_fault_in_the_model_ends_who_was_in_the_step_and_zeroes_their_blocks(error: BaseException) -> None:
+def test_a_fault_in_the_model_ends_the_requests_in_the_step_and_zeroes_their_blocks(
+    error: BaseException,
+) -> None:
     core = core_of(seats=2)
     core.runner.model = Breaks(core.runner.model, 3, error)
     jobs = [([i + 1] * 7, 12) for i in range(4)]

@@ -14,12 +14,12 @@ def cache_of(num_blocks: int, block_size: int, *, kv_heads: int = 2, dim: int = 
     return KVShape(2, kv_heads, dim, torch.float32, CPU).new_cache(num_blocks, block_size)
 
 
-def test_slots_follow_the_block_table_and_padding_goes_to_the_null_page() -> None:
+def test_slots_follow_the_block_table_and_padding_goes_to_the_null_block() -> None:
     cache = cache_of(5, 4)
     rows = [Span(6, 1, [3, 1]), Span(2, 4, [0, 4])]
     layout = build_metadata(rows, cache, PlainAttention(), num_padding=2)
-    page = 2 * 2 * 4  # keys and values of two heads, four tokens each
-    keys = [1 * page + 2, 2, 3, 4 * page, 4 * page + 1, 5 * page, 5 * page + 1]
+    block = 2 * 2 * 4  # keys and values of two heads, four tokens each
+    keys = [1 * block + 2, 2, 3, 4 * block, 4 * block + 1, 5 * block, 5 * block + 1]
     heads = [slot + head * 4 for slot in keys for head in range(2)]
     assert layout.slots.tolist() == [heads, [slot + 2 * 4 for slot in heads]]
 
@@ -37,7 +37,7 @@ def test_stale_memory_of_a_failed_request_is_cleared() -> None:
     assert attend(q, cache, 0, layout, scale=1.0).isfinite().all()
 
 
-def test_copied_pages_are_equal_in_every_layer() -> None:
+def test_copied_blocks_are_equal_in_every_layer() -> None:
     cache = cache_of(4, 2)
     cache.k.normal_()
     cache.v.normal_()

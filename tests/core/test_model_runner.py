@@ -156,7 +156,7 @@ def test_a_row_whose_states_are_not_finite_fails_alone_with_the_rows_that_fork_f
     assert result.sampled == [tuple(greedy("llama", PROMPT[::-1], 1)), (), ()]
 
 
-def test_logprobs_are_there_for_who_asked(runner: ModelRunner) -> None:
+def test_logprobs_come_for_those_that_asked(runner: ModelRunner) -> None:
     asks, silent = seated(runner, "a", PROMPT), seated(runner, "b", [3])
     assert runner.run(plan_of((silent, 1))).logprobs == []
     asks.params = SamplingParams(logprobs=2)

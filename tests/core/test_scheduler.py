@@ -83,14 +83,14 @@ def test_the_newest_is_preempted_and_comes_back_first() -> None:
     assert bench.admissions == [old, new, new, later]
 
 
-def test_a_request_that_waits_for_pages_is_looked_at_again_once_they_can_be_shared() -> None:
+def test_a_request_that_waits_for_blocks_is_looked_at_again_once_they_can_be_shared() -> None:
     bench = Bench(blocks=20, size=4, seats=2, budget=24)
     prompt = list(range(48))
     bench.add(prompt, 9)
     bench.add(prompt, 9)
     first = bench.step()
     assert first.blocked == ("1", "the token budget of 24 is used up")
-    second = bench.step()  # the pages of the first are full now, but not yet known
+    second = bench.step()  # the blocks of the first are full now, but not yet known
     assert not second.admitted
     assert bench.step().admitted[0].num_cached_tokens == 44
 
@@ -100,7 +100,7 @@ def test_reserved_takes_the_whole_maximum_and_never_preempts() -> None:
     for _ in range(6):
         bench.add(5, 12)
     record = bench.step()
-    assert [len(pages.blocks) for pages in record.taken] == [4, 4, 4]  # 5 + 12 - 1 tokens each
+    assert [len(taken.blocks) for taken in record.taken] == [4, 4, 4]  # 5 + 12 - 1 tokens each
     bench.drain()
     assert not any(record.preempted for record in bench.trace)
 
@@ -142,7 +142,7 @@ def test_more_answers_than_seats_still_all_come() -> None:
     assert sorted(bench.admissions) == ["0", "0.1", "0.2", "0.3", "0.4"]
     cached = {a.request_id: a.num_cached_tokens for record in bench.trace for a in record.admitted}
     assert cached["0.1"] == 9  # a fork
-    assert cached["0.4"] == 8  # full pages through the prefix cache
+    assert cached["0.4"] == 8  # full blocks through the prefix cache
 
 
 def test_limits_that_cannot_work_are_refused() -> None:
@@ -155,7 +155,7 @@ def test_limits_that_cannot_work_are_refused() -> None:
         bench.add(3)
 
 
-def test_drafts_take_pages_for_a_step_and_give_back_those_of_the_wrong_ones() -> None:
+def test_drafts_take_blocks_for_a_step_and_give_back_those_of_the_wrong_ones() -> None:
     bench = Bench(blocks=10, size=4, seats=2, budget=12)
     bench.add(6, max_tokens=20)
     bench.step()  # the prompt, and a first token
@@ -164,7 +164,7 @@ def test_drafts_take_pages_for_a_step_and_give_back_those_of_the_wrong_ones() ->
     assert record.kinds == "d"
     request = bench.scheduler.requests["0"]
     assert (request.num_computed_tokens, len(request.token_ids)) == (9, 10)
-    assert [len(pages.blocks) for pages in record.taken] == [2]  # tokens 6 to 14 lie in pages 1 to 3
+    assert [len(taken.blocks) for taken in record.taken] == [2]  # tokens 6 to 14 lie in blocks 1 to 3
     assert [(name, len(blocks)) for name, blocks in record.returned] == [("0", 1)]
     assert bench.trace.state(1).computed["0"] == 15
     assert bench.trace.state(1, after=True).computed["0"] == 9
@@ -172,7 +172,7 @@ def test_drafts_take_pages_for_a_step_and_give_back_those_of_the_wrong_ones() ->
     bench.drain()
 
 
-def test_drafts_never_cost_anybody_a_token_a_page_or_a_seat() -> None:
+def test_drafts_never_cost_anybody_a_token_a_block_or_a_seat() -> None:
     bench = Bench(blocks=6, size=4, seats=3, budget=3)
     bench.add(3, max_tokens=12)
     bench.add(3, max_tokens=12)
@@ -189,7 +189,7 @@ def test_nothing_is_published_before_it_is_accepted() -> None:
     bench.add(6, max_tokens=20)
     bench.step()
     record = bench.step(drafts=8, right=0)
-    assert len(record.published) == 0, "of the second page a single token is the answer's"
+    assert len(record.published) == 0, "of the second block a single token is the answer's"
     record = bench.step(drafts=8, right=8)
     assert len(record.published) == 3, "tokens 4 to 15"
     bench.drain()

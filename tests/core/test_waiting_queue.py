@@ -1,4 +1,4 @@
-"""Who waits comes by priority, then by arrival, whoever was pushed, moved or removed before."""
+"""Requests leave the queue by priority, then by arrival, whatever was pushed, moved or removed before."""
 
 from __future__ import annotations
 

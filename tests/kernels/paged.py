@@ -29,12 +29,12 @@ def filled(
 
 
 def rows_of(lengths: list[int], size: int, seed: int = 0) -> tuple[list[Span], int]:
-    """Rows with a single query, longest first, over shuffled pages, and how many pages there are."""
+    """Rows with a single query, longest first, over shuffled blocks, and how many blocks there are."""
     needs = [-(-length // size) for length in lengths]
-    pages = list(range(sum(needs) + 3))
-    random.Random(seed).shuffle(pages)
+    blocks = list(range(sum(needs) + 3))
+    random.Random(seed).shuffle(blocks)
     rows = [
-        Span(length - 1, 1, [pages.pop() for _ in range(need)])
+        Span(length - 1, 1, [blocks.pop() for _ in range(need)])
         for length, need in zip(lengths, needs, strict=True)
     ]
     return sorted(rows, key=lambda row: -row.length), sum(needs) + 3

@@ -15,10 +15,10 @@ from tests.kernels.paged import DEVICE, filled, needs_triton, rows_of
 def test_a_mixed_batch_goes_through_both_kinds_of_group() -> None:
     torch.manual_seed(1)
     single, num_blocks = rows_of([33, 16, 5], 4)
-    pages = list(range(num_blocks, num_blocks + 12))
-    rows = [*single, Span(9, 6, pages[:4]), Span(0, 5, pages[4:6])]
+    blocks = list(range(num_blocks, num_blocks + 12))
+    rows = [*single, Span(9, 6, blocks[:4]), Span(0, 5, blocks[4:6])]
     cache = filled(rows, num_blocks + 12, 4, 2, 8, torch.float32)
-    cache.blocks.nan_to_num_(0)  # gathered pages are read to their end
+    cache.blocks.nan_to_num_(0)  # gathered blocks are read to their end
     q = torch.randn(16, 6, 8, device=DEVICE)
     backend = Backend("triton", "", paged_rows, gathered_chunks, static_paged_rows)
     layout = build_metadata(rows, cache, num_padding=2, windows=[None, 5], backend=backend)

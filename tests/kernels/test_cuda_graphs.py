@@ -45,9 +45,9 @@ def graphs_of(
 
 
 def rows_of(lengths: list[int], size: int, num_blocks: int, seed: int) -> list[Span]:
-    pages = list(range(num_blocks))
-    random.Random(seed).shuffle(pages)
-    rows = [Span(length - 1, 1, [pages.pop() for _ in range(-(-length // size))]) for length in lengths]
+    blocks = list(range(num_blocks))
+    random.Random(seed).shuffle(blocks)
+    rows = [Span(length - 1, 1, [blocks.pop() for _ in range(-(-length // size))]) for length in lengths]
     return [rows[i] for i in row_order(rows)]
 
 
@@ -76,11 +76,11 @@ def test_replays_equal_eager_steps_whatever_the_rows_lengths_and_tables(family: 
         token_ids = [(7 * seed + i) % VOCAB for i in range(len(rows))]
         before = cache.blocks.clone()
         replayed = graphs.run(token_ids, rows)
-        pages, cache.blocks[:] = cache.blocks.clone(), before
+        blocks, cache.blocks[:] = cache.blocks.clone(), before
         plain = eagerly(family, cache, token_ids, rows)
         torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-4)
-        # Live pages are as an eager step leaves them: padding has written to the null page alone.
-        torch.testing.assert_close(pages[:, :-1], cache.blocks[:, :-1], rtol=1e-4, atol=1e-4)
+        # Live blocks are as an eager step leaves them: padding has written to the null block alone.
+        torch.testing.assert_close(blocks[:, :-1], cache.blocks[:, :-1], rtol=1e-4, atol=1e-4)
         used.add(replayed.shape)
     assert used == {(n, 48) for n in (1, 2, 3, 4)}
 
@@ -170,9 +170,9 @@ def _as_operator(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @torch.library.custom_op("labkit_tests::paged_decode", mutates_args=())
     def operator(
-        q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor, scale: float, window: int, splits: int
+        q: Tensor, blocks: Tensor, tables: Tensor, lengths: Tensor, scale: float, window: int, splits: int
     ) -> Tensor:
-        return kernel(q, pages, tables, lengths, scale=scale, window=window or None, splits=splits)
+        return kernel(q, blocks, tables, lengths, scale=scale, window=window or None, splits=splits)
 
     @functools.wraps(kernel)
     def call(*tensors: Tensor, scale: float, window: int | None, splits: int) -> Tensor:

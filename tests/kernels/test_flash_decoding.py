@@ -77,12 +77,12 @@ def test_a_nan_among_the_keys_of_a_row_reaches_that_row_alone() -> None:
 def test_the_kernel_says_what_it_cannot_take() -> None:
     from labkit.kernels.flash_decoding import paged_decode
 
-    q, pages = torch.ones(1, 2, 8, device=DEVICE), torch.ones(2, 2, 4, 1, 8, device=DEVICE)
+    q, blocks = torch.ones(1, 2, 8, device=DEVICE), torch.ones(2, 2, 4, 1, 8, device=DEVICE)
     tables, lengths = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE), torch.ones(1, device=DEVICE)
     with pytest.raises(ValueError, match="splits must be a power of two, not 3"):
-        paged_decode(q, pages, tables, lengths, scale=1.0, splits=3)
+        paged_decode(q, blocks, tables, lengths, scale=1.0, splits=3)
     with pytest.raises(ValueError, match="in one piece"):
-        paged_decode(q[..., ::2], pages[..., ::2], tables, lengths, scale=1.0)
+        paged_decode(q[..., ::2], blocks[..., ::2], tables, lengths, scale=1.0)
 
 
 COMPILE = """

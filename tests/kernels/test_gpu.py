@@ -156,8 +156,8 @@ def test_the_kernel_equals_gathered_attention_over_thousands_of_tokens(
     torch.manual_seed(0)
     cache = KVShape(1, 2, dim, dtype, CUDA).new_cache(700, 16)
     cache.blocks.normal_()
-    pages = torch.randperm(700).tolist()
-    rows = [Span(6000, 1, pages[:376]), Span(4095, 1, pages[376:632]), Span(33, 1, pages[632:635])]
+    blocks = torch.randperm(700).tolist()
+    rows = [Span(6000, 1, blocks[:376]), Span(4095, 1, blocks[376:632]), Span(33, 1, blocks[632:635])]
     q = torch.randn(3, 2 * group, dim, device=CUDA, dtype=dtype)
     tables = block_table(rows, cache, 376)
     lengths = torch.tensor([row.length for row in rows], device=CUDA)
@@ -185,7 +185,7 @@ def test_an_engine_as_t4_computes_in_fp16_without_the_kernels_of_newer_gpus() ->
         Engine(EngineConfig(on_gpu("llama", torch.float32), as_t4=True))
 
 
-def test_pages_come_from_the_memory_that_a_step_leaves_free(capsys: pytest.CaptureFixture[str]) -> None:
+def test_blocks_come_from_the_memory_that_a_step_leaves_free(capsys: pytest.CaptureFixture[str]) -> None:
     config = EngineConfig(on_gpu("llama", torch.float16), max_num_seqs=3, block_size=16)
     engine = Engine(config)
     assert engine.pool.num_blocks == 3 * 32  # of 512 positions each: there is room for all

@@ -64,9 +64,9 @@ def test_packed_chunks_hand_over_the_live_slots_of_each_row(
         (0, 4 * size + 1),
         (9, 1),
     ]
-    pages = list(range(200))
-    rng.shuffle(pages)
-    rows = [Span(start, n, [pages.pop() for _ in range(-(-(start + n) // size))]) for start, n in shapes]
+    blocks = list(range(200))
+    rng.shuffle(blocks)
+    rows = [Span(start, n, [blocks.pop() for _ in range(-(-(start + n) // size))]) for start, n in shapes]
     rows = [rows[i] for i in row_order(rows)]
     cache = filled(rows, 200, size, 2, 8, torch.float32)  # NaN, were one slot too many gathered
     backend = Backend("test", "", gathered_rows, packed_chunks, static_rows)

@@ -45,7 +45,7 @@ def test_out_of_memory_in_warm_up_lowers_num_blocks_and_says_so() -> None:
         warm_up(model, SDPA, config, 3, say=lines.append, capture=Full(10**6))
 
 
-def test_the_widest_step_is_tried_before_pages_are_counted(
+def test_the_widest_step_is_tried_before_blocks_are_counted(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, seen = loaded(family).module, []

@@ -79,7 +79,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(token=st.integers(0, 1), nth=st.integers(1, 4), drafts=st.integers(0, 5))
     def run_out(self, token, nth, drafts) -> None:
-        """The pool says no where it had pages: whoever asked ends, unless it was for a draft."""
+        """The pool refuses blocks that it has: the request that asked ends, unless it asked for a draft."""
         pool, calls = self.bench.pool, itertools.count(1)
 
         def failing(take, *asked):
