@@ -17,7 +17,8 @@ from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import Request
 from labkit.schedulers.audit import check_pool
 from labkit.speculative.draft_model import ModelDrafter
-from labkit.speculative.speculator import NgramDrafter, Speculator, StepCosts, acceptance
+from labkit.speculative.ngram import NgramDrafter
+from labkit.speculative.speculator import Speculator, StepCosts, acceptance
 
 
 def engine_of(speculative: str | None, **config) -> Engine:
