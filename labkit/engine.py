@@ -27,6 +27,7 @@ from labkit.kernels.warmup import activation_bytes, backend_for, warm_up
 from labkit.models.detokenizer import IncrementalDetokenizer
 from labkit.models.devices import resolve_device
 from labkit.models.load import LoadedModel, load_model
+from labkit.models.progress import Say
 from labkit.outputs import RequestMetrics, RequestOutput
 from labkit.sampling_params import SamplingParams, check_number
 from labkit.schedulers import scheduler_class
@@ -50,6 +51,9 @@ class Engine(EngineCore):
         scheduler: a `Scheduler` class of your own, called as `labkit.core.scheduler.Scheduler` is.
         pool: a `BlockPool` class of your own, called with `(num_blocks, block_size)`. Steps of either are
             audited: a broken rule raises `InvariantError` at the step that broke it.
+        say: what gets a line about each thing that takes time; None is silence.
+
+    `config.num_threads` sets the threads of PyTorch for the whole process.
 
     Attributes:
         trace: one record per step.
@@ -65,6 +69,8 @@ class Engine(EngineCore):
         config: EngineConfig | None = None,
         scheduler: Callable[..., Scheduler] | None = None,
         pool: Callable[..., BlockPool] | None = None,
+        *,
+        say: Say | None = print,
     ) -> None:
         self.config = config = config or EngineConfig()
         if config.num_threads:
@@ -73,21 +79,22 @@ class Engine(EngineCore):
             raise ValueError(
                 "enable_chunked_prefill must be True with a scheduler of your own, which decides"
             )
-        self.model = _model_of(config)
+        self.model = _model_of(config, say)
         module = self.model.module
         if config.max_model_len and config.max_model_len > module.max_model_len:
             raise ValueError(
                 f"max_model_len must be at most {module.max_model_len}, the limit of {self.model.name}, "
                 f"not {config.max_model_len}"
             )
-        draft = draft_model(config, self.model)
+        draft = draft_model(config, self.model, say)
         backend = backend_for(module, config)
         reserve = 0  # bytes, on a GPU, for what a step computes
         if module.device.type == "cuda":
-            print(f"Attention on {module.device}: {backend.name} ({backend.reason}).")
+            if say:
+                say(f"Attention on {module.device}: {backend.name} ({backend.reason}).")
             reserve = activation_bytes(module, backend, config)
         num_blocks = config.num_blocks or self._fitting_blocks(reserve, draft)
-        cache, graphs = warm_up(module, backend, config, num_blocks, reserve=reserve)
+        cache, graphs = warm_up(module, backend, config, num_blocks, reserve=reserve, say=say)
         blocks = (pool or BlockPool)(cache.num_blocks, config.block_size)  # fewer, if memory did not suffice
         blocks.enable_prefix_caching = config.enable_prefix_caching
         policy = (
@@ -103,7 +110,7 @@ class Engine(EngineCore):
         super().__init__(module, policy, backend, cache=cache, graphs=graphs, trace=trace)
         most = cache.num_blocks * config.block_size
         self.max_model_len = config.max_model_len or min(module.max_model_len, most)
-        self.speculator = make_speculator(config, self.model, self.runner, draft)
+        self.speculator = make_speculator(config, self.model, self.runner, draft, say)
         if scheduler or pool or config.audit:
             self.auditor = Auditor(policy, blocks, config.max_num_batched_tokens, config.max_num_seqs)
         self.outputs: dict[str, RequestOutput] = {}
@@ -310,7 +317,7 @@ class Engine(EngineCore):
         return record_step(self._step, plan, StepResult([()] * len(plan.requests)), scheduler)
 
 
-def _model_of(config: EngineConfig) -> LoadedModel:
+def _model_of(config: EngineConfig, say: Say | None) -> LoadedModel:
     """The model that a configuration names, or the loaded one that it holds."""
     loaded = config.model if isinstance(config.model, LoadedModel) else None
     if config.as_t4:
@@ -328,4 +335,5 @@ def _model_of(config: EngineConfig) -> LoadedModel:
         quantization=config.quantization,
         fused_projections=config.fused_projections,
         packed_weights=config.packed_weights,
+        say=say,
     )

@@ -86,3 +86,8 @@ class RequestOutput:
     def finished(self) -> bool:
         """Whether nothing more will come."""
         return self.finish_reason is not None
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error as an output reports it: its class, and the first line of its message, shortened."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"

@@ -6,6 +6,7 @@ Lazy imports and those under TYPE_CHECKING count: a reader follows them, too.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -165,3 +166,18 @@ def test_what_has_no_tensors_imports_without_torch() -> None:
     code = "import sys; sys.modules['torch'] = None\n" + "\n".join(f"import {name}" for name in names)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_readme_of_the_core_names_its_files_with_their_lines() -> None:
+    text = (PACKAGE / "core" / "README.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| (\d+) \| \[`(\w+\.py)`\]\(\2\) \|.*\| (\d+) \|$", text, re.MULTILINE)
+    assert [int(number) for number, _, _ in told] == list(range(1, len(told) + 1))
+    sizes = {path.name: lines(path) for path in (PACKAGE / "core").glob("*.py") if path.name != "__init__.py"}
+    assert {name: int(size) for _, name, size in told} == sizes
+    for earlier, (_, name, _) in enumerate(told):  # each can be read with what stands before it
+        for module, _ in imports(f"labkit.core.{name.removesuffix('.py')}"):
+            if place(module) == "core":
+                assert f"{module.split('.')[-1]}.py" in [file for _, file, _ in told[:earlier]], (
+                    name,
+                    module,
+                )

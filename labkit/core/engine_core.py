@@ -24,6 +24,7 @@ from labkit.core.plan import StepPlan, StepResult
 from labkit.core.recorder import record_step
 from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
+from labkit.outputs import in_one_line
 from labkit.trace.records import StepRecord, TraceMeta
 from labkit.trace.trace import Trace
 
@@ -135,13 +136,8 @@ class EngineCore:
 
 def _failed(plan: StepPlan, error: BaseException) -> StepResult:
     """The result of a step whose forward pass broke: every request in it ends, with the reason."""
-    what = f"the step failed: {first_line(error)}"
+    what = f"the step failed: {in_one_line(error)}"
     if isinstance(error, torch.OutOfMemoryError):
         what = "the step ran out of memory: lower max_num_batched_tokens or num_blocks"
     rows = range(len(plan.requests))
     return StepResult([()] * len(rows), errors=dict.fromkeys(rows, what))
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"

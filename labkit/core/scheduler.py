@@ -157,7 +157,8 @@ class Scheduler:
         for request in decoding:
             if request.status == "running":  # it may have been preempted just now
                 budget -= self.plan_row(plan, request, budget)
-        budget -= self.plan_drafts(plan, budget)
+        if any(request.drafts for request in plan.requests):
+            budget -= self.plan_drafts(plan, budget)
         for request in prefilling:
             if budget and request.status == "running":
                 budget -= self.plan_row(plan, request, budget)

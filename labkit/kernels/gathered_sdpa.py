@@ -113,7 +113,8 @@ def gathered_rows(
     """Groups of rows with a single query, cut where the padding of the shorter ones would be much."""
     size = cache.block_size
     groups = []
-    for begin, end in _cut([-(-row.length // size) for row in rows]):
+    cuts = _cut([-(-row.length // size) for row in rows]) if len(rows) > _MIN_GROUP else [(0, len(rows))]
+    for begin, end in cuts:
         some = rows[begin:end]
         groups.append(_gathered(first, some, cache, windows))
         first = groups[-1].last

@@ -97,7 +97,7 @@ def warm_up(
     num_blocks: int,
     *,
     reserve: int = 0,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] | None = print,
     capture: Capture | None = None,
 ) -> tuple[PagedKVCache, DecodeGraphs | None]:
     """The KV cache, and on a GPU the graphs of decode steps; with fewer pages where memory does not suffice.
@@ -138,7 +138,8 @@ def warm_up(
             fewer = num_blocks * 3 // 4
             if fewer < 1:
                 raise ValueError(f"too little memory on {device} for a decode step") from error
-        say(f"Out of memory in warm-up: num_blocks is lowered from {num_blocks} to {fewer}.")
+        if say:
+            say(f"Out of memory in warm-up: num_blocks is lowered from {num_blocks} to {fewer}.")
         num_blocks = fewer
         del cache, graphs
         gc.collect()

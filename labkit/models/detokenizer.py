@@ -38,6 +38,9 @@ class IncrementalDetokenizer:
         """Take the next token. Return whether it completes a stop string; the text then ends before that."""
         self._token_ids.append(token)
         self._decoded += self._piece(token)
+        if not self._stop:  # nothing to look for
+            self.text = self._decoded
+            return False
         return self._show(final=False)
 
     def finish(self) -> bool:
@@ -68,9 +71,6 @@ class IncrementalDetokenizer:
 
     def _show(self, *, final: bool) -> bool:
         """Move `text` on as far as it may be shown. Return whether a stop string was found."""
-        if not self._stop:
-            self.text = self._decoded
-            return False
         places = [self._decoded.find(stop, self._searched) for stop in self._stop]
         found = min((place for place in places if place >= 0), default=-1)
         if found >= 0:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from labkit.config import EngineConfig
 from labkit.serving import cli
-from labkit.speculative.speculator import NgramDrafter
+from labkit.speculative.ngram import NgramDrafter
 
 if TYPE_CHECKING:
     from labkit.models.load import LoadedModel

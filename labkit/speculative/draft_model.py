@@ -15,8 +15,11 @@ from labkit.core.plan import StepPlan
 from labkit.core.request import Request
 from labkit.kernels.warmup import backend_for, warm_up
 from labkit.models.load import LoadedModel, load_model
+from labkit.models.progress import Say
 from labkit.sampling_params import SamplingParams
-from labkit.speculative.speculator import Drafter, NgramDrafter, Speculator, StepCosts
+from labkit.speculative.drafter import Drafter
+from labkit.speculative.ngram import NgramDrafter
+from labkit.speculative.speculator import Speculator, StepCosts
 
 _PROBED = 16  # tokens of the longest step that is timed
 _TIMES = 3
@@ -97,7 +100,7 @@ class ModelDrafter:
 
 
 def make_speculator(
-    config: EngineConfig, model: LoadedModel, runner: ModelRunner, draft: LoadedModel | None
+    config: EngineConfig, model: LoadedModel, runner: ModelRunner, draft: LoadedModel | None, say: Say | None
 ) -> Speculator | None:
     """What the configuration asks for. `draft` comes from `draft_model`."""
     if config.speculative is None:
@@ -106,7 +109,7 @@ def make_speculator(
     costs = [step_times(runner, config.max_num_batched_tokens)] if config.speculative_gate else []
     if draft is not None:
         backend = backend_for(draft.module, config)
-        cache, graphs = warm_up(draft.module, backend, config, runner.pool.num_blocks)
+        cache, graphs = warm_up(draft.module, backend, config, runner.pool.num_blocks, say=say)
         pool = BlockPool(cache.num_blocks, config.block_size, enable_prefix_caching=False)
         drafting = ModelRunner(draft.module, cache, pool, backend=backend, graphs=graphs)
         drafter = ModelDrafter(
@@ -123,7 +126,7 @@ def _together(steps: StepCosts, drafting: StepCosts | None = None) -> StepCosts:
     return dataclasses.replace(steps, draft_base=drafting.plain_base, draft_token=drafting.token)
 
 
-def draft_model(config: EngineConfig, model: LoadedModel) -> LoadedModel | None:
+def draft_model(config: EngineConfig, model: LoadedModel, say: Say | None) -> LoadedModel | None:
     """The model that drafts, or None if none is to.
 
     Raises:
@@ -135,9 +138,9 @@ def draft_model(config: EngineConfig, model: LoadedModel) -> LoadedModel | None:
     if draft is None:
         if isinstance(config.model, LoadedModel) or config.quantization:
             raise ValueError("draft_model must be named: the model is loaded already, or in int8 itself")
-        draft = load_model(config.model, device=config.device, quantization="int8")
+        draft = load_model(config.model, device=config.device, quantization="int8", say=say)
     elif not isinstance(draft, LoadedModel):
-        draft = load_model(draft, dtype=config.dtype, device=config.device)
+        draft = load_model(draft, dtype=config.dtype, device=config.device, say=say)
     if draft.device.type != model.device.type:
         raise ValueError(f"draft_model is on {draft.device}, and the model is on {model.device}")
     if draft.tokenizer.get_vocab() != model.tokenizer.get_vocab():

@@ -3,93 +3,39 @@
 A step reads all weights, whether it computes one token of an answer or five. So a row may carry drafts of
 what comes next (Leviathan et al. 2023; Chen et al. 2023). The model chooses after each of them as it would
 have anyway, with the noise of that place, and a draft is right if it is what the model chose. So answers are
-those without speculation, greedy or sampled, whoever drafts (compare Daliri et al. 2024). What changes is how
-many steps there are and what one costs: `Speculator` drafts where that pays.
+those without speculation, greedy or sampled, whatever drafts (compare Daliri et al. 2024). What changes is
+how many steps there are, and what one costs: `Speculator` drafts where that pays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from labkit.core.engine_core import first_line
 from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import Request
-from labkit.sampling_params import check_number
+from labkit.outputs import in_one_line
+from labkit.speculative.drafter import Drafter
 from labkit.trace.records import StepRecord
 
-_PRIOR = 0.6  # chance that a draft is right, before any was checked
-_WEIGHT = 2.0  # checks that a prior counts for
-_MARGIN = 1.25  # by which the chance must exceed the price: a batch ends with its slowest row, drafts or not
-_FADE = 0.85  # what an earlier check of the same request still counts
-_FADE_ALL = 0.98
-_PATIENCE = 32  # tokens without a draft before one is tried again; doubles each time that it was in vain
+_PRIOR = 0.6  # the chance that a draft is accepted, before any was checked
+_WEIGHT = 2.0  # how many checks the prior counts for
+_MARGIN = 1.25  # the chance must exceed the price by so much, as a batch ends with its slowest row
+_FADE = 0.85  # the weight of an earlier check of the same request, one check later
+_FADE_ALL = 0.98  # and of a check of any request
+_PATIENCE = 32  # tokens without a draft before one is tried again; it doubles each time that this fails
 _MOST_PATIENCE = 1024
-
-
-class Drafter(Protocol):
-    """Whoever has an idea of what comes next."""
-
-    def propose(self, wanted: Sequence[tuple[Request, int]]) -> list[tuple[int, ...]]:
-        """Drafts for each of these requests, at most so many; none where there is no idea."""
-        ...
-
-    def forget(self, request_id: str) -> None:
-        """The request is gone, or has lost its pages."""
-        ...
-
-
-class NgramDrafter:
-    """Drafts what followed when the last few tokens were last seen, in the prompt or in the answer.
-
-    The longest such n-gram counts, and of its places the most recent (prompt lookup, Saxena 2023). Text that
-    is copied, edited or repeated is guessed well, and other text is not guessed at all.
-
-    Args:
-        longest, shortest: n-grams, in tokens; at least one, and the longest not below the shortest.
-    """
-
-    def __init__(self, longest: int = 4, shortest: int = 2) -> None:
-        check_number("shortest", shortest, 1, 1000, whole=True)
-        check_number("longest", longest, shortest, 1000, whole=True)
-        self._sizes = range(longest, shortest - 1, -1)
-        # For each request, how many of its tokens are read, and what place followed an n-gram last.
-        self._seen: dict[str, tuple[int, dict[tuple[int, ...], int]]] = {}
-
-    def propose(self, wanted: Sequence[tuple[Request, int]]) -> list[tuple[int, ...]]:
-        return [self._draft(request, count) for request, count in wanted]
-
-    def _draft(self, request: Request, count: int) -> tuple[int, ...]:
-        tokens = request.token_ids
-        read, places = self._seen.get(request.request_id, (1, {}))
-        for place in range(read, len(tokens)):
-            for size in self._sizes:
-                if size <= place:
-                    places[tuple(tokens[place - size : place])] = place
-        self._seen[request.request_id] = len(tokens), places
-        for size in self._sizes:
-            place = places.get(tuple(tokens[-size:])) if size <= len(tokens) else None
-            if place is not None:
-                drafts = tokens[place : place + count]
-                while len(drafts) < count:  # the copy runs into itself, as in "ha ha ha"
-                    drafts.append(drafts[place - len(tokens)])
-                return tuple(drafts)
-        return ()
-
-    def forget(self, request_id: str) -> None:
-        self._seen.pop(request_id, None)
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """What steps take, in seconds, or in any unit.
+    """What steps take, in seconds or in any other unit.
 
     Args:
-        base: a step in which something is drafted, without its tokens.
-        token: each token of a step.
-        plain_base: a step in which nothing is (on a GPU, a captured graph).
-        draft_base, draft_token: the same of the model that drafts, which takes a step for each place.
+        base: the cost of a step with drafts, without its tokens.
+        token: the cost of each token of a step.
+        plain_base: the cost of a step without drafts (on a GPU, a captured graph), without its tokens.
+        draft_base, draft_token: the same costs of the model that drafts, which takes a step for each place.
     """
 
     base: float
@@ -99,12 +45,12 @@ class StepCosts:
     draft_token: float = 0.0
 
     def price(self, rows: int) -> float:
-        """What a draft costs, in tokens made in the same time: so often must it be right."""
+        """What a draft costs, in tokens that could be made in the same time: so often must it be accepted."""
         drafting = self.draft_base + self.draft_token * rows
         return (self.token * rows + drafting) / (self.base + self.token * rows)
 
     def pays(self, rows: int, drafts: Sequence[int], gains: Iterable[float]) -> bool:
-        """Whether a step of so many rows, with these drafts and what they bring, makes more of its time."""
+        """Whether a step of so many rows makes more tokens in its time with these drafts and their gains."""
         drafting = max(drafts) * (self.draft_base + self.draft_token * len(drafts))
         slow = self.base + self.token * (rows + sum(drafts)) + drafting
         return (rows + sum(gains)) / slow > rows / (self.plain_base + self.token * rows)
@@ -117,12 +63,9 @@ class Speculator:
     is estimated from what became of the drafts before, of this request and of all, and falls with each place.
 
     Args:
-        drafter: has the ideas.
-        most: drafts of a request in a step.
-        costs: None: always draft as many as may be.
-
-    Attributes:
-        costs: may be replaced.
+        drafter: proposes the tokens.
+        most: how many drafts a request has in a step at most.
+        costs: what steps take; None drafts as many as possible, always. It may be replaced.
     """
 
     def __init__(self, drafter: Drafter, most: int, costs: StepCosts | None = None) -> None:
@@ -143,7 +86,7 @@ class Speculator:
         try:
             return self.draft(running)
         except Exception as error:
-            return f"nobody drafts: {first_line(error)}"
+            return f"nobody drafts: {in_one_line(error)}"
 
     def learn(self, plan: StepPlan, result: StepResult) -> None:
         """What became of the drafts in a step, once it is committed."""
@@ -156,7 +99,7 @@ class Speculator:
             self._of(request).add(right, right < len(drafts))
 
     def draft(self, running: Iterable[Request]) -> str:
-        """Give drafts to the requests that decode; says why not all of them have as many as may be."""
+        """Give drafts to the requests that decode; returns why not all of them have as many as possible."""
         rows = [r for r in running if len(r.token_ids) - r.num_computed_tokens == 1]
         price = _MARGIN * self.costs.price(len(rows)) if self.costs and rows else 0.0
         wanted: list[tuple[Request, int]] = []
@@ -181,12 +124,12 @@ class Speculator:
         return why
 
     def forget(self, request_id: str) -> None:
-        """The request is gone, or has lost its pages."""
+        """Drop what is kept of a request that is gone, or that has lost its blocks."""
         self.drafter.forget(request_id)
         self._odds.pop(request_id, None)
 
     def _count(self, request: Request, price: float) -> tuple[int, float]:
-        """How many drafts to ask for, and the chance that the first is right, or is hoped to be."""
+        """How many drafts to ask for, and the chance that the first is accepted."""
         if not self.costs:
             return self.most, 1.0
         odds = self._of(request)

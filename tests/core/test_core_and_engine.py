@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from labkit import Engine, EngineConfig, SamplingParams
 from labkit.core.request import Request
 from labkit.schedulers import scheduler_class
-from labkit.speculative.speculator import NgramDrafter, Speculator
+from labkit.speculative.ngram import NgramDrafter
+from labkit.speculative.speculator import Speculator
 from tests.core.cores import core_of, request_of
 
 SAMPLING = [

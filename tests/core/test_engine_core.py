@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +21,8 @@ from labkit.core.block_pool import BlockPool
 from labkit.core.engine_core import EngineCore
 from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
-from labkit.speculative.speculator import NgramDrafter, Speculator
+from labkit.speculative.ngram import NgramDrafter
+from labkit.speculative.speculator import Speculator
 from labkit.trace.records import TraceMeta
 from labkit.trace.trace import Trace
 from tests.core.cores import core_of, request_of
@@ -47,6 +50,13 @@ def test_the_example_of_the_module_runs() -> None:
     assert request.output_token_ids == greedy("llama", [1, 2, 3], 8)
     assert engine.trace.meta == TraceMeta(64, 16, 32, 512)
     assert not engine.has_unfinished
+
+
+def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (ROOT / "labkit/core/README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    exec(code, {})
+    assert len(ast.literal_eval(capsys.readouterr().out)) == 8
 
 
 @pytest.mark.parametrize("caching", [True, False])

@@ -27,7 +27,7 @@ from labkit.page.race.run import (
 )
 from labkit.page.race.workloads import COURSES, SETTINGS
 from labkit.sampling_params import SamplingParams
-from labkit.speculative.speculator import NgramDrafter
+from labkit.speculative.ngram import NgramDrafter
 from labkit.trace.records import TraceMeta
 from labkit.trace.trace import Trace
 

@@ -1,0 +1,52 @@
+"""Drafts from the text itself: what followed the last few tokens when they last occurred. No tensors here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from labkit.core.request import Request
+from labkit.sampling_params import check_number
+
+
+class NgramDrafter:
+    """Drafts what followed when the last few tokens were last seen, in the prompt or in the answer.
+
+    The longest such n-gram counts, and of its places the most recent (prompt lookup, Saxena 2023). Text that
+    is copied, edited or repeated is guessed well, and other text is not guessed at all.
+
+    Args:
+        longest, shortest: the sizes of the n-grams that are looked for, in tokens.
+
+    Raises:
+        ValueError: if `shortest` is below 1, or `longest` below `shortest`.
+    """
+
+    def __init__(self, longest: int = 4, shortest: int = 2) -> None:
+        check_number("shortest", shortest, 1, 1000, whole=True)
+        check_number("longest", longest, shortest, 1000, whole=True)
+        self._sizes = range(longest, shortest - 1, -1)
+        # For each request, how many of its tokens are read, and what place followed an n-gram last.
+        self._seen: dict[str, tuple[int, dict[tuple[int, ...], int]]] = {}
+
+    def propose(self, wanted: Sequence[tuple[Request, int]]) -> list[tuple[int, ...]]:
+        return [self._draft(request, count) for request, count in wanted]
+
+    def _draft(self, request: Request, count: int) -> tuple[int, ...]:
+        tokens = request.token_ids
+        read, places = self._seen.get(request.request_id, (1, {}))
+        for place in range(read, len(tokens)):
+            for size in self._sizes:
+                if size <= place:
+                    places[tuple(tokens[place - size : place])] = place
+        self._seen[request.request_id] = len(tokens), places
+        for size in self._sizes:
+            place = places.get(tuple(tokens[-size:])) if size <= len(tokens) else None
+            if place is not None:
+                drafts = tokens[place : place + count]
+                while len(drafts) < count:  # the copy runs into itself, as in "ha ha ha"
+                    drafts.append(drafts[place - len(tokens)])
+                return tuple(drafts)
+        return ()
+
+    def forget(self, request_id: str) -> None:
+        self._seen.pop(request_id, None)
