@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 
-from conftest import VOCAB, loaded
-
 from labkit import Engine, EngineConfig, SamplingParams
+from tests.conftest import VOCAB, loaded
 
 
 def engine_of(family: str = "llama", **config) -> Engine:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-from exercising import boxes, folded
 from nbformat import NotebookNode
 
 from notebooks import make
+from tests.exercising import boxes, folded
 
 PLOTLY = "application/vnd.plotly.v1+json"
 IGNORED = "nbval-ignore-output"

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
-from visiting import HOSTILE, Person, free_port
-from visiting_fixtures import browser
 
 from labkit.views.assets import asset
+from tests.visiting import HOSTILE, Person, free_port
+from tests.visiting_fixtures import browser
 
 __all__ = ["HOSTILE", "Looker", "browser", "served"]
 

@@ -8,10 +8,10 @@ import re
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCAB, greedy, loaded
 
 from labkit import Engine, EngineConfig, SamplingParams
 from labkit.trace.trace import Trace
+from tests.conftest import FAMILIES, VOCAB, greedy, loaded
 from tests.engines import drain, engine_of, play, random_prompt
 
 # -- tokens ---------------------------------------------------------------------------------------

@@ -7,13 +7,13 @@ import re
 
 import pytest
 import torch
-from conftest import greedy
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from labkit import SamplingParams
 from labkit.schedulers.audit import check_pool
+from tests.conftest import greedy
 from tests.engines import drain, engine_of
 
 

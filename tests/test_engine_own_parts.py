@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
-from conftest import greedy, loaded
 
 from labkit import Engine, EngineConfig, SamplingParams
 from labkit.core.block_pool import BlockPool, InvariantError, OutOfBlocks
 from labkit.core.plan import StepPlan
 from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
+from tests.conftest import greedy, loaded
 from tests.engines import drain, random_prompt
 
 

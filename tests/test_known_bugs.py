@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
-from conftest import VOCAB, greedy
 
 from labkit import SamplingParams
 from labkit.core.plan import StepResult
 from labkit.core.recorder import record_step
 from labkit.models.detokenizer import IncrementalDetokenizer
 from labkit.models.tiny import tiny_tokenizer
+from tests.conftest import VOCAB, greedy
 from tests.core.scheduler_bench import Bench
 from tests.engines import drain, engine_of, random_prompt
 

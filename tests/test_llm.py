@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from conftest import greedy, loaded
 
 from labkit import LLM, SamplingParams
 from labkit.trace.trace import Trace
+from tests.conftest import greedy, loaded
 
 
 def test_generate_takes_one_prompt_or_many(capsys: pytest.CaptureFixture[str]) -> None:

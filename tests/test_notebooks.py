@@ -17,9 +17,9 @@ import nbformat
 import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from notebook_lint import IGNORED, PLOTLY, RULES, Book, broken, is_compared
 
 from notebooks import make
+from tests.notebook_lint import IGNORED, PLOTLY, RULES, Book, broken, is_compared
 
 ROOT = Path(__file__).parent.parent
 PATHS = sorted(make.HERE.glob("*.ipynb"))

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from visiting import SWITCHES, Visitor, chromium, free_port
 
 import app
 from labkit.config import EngineConfig
@@ -14,6 +13,7 @@ from labkit.engine import Engine
 from labkit.models.load import LoadedModel, load_model
 from labkit.page.session import Lab
 from labkit.serving.async_engine import AsyncEngine
+from tests.visiting import SWITCHES, Visitor, chromium, free_port
 from tests.waiting import wait_for
 
 

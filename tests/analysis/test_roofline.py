@@ -8,7 +8,6 @@ import re
 
 import pytest
 import torch
-from conftest import loaded
 from transformers import LlamaConfig
 
 from labkit.analysis.capacity import (
@@ -23,6 +22,7 @@ from labkit.analysis.device_probe import measure_ceiling
 from labkit.analysis.devices import Ceiling
 from labkit.analysis.roofline import Shape, Work, keys_read, pairs_seen
 from labkit.trace.records import StepRecord
+from tests.conftest import loaded
 
 SIZES = dict(
     vocab_size=10,

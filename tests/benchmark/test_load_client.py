@@ -11,7 +11,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from serving.api_server import MODEL, Served, served
 
 from labkit.analysis.client_measures import Measure, Slo, summary
 from labkit.benchmark.serving import load
@@ -25,6 +24,7 @@ from labkit.benchmark.serving.processes import numbers
 from labkit.models.tiny import tiny_tokenizer
 from labkit.sampling_params import SamplingParams
 from tests.analysis.test_client_measures import answered
+from tests.serving.api_server import MODEL, Served, served
 
 SHORT = {"prompts": Lengths(10, 0.5, 6, 30), "answers": Lengths(6, 0.5, 3, 12)}
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import psutil
 import pytest
-from serving.api_server import MODEL
 
 from labkit.analysis.client_measures import Measure, summary
 from labkit.analysis.reference import DifferentTokens
@@ -29,6 +28,7 @@ from labkit.benchmark.serving.load_sweep import (
 from labkit.benchmark.serving.processes import Answer, ServerProcess
 from tests.analysis.test_client_measures import answered
 from tests.benchmark.test_load_client import until_gone
+from tests.serving.api_server import MODEL
 
 
 def curve(rates: Sequence[float], seconds: Any) -> list[RateRow]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from conftest import loaded
-
 from labkit import SamplingParams
 from labkit.core.attention import PlainAttention
 from labkit.core.block_pool import BlockPool
@@ -15,6 +13,7 @@ from labkit.core.sampler import mix
 from labkit.core.scheduler import Scheduler
 from labkit.models.detokenizer import IncrementalDetokenizer
 from labkit.schedulers.audit import Auditor
+from tests.conftest import loaded
 
 
 def core_of(

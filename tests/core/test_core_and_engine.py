@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from conftest import VOCAB, loaded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from labkit.core.request import Request
 from labkit.schedulers import scheduler_class
 from labkit.speculative.ngram import NgramDrafter
 from labkit.speculative.speculator import Speculator
+from tests.conftest import VOCAB, loaded
 from tests.core.cores import core_of, request_of
 
 SAMPLING = [

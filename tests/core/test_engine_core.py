@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCAB, greedy, loaded
 
 from labkit import SamplingParams
 from labkit.core.attention import PlainAttention
@@ -25,6 +24,7 @@ from labkit.speculative.ngram import NgramDrafter
 from labkit.speculative.speculator import Speculator
 from labkit.trace.records import TraceMeta
 from labkit.trace.trace import Trace
+from tests.conftest import VOCAB, greedy, loaded
 from tests.core.cores import core_of, request_of
 from tests.engines import random_prompt
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB, loaded, reference
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from labkit.core.attention import Span, build_metadata
 from labkit.core.model import Transformer
 from labkit.kernels.gathered_sdpa import SDPA
 from labkit.models.architecture import build, supports
+from tests.conftest import VOCAB, loaded, reference
 
 CPU = torch.device("cpu")
 

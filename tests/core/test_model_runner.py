@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import greedy, loaded
 
 from labkit.core.attention import PlainAttention
 from labkit.core.block_pool import BlockPool
@@ -16,6 +15,7 @@ from labkit.core.request import Request
 from labkit.core.sampler import sample
 from labkit.sampling_params import SamplingParams
 from labkit.trace.records import Copy
+from tests.conftest import greedy, loaded
 
 PROMPT = [5, 6, 7, 8, 9]
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 from labkit.exercises import e00
 from labkit.exercises.common import arrivals
 from labkit.exercises.e00 import Facts, Running, Waiting, facts_of, next_step, plan_of
+from tests.exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 Plan = dict[str, int]
 

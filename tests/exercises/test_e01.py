@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 from labkit.exercises import e01_suspects
 from labkit.exercises.common import tiny_model
@@ -15,6 +14,7 @@ from labkit.exercises.e01_detector import is_faulty
 from labkit.exercises.e01_loop import generate, without_cache
 from labkit.exercises.e01_model import CachedModel, Decoder, tiny_reference
 from labkit.exercises.e01_suspects import SUSPECTS, Suspect, two_engines
+from tests.exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 # -- 01.1 ------------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 from labkit.exercises.common import JOBS, Job
 from labkit.exercises.e02 import (
@@ -19,6 +18,7 @@ from labkit.exercises.e02 import (
     run_jobs,
     steps_of,
 )
+from tests.exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 
 def cut(names: list[str], seats: int) -> Batches:

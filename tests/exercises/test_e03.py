@@ -7,13 +7,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import pytest
-from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 from labkit.core.block_pool import InvariantError, OutOfBlocks
 from labkit.exercises import e03, e03_slots
 from labkit.exercises.common import answers
 from labkit.exercises.e03_pool import Pool, engine_pool, make_engine, reference_run
 from labkit.exercises.e03_slots import slot_mapping
+from tests.exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 # -- 03.1, a pool of pages ------------------------------------------------------------------------
 

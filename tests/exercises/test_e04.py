@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 from labkit.exercises import Wrong
 from labkit.exercises.common import JOBS, Job
 from labkit.exercises.e04 import SMALL, Situation, Ticket, run_jobs, schedule
 from labkit.trace.trace import Trace
+from tests.exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 
 def written(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 from labkit.config import EngineConfig
 from labkit.core.block_pool import InvariantError
@@ -11,6 +10,7 @@ from labkit.engine import Engine
 from labkit.exercises.e05 import NEWCOMERS, Split, run_split, scheduler_of, split_budget
 from labkit.sampling_params import SamplingParams
 from labkit.views.facts.token_timeline import token_timeline_of
+from tests.exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 Answer = tuple[list[int], list[int]]
 

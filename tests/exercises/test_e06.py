@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 from labkit.core.request import Request
 from labkit.core.waiting_queue import order
@@ -20,6 +19,7 @@ from labkit.exercises.common import answers
 from labkit.exercises.e06_hash import ask_all, block_hash, hashed_pool
 from labkit.exercises.e06_victim import choose_victim, compete, preemptions, recomputed, victim_scheduler
 from labkit.schedulers.audit import check_pool
+from tests.exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 # -- 06.1, whose pages to take --------------------------------------------------------------------
 

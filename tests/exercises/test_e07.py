@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 from labkit.analysis.roofline import Shape
 from labkit.core.attention import Span, reference_attention
@@ -19,6 +18,7 @@ from labkit.exercises.e07_cost import shape_of, step_cost
 from labkit.exercises.e07_turning_point import T4_BANDWIDTH, T4_PEAK, Cost, turning_point
 from labkit.kernels.gathered_sdpa import SDPA
 from labkit.trace.records import StepRecord
+from tests.exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 Rows = list[int]
 Answer = tuple[float, float]

@@ -7,14 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from exercising import (
-    assert_accepted,
-    assert_open,
-    assert_refused,
-    function_from,
-    notebook,
-    solution,
-)
 from torch import Tensor
 
 from labkit.core.attention import Span, attend, build_metadata, reference_attention
@@ -23,6 +15,14 @@ from labkit.exercises import judge
 from labkit.exercises.e08_engine import backend_of, bytes_moved, run_engine
 from labkit.exercises.e08_merge import State, merge, state_of
 from labkit.exercises.e08_paged import LargestTensor, paged_attention
+from tests.exercising import (
+    assert_accepted,
+    assert_open,
+    assert_refused,
+    function_from,
+    notebook,
+    solution,
+)
 
 
 def weighed(one: State, other: State) -> tuple[Tensor, Tensor, Tensor]:

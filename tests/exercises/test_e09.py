@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 from torch import Tensor
 
 from labkit.exercises import e09, judge
@@ -15,6 +14,7 @@ from labkit.exercises.common import tiny_model
 from labkit.exercises.e09 import int8_product, one_scale, plain_model, quantize_rows, rounded
 from labkit.kernels import int8
 from labkit.models.teacher_forcing import teacher_forced
+from tests.exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 TEXT = [(7 * i) % 200 + 300 for i in range(60)]
 

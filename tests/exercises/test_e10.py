@@ -9,11 +9,11 @@ from operator import eq
 from typing import Any
 
 import pytest
-from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 from labkit.core.model_runner import accept
 from labkit.exercises import e10, judge
 from labkit.exercises.e10 import accept_or_replace, chance_of, circles, overlap
+from tests.exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 # -- 10.1, wrong -----------------------------------------------------------------------------------
 

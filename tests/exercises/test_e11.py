@@ -7,12 +7,12 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 from labkit.analysis.capacity import Demand, Settings, draw_demands, replay
 from labkit.analysis.client_measures import Slo
 from labkit.exercises import e11
 from labkit.exercises.e11 import BUDGETS, CLOCK, TICK, Measured, choose_budget, measured_at, serve
+from tests.exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 Rows = list[Measured]
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 from labkit.analysis.capacity.replay import least_loaded, prefix_aware
 from labkit.exercises import e12, judge
+from tests.exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 # -- wrong -----------------------------------------------------------------------------------------
 

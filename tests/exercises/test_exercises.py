@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from exercising import assert_accepted, assert_open, assert_refused, boxes, folded, function_from
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
 from labkit import exercises
@@ -23,6 +22,7 @@ from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, check, expect, find, judge
 from labkit.sampling_params import SamplingParams
 from labkit.views.picture import Picture, bars
+from tests.exercising import assert_accepted, assert_open, assert_refused, boxes, folded, function_from
 
 UNTIL = "Until it is right, the cells below use the reference."
 

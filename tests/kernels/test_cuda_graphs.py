@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCAB, greedy, loaded
 from torch import Tensor
 
 from labkit.config import EngineConfig
@@ -23,6 +22,7 @@ from labkit.kernels.cuda_graphs import DecodeGraphs, buckets
 from labkit.kernels.gathered_sdpa import SDPA, gathered_rows
 from labkit.kernels.paged_decode import paged_rows, static_paged_rows
 from labkit.sampling_params import SamplingParams
+from tests.conftest import VOCAB, greedy, loaded
 from tests.kernels.tape import TapeCapture
 
 

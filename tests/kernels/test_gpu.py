@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCAB, greedy, loaded, reference
 from torch import Tensor
 
 from labkit.config import EngineConfig
@@ -28,6 +27,7 @@ from labkit.models.architecture import build
 from labkit.models.load import LoadedModel
 from labkit.models.tiny import tiny_tokenizer
 from labkit.sampling_params import SamplingParams
+from tests.conftest import VOCAB, greedy, loaded, reference
 
 pytestmark = [
     pytest.mark.gpu,

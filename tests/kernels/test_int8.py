@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import loaded, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from labkit.models.load import LoadedModel, load_model
 from labkit.models.teacher_forcing import teacher_forced
 from labkit.models.tiny import tiny_tokenizer
 from labkit.sampling_params import SamplingParams
+from tests.conftest import loaded, reference
 
 CPU = torch.device("cpu")
 TOKENS = [(7 * i) % 200 for i in range(60)]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import loaded, reference
 from torch import nn
 
 from labkit.core.model import Transformer
 from labkit.kernels import packed_linear
 from labkit.models.architecture import build
 from labkit.models.teacher_forcing import teacher_forced
+from tests.conftest import loaded, reference
 
 TOKENS = list(range(50))
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import loaded
 from torch import Tensor
 
 from labkit.config import EngineConfig
 from labkit.engine import Engine
 from labkit.kernels.gathered_sdpa import SDPA
 from labkit.kernels.warmup import activation_bytes, backend_for, warm_up
+from tests.conftest import loaded
 from tests.kernels.tape import TapeCapture
 
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import reference
 from huggingface_hub import constants as hub_constants
 
 from labkit.models import gguf_fetch
 from labkit.models.tiny import tiny_tokenizer
+from tests.conftest import reference
 from tests.models.gguf_package import Package, write_gguf
 
 # -- the network ----------------------------------------------------------------------------------

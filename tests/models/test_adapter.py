@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIZES, VOCAB, generate
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
@@ -22,6 +21,7 @@ from labkit.models.adapter import adapt
 from labkit.models.errors import ModelError
 from labkit.models.load import LoadedModel, load_model
 from labkit.models.tiny import tiny_tokenizer
+from tests.conftest import SIZES, VOCAB, generate
 
 MIXED = dict(sliding_window=12, layer_types=["sliding_attention", "full_attention"])
 EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import reference
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -21,6 +20,7 @@ from labkit.models.errors import ModelError
 from labkit.models.hub import find
 from labkit.models.load import load_model
 from labkit.models.tiny import tiny_tokenizer
+from tests.conftest import reference
 from tests.models.saved_models import edit_json, index_of, shard_of
 
 pytest_plugins = ["tests.models.fixtures"]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from visiting import PATIENCE, free_port
+from tests.visiting import PATIENCE, free_port
 
 ROOT = Path(__file__).parents[2]
 CELLS = {

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from visiting import HOSTILE, PATIENCE
-from visiting_fixtures import browser  # noqa: F401
 
 from labkit import Engine, EngineConfig, SamplingParams
 from labkit.models.chat import as_chat
 from labkit.views import style
 from tests.notebook.in_jupyterlab import CELLS, Notebook, jupyterlab
+from tests.visiting import HOSTILE, PATIENCE
+from tests.visiting_fixtures import browser  # noqa: F401
 
 pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
 pytest.importorskip("anywidget", reason="anywidget is not installed")

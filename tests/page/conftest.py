@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from visiting import Visitor, free_port
 
 import app
 from labkit.config import EngineConfig
@@ -15,6 +14,7 @@ from labkit.models.load import LoadedModel, load_model
 from labkit.page.session import Lab
 from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.limits import Limits
+from tests.visiting import Visitor, free_port
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from visiting import Visitor
+from tests.visiting import Visitor
 
 
 def step_words(me: Visitor) -> list[str]:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from visiting import FIND, HOSTILE, Visitor, free_port
 
 import app
 from labkit.config import EngineConfig
@@ -14,9 +13,10 @@ from labkit.engine import Engine
 from labkit.models.load import LoadedModel
 from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine
+from tests.visiting import FIND, HOSTILE, Visitor, free_port
 from tests.waiting import wait_for
 
-pytest_plugins = ["visiting_fixtures"]
+pytest_plugins = ["tests.visiting_fixtures"]
 
 
 # -- injecting ------------------------------------------------------------------------------------

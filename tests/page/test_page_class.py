@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from visiting import FIND, HOSTILE, Visitor
-
 from labkit.page.session import Lab
+from tests.visiting import FIND, HOSTILE, Visitor
 from tests.waiting import wait_for
 
-pytest_plugins = ["visiting_fixtures"]
+pytest_plugins = ["tests.visiting_fixtures"]
 
 
 # -- a class --------------------------------------------------------------------------------------

@@ -6,14 +6,14 @@ import re
 from collections.abc import Callable
 
 import pytest
-from visiting import Visitor
 
 from labkit.page.scenarios import SCENARIOS, Scenario
 from labkit.page.session import Lab
 from tests.page.places import knob
+from tests.visiting import Visitor
 from tests.waiting import wait_for
 
-pytest_plugins = ["visiting_fixtures"]
+pytest_plugins = ["tests.visiting_fixtures"]
 
 
 # -- scenarios ------------------------------------------------------------------------------------

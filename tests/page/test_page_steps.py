@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from visiting import Visitor
-
 from labkit.page.session import Lab
 from tests.page.places import CELL, SQUARE, knob, step_words
+from tests.visiting import Visitor
 from tests.waiting import wait_for
 
-pytest_plugins = ["visiting_fixtures"]
+pytest_plugins = ["tests.visiting_fixtures"]
 
 
 # -- the next step, and keys ----------------------------------------------------------------------

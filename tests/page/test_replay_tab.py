@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tabs import HOSTILE, Looker, browser, served  # noqa: F401
 
 from labkit.page import replay_tab
 from labkit.page.replay_tab import Traces, build_replay_tab
@@ -18,6 +17,7 @@ from labkit.trace.trace import Trace
 from labkit.views import perfetto
 from labkit.views.assets import asset
 from labkit.views.facts.pool_blocks import blocks_of
+from tests.tabs import HOSTILE, Looker, browser, served  # noqa: F401
 from tests.views.stories import busy, draft_story, run, story, timed
 
 TRACES = {

@@ -10,7 +10,6 @@ import itertools
 import threading
 
 import pytest
-from serving.threaded import PATIENCE, GatedEngine, drained, gated, last, live, model, solo, wait_for  # noqa: F401
 
 from labkit.config import EngineConfig
 from labkit.engine import Engine
@@ -18,6 +17,7 @@ from labkit.models.load import LoadedModel
 from labkit.sampling_params import SamplingParams
 from labkit.serving.answer import Piece
 from labkit.serving.async_engine import AsyncEngine, EngineStoppedError
+from tests.serving.threaded import PATIENCE, GatedEngine, drained, gated, last, live, model, solo, wait_for  # noqa: F401
 
 PROMPTS = ["The quick brown fox", "What is the capital of France?", "One, two, three", "hello world"]
 

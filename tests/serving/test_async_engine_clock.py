@@ -8,12 +8,12 @@ import threading
 import time
 
 import pytest
-from serving.threaded import PATIENCE, drained, gated, last, live, model, wait_for  # noqa: F401
 
 from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine
 from labkit.trace.pool_state import PoolState
 from labkit.trace.records import StepRecord
+from tests.serving.threaded import PATIENCE, drained, gated, last, live, model, wait_for  # noqa: F401
 
 # -- the clock ------------------------------------------------------------------------------------
 

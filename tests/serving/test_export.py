@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import loaded
 
 from labkit.config import EngineConfig
 from labkit.serving import export
+from tests.conftest import loaded
 
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DRAFT = {"speculative": "draft", "draft_model": "owner/small"}

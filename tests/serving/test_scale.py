@@ -20,12 +20,12 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from serving.api_server import MODEL, free_port
 
 from labkit import LLM, Engine, EngineConfig, SamplingParams
 from labkit.serving import scale
 from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.cli import StartError
+from tests.serving.api_server import MODEL, free_port
 
 SIZES = {"num_blocks": 1024, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 64}
 PROMPTS = [f"the {word} of these words is a word" for word in ("first", "second", "third", "last")]

@@ -14,7 +14,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serving.api_server import (  # noqa: F401
+
+from labkit.serving.handler import Options
+from labkit.serving.limits import Limits
+from tests.serving.api_server import (  # noqa: F401
     HELLO,
     MODEL,
     TALK,
@@ -27,9 +30,6 @@ from serving.api_server import (  # noqa: F401
     site,
     solo,
 )
-
-from labkit.serving.handler import Options
-from labkit.serving.limits import Limits
 
 # -- as OpenAI's client sees it -------------------------------------------------------------------
 

@@ -12,13 +12,13 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from serving import api_server
-from serving.api_server import Served, served
 
 from labkit.core.block_pool import BlockPool, InvariantError, OutOfBlocks
 from labkit.serving.handler import Options
 from labkit.serving.schema import CompletionBody
 from labkit.serving.stream import CompletionFormat
+from tests.serving import api_server
+from tests.serving.api_server import Served, served
 
 LENGTH = {"max_tokens": 12, "ignore_eos": True}
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from serving.api_server import MODEL, Served, served
 
 from labkit.serving.handler import Options
 from labkit.serving.limits import Limits
 from labkit.serving.schema import ChatBody, CompletionBody
+from tests.serving.api_server import MODEL, Served, served
 
 EMOJI = "🙂"
 PATHS = {

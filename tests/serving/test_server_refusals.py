@@ -8,7 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
-from serving.api_server import HELLO, MODEL, TALK, Served, ask, nothing_left, post, site  # noqa: F401
+
+from tests.serving.api_server import HELLO, MODEL, TALK, Served, ask, nothing_left, post, site  # noqa: F401
 
 REFUSED = [
     (ask(model="gpt-4"), 404, "model", "model 'gpt-4' is not served here; 'tiny-random' is"),

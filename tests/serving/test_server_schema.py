@@ -8,7 +8,6 @@ from typing import Any
 import httpx
 import pytest
 from hypothesis import settings
-from serving.api_server import MODEL, Served, served
 
 from labkit.config import EngineConfig
 from labkit.engine import Engine
@@ -16,6 +15,7 @@ from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.handler import Options
 from labkit.serving.limits import Limits
 from labkit.serving.routes import create_app
+from tests.serving.api_server import MODEL, Served, served
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis needs Python 3.11")
 # The schema does not know the model: how long a prompt may be, or which tokens there are.

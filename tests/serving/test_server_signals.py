@@ -14,7 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
-from serving.api_server import MODEL, free_port
+
+from tests.serving.api_server import MODEL, free_port
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120  # seconds until a test gives up; nothing is decided by it

@@ -14,14 +14,13 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from serving.api_server import MODEL, Served, served
-
 from labkit.config import EngineConfig
 from labkit.core.request import answer_ids
 from labkit.engine import Engine
 from labkit.sampling_params import SamplingParams
 from labkit.serving.handler import Options
 from labkit.serving.limits import Limits
+from tests.serving.api_server import MODEL, Served, served
 
 CALLS, ROUNDS, AT_ONCE = 2000, 4, 64
 TEXT = "the sea is a prime number and some words of many kinds go on to their end in a long night"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import random
 
-from conftest import VOCAB, loaded
-
 from labkit import Engine, EngineConfig
 from labkit.schedulers.audit import check_pool
 from labkit.speculative.draft_model import ModelDrafter
+from tests.conftest import VOCAB, loaded
 
 
 def engine_of(speculative: str | None, **config) -> Engine:

@@ -7,11 +7,11 @@ import random
 from types import SimpleNamespace
 
 import pytest
-from conftest import greedy, loaded
 
 from labkit import Engine, EngineConfig, SamplingParams
 from labkit.core.plan import StepPlan, StepResult
 from labkit.speculative.speculator import acceptance
+from tests.conftest import greedy, loaded
 from tests.speculative.drafting import drain, engine_of, repetitive
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
-from conftest import greedy
 
 from labkit import SamplingParams
 from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import Request
 from labkit.speculative.ngram import NgramDrafter
 from labkit.speculative.speculator import Speculator, StepCosts
+from tests.conftest import greedy
 from tests.speculative.drafting import drain, engine_of, repetitive
 
 # -- the same tokens ------------------------------------------------------------------------------

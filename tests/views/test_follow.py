@@ -11,7 +11,6 @@ import gradio as gr
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from visiting import Visitor, free_port
 
 from labkit.config import EngineConfig
 from labkit.engine import Engine
@@ -20,9 +19,10 @@ from labkit.page.gradio_page import Page, build, serve
 from labkit.page.session import Lab
 from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine
+from tests.visiting import Visitor, free_port
 from tests.waiting import wait_for
 
-pytest_plugins = ["visiting_fixtures"]
+pytest_plugins = ["tests.visiting_fixtures"]
 
 
 @pytest.fixture(scope="module")

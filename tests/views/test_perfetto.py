@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
-from tabs import browser  # noqa: F401
 
 from labkit.trace.trace import Trace
 from labkit.views import perfetto
+from tests.tabs import browser  # noqa: F401
 from tests.views.stories import HOSTILE, busy, run, story, timed, trace_of, traces
 from tests.views.trace_processor import TraceProcessor, folder
 

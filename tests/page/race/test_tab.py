@@ -8,13 +8,13 @@ from typing import Any
 
 import gradio as gr
 import pytest
-from tabs import Looker, browser, served  # noqa: F401
 
 from labkit.models.load import LoadedModel
 from labkit.page.race.tab import build_race_tab
 from labkit.page.race.workloads import COURSES, SETTINGS
 from labkit.trace.trace import Trace
 from tests.page.race.slow_race import SlowRace
+from tests.tabs import Looker, browser, served  # noqa: F401
 
 KEPT: dict[str, Trace] = {}
 
