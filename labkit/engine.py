@@ -67,7 +67,7 @@ class Engine(EngineCore):
     def __init__(
         self,
         config: EngineConfig | None = None,
-        scheduler: Callable[..., Scheduler] | None = None,
+        scheduler: type[Scheduler] | None = None,
         pool: Callable[..., BlockPool] | None = None,
         *,
         say: Say | None = print,
@@ -75,10 +75,6 @@ class Engine(EngineCore):
         self.config = config = config or EngineConfig()
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
-        if scheduler and not config.enable_chunked_prefill:
-            raise ValueError(
-                "enable_chunked_prefill must be True with a scheduler of your own, which decides"
-            )
         self.model = _model_of(config, say)
         module = self.model.module
         if config.max_model_len and config.max_model_len > module.max_model_len:
@@ -248,9 +244,14 @@ class Engine(EngineCore):
 
     def enqueue(self, request: Request) -> str:
         """Queue a request that `make_request` made; returns its id."""
-        self._check_unused(request)
-        family = [request, *request.children]
         self.add(request)
+        return request.request_id
+
+    def add(self, request: Request) -> None:
+        """Queue a request and its children, for the next step on. Raises as `add_request` does."""
+        self._check_unused(request)
+        family = [request, *request.children]  # the scheduler may take the children over at once
+        super().add(request)
         now = time.perf_counter()
         for index, member in enumerate(family):
             self._unfinished[member.request_id] = member
@@ -264,7 +265,6 @@ class Engine(EngineCore):
                 logprobs=None if member.params.logprobs is None else [],
                 index=index,
             )
-        return request.request_id
 
     def set_priority(self, request_id: str, priority: int) -> bool:
         """Change a request's priority (lower runs first). False if it is not there or is done."""
@@ -292,15 +292,18 @@ class Engine(EngineCore):
                 output.metrics.token_times.extend([end] * len(tokens))
                 if output.logprobs is not None:
                     output.logprobs.extend(result.logprobs[row][: len(tokens)])
-                output.text = request.reader.text
+                if request.reader:
+                    output.text = request.reader.text
         for request_id, reason, _ in record.finished:
             request = self._unfinished.pop(request_id)
             if output := self.outputs.get(request_id):
-                request.reader.finish()
-                output.text = request.reader.text
+                if request.reader:
+                    request.reader.finish()
+                    output.text = request.reader.text
                 output.error = request.error
                 output.metrics.finish_time = end
                 output.finish_reason = reason  # last, so that other threads can trust the rest
+            request.reader = None  # a static batch keeps its finished members, and `preview` copies them
 
     # -- a look ahead -----------------------------------------------------------------------------
 

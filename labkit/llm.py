@@ -72,7 +72,8 @@ class LLM:
                 self._run(set(ids), bar)
         except BaseException:
             for request_id in ids:
-                engine.abort(request_id)
+                if not engine.outputs[request_id].finished:
+                    engine.abort(request_id)
             with contextlib.suppress(Exception):  # what went wrong first is what matters
                 engine.step()  # carries the aborts out
             for request_id in ids:

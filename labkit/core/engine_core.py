@@ -82,8 +82,11 @@ class EngineCore:
 
     def abort(self, request_id: str) -> bool:
         """End a request, with all its answers, at the next step. False if it is not there or is done."""
-        requests = list(self.scheduler.requests.values())  # a copy: the engine's thread may change it
-        family = [r.request_id for r in requests if request_id in (r.request_id, r.family)]
+        found = self.scheduler.requests.get(request_id)
+        if found and found.params.n == 1:
+            return self.scheduler.abort(request_id)
+        others = list(self.scheduler.requests.values())  # a copy: the engine's thread may change it
+        family = [r.request_id for r in others if request_id in (r.request_id, r.family)]
         return any([self.scheduler.abort(name) for name in family])
 
     @property
@@ -116,12 +119,12 @@ class EngineCore:
         record = record_step(self._step, plan, result, self.scheduler, end - self._began, end - begin)
         self._step += 1
         self.trace.append(record)
+        self.deliver(plan, result, record, begin, end)
         for request_id, reason, blocks in record.finished:
             if self.speculator:
                 self.speculator.forget(request_id)
             if reason == "error":  # what the fault left behind must reach nobody
                 self.runner.cache.clear_blocks([b for b in blocks if not self.pool.ref_counts[b]])
-        self.deliver(plan, result, record, begin, end)
         if self.auditor:
             self.auditor.check_record(record)
         if interrupt is not None:

@@ -17,7 +17,10 @@ def record_step(
     head, blocked = scheduler.waiting.peek(), plan.blocked
     if head and (blocked is None or blocked[0] != head.request_id):
         # The other answers to a request that has just failed come to the queue after planning.
-        blocked = (head.request_id, "it joined the queue when this step was over")
+        new = (arrival.request_id for arrival in changes.arrived)
+        late = head.family != head.request_id or head.request_id in new
+        why = "it joined the queue when this step was over" if late else "the scheduler gave no reason"
+        blocked = (head.request_id, why)
     return StepRecord(
         step,
         requests=tuple([request.request_id for request in plan.requests]),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from labkit.outputs import FinishReason
+from labkit.outputs import FinishReason, in_one_line
 from labkit.sampling_params import SamplingParams
 
 Status = Literal["waiting", "running", "finished"]
@@ -77,8 +77,11 @@ class Request:
     def append(self, token: int) -> FinishReason | None:
         """Take the next token of the answer; returns why the request ends with it, or None."""
         self.token_ids.append(token)
-        # The reader sees every token, a stop token too: it skips those that are no text.
-        stop_string = self.reader is not None and self.reader.push(token)
+        try:  # the reader sees every token, a stop token too: it skips those that are no text
+            stop_string = self.reader is not None and self.reader.push(token)
+        except Exception as error:  # no other request shall suffer
+            self.error = in_one_line(error)
+            return "error"
         if stop_string or token in self.stop_ids:
             return "stop"
         return "length" if len(self.token_ids) >= self.max_len else None

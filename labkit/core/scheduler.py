@@ -55,7 +55,7 @@ class Scheduler:
         self.kv_policy = kv_policy
         # Blocks kept free at admission while others run, so that these can grow before one is preempted.
         self.watermark = max(1, pool.num_blocks // 100) if kv_policy == "paged" else 0
-        self.waiting = WaitingQueue()
+        self.waiting = WaitingQueue(self.order)
         self.running: list[Request] = []
         self.requests: dict[str, Request] = {}  # all that are not finished
         self.changes = Changes()  # since the last record
@@ -81,11 +81,17 @@ class Scheduler:
         if not self.forks:
             self._queue_children(request)
 
+    def order(self, request: Request) -> tuple[int, ...]:
+        """What the queue is sorted by, lowest first: priority, then arrival."""
+        return order(request)
+
     def check(self, request: Request) -> None:
         """Raise `ValueError` if an id is in use, or the pool could never hold the request."""
         for member in (request, *request.children):
             if member.request_id in self.requests:
                 raise ValueError(f"request_id {member.request_id!r} is already in use")
+        if not request.num_prompt_tokens:
+            raise ValueError("prompt is empty: it must have at least one token")
         need = self.pool.blocks_for(request.max_len - 1)  # the last token is never written
         if need > self.pool.num_blocks:
             raise ValueError(
@@ -143,7 +149,10 @@ class Scheduler:
         Decode goes first, so that no prompt, however long, keeps a running answer waiting.
         """
         decoding, growing, prefilling = [], [], []
+        planned = set(map(id, plan.requests))  # nobody, unless waiting requests were admitted before
         for request in self.running:
+            if id(request) in planned:
+                continue
             start = request.num_computed_tokens
             if len(request.token_ids) - start > 1:
                 prefilling.append(request)
@@ -153,7 +162,7 @@ class Scheduler:
                 growing.append(request)
         if growing:
             self.grow(plan, growing)
-        budget = self.max_num_batched_tokens
+        budget = self.max_num_batched_tokens - sum(plan.num_tokens)
         for request in decoding:
             if request.status == "running":  # it may have been preempted just now
                 budget -= self.plan_row(plan, request, budget)
@@ -176,10 +185,9 @@ class Scheduler:
     def grow(self, plan: StepPlan, growing: list[Request]) -> None:
         """Give each of these requests the block its next token needs; preempt the newest until it fits."""
         while sum(map(self.needs_block, growing)) > self.pool.num_free:
-            victim = max(self.running, key=order)
             if len(self.running) == 1:
-                raise InvariantError(f"request {victim.request_id!r} runs alone and finds no page")
-            self.preempt(plan, victim)
+                raise InvariantError(f"request {self.running[0].request_id!r} runs alone and finds no page")
+            self.preempt(plan, victim := self.victim())
             growing = [request for request in growing if request is not victim]
         for request in growing:
             with self._ending(plan, request):
@@ -198,8 +206,14 @@ class Scheduler:
         block = self.pool.tables[request.request_id][start // self.pool.block_size]
         return self.pool.ref_counts[block] > 1
 
+    def victim(self) -> Request:
+        """The running request that gives up its blocks when they run out: the one that is last in order."""
+        return max(self.running, key=self.order)
+
     def preempt(self, plan: StepPlan, victim: Request) -> None:
         """Take a request's blocks and seat away; it keeps its tokens, and will compute them again."""
+        if victim in plan.requests:
+            raise InvariantError(f"request {victim.request_id!r} is planned already: preempt it before")
         self.running.remove(victim)
         plan.preempted.append(Blocks(victim.request_id, self._release(victim)))
         victim.status = "waiting"
@@ -288,14 +302,14 @@ class Scheduler:
                 request.error = result.errors[row]
                 self.finish(request, "error")
                 continue
-            sampled, reason, kept = result.sampled[row], None, 0
-            for kept, token in enumerate(sampled, 1):
+            kept, reason = [], None
+            for token in result.sampled[row]:
+                kept.append(token)
                 if reason := request.append(token):  # drafts may reach past the end
-                    result.sampled[row] = sampled[:kept]
                     break
-            start = plan.starts[row]
+            result.sampled[row], start = tuple(kept), plan.starts[row]
             # Wrong drafts were computed for nothing: what counts is what became part of the answer.
-            end = start + (kept if row in plan.drafts else plan.num_tokens[row])
+            end = start + (len(kept) if row in plan.drafts else plan.num_tokens[row])
             request.num_computed_tokens = end
             if end // size > start // size and self.uses_prefix_cache:
                 self.pool.publish(request.request_id, request.token_ids, end)
@@ -316,6 +330,7 @@ class Scheduler:
         request.status = "finished"
         del self.requests[request.request_id]
         self._aborting.pop(request.request_id, None)
+        self._stuck = None
         self.changes.finished.append(Finish(request.request_id, reason, blocks))
         self._queue_children(request)
 

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from labkit.core.request import Request
 
 
-def order(request: Request) -> tuple[int, int]:
-    """What requests are sorted by: priority (lower first), then arrival."""
+def order(request: Request) -> tuple[int, ...]:
+    """What requests are sorted by unless a scheduler says otherwise: priority (lower first), then arrival."""
     return request.priority, request.arrival
 
 
 class WaitingQueue:
-    """The requests that wait, in order. No call takes more than log n."""
+    """The requests that wait, in order. A call takes log n on average, but for going through all of them."""
 
-    def __init__(self) -> None:
-        self._heap: list[tuple[int, int, Request]] = []
+    def __init__(self, order: Callable[[Request], tuple[int, ...]] = order) -> None:
+        self._order = order
+        self._heap: list[tuple[tuple[int, ...], int, Request]] = []
         self._members: dict[str, Request] = {}
 
     def push(self, request: Request) -> None:
-        """Add a request, or move one whose priority has changed."""
+        """Add a request, or move one whose place has changed."""
         self._members[request.request_id] = request
-        heapq.heappush(self._heap, (*order(request), request))
+        heapq.heappush(self._heap, self._entry(request))
 
     def peek(self) -> Request | None:
         """The request that is next, which stays in the queue."""
         while self._heap:
-            priority, _, request = self._heap[0]
-            if self._members.get(request.request_id) is request and request.priority == priority:
+            place, _, request = self._heap[0]
+            if self._members.get(request.request_id) is request and place == self._order(request):
                 return request
             heapq.heappop(self._heap)  # it was removed, or has moved to another place
         return None
@@ -38,8 +39,11 @@ class WaitingQueue:
         """Take a request out."""
         del self._members[request.request_id]  # its entry in the heap stays until it comes up
         if len(self._heap) > 2 * len(self._members) + 64:  # mostly leftovers: sweep
-            self._heap = [(*order(r), r) for r in self._members.values()]
+            self._heap = [self._entry(r) for r in self._members.values()]
             heapq.heapify(self._heap)
+
+    def _entry(self, request: Request) -> tuple[tuple[int, ...], int, Request]:
+        return self._order(request), request.arrival, request  # equals go by arrival
 
     def __len__(self) -> int:
         return len(self._members)
@@ -48,4 +52,4 @@ class WaitingQueue:
         return self._members.get(request.request_id) is request
 
     def __iter__(self) -> Iterator[Request]:
-        return iter(sorted(self._members.values(), key=order))
+        return (request for *_, request in sorted(map(self._entry, self._members.values())))

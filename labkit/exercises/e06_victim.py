@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from labkit.core.plan import StepPlan
 from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
 from labkit.core.waiting_queue import order
@@ -129,15 +128,11 @@ def victim_scheduler(function: Callable[[list[Request]], Request]) -> type[Sched
     """A scheduler that asks a function for its victims, for `Engine(config, scheduler=...)`."""
 
     class Asking(Scheduler):
-        def grow(self, plan: StepPlan, growing: list[Request]) -> None:
-            # Each of them needs one more page.
-            while len(self.running) > 1 and len(growing) > self.pool.num_free:
-                victim = function(list(self.running))
-                names = ", ".join(request.request_id for request in self.running)
-                _check_victim(victim, self.running, f"in the engine, with requests {names} running")
-                self.preempt(plan, victim)
-                growing = [request for request in growing if request is not victim]
-            super().grow(plan, growing)  # there is room for them now
+        def victim(self) -> Request:
+            chosen = function(list(self.running))
+            names = ", ".join(request.request_id for request in self.running)
+            _check_victim(chosen, self.running, f"in the engine, with requests {names} running")
+            return chosen
 
     return Asking
 

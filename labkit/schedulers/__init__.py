@@ -15,11 +15,14 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
 }
 
 
-def scheduler_class(name: str, *, enable_chunked_prefill: bool = True) -> type[Scheduler]:
-    """The scheduler of a name. A static batch knows one way alone, with chunked prefill and without."""
-    policy = SCHEDULERS[name]
-    if enable_chunked_prefill or policy is StaticScheduler:
-        return policy
-    if policy is Scheduler:
+def scheduler_class(policy: str | type[Scheduler], *, enable_chunked_prefill: bool = True) -> type[Scheduler]:
+    """The scheduler of a name, or one of your own; without chunked prefill, as it admits whole prompts.
+
+    A static batch knows one way alone.
+    """
+    own = SCHEDULERS[policy] if isinstance(policy, str) else policy
+    if enable_chunked_prefill or own is StaticScheduler:
+        return own
+    if own is Scheduler:
         return WholePromptScheduler
-    return type(f"WholePrompt{policy.__name__}", (WholePromptScheduler, policy), {})
+    return type(f"WholePrompt{own.__name__}", (own, WholePromptScheduler), {})  # what it overrides, stays
