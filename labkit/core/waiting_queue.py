@@ -1,4 +1,4 @@
-"""Who waits, and in which order. No tensors here."""
+"""The queue of waiting requests, by priority and arrival. No tensors here."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from labkit.core.request import Request
 
 
 def order(request: Request) -> tuple[int, int]:
-    """What requests are sorted by: priority (lower first), then arrival."""
+    """Return the key that requests are sorted by: priority (lower first), then arrival."""
     return request.priority, request.arrival
 
 
 class WaitingQueue:
-    """The requests that wait, in order. No call takes more than log n."""
+    """The waiting requests in order. To add one or take one out costs log n."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, int, Request]] = []
+        self._heap: list[tuple[int, int, Request]] = []  # by `order`, with entries that are out of date
         self._members: dict[str, Request] = {}
 
     def push(self, request: Request) -> None:
@@ -26,18 +26,18 @@ class WaitingQueue:
         heapq.heappush(self._heap, (*order(request), request))
 
     def peek(self) -> Request | None:
-        """The request that is next, which stays in the queue."""
+        """Return the next request, and leave it in the queue."""
         while self._heap:
             priority, _, request = self._heap[0]
             if self._members.get(request.request_id) is request and request.priority == priority:
                 return request
-            heapq.heappop(self._heap)  # it was removed, or has moved to another place
+            heapq.heappop(self._heap)  # out of date: the request was removed, or its priority has changed
         return None
 
     def remove(self, request: Request) -> None:
-        """Take a request out."""
+        """Take a request out of the queue."""
         del self._members[request.request_id]  # its entry in the heap stays until it comes up
-        if len(self._heap) > 2 * len(self._members) + 64:  # mostly leftovers: sweep
+        if len(self._heap) > 2 * len(self._members) + 64:  # most entries are out of date: drop them
             self._heap = [(*order(r), r) for r in self._members.values()]
             heapq.heapify(self._heap)
 
