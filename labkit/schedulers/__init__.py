@@ -1,4 +1,4 @@
-"""The policies that continuous batching is measured against, on the same pool, model runner and trace."""
+"""The schedulers by name: continuous batching, and the policies that it is compared with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
 
 
 def scheduler_class(name: str, *, enable_chunked_prefill: bool = True) -> type[Scheduler]:
-    """The scheduler of a name. A static batch knows one way alone, with chunked prefill and without."""
+    """Return the scheduler class of a name. A static batch is the same with and without chunked prefill."""
     policy = SCHEDULERS[name]
     if enable_chunked_prefill or policy is StaticScheduler:
         return policy
