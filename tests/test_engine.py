@@ -484,7 +484,7 @@ def run_with(scheduler: type[Scheduler] | None = None, pool: type[BlockPool] | N
 
 
 class ShortestFirst(Scheduler):
-    """A policy of one's own: whoever has the shortest prompt goes first."""
+    """A policy of one's own: the request with the shortest prompt goes first."""
 
     def add(self, request) -> None:
         request.priority = request.num_prompt_tokens

@@ -2,8 +2,8 @@
 
 Read it top to bottom. It serves the models of the Llama shape: Llama, SmolLM2, TinyLlama, Mistral, Qwen2,
 Qwen2.5 and Qwen3. There is no batch dimension: the tokens of a step lie one after the other in a flattened
-batch of T tokens, whichever requests they belong to, and only attention knows where one request ends and the
-next begins. Weights come from `labkit/models/`.
+batch of T tokens from all its requests, and only attention knows where one request ends and the next begins.
+Weights come from `labkit/models/`.
 """
 
 from __future__ import annotations

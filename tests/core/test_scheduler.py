@@ -1,4 +1,4 @@
-"""The schedulers, without a model: whatever comes and goes, the rules hold and nobody is left behind."""
+"""The schedulers without a model: in any order of events the rules hold, and no request is left behind."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(token=st.integers(0, 1), nth=st.integers(1, 4), drafts=st.integers(0, 5))
     def run_out(self, token, nth, drafts) -> None:
-        """The pool says no where it had pages: whoever asked ends, unless it was for a draft."""
+        """The pool refuses blocks that it said it had: the request ends, unless they were for a draft."""
         pool, calls = self.bench.pool, itertools.count(1)
 
         def failing(take, *asked):
