@@ -1,4 +1,4 @@
-"""Every switch of the engine in one place, checked when it is set. No tensors here."""
+"""All settings of the engine, checked when they are set. No tensors here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T4_DTYPES = ("auto", "float16", "fp16", "half")
 
 
 class Loaded(Protocol):
-    """A model that is loaded already: a `labkit.models.load.LoadedModel`."""
+    """What a configuration needs of a loaded model, such as `labkit.models.load.LoadedModel`."""
 
     @property
     def name(self) -> str: ...
@@ -29,7 +29,7 @@ class Loaded(Protocol):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What to load, and how; `load_model` takes the same.
+    """Which model to load, and how. The arguments of `load_model` are the same.
 
     Args:
         model: a short name ("smollm2-135m", "tiny-random"), a Hub id, a folder that `save_pretrained` wrote,
@@ -70,20 +70,20 @@ class EngineConfig(ModelConfig):
         max_num_seqs: the number of seats: how many requests run at once.
         max_num_batched_tokens: the token budget of a step.
         scheduler: "continuous" (requests join and leave at every step), "static" (a batch waits until its
-            last member is done), "naive" (one request at a time) or "uncached" (and without its KV cache).
-        kv_policy: "paged" takes pages as tokens come, "reserved" takes a request's whole maximum up front.
+            last member is done), "naive" (one request at a time) or "uncached" (the same without a KV cache).
+        kv_policy: "paged" takes blocks as tokens come, "reserved" takes all that a request may need up front.
         enable_prefix_caching: whether blocks whose tokens are known are kept, so that later requests with
-            the same start can share them (a static batch, whose rows go in step, does without).
+            the same start can share them (a static batch does without).
         enable_chunked_prefill: whether a step mixes prompts, cut to the token budget, with decode; without
             it, a step computes either whole prompts or one token of each answer.
-        speculative: None, or what drafts tokens that a step then checks: "ngram" (what followed the last few
-            tokens when they were last seen) or "draft" (a smaller model).
+        speculative: None, or the drafter whose tokens a step then checks: "ngram" (what followed the last few
+            tokens when they occurred before) or "draft" (a smaller model).
         draft_model: that model, named or loaded as `model` is; None is the model itself in int8.
-        num_speculative_tokens: how many drafts a request has in a step, at most.
-        speculative_gate: whether only as many are drafted as pay, by what steps take on this machine and by
-            how often drafts were right.
-        num_threads: the threads of PyTorch on a CPU, for the whole process; None leaves its own choice (the
-            physical cores, or OMP_NUM_THREADS).
+        num_speculative_tokens: the most drafts that a request has in a step.
+        speculative_gate: whether to draft only where that pays, judged by what steps cost on this machine and
+            how often drafts were accepted.
+        num_threads: the number of PyTorch's threads on a CPU, in the whole process; None leaves PyTorch's own
+            choice (the physical cores, or OMP_NUM_THREADS).
         attention_backend: "sdpa" is PyTorch's own attention over gathered blocks, "triton" a kernel that
             reads blocks in place (it needs a CUDA GPU); "auto" is the fastest that there is.
         cuda_graphs: whether decode steps are captured as CUDA graphs; it has no effect without a CUDA GPU,
@@ -92,7 +92,7 @@ class EngineConfig(ModelConfig):
         max_trace_steps: how many steps the trace keeps the records of; None keeps all.
         audit: whether every rule is checked at every step, which is slow; a scheduler or pool of your own is
             always checked.
-        seed: the seed of the requests that bring none.
+        seed: the seed of requests that have none of their own.
 
     Raises:
         ValueError: for a value that cannot work; the message names the field and the limit.

@@ -1,7 +1,7 @@
-"""`Engine`: the core with a model that it loads, the fastest kernels there are, text, and times.
+"""`Engine`: the core with a model that it loads, the fastest kernels for the device, text, and times.
 
-The loop itself is `labkit.core.engine_core.EngineCore`; what is here happens before the first step, or at its
-two ends: text to tokens, and tokens to text.
+The loop itself is in `labkit.core.engine_core.EngineCore`. Here are the start, which builds all parts, and
+both ends of each request: text to tokens, and tokens to text.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from labkit.trace.trace import Trace
 
 Prompt = str | Sequence[int]
 
-_CPU_POOL_BYTES = 384 * 2**20  # of the default pool; a laptop keeps the rest
-_GPU_POOL_SHARE = 0.8  # of the memory that weights and a step leave free; graphs take of the rest
+_CPU_POOL_BYTES = 384 * 2**20  # the most that the default pool takes on a CPU
+_GPU_POOL_SHARE = 0.8  # of the memory that weights and a step leave free; graphs use the rest
 _MAX_ID = 128  # characters
 
 
@@ -47,18 +47,18 @@ class Engine(EngineCore):
     """Requests in, text out, one step at a time.
 
     Args:
-        config: the sizes and switches.
-        scheduler: a `Scheduler` class of your own, called as `labkit.core.scheduler.Scheduler` is.
-        pool: a `BlockPool` class of your own, called with `(num_blocks, block_size)`. Steps of either are
-            audited: a broken rule raises `InvariantError` at the step that broke it.
-        say: what gets a line about each thing that takes time; None is silence.
+        config: the settings; None takes all defaults.
+        scheduler: a `Scheduler` class of your own, with the same arguments.
+        pool: a `BlockPool` class of your own, which is called with `(num_blocks, block_size)`. The steps of
+            either are audited: a broken rule raises `InvariantError` at the step that broke it.
+        say: a function that gets a line about each thing that takes time; None is silence.
 
     `config.num_threads` sets the threads of PyTorch for the whole process.
 
     Attributes:
-        trace: one record per step.
-        outputs: what each request has produced so far, by id. Entries are updated in place, and stay until
-            you take them out.
+        trace: the records of all steps.
+        outputs: the output of each request so far, by id. Outputs are updated in place, and stay until you
+            take them out.
 
     Raises:
         ValueError: for a model that cannot be found or run, or sizes that do not fit into memory.
@@ -84,7 +84,7 @@ class Engine(EngineCore):
             )
         draft = draft_model(config, self.model, say)
         backend = backend_for(module, config)
-        reserve = 0  # bytes, on a GPU, for what a step computes
+        reserve = 0  # bytes for the activations of a step, on a GPU
         if module.device.type == "cuda":
             if say:
                 say(f"Attention on {module.device}: {backend.name} ({backend.reason}).")
@@ -114,7 +114,7 @@ class Engine(EngineCore):
         self._numbers = itertools.count()
 
     def _fitting_blocks(self, reserve: int, draft: LoadedModel | None) -> int:
-        """Blocks for all seats at full length, or as many as a fair share of the free memory holds.
+        """Return how many blocks all seats need at full length, or fewer if memory is short.
 
         On a GPU, `reserve` bytes are kept free.
         """
@@ -158,12 +158,12 @@ class Engine(EngineCore):
         request_id: str | None = None,
         priority: int = 0,
     ) -> str:
-        """Queue a prompt (text or token ids); returns the request's id. It can run from the next step on.
+        """Queue a prompt (text or token ids), and return the request's id. The next step can run it.
 
         With `params.n` > 1 the answers after the first are requests of their own: "7", "7.1", "7.2", ...
 
         Raises:
-            ValueError: for a request that cannot be served; names the field and the limit.
+            ValueError: for a request that cannot be served; the message names the field and the limit.
         """
         return self.enqueue(self.make_request(prompt, params, request_id=request_id, priority=priority))
 
@@ -267,7 +267,7 @@ class Engine(EngineCore):
             )
 
     def set_priority(self, request_id: str, priority: int) -> bool:
-        """Change a request's priority (lower runs first). False if it is not there or is done."""
+        """Change a request's priority (lower runs first). Returns False if it is unknown or finished."""
         check_number("priority", priority, -(2**31), 2**31, whole=True)
         return self.scheduler.set_priority(request_id, priority)
 
@@ -276,7 +276,7 @@ class Engine(EngineCore):
     def deliver(
         self, plan: StepPlan, result: StepResult, record: StepRecord, begin: float, end: float
     ) -> None:
-        """Update the outputs. Their owners may have taken some out, and do not wait for the end."""
+        """Update the outputs: those that are still in `outputs`, because a caller may take one out early."""
         for admission in record.admitted:
             output = self.outputs.get(admission.request_id)
             if output and output.metrics.first_scheduled_time is None:
@@ -308,10 +308,10 @@ class Engine(EngineCore):
     # -- a look ahead -----------------------------------------------------------------------------
 
     def preview(self) -> StepRecord:
-        """What the next step would do, as a record in which nothing has been sampled yet.
+        """Return what the next step would do, as a record in which nothing has been sampled yet.
 
-        The scheduler itself plans it, on a copy of itself and of the pool: nothing moves. Its `free_blocks`
-        and `waiting` are as after the plan. Call it where `step` may be called; raises what planning raises.
+        A copy of the scheduler plans it, on a copy of the pool, so nothing changes. `free_blocks` and
+        `waiting` are those after the plan. Call it where `step` may be called; it raises as planning does.
         """
         requests = self.scheduler.requests.values()
         shared = {id(part): part for request in requests for part in (request.params, request.reader)}
@@ -321,7 +321,7 @@ class Engine(EngineCore):
 
 
 def _model_of(config: EngineConfig, say: Say | None) -> LoadedModel:
-    """The model that a configuration names, or the loaded one that it holds."""
+    """Load the model that a configuration names, or return the loaded one that it holds."""
     loaded = config.model if isinstance(config.model, LoadedModel) else None
     if config.as_t4:
         device = loaded.device if loaded else resolve_device(config.device)

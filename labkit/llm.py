@@ -1,4 +1,4 @@
-"""The blocking front of the engine: a list of prompts in, a list of answers out."""
+"""The engine for a list of prompts: `generate` returns once all of them are answered."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from labkit.sampling_params import SamplingParams
 
 
 class LLM:
-    """A model and an engine, for a list of prompts.
+    """A model and an engine that answers lists of prompts.
 
     Args:
-        model: as in `EngineConfig`.
-        config: the other fields of `EngineConfig`.
+        model: the model, as in `EngineConfig`.
+        config: other fields of `EngineConfig`.
+
+    Raises:
+        ValueError: for a setting that does not exist, and as `Engine` does.
     """
 
     def __init__(self, model: Any = "smollm2-135m", **config: Any) -> None:
@@ -38,18 +41,18 @@ class LLM:
         *,
         progress: bool = True,
     ) -> list[RequestOutput]:
-        """Answer all prompts; returns when the last is done.
+        """Answer all prompts, and return when the last is done.
 
         Args:
-            prompts: one or many, each text or token ids.
-            params: one for all, or one per prompt.
-            progress: show a bar with tokens per second.
+            prompts: one prompt or many; each is text or token ids.
+            params: sampling parameters for all prompts, or a list with those of each.
+            progress: whether to show a bar with tokens per second.
 
         Returns:
-            One output per prompt, in order; with n > 1, n in a row.
+            The output of each prompt, in order; with n > 1, n outputs in a row.
 
         Raises:
-            ValueError: if a prompt cannot be served; none is run then.
+            ValueError: if a prompt cannot be served; then none is run.
         """
         if not isinstance(prompts, Iterable):
             raise ValueError(f"prompts must be text, token ids, or a list of either, not {prompts!r}")

@@ -1,4 +1,4 @@
-"""What comes back for a request: its tokens, its text, and when they came. No tensors here."""
+"""The output of a request: its tokens, its text, and when they came. No tensors here."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities at one position, as the model gives them: before bias, penalties and filters.
+    """The model's log-probabilities at one position, before bias, penalties and filters.
 
-    `token` is the chosen token; `top` holds the likeliest ones as (token id, log-probability), best first.
+    `token` is the chosen token. `top` has the likeliest tokens as (token id, log-probability), best first.
     """
 
     token: int
@@ -32,15 +32,13 @@ class RequestMetrics:
     arrival_time: float
     first_scheduled_time: float | None = None
     finish_time: float | None = None
-    token_times: list[float] = field(
-        default_factory=list
-    )  # of each generated token; equal for those of one step
+    token_times: list[float] = field(default_factory=list)  # one per token; those of a step are equal
     num_cached_tokens: int = 0
     num_preemptions: int = 0
 
     @property
     def ttft(self) -> float | None:
-        """Time to first token; None before it came."""
+        """Time to first token; None before it has come."""
         return latency.ttft(self.arrival_time, self.token_times)
 
     @property
@@ -68,8 +66,8 @@ class RequestMetrics:
 class RequestOutput:
     """What a request has produced so far. It is complete once `finish_reason` is set.
 
-    `text` never ends in half a character and, once finished, holds no stop string. `error` says what went
-    wrong when `finish_reason` is "error". For n > 1, `index` counts the answers to one prompt.
+    `text` never ends in half a character, and a complete one has no stop string. `error` says what went wrong
+    if `finish_reason` is "error". For n > 1, `index` counts the answers to one prompt.
     """
 
     request_id: str
@@ -89,5 +87,5 @@ class RequestOutput:
 
 
 def in_one_line(error: BaseException) -> str:
-    """An error as an output reports it: its class, and the first line of its message, shortened."""
+    """Return an error as outputs report it: its class, and the first line of its message, shortened."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"

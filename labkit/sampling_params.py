@@ -1,4 +1,4 @@
-"""How a request wants its tokens picked, and when it ends. No tensors here."""
+"""Sampling parameters: how the tokens of a request are picked, and when it ends. No tensors here."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 MAX_LOGPROBS = 20
 MAX_N = 64
-MIN_TEMPERATURE = 1e-3  # below, the quotients leave the range of fp32
+MIN_TEMPERATURE = 1e-3  # below it, logits divided by it leave the range of fp32
 
 
 def check_number(field_name: str, value: object, low: float, high: float, *, whole: bool = False) -> None:
-    """Raise `ValueError` naming the field and the limit unless `low <= value <= high`."""
+    """Raise `ValueError`, which names the field and the limit, unless `low <= value <= high`."""
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or value != value:  # NaN
         wanted = "a whole number" if whole else "a number"
@@ -23,7 +23,7 @@ def check_number(field_name: str, value: object, low: float, high: float, *, who
 
 
 def check_flag(field_name: str, value: object) -> None:
-    """Raise `ValueError` naming the field unless it is True or False."""
+    """Raise `ValueError`, which names the field, unless it is True or False."""
     if not isinstance(value, bool):
         raise ValueError(f"{field_name} must be True or False, not {value!r}")
 
@@ -33,21 +33,24 @@ class SamplingParams:
     """How to pick the next token, and when to stop.
 
     Args:
-        max_tokens: how many tokens to generate at most.
-        temperature: 0 picks the likeliest token (greedy); higher values flatten the distribution.
-        top_k: keep the k likeliest tokens (0: all).
-        top_p: keep the smallest set of likeliest tokens whose probability reaches p.
-        min_p: drop tokens less likely than min_p times the likeliest.
-        repetition_penalty: divide (if positive, else multiply) the logits of tokens seen in prompt or answer.
-        presence_penalty: subtract once for each token already in the answer.
-        frequency_penalty: subtract for each time that a token occurs in the answer.
+        max_tokens: the most tokens to generate.
+        temperature: the temperature; 0 picks the likeliest token (greedy), and higher values flatten the
+            distribution.
+        top_k: the number of likeliest tokens to keep; 0 keeps all.
+        top_p: the probability that the likeliest tokens must reach together; only these are kept.
+        min_p: the share of the likeliest token's probability below which tokens are dropped.
+        repetition_penalty: a number that divides the logits of tokens in prompt or answer (and multiplies
+            negative ones).
+        presence_penalty: a number that is subtracted from the logits of tokens in the answer.
+        frequency_penalty: a number that is subtracted for each time that a token occurs in the answer.
         stop: strings that end the answer; they are cut from the text.
         stop_token_ids: token ids that end the answer.
-        ignore_eos: go on after the end-of-sequence token.
-        seed: fixes the sampling noise. Without one, the engine draws one when the request is added.
-        n: how many answers to generate for the prompt.
-        logprobs: report the chosen token's log-probability and this many of the likeliest (None: none).
-        logit_bias: added to the logits of these token ids before anything else.
+        ignore_eos: whether to go on after the end-of-sequence token.
+        seed: the seed of the sampling noise; None takes one from the engine's seed.
+        n: the number of answers to generate for the prompt.
+        logprobs: how many of the likeliest tokens to report with their log-probabilities, beside the chosen
+            one; None reports none at all.
+        logit_bias: numbers to add to the logits of token ids, before anything else.
 
     Raises:
         ValueError: for a value outside its limits; the message names the field and the limit.

@@ -1,4 +1,4 @@
-"""A real browser and people in it, for the tests of the page: who type, click and look."""
+"""A real browser for the tests of the page, and people in it who type, click and look."""
 
 from __future__ import annotations
 

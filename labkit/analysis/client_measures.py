@@ -1,4 +1,4 @@
-"""What a client under load saw: of one request, and of all of them together."""
+"""What a client measured under load: of each request, and of all together."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Slo(NamedTuple):
     itl: float
 
     def met(self, measure: Measure) -> bool:
-        """Whether a request kept both."""
+        """Return whether a request kept both."""
         return not measure.error and measure.ttft <= self.ttft and measure.tpot <= self.itl
 
 
@@ -126,7 +126,7 @@ class Summary:
 def summary(
     measures: Sequence[Measure], *, between: tuple[float, float] | None = None, slo: Slo | None = None
 ) -> Summary:
-    """All requests of a run, in a few numbers.
+    """Sum up all requests of a run in a few numbers.
 
     Args:
         measures: One measure for each request.

@@ -48,13 +48,13 @@ def measure_ceiling(
 
 
 def _bandwidth(size: int, device: torch.device, repeats: int) -> float:
-    """Bytes per second of a read. Two kernels read, and the faster one counts."""
+    """Measure the bytes per second of a read. Two kernels read, and the faster one counts."""
     data = torch.ones(size // 4, device=device)
     return data.nbytes / min(_fastest(read, device, repeats) for read in (data.sum, data.amax))
 
 
 def _fastest(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Seconds of the fastest of several runs."""
+    """Return the seconds of the fastest of several runs."""
     seconds = []
     for _ in range(repeats + 1):
         synchronize(device)
@@ -66,6 +66,6 @@ def _fastest(run: Callable[[], object], device: torch.device, repeats: int) -> f
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has finished its work. A CPU always has."""
+    """Wait until a GPU has finished its work. A CPU has finished when a call returns."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -12,13 +12,13 @@ from labkit.sampling_params import check_number
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a data sheet says.
+    """A GPU, with the numbers of its data sheet.
 
     Attributes:
         flops: The peak of dense half precision products on tensor cores, in operations/s (a multiplication
             and an addition are two).
-        bandwidth: Of its memory, in bytes/s.
-        memory: In bytes.
+        bandwidth: The bandwidth of its memory, in bytes/s.
+        memory: The size of its memory, in bytes.
         source: The data sheet that has these numbers.
     """
 
@@ -60,10 +60,10 @@ class Ceiling:
     peak: dict[str, float]
 
     def least_seconds(self, works: Iterable[Work], dtype: str) -> float:
-        """The least time for steps that come one after the other."""
+        """Return the least time for steps that come one after the other."""
         return sum(work.seconds(self.bandwidth, self.peak[dtype]) for work in works)
 
     def best(self, other: Ceiling) -> Ceiling:
-        """The higher of two measurements: a busy moment lowers them, nothing raises them."""
+        """Return the higher of two measurements: a busy moment lowers them, and nothing raises them."""
         peak = {dtype: max(value, other.peak.get(dtype, 0.0)) for dtype, value in self.peak.items()}
         return Ceiling(max(self.bandwidth, other.bandwidth), peak)

@@ -49,7 +49,7 @@ class Run:
 
 
 def reference_model(loaded: LoadedModel, model: Any) -> PreTrainedModel:
-    """The same weights as `transformers` runs them, on the same device and in the same dtype."""
+    """Return the same weights as a model of `transformers`, on the same device and in the same dtype."""
     if loaded.name == TINY:
         config, tensors, _ = tiny_random()
         reference = LlamaForCausalLM(config)
@@ -77,7 +77,7 @@ class TokenTimes(BaseStreamer):
 
 @torch.inference_mode()
 def run_reference(model: PreTrainedModel, jobs: Sequence[Job], bar: tqdm | None = None) -> Run:
-    """Answer the jobs with `generate`, one after the other: what one would otherwise write."""
+    """Answer the jobs with `generate`, one after the other, as one would without an engine."""
     begin = time.perf_counter()
     tokens, times = [], []
     for job in jobs:
@@ -101,7 +101,7 @@ def run_reference(model: PreTrainedModel, jobs: Sequence[Job], bar: tqdm | None 
 
 
 def agreement(true: Run, other: Run) -> list[int | None]:
-    """For each answer that both gave, the place of the first token that differs (None: all are equal).
+    """Return for each answer that both gave where its first different token is (None: all are equal).
 
     A run over the first few of the jobs is compared with the first few answers of a longer one.
     """
@@ -116,7 +116,7 @@ def _divergence(a: Sequence[int], b: Sequence[int]) -> int | None:
 
 
 def compare_tokens(runs: Sequence[Run], dtype: torch.dtype) -> str:
-    """One sentence on how far the systems agree; in fp32 anything but "all the same" is an error."""
+    """Say in one sentence how far the systems agree. In fp32, any difference raises `DifferentTokens`."""
     first = max(runs, key=lambda run: len(run.tokens))  # some may have run on the first few jobs only
     for run in runs:
         places = agreement(first, run)

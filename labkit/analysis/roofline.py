@@ -4,7 +4,7 @@ A step reads every weight once, reads and writes keys and values, and multiplies
 follows from the step's rows (`StepWork`) and the sizes of the model: all of them (`Shape`), or the few that
 a maker publishes (`ModelSize`). A device moves bytes and computes at the same time, so the slower of the two
 sets the least time; what a step takes beyond it is overhead: activations, launches, bookkeeping, products of
-an unfavourable shape. What devices can do stands in `devices.py`. No torch.
+an unfavourable shape. What devices can do is in `devices.py`. No torch.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Work:
     operations: float = 0
 
     def seconds(self, bandwidth: float, peak: float) -> float:
-        """The least time for it, with so many bytes and operations per second."""
+        """Return the least time for it, with so many bytes and operations per second."""
         return max(self.bytes / bandwidth, self.operations / peak)
 
     def bound(self, bandwidth: float, peak: float) -> str:
-        """What it waits for: "bandwidth" or "compute"."""
+        """Return what limits it: "bandwidth" or "compute"."""
         return "compute" if self.operations / peak > self.bytes / bandwidth else "bandwidth"
 
 
@@ -66,7 +66,7 @@ class StepWork(NamedTuple):
 
     @classmethod
     def of(cls, record: StepRecord) -> StepWork:
-        """The work that a record shows."""
+        """Return the work of a recorded step."""
         padding = sum(record.padding)
         sampled = sum(1 for tokens in record.sampled if tokens) + sum(map(len, record.drafted))
         work = cls.of_rows(record.starts, record.num_tokens, sampled)
@@ -74,7 +74,7 @@ class StepWork(NamedTuple):
 
     @classmethod
     def of_rows(cls, starts: Sequence[int], num_tokens: Sequence[int], sampled: int) -> StepWork:
-        """The work of rows that compute `num_tokens[i]` tokens from position `starts[i]` on."""
+        """Return the work of rows that compute `num_tokens[i]` tokens from position `starts[i]` on."""
         rows = len(num_tokens) - num_tokens.count(0)
         tokens = sum(num_tokens)
         keys = sum(starts) + tokens
@@ -86,14 +86,14 @@ class StepWork(NamedTuple):
 
 
 def keys_read(start: int, queries: int, window: int | None) -> int:
-    """How many keys a row reads, each once, however many of its queries look at it."""
+    """Return how many keys a row reads, each once, even if several queries look at it."""
     if not queries:
         return 0
     return start + queries if window is None else min(start + queries, window + queries - 1)
 
 
 def pairs_seen(start: int, queries: int, window: int | None) -> int:
-    """How many pairs of a query and a key it looks at there are, for queries at positions from `start` on."""
+    """Return how many pairs of a query and a key that it sees there are, with queries from `start` on."""
 
     def up_to(position: int) -> int:  # pairs of all queries before this position
         if window is None or position <= window:
@@ -131,7 +131,7 @@ class Shape:
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> Shape:
-        """The shape of a loaded model.
+        """Return the shape of a loaded model.
 
         Raises:
             ValueError: If the model is not of our own code.
@@ -160,7 +160,7 @@ class Shape:
         weight_bytes: int,
         value_bytes: int,
     ) -> Shape:
-        """The shape of an architecture, with its windows and the sizes of its numbers."""
+        """Return the shape of an architecture, with its windows and the sizes of its numbers."""
         hidden, inner = config.hidden_size, config.intermediate_size
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         dim = getattr(config, "head_dim", None) or hidden // heads
@@ -197,12 +197,12 @@ class Shape:
         return sum(rows * columns for rows, columns in self.matrices)
 
     def matrix_bytes(self, outputs: int, inputs: int) -> int:
-        """The size of one matrix, with its scales."""
+        """Return the size of one matrix, with its scales."""
         scales = outputs * _SCALE_BYTES if self.weight_bytes == 1 else 0
         return outputs * inputs * self.weight_bytes + scales
 
     def work(self, record: StepRecord) -> Work:
-        """What one step must move and compute. The rows that a static batch pads count as rows.
+        """Return what a step must move and compute. The rows that a static batch pads count as rows.
 
         Activations are not counted: in a fused step they would never leave the caches.
         """
@@ -228,7 +228,7 @@ class Shape:
 
 
 def _idle_seats(record: StepRecord) -> int:
-    """The idle seats of a static batch, which go through the output layer with the rows that sample."""
+    """Count the idle seats of a static batch, which go through the output layer like rows that sample."""
     return sum(p == 1 and not n for p, n in zip(record.padding, record.num_tokens, strict=False))
 
 
@@ -264,11 +264,11 @@ class ModelSize:
 
     @property
     def kv_bytes_per_token(self) -> float:
-        """What one token takes in the KV cache."""
+        """What one token needs in the KV cache."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.kv_value_bytes
 
     def work(self, step: StepWork) -> Work:
-        """What a step moves and computes: each token multiplies with every parameter."""
+        """Return what a step moves and computes: each token multiplies with every parameter."""
         moved = self.bytes + self.kv_bytes_per_token * (step.keys + step.tokens)
         products = 2 * self.parameters * step.tokens
         attention = 4 * self.layers * self.heads * self.head_dim * step.pairs  # q k^T, and the sum of v

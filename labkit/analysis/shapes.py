@@ -53,7 +53,7 @@ SHAPES = tuple(name for name in _CONFIGS if name != "tiny")  # "tiny" is there t
 
 
 def config_of(shape: str) -> PreTrainedConfig:
-    """The architecture of a shape.
+    """Return the architecture of a shape.
 
     Raises:
         ModelError: If the shape is unknown.
@@ -65,7 +65,7 @@ def config_of(shape: str) -> PreTrainedConfig:
 
 
 def random_tensors(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Seeded weights under the names of `save_pretrained`. They are the same at every call on one device."""
+    """Make seeded weights, named as by `save_pretrained`. On one device they are the same at every call."""
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
@@ -98,7 +98,7 @@ def random_model(
     packed_weights: bool = True,
     say: Say | None = None,
 ) -> LoadedModel:
-    """A model of a shape. The arguments are those of `load_model`.
+    """Make a model of a shape. The arguments are those of `load_model`.
 
     Raises:
         ModelError: If the shape, dtype or device is unknown.
@@ -121,7 +121,7 @@ def random_model(
 
 
 def random_reference(shape: str, loaded: LoadedModel) -> PreTrainedModel:
-    """The weights of a shape as `transformers` runs them."""
+    """Make the model of `transformers` with the weights of a shape."""
     config = config_of(shape)
     tensors = random_tensors(config, loaded.dtype, loaded.device)
     with torch.device(loaded.device):

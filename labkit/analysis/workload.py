@@ -18,7 +18,7 @@ class Job:
 
 
 def prose() -> str:
-    """The text in the package that prompts are cut from. It is in the public domain."""
+    """Return the text in the package that prompts are cut from. It is in the public domain."""
     return files("labkit").joinpath("data/alice.txt").read_text(encoding="utf-8").split("\n", 1)[1].strip()
 
 
@@ -30,7 +30,7 @@ def make_workload(
     prompt_tokens: tuple[int, int] = (16, 256),
     output_tokens: tuple[int, int] = (16, 128),
 ) -> list[Job]:
-    """Jobs with prompts cut out of the text, and log-uniform lengths: many short ones, a few long ones."""
+    """Make jobs with prompts cut out of the text. Lengths are log-uniform: many are short, a few long."""
     rng = random.Random(seed)
     token_ids = tokenizer.encode(prose(), add_special_tokens=False)
     jobs = []
@@ -49,7 +49,7 @@ def make_noise(
     prompt_tokens: tuple[int, int] = (16, 256),
     output_tokens: tuple[int, int] = (16, 128),
 ) -> list[Job]:
-    """Jobs with lengths as in `make_workload` and prompts of random tokens, for weights that know no text."""
+    """Make jobs with lengths as in `make_workload`, but random tokens: for weights that know no text."""
     rng = random.Random(seed)
     return [
         Job(

@@ -1,11 +1,10 @@
-"""Attention over the paged cache: what a batch looks like to it, and the plainest way to compute it.
+"""Attention over the paged cache: the metadata of a batch, and the plainest way to compute it.
 
-The tokens of a step lie one after the other in a flattened batch, and attention alone knows where a request
-ends. `AttentionMetadata` says so: it is built once per step, and used by every layer.
+The tokens of a step lie one after the other in a flattened batch, and only attention knows where one request
+ends and the next begins: from `AttentionMetadata`, which is built once per step and used by every layer.
 
 A backend cuts the rows of the batch into groups, and each group is one call. `PlainAttention` makes each row
-a group; faster ones are in `labkit.kernels`. `reference_attention` states what all of them mean, one query at
-a time.
+a group; faster backends are in `labkit.kernels`. `reference_attention` defines what all of them must compute.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Span:
 
     @property
     def length(self) -> int:
-        """The tokens that it attends to at the end of this step."""
+        """How many tokens its last query attends to."""
         return self.start + self.num_queries
 
 
@@ -40,7 +39,7 @@ class QueryGroup(Protocol):
     first: int
     last: int
 
-    # Queries (last - first, heads, head_dim) over the blocks of one layer; the result has their shape.
+    # Attention of queries (last - first, heads, head_dim) over the blocks of a layer; it returns their shape.
     def attend(self, q: Tensor, blocks: Tensor, *, scale: float, window: int | None) -> Tensor: ...
 
 
@@ -57,9 +56,9 @@ class AttentionBackend(Protocol):
 
 @dataclass
 class AttentionMetadata:
-    """Where the tokens of a flattened batch lie."""
+    """Where the tokens of a flattened batch lie in the cache, and which of its rows share a call."""
 
-    slots: Tensor  # where their keys and values go (see `PagedKVCache.slots`); padding goes to the null block
+    slots: Tensor  # where keys and values are written (see `PagedKVCache.slots`); padding, to the null block
     groups: Sequence[QueryGroup]
 
 
@@ -71,7 +70,7 @@ def build_metadata(
     windows: Sequence[int | None] = (None,),
     num_padding: int = 0,
 ) -> AttentionMetadata:
-    """Describe a batch. `rows` must come in the order of `row_order`; `num_padding` tokens follow them."""
+    """Describe a batch. `rows` must be in the order of `row_order`; `num_padding` tokens follow them."""
     size = cache.block_size
     blocks: list[int] = []
     places: list[int] = []
@@ -86,7 +85,7 @@ def build_metadata(
 
 
 def row_order(rows: Sequence[Span], few: int = 16) -> list[int]:
-    """The order that backends want: rows that can share a call side by side, then longer ones first."""
+    """Return the order that backends need: rows that can share a call side by side, the longest first."""
     return sorted(range(len(rows)), key=lambda i: (min(rows[i].num_queries, few + 1), -rows[i].length))
 
 
@@ -99,13 +98,14 @@ def attend(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """Attention of queries (T, heads, head_dim) in one layer, whose keys and values are already written.
+    """Compute attention of queries (T, heads, head_dim) in a layer, after their keys and values are written.
 
     A query sees at most `window` tokens, itself included (None: all before it). Padding gets zeros.
     """
     groups, blocks = metadata.groups, cache.layers[layer]
     if len(groups) == 1 and groups[0].last == len(q):  # as in most decode steps: nothing to put together
         return groups[0].attend(q, blocks, scale=scale, window=window)
+    # Padding stands behind the last group.
     out = torch.zeros_like(q) if not groups or groups[-1].last < len(q) else torch.empty_like(q)
     for group in groups:
         queries = q[group.first : group.last]
@@ -114,7 +114,7 @@ def attend(
 
 
 class PlainAttention:
-    """Row by row, as the formula stands: softmax(q k / sqrt(d)) v, over the keys that a query may see."""
+    """Computes each row straight from the formula: softmax(q k / sqrt(d)) v over the keys that q may see."""
 
     name = "plain"
 
@@ -135,17 +135,17 @@ class PlainAttention:
 class _PlainRow:
     first: int
     last: int
-    slots: Tensor  # where its keys and values lie
+    slots: Tensor  # (2, K * kv_heads), where its keys and values lie
     queries: Tensor  # positions (Q,)
     keys: Tensor  # positions (K,)
 
     def attend(self, q: Tensor, blocks: Tensor, *, scale: float, window: int | None) -> Tensor:
         k, v = read_tokens(blocks, self.slots)  # (K, kv_heads, head_dim)
-        group = q.shape[1] // k.shape[1]  # grouped queries: so many heads share a key
+        group = q.shape[1] // k.shape[1]  # grouped-query attention: so many heads share a key
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))  # (K, heads, head_dim)
         scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scale
-        ahead = self.queries[:, None] - self.keys  # (Q, K): how far a key lies behind the query
-        hidden = ahead < 0 if window is None else (ahead < 0) | (ahead >= window)
+        distance = self.queries[:, None] - self.keys  # (Q, K): how far back from the query a key lies
+        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         return torch.einsum("hqk,khd->qhd", weights, v.float()).to(q.dtype)
 
@@ -159,7 +159,7 @@ def reference_attention(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """What every backend must give: each query looks up its keys through the block table, one by one."""
+    """Compute what every backend must give: each query looks up its keys through the block table."""
     out, i = torch.zeros_like(q), 0
     group = q.shape[1] // cache.num_kv_heads
     for row in rows:
@@ -167,9 +167,9 @@ def reference_attention(
             seen = range(0 if window is None else max(0, position + 1 - window), position + 1)
             blocks = [row.table[t // cache.block_size] for t in seen]
             places = [t % cache.block_size for t in seen]
-            k = cache.k[layer][blocks, places].repeat_interleave(group, dim=1)  # (L, heads, head_dim)
+            k = cache.k[layer][blocks, places].repeat_interleave(group, dim=1)  # (seen, heads, head_dim)
             v = cache.v[layer][blocks, places].repeat_interleave(group, dim=1)
-            scores = torch.einsum("hd,lhd->hl", q[i].float(), k.float()) * scale
+            scores = torch.einsum("hd,lhd->hl", q[i].float(), k.float()) * scale  # (heads, seen)
             out[i] = torch.einsum("hl,lhd->hd", scores.softmax(-1), v.float())
             i += 1
     return out

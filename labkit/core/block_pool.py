@@ -1,9 +1,9 @@
-"""Which block of the KV cache belongs to whom. No tensors here: a block is a number.
+"""The block pool: which request holds which blocks of the KV cache. No tensors here: a block is a number.
 
 Paging is from PagedAttention (Kwon et al. 2023, vLLM): the tokens of a request lie in blocks of a fixed size,
-which its block table lists, so that memory is taken as tokens come, and given back whole. The prefix cache is
-a tree of full blocks: a block is found by the block before it and the tokens in it. Both are compared
-exactly, so there is no collision to fear, as with a hash (compare RadixAttention, Zheng et al. 2023).
+which its block table lists, so that memory is taken as tokens come, and any free block will do. The prefix
+cache is a tree of full blocks: a block is found by the block before it and the tokens in it. Both are
+compared exactly, so nothing can collide, as hashes can (compare RadixAttention, Zheng et al. 2023).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _ROOT = 0  # the node above every first block of the prefix tree
 
 
 class OutOfBlocks(RuntimeError):
-    """More blocks are asked for than are free."""
+    """More blocks were asked for than are free."""
 
 
 class InvariantError(RuntimeError):
@@ -27,7 +27,7 @@ class BlockPool:
 
     A block is in one of three places: `free` (it holds nothing of use), `cached` (it has no owner, but its
     tokens are known, and a later request may share it) or in block tables (`ref_counts` says in how many).
-    `labkit.schedulers.audit.check_pool` checks this and all other rules. `block_size` counts tokens.
+    `labkit.schedulers.audit.check_pool` checks this and all other rules. `block_size` is in tokens.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
@@ -54,20 +54,20 @@ class BlockPool:
 
     @property
     def num_published(self) -> int:
-        """How many blocks were ever made known to later requests; it only grows."""
+        """How many blocks have been published so far, evicted ones included; it only grows."""
         return self._next_node - 1
 
     @property
     def num_free(self) -> int:
-        """How many blocks can be taken now; those that cache a prefix without an owner count."""
+        """How many blocks can be taken now, cached ones included, because they can be evicted."""
         return len(self.free) + len(self.cached)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """How many blocks so many tokens need."""
+        """Return how many blocks `num_tokens` tokens need."""
         return -(-num_tokens // self.block_size)
 
     def allocate(self, request_id: str, count: int) -> list[int]:
-        """Append blocks to a request's table, and return them. Raises `OutOfBlocks`, and takes none then."""
+        """Append `count` blocks to a request's table; return them. Takes none if it raises `OutOfBlocks`."""
         if count > self.num_free:
             raise OutOfBlocks(f"request {request_id!r} asks for {count} pages, {self.num_free} are free")
         blocks = [self._take() for _ in range(count)]
@@ -75,17 +75,17 @@ class BlockPool:
         return blocks
 
     def release(self, request_id: str) -> list[int]:
-        """Give back all blocks of a request; returns its block table as it was. A double free raises."""
+        """Give back all blocks of a request; return its block table as it was. A double free raises."""
         if (table := self.tables.pop(request_id, None)) is None:
             raise InvariantError(f"double free: request {request_id!r} holds no pages")
         self._chain.pop(request_id, None)
-        # The tail goes first, so that the end of a prefix is evicted before its beginning, which more share.
+        # The tail goes first, so that a prefix is evicted from its end: more requests share its beginning.
         for block in reversed(table):
             self._drop(block, request_id)
         return table
 
     def truncate(self, request_id: str, count: int) -> list[int]:
-        """Give back all blocks of a request but the first `count`, and return them; none is published yet."""
+        """Give back a request's blocks after the first `count`; return them. They must be unpublished."""
         blocks = self.tables[request_id][count:]
         del self.tables[request_id][count:]
         for block in reversed(blocks):
@@ -96,7 +96,7 @@ class BlockPool:
         if self.free:
             block = self.free.pop()
         else:
-            block, _ = self.cached.popitem(last=False)
+            block, _ = self.cached.popitem(last=False)  # the least recently used
             self._evict(block)
         self.ref_counts[block] = 1
         return block
@@ -106,22 +106,20 @@ class BlockPool:
             raise InvariantError(f"double free: block {block} of request {request_id!r} has no owner")
         self.ref_counts[block] -= 1
         if self.ref_counts[block] <= 1:
-            self.forked.discard(block)
+            self.forked.discard(block)  # one owner at most is left: nobody shares it
         if self.ref_counts[block] == 0:
             if block in self.key_of:
-                self.cached[block] = None
+                self.cached[block] = None  # at the end, as the most recently used
             else:
                 self.free.append(block)
 
     # -- sharing ----------------------------------------------------------------------------------
 
     def match(self, token_ids: Sequence[int]) -> list[int]:
-        """The blocks that already hold the longest known prefix of these tokens.
-
-        They never hold all: at least one token is left to compute, or there were no logits to sample from.
-        """
+        """Return the blocks that already hold the longest known prefix of these tokens."""
         blocks: list[int] = []
         node, size = _ROOT, self.block_size
+        # Never all of the tokens: at least one must be computed, because its logits are sampled from.
         for i in range((len(token_ids) - 1) // size if self.enable_prefix_caching else 0):
             block = self.block_of.get((node, tuple(token_ids[i * size : (i + 1) * size])))
             if block is None:
@@ -131,7 +129,7 @@ class BlockPool:
         return blocks
 
     def num_free_without(self, shared: Sequence[int]) -> int:
-        """How many blocks would be free if these matched ones were shared."""
+        """Return how many blocks would be free once these matched ones are shared."""
         return self.num_free - sum(self.ref_counts[block] == 0 for block in shared)
 
     def share(self, request_id: str, shared: Sequence[int]) -> None:
@@ -146,11 +144,7 @@ class BlockPool:
         self._chain[request_id] = (len(shared), self.node_of[shared[-1]] if shared else _ROOT)
 
     def publish(self, request_id: str, token_ids: Sequence[int], num_computed_tokens: int) -> None:
-        """Let later requests find a request's full blocks. Call it once their keys and values are written.
-
-        A block with the same tokens may be known already, from a request that ran at the same time. Then
-        both stay: to swap blocks under a live request would be to rewrite its block table.
-        """
+        """Let later requests find a request's full blocks. Call it once their keys and values are written."""
         if not self.enable_prefix_caching:
             return
         size, table = self.block_size, self.tables[request_id]
@@ -158,6 +152,8 @@ class BlockPool:
         for i in range(done, num_computed_tokens // size):
             block = table[i]
             key = self.key_of.get(block) or (node, tuple(token_ids[i * size : (i + 1) * size]))
+            # A request that ran at the same time may have published the same tokens. Then both blocks stay,
+            # and the tree goes on from that one: to swap blocks would rewrite the table of a live request.
             block = self.block_of.setdefault(key, block)
             if block not in self.key_of:
                 self.key_of[block] = key
@@ -168,7 +164,7 @@ class BlockPool:
         self._chain[request_id] = (max(done, num_computed_tokens // size), node)
 
     def fork(self, parent_id: str, child_id: str) -> list[int]:
-        """Share all of a parent's blocks with a child; returns them. See `make_writable`."""
+        """Share all of a parent's blocks with a child; return them. `make_writable` separates them again."""
         if child_id in self.tables:
             raise InvariantError(f"request {child_id!r} already has a block table")
         table = self.tables[child_id] = list(self.tables[parent_id])
@@ -182,8 +178,8 @@ class BlockPool:
     def make_writable(self, request_id: str, index: int) -> tuple[int, int] | None:
         """Copy on write: if others share the block at this place in the table, put a new one there.
 
-        Returns None, or (old block, new block), which the caller must copy before it writes. Raises
-        `OutOfBlocks` if none is free.
+        Returns None if nobody shares it, else (old block, new block): the caller must copy old to new
+        before it writes. Raises `OutOfBlocks` if none is free.
         """
         table = self.tables[request_id]
         old = table[index]
@@ -201,13 +197,13 @@ class BlockPool:
         self._evicted.append(block)
 
     def drain_changes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The blocks (published, evicted) since the last call, for the trace."""
+        """Return the blocks (published, evicted) since the last call; the trace records them."""
         changes = tuple(self._published), tuple(self._evicted)
         self._published, self._evicted = [], []
         return changes
 
     def forget(self, blocks: Iterable[int]) -> None:
-        """Take those of these blocks that have no owner out of the prefix cache."""
+        """Remove those of these blocks that have no owner from the prefix cache."""
         for block in blocks:
             if block in self.cached:
                 del self.cached[block]

@@ -30,15 +30,16 @@ from labkit.trace.trace import Trace
 
 
 class Speculation(Protocol):
-    """Learns from each step, and drafts tokens for the next; says why not more (see `labkit.speculative`)."""
+    """Learns from each step, and drafts tokens for the next (see `labkit.speculative`)."""
 
+    # Gives requests their `drafts`; returns why there are not more, or "".
     def propose(self, plan: StepPlan, result: StepResult, running: Sequence[Request]) -> str: ...
 
     def forget(self, request_id: str) -> None: ...
 
 
 class Audit(Protocol):
-    """Checks each step, and raises where a rule is broken (see `labkit.schedulers.audit`)."""
+    """Checks each step, and raises if a rule is broken (see `labkit.schedulers.audit`)."""
 
     def check_plan(self, plan: StepPlan) -> None: ...
 
@@ -49,9 +50,9 @@ class EngineCore:
     """Requests in, tokens out, one step at a time. The caller decides when to step.
 
     Args:
-        model, attention, cache, graphs: what `ModelRunner` takes; without a cache, a new one.
+        model, attention, cache, graphs: the arguments of `ModelRunner`; None makes a new cache.
         scheduler: the policy, with the pool that it takes blocks from.
-        trace: the trace that records are appended to; without it, a new one.
+        trace: the trace that records are appended to; None starts a new one.
     """
 
     speculator: Speculation | None = None
@@ -77,7 +78,7 @@ class EngineCore:
         self._began = time.perf_counter()
 
     def add(self, request: Request) -> None:
-        """Queue a request and its children, for the next step on. Raises what `Scheduler.add` raises."""
+        """Queue a request and its children; the next step can run them. It raises as `Scheduler.add` does."""
         self.scheduler.add(request)
 
     def abort(self, request_id: str) -> bool:
@@ -95,25 +96,25 @@ class EngineCore:
         return self.scheduler.has_unfinished
 
     def run(self) -> Trace:
-        """Step until nothing is left to do; returns the trace."""
+        """Step until nothing is left to do; return the trace."""
         while self.has_unfinished:
             self.step()
         return self.trace
 
     def step(self) -> StepRecord:
-        """Plan, run, commit and record one step. A fault ends the requests in it, and the others go on."""
+        """Plan, run, commit and record one step. An error in it ends its requests, and the others go on."""
         begin = time.perf_counter()
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule()  # which requests compute how many tokens
         if self.auditor:
             self.auditor.check_plan(plan)
         interrupt: BaseException | None = None
         try:
-            result = self.runner.run(plan)
+            result = self.runner.run(plan)  # one forward pass, then sampling
         except BaseException as error:
             result = _failed(plan, error)
             interrupt = None if isinstance(error, Exception) else error  # Ctrl-C: finish the step first
-        self.scheduler.commit(plan, result)
-        if self.speculator:
+        self.scheduler.commit(plan, result)  # append tokens, publish blocks, end requests
+        if self.speculator:  # drafts for the next step
             self.scheduler.held_back = self.speculator.propose(plan, result, self.scheduler.running)
         end = time.perf_counter()
         record = record_step(self._step, plan, result, self.scheduler, end - self._began, end - begin)
@@ -123,7 +124,7 @@ class EngineCore:
         for request_id, reason, blocks in record.finished:
             if self.speculator:
                 self.speculator.forget(request_id)
-            if reason == "error":  # what the fault left behind must reach nobody
+            if reason == "error":  # what it left in its blocks must reach no other request
                 self.runner.cache.clear_blocks([b for b in blocks if not self.pool.ref_counts[b]])
         if self.auditor:
             self.auditor.check_record(record)
@@ -134,11 +135,11 @@ class EngineCore:
     def deliver(
         self, plan: StepPlan, result: StepResult, record: StepRecord, begin: float, end: float
     ) -> None:
-        """Called at the end of each step; `labkit.Engine` hands out text and times here."""
+        """Hand out results at the end of each step: nothing here; text and times in `labkit.Engine`."""
 
 
 def _failed(plan: StepPlan, error: BaseException) -> StepResult:
-    """The result of a step whose forward pass broke: every request in it ends, with the reason."""
+    """Return the result of a step that raised: every request in it ends, with the reason."""
     what = f"the step failed: {in_one_line(error)}"
     if isinstance(error, torch.OutOfMemoryError):
         what = "the step ran out of memory: lower max_num_batched_tokens or num_blocks"

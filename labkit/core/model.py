@@ -2,8 +2,8 @@
 
 Read it top to bottom. It serves the models of the Llama shape: Llama, SmolLM2, TinyLlama, Mistral, Qwen2,
 Qwen2.5 and Qwen3. There is no batch dimension: the tokens of a step lie one after the other in a flattened
-batch of T tokens, whichever requests they belong to, and only attention knows where one request ends and the
-next begins. Weights come from `labkit/models/`.
+batch of T tokens from all its requests, and only attention knows where one request ends and the next begins.
+Weights come from `labkit/models/`.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from labkit.core.kv_cache import KVShape, PagedKVCache
 
 @dataclass(frozen=True, eq=False)
 class ModelShape:
-    """What tells one model of the Llama shape from another; the names are those of `config.json`."""
+    """What differs between models of the Llama shape; sizes have the names they have in `config.json`."""
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int  # fewer than query heads where several of these share one
+    num_key_value_heads: int  # fewer than query heads if several of those share one
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
-    qkv_bias: bool  # whether this product adds a bias, and so for the next two
+    qkv_bias: bool  # whether the product for queries, keys and values adds a bias; likewise below
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool  # whether each head's query and key are normalised, as in Qwen3
     windows: tuple[int | None, ...]  # for each layer, how many tokens a query sees at most; None: all before
     inv_freq: Tensor  # rotary frequencies (head_dim / 2,), in radians per position, fp32
-    rope_scaling: float  # of cosines and sines; not 1 only in models that are stretched for long texts
+    rope_scaling: float  # of cosines and sines; it is 1, except in models that are stretched for long texts
     tie_word_embeddings: bool  # whether the output layer is the embedding table
 
 
@@ -101,7 +101,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention mixes tokens, the MLP works on each alone; both add to the stream x that runs through."""
+    """Attention mixes tokens, and the MLP works on each alone; both add to the residual stream x."""
 
     def __init__(self, shape: ModelShape, layer: int) -> None:
         super().__init__()
@@ -118,10 +118,10 @@ class DecoderLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder-only transformer, built with its weights yet to be filled in.
+    """A decoder-only transformer. Its weights are memory that `labkit/models/` fills.
 
-    `forward` gives the hidden states of a flattened batch. `logits` is a step of its own because the output
-    layer is the widest product of all, and only the rows that are to be sampled need it.
+    `forward` returns the hidden states of a flattened batch. `logits` is a method of its own because the
+    output layer is the widest product of all, and only rows that are sampled need it.
     """
 
     is_adapted = False
@@ -133,7 +133,7 @@ class Transformer(nn.Module):
         # Built on "meta", where tensors have no values: to draw random weights only for a checkpoint to
         # overwrite them would take seconds.
         with torch.device("meta"):
-            # from_pretrained, because Embedding's constructor draws numbers even on "meta", by the compiler.
+            # from_pretrained: the constructor draws numbers even on "meta", and imports torch's compiler to.
             self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(shape.vocab_size, shape.hidden_size))
             self.layers = nn.ModuleList(DecoderLayer(shape, i) for i in range(shape.num_hidden_layers))
             self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
@@ -165,7 +165,7 @@ class Transformer(nn.Module):
 
     @property
     def kv_shape(self) -> KVShape:
-        """What one token takes in the KV cache."""
+        """What one token needs in the KV cache."""
         layers, kv_heads = self.shape.num_hidden_layers, self.shape.num_key_value_heads
         return KVShape(layers, kv_heads, self.shape.head_dim, self.dtype, self.device)
 
@@ -173,7 +173,7 @@ class Transformer(nn.Module):
     def forward(
         self, token_ids: Tensor, positions: Tensor, cache: PagedKVCache, metadata: AttentionMetadata
     ) -> Tensor:
-        """Hidden states (T, hidden_size) of tokens (T,) at positions (T,); writes the cache on the way."""
+        """Return hidden states (T, hidden_size) of tokens (T,) at positions (T,), and write to the cache."""
         x = self.embed_tokens(token_ids)  # (T, hidden_size)
         # The same angles in every layer, so they are computed once, in fp32.
         angles = positions[:, None].float() * self.inv_freq  # (T, head_dim / 2)
@@ -185,7 +185,7 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (S, vocab_size) of hidden states (S, hidden_size)."""
+        """Return logits (S, vocab_size) of hidden states (S, hidden_size)."""
         return self.lm_head(hidden)
 
 
@@ -193,7 +193,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (a, b) = (i, i + head_dim / 2) of x (T, heads, head_dim) by its own angle.
 
     Args:
-        cos, sin: (T, 1, head_dim), the same angles twice, with the first half of the sines negated: then
-            a becomes a cos - b sin, and b becomes b cos + a sin, in one multiplication and one addition.
+        cos, sin: cosines and sines (T, 1, head_dim). Each angle is there twice, and the first half of the
+            sines is negated, so that a becomes a cos - b sin, and b becomes b cos + a sin, in one operation.
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

@@ -1,4 +1,4 @@
-"""A plan to tensors, through the model, to tokens."""
+"""The model runner: it turns a plan into tensors, runs the model on them, and samples tokens."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class PagedModel(Protocol):
     device: torch.device
     kv_shape: KVShape
     vocab_size: int
-    max_model_len: int  # the positions that it was made for
+    max_model_len: int  # how many positions it was made for
     windows: Sequence[int | None]  # the sliding windows that occur in its layers
-    is_adapted: bool  # its code is another's: it wants SDPA's groups, and cannot be captured in a graph
+    is_adapted: bool  # `transformers` runs it: it needs SDPA's groups, and no graph can capture it
 
     def __call__(
         self, token_ids: Tensor, positions: Tensor, cache: PagedKVCache, metadata: AttentionMetadata
@@ -38,7 +38,7 @@ class PagedModel(Protocol):
 
 
 class DecodeGraphs(Protocol):
-    """Recorded steps in which every row computes one token; None where none is large enough."""
+    """Recorded steps in which every row computes one token; None if no graph is large enough."""
 
     def run(self, token_ids: Sequence[int], rows: Sequence[Span]) -> Tensor | None: ...
 
@@ -51,7 +51,7 @@ class ModelRunner:
         cache: a cache of the model's shape, with a block for each of the pool's.
         pool: the pool whose block tables say where tokens lie.
         backend: the way to compute attention.
-        graphs: recorded decode steps on the same cache; without, every step runs eagerly.
+        graphs: recorded decode steps on the same cache; without them, every step runs eagerly.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> StepResult:
         """Compute every row of a plan in one forward pass, and sample where a row reaches its end."""
         result = StepResult([()] * len(plan.requests))
-        if plan.copied:  # before anybody writes to the copies
+        if plan.copied:  # before the step writes to the copies
             self.cache.copy_blocks([(copy.old, copy.new) for copy in plan.copied])
         rows = [row for row, num_tokens in enumerate(plan.num_tokens) if num_tokens]
         tables = [self.pool.tables[plan.requests[row].request_id] for row in rows]
@@ -85,7 +85,7 @@ class ModelRunner:
         return result
 
     def _forward(self, plan: StepPlan, rows: list[int], spans: list[Span]) -> tuple[Tensor, list[int]]:
-        """Hidden states (T, hidden_size) of the flattened batch, and where in it each row ends."""
+        """Return hidden states (T, hidden_size) of the flattened batch, and where in it each row ends."""
         token_ids: list[int] = []
         positions: list[int] = []
         ends: list[int] = []
@@ -103,7 +103,7 @@ class ModelRunner:
         positions += [0] * padding
         windows, device = self.model.windows, self.cache.device
         metadata = build_metadata(spans, self.cache, self.backend, windows=windows, num_padding=padding)
-        inputs = torch.tensor([token_ids, positions], device=device)  # in one copy to the device
+        inputs = torch.tensor([token_ids, positions], device=device)  # (2, T), in one copy to the device
         return self.model(inputs[0], inputs[1], self.cache, metadata), ends
 
     # Sampling has three stages: which rows, one call for all of them, and what is kept.
@@ -111,9 +111,9 @@ class ModelRunner:
     def _pick(
         self, plan: StepPlan, ends: dict[int, int], hidden: Tensor, result: StepResult
     ) -> list[tuple[int, int]]:
-        """The rows that have reached the end of what they know, and the place of the last token of each."""
+        """Return the rows that sample, each with the place of its last token in the flattened batch."""
         places = {row: ends[plan.forks.get(row, row)] for row in (*ends, *plan.forks)}
-        last = hidden[torch.tensor(list(places.values()), device=hidden.device)]
+        last = hidden[torch.tensor(list(places.values()), device=hidden.device)]  # (rows, hidden_size)
         # A NaN anywhere in a row reaches its last token: later tokens attend to all before them.
         sound = last.isfinite().all(dim=-1).tolist()
         picked = []
@@ -128,7 +128,7 @@ class ModelRunner:
     def _sample(
         self, plan: StepPlan, picked: list[tuple[int, int]], hidden: Tensor, result: StepResult
     ) -> None:
-        """Sample them all in one call: each after the last token that it knows, and after each draft."""
+        """Sample all of these rows in one call: each after its last known token, and after each draft."""
         places: list[int] = []
         requests: list[Request] = []  # as they stand at each place
         for row, place in picked:
@@ -136,28 +136,28 @@ class ModelRunner:
             places += range(place - len(drafts), place + 1)
             requests.append(request)
             requests += [request.ahead(drafts[:n]) for n in range(1, len(drafts) + 1)]
-        places += range(len(hidden) - plan.num_idle, len(hidden))  # a static batch computes those, too
+        places += range(len(hidden) - plan.num_idle, len(hidden))  # idle seats of a static batch
         logits = self.model.logits(hidden[torch.tensor(places, device=hidden.device)])
         chosen = zip(*self.sample(logits[: len(requests)], requests), strict=True)
         for row, _ in picked:
             self._keep(plan, row, chosen, result)
 
     def _keep(self, plan: StepPlan, row: int, chosen: Iterable[Chosen], result: StepResult) -> None:
-        """Keep the drafts that were right, and the token that the model chose after them."""
+        """Keep the accepted drafts, and the token that the model chose after them."""
         drafts = plan.drafts.get(row, ())
         tokens, logprobs, sound = zip(*itertools.islice(chosen, 1 + len(drafts)), strict=True)
-        right = self.accept(drafts, tokens[:-1]) if drafts else 0
-        if not all(sound[: right + 1]):
+        accepted = self.accept(drafts, tokens[:-1]) if drafts else 0
+        if not all(sound[: accepted + 1]):
             result.errors[row] = "the logits of this request are not finite"
             return
-        result.sampled[row] = (*drafts[:right], tokens[right])
+        result.sampled[row] = (*drafts[:accepted], tokens[accepted])
         if logprobs[0] is not None:
             result.logprobs = result.logprobs or [()] * len(plan.requests)
-            result.logprobs[row] = logprobs[: right + 1]
+            result.logprobs[row] = logprobs[: accepted + 1]
 
 
 def accept(drafts: Sequence[int], chosen: Sequence[int]) -> int:
-    """How many drafts, from the first on, are what the model chose in their places."""
+    """Return how many drafts, from the first on, are what the model chose in their places."""
     for count, (draft, token) in enumerate(zip(drafts, chosen, strict=True)):
         if draft != token:
             return count

@@ -11,30 +11,30 @@ from labkit.trace.records import Admission, Arrival, Blocks, Copy, Finish, Prior
 
 @dataclass(slots=True)
 class StepPlan:
-    """One step: row i computes `num_tokens[i]` tokens of `requests[i]`, from `starts[i]` on.
+    """One step: row i computes `num_tokens[i]` tokens of `requests[i]`, from position `starts[i]` on.
 
-    A row that reaches the end of what its request knows samples the next token. `kinds` says in one letter
-    what that amounts to (see `StepRecord`); it is written for the trace, and nothing is decided by it.
+    A row that computes the last known token of its request samples the next one. `kinds` names the work of
+    each row in one letter (see `StepRecord`). Only the trace uses it.
     """
 
     requests: list[Request] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
-    # What the scheduler did on the way, for the trace.
+    # What the scheduler did while it planned; the trace records it.
     admitted: list[Admission] = field(default_factory=list)
     preempted: list[Blocks] = field(default_factory=list)
     taken: list[Blocks] = field(default_factory=list)
     blocked: tuple[str, str] | None = None  # the head of the queue, and why it waits
     failed: dict[str, str] = field(default_factory=dict)  # requests that got no block, and why they ended
-    # A static batch: the wasted rows that each row's seat computes as well, and the seats that are idle.
+    # Static batches only: how much padding each row computes beside its tokens, and the number of idle seats.
     padding: list[int] = field(default_factory=list)
     num_idle: int = 0
-    # n > 1: a child maps to the row whose last token it samples from; blocks to copy before the step.
+    # n > 1: the row of a child maps to its parent's, whose logits it samples from; blocks to copy first.
     forks: dict[int, int] = field(default_factory=dict)
     copied: list[Copy] = field(default_factory=list)
-    # Drafts of a row are guesses of what comes next, counted in its `num_tokens`. The row samples after the
-    # last token that it knows, and after each guess. `held_back` says why there are no more of them.
+    # The drafts of a row are counted in its `num_tokens`. The row samples after its last known token, and
+    # after each draft. `held_back` says why there are not more drafts.
     drafts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     held_back: str = ""
 
@@ -53,16 +53,16 @@ class StepPlan:
         self.num_tokens.append(num_tokens)
 
     def draft(self, row: int, drafts: tuple[int, ...]) -> None:
-        """Let a row that computes all it knows check these tokens, too."""
+        """Let a row that computes all its known tokens check these drafts, too."""
         self.drafts[row] = drafts
         self.num_tokens[row] += len(drafts)
 
 
 @dataclass(slots=True)
 class StepResult:
-    """What the model runner made of a plan, row by row."""
+    """What the model runner computed from a plan, row by row."""
 
-    # The new tokens: none for a chunk that is not the last; drafts that were right, and the token after them.
+    # New tokens: none after a chunk that is not the last; else accepted drafts and the token after them.
     sampled: list[tuple[int, ...]]
     logprobs: list[tuple[TokenLogprobs, ...]] = field(default_factory=list)  # empty, or one entry per row
     errors: dict[int, str] = field(default_factory=dict)  # rows that failed, and what went wrong
@@ -70,7 +70,7 @@ class StepResult:
 
 @dataclass(slots=True)
 class Changes:
-    """Who came, changed and went since the last record. `returned` blocks were taken for wrong drafts."""
+    """What happened to requests since the last record. Only rejected drafts needed `returned` blocks."""
 
     arrived: list[Arrival] = field(default_factory=list)
     reprioritised: list[Priority] = field(default_factory=list)

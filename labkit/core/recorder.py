@@ -1,4 +1,4 @@
-"""A step as the trace keeps it: the plan, what came of it, and who came and went. No tensors here."""
+"""The record of a step: the plan, its result, and which requests came and went. No tensors here."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from labkit.trace.records import StepRecord
 def record_step(
     step: int, plan: StepPlan, result: StepResult, scheduler: Scheduler, time: float = 0, seconds: float = 0
 ) -> StepRecord:
-    """Write the record of a step that is committed; the scheduler's list of changes begins anew."""
+    """Return the record of a committed step, and clear the scheduler's list of changes."""
     pool, changes = scheduler.pool, scheduler.changes
     scheduler.changes = Changes()
-    published, evicted = pool.drain_changes()
+    published, evicted = pool.drain_changes()  # blocks of the prefix cache
     head, blocked = scheduler.waiting.peek(), plan.blocked
     if head and (blocked is None or blocked[0] != head.request_id):
         # The other answers to a request that has just failed come to the queue after planning.
@@ -28,7 +28,7 @@ def record_step(
         starts=tuple(plan.starts),
         num_tokens=tuple(plan.num_tokens),
         sampled=tuple(result.sampled),
-        padding=tuple(plan.padding) if any(plan.padding) else (),
+        padding=tuple(plan.padding) if any(plan.padding) else (),  # of a static batch
         drafted=tuple([plan.drafts.get(i, ()) for i in range(len(plan.requests))]) if plan.drafts else (),
         arrived=tuple(changes.arrived),
         reprioritised=tuple(changes.reprioritised),

@@ -18,7 +18,7 @@ Status = Literal["waiting", "running", "finished"]
 
 
 def answer_ids(request_id: str, n: int) -> list[str]:
-    """The ids of the `n` answers to one request: "7", "7.1", "7.2"."""
+    """Return the ids of the `n` answers to one request: "7", "7.1", "7.2"."""
     return [request_id, *(f"{request_id}.{index}" for index in range(1, n))]
 
 
@@ -29,16 +29,16 @@ class TokenReader(Protocol):
 
     def push(self, token: int) -> bool: ...  # take the next token; True if it completes a stop string
 
-    def finish(self) -> bool: ...  # no more tokens will come: let out what was held back
+    def finish(self) -> bool: ...  # no more tokens will come: release the text held back
 
 
 @dataclass(slots=True, eq=False, repr=False)
 class Request:
-    """One answer in the making: what the scheduler moves, and the model runner computes.
+    """One answer that is being generated: the scheduler plans it, and the model runner computes it.
 
     `token_ids` is the prompt followed by the answer so far. Tokens `[0, num_computed_tokens)` have their keys
     and values in the cache; `[num_computed_tokens, len(token_ids))` are still to be computed. Prefill, a
-    chunk of it, decode, and the return after a preemption differ in nothing but that distance.
+    chunk of it, decode, and the return after a preemption differ only in that distance.
     """
 
     request_id: str
@@ -46,8 +46,8 @@ class Request:
     params: SamplingParams
     priority: int = 0  # lower runs first
     seed: int = 0
-    max_len: int = 0  # the length at which it ends; 0: by its own max_tokens
-    stop_ids: frozenset[int] = frozenset()  # the end of sequence (unless ignored), and stop_token_ids
+    max_len: int = 0  # prompt and answer end at this length; 0: derived from max_tokens
+    stop_ids: frozenset[int] = frozenset()  # the end of sequence, unless it is ignored, and stop_token_ids
     reader: TokenReader | None = None
     arrival: int = 0  # its place in the order of arrival, which the scheduler sets
     status: Status = "waiting"
@@ -55,13 +55,11 @@ class Request:
     num_prompt_tokens: int = 0
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # found in the prefix cache when it was last admitted
-    num_slots: int = 0  # the tokens that its blocks have room for
-    # For n > 1: the id of the first of the answers; the others, until the prompt is computed; and whether the
-    # block in which the prompt ends and the answer begins may still belong to several of them.
-    family: str = ""
-    children: list[Request] = field(default_factory=list)
-    shares_tail: bool = False
-    drafts: tuple[int, ...] = ()  # guesses of what comes next, which the next step checks
+    num_slots: int = 0  # how many tokens its blocks have room for
+    family: str = ""  # the id of the first of the n answers to the prompt
+    children: list[Request] = field(default_factory=list)  # the other answers, until the prompt is computed
+    shares_tail: bool = False  # whether the n answers may still share the block in which they begin
+    drafts: tuple[int, ...] = ()  # tokens that may come next; the next step checks them
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.token_ids)  # it grows, and the caller's list does not
@@ -75,7 +73,7 @@ class Request:
         return self.token_ids[self.num_prompt_tokens :]
 
     def append(self, token: int) -> FinishReason | None:
-        """Take the next token of the answer; returns why the request ends with it, or None."""
+        """Append the next token of the answer; return why the request ends with it, or None."""
         self.token_ids.append(token)
         try:  # the reader sees every token, a stop token too: it skips those that are no text
             stop_string = self.reader is not None and self.reader.push(token)
@@ -87,7 +85,7 @@ class Request:
         return "length" if len(self.token_ids) >= self.max_len else None
 
     def ahead(self, tokens: Sequence[int]) -> Request:
-        """This request as it would be if these tokens came next."""
+        """Return a copy of this request, as it would be if these tokens came next."""
         twin = copy.copy(self)
         twin.token_ids = [*self.token_ids, *tokens]
         return twin

@@ -1,4 +1,4 @@
-"""Logits to next tokens, for each request as it asked, whatever the batch.
+"""The sampler: it turns logits into tokens, as each request asks, independent of the batch.
 
 Sampling adds Gumbel noise to the logits and takes the largest: that draws from their softmax (Gumbel 1954;
 Maddison et al. 2014). The noise comes from no generator: it is a hash of (seed, position, token id). So a
@@ -22,7 +22,7 @@ _MASK64 = 2**64 - 1
 
 
 def mix(seed: int, number: int) -> int:
-    """A 64-bit hash of two integers (SplitMix64's finaliser; Steele et al. 2014)."""
+    """Return a 64-bit hash of two integers (SplitMix64's finaliser; Steele et al. 2014)."""
     x = (seed + (number + 1) * 0x9E3779B97F4A7C15) & _MASK64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
@@ -30,16 +30,16 @@ def mix(seed: int, number: int) -> int:
 
 
 def gumbel_noise(keys: Sequence[int], token_ids: Tensor) -> Tensor:
-    """Standard Gumbel noise, fp32 (rows, n), from a key per row and token ids, int64 (rows, n) or (n,)."""
+    """Return Gumbel noise, fp32 (rows, n), from a key for each row and token ids, int64 (rows, n) or (n,)."""
     low = torch.tensor([key & 0xFFFFFFFF for key in keys], device=token_ids.device)[:, None]
     high = torch.tensor([key >> 32 for key in keys], device=token_ids.device)[:, None]
     h = _mix32(_mix32(token_ids ^ low) ^ high)
-    uniform = (h.double() + 0.5) * 2.0**-32  # in (0, 1), ends excluded: their logarithms would be infinite
+    uniform = (h.double() + 0.5) * 2.0**-32  # in (0, 1), without its ends: their logarithms are infinite
     return -torch.log(-torch.log(uniform)).float()
 
 
 def _mix32(h: Tensor) -> Tensor:
-    """MurmurHash3's 32-bit finaliser on int64 tensors that hold 32-bit values."""
+    """Apply MurmurHash3's 32-bit finaliser to int64 tensors that hold 32-bit values."""
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
     h = ((h ^ (h >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
     return h ^ (h >> 16)
@@ -50,8 +50,8 @@ def sample(
 ) -> tuple[list[int], list[TokenLogprobs | None], list[bool]]:
     """Pick the next token of each request from its row of logits (S, vocab_size).
 
-    Returns token ids; log-probabilities where a request asks for them; and whether each row was sound: it
-    holds no NaN, and its largest value is finite.
+    Returns token ids; log-probabilities for requests that ask for them; and whether each row is sound, which
+    means that it holds no NaN and its largest value is finite.
     """
     raw = logits.float()
     logits = _adjust(raw, requests)
@@ -74,7 +74,7 @@ def sample(
 
 
 def _draw(logits: Tensor, requests: Sequence[Request], kind: str) -> Tensor:
-    """Draw from rows (S, vocab_size) with temperature > 0, after their filters; returns token ids (S,)."""
+    """Draw from rows (S, vocab_size) with temperature > 0, after their filters; return token ids (S,)."""
     vocab, params = logits.shape[-1], [request.params for request in requests]
     keys = [mix(request.seed, len(request.token_ids)) for request in requests]
     logits = logits / _column([p.temperature for p in params], logits)
@@ -89,13 +89,13 @@ def _draw(logits: Tensor, requests: Sequence[Request], kind: str) -> Tensor:
         kept = torch.arange(count, device=logits.device) < _column(top_k, logits)
         mass = logits if kind == "mass" else values.masked_fill(~kept, -torch.inf)
         probs = (values - mass.logsumexp(dim=-1, keepdim=True)).exp()
-        before = probs.cumsum(dim=-1) - probs  # the mass of the likelier ones
+        before = probs.cumsum(dim=-1) - probs  # the mass of all likelier tokens
         ratio = (values - values[:, :1]).exp()  # to the likeliest
         kept &= (before < top_p) & (ratio >= min_p)
         if kind == "top_k" or count == vocab or not kept[:, -1].any():
             break
         count = vocab  # the filter reaches past the candidates: look at all
-    noisy = values + gumbel_noise(keys, token_ids)
+    noisy = values + gumbel_noise(keys, token_ids)  # (S, count)
     choice = noisy.masked_fill(~kept, -torch.inf).argmax(dim=-1, keepdim=True)
     return token_ids.gather(1, choice)[:, 0]
 
@@ -114,7 +114,7 @@ def _adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
             continue
         if adjusted is logits:
             adjusted = logits.clone()
-        row = adjusted[i]  # a view: what is done to it is done to its row
+        row = adjusted[i]  # a view: changing it changes `adjusted`
         if p.logit_bias:
             ids = torch.tensor(list(p.logit_bias), device=row.device)
             row[ids] += _column(list(p.logit_bias.values()), row)[:, 0]

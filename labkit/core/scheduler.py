@@ -1,8 +1,8 @@
-"""What runs in this step, and why. No tensors here.
+"""The scheduler: what runs in each step, and why. No tensors here.
 
 There are no phases: each running request computes `min(tokens it knows - tokens it has computed, budget)`
 tokens. Prefill, a chunk of it, decode, the rest after a prefix hit and the return after a preemption are
-all that one rule (vLLM v1's), and one forward pass mixes whatever the plan holds. Continuous batching is
+all that one rule (vLLM v1's), and one forward pass computes any mixture of them. Continuous batching is
 from Orca (Yu et al. 2022), chunked prefill beside decode from Sarathi-Serve (Agrawal et al. 2024).
 """
 
@@ -26,18 +26,18 @@ class Scheduler:
     """Continuous batching: requests join and leave at every step.
 
     A scheduler of your own is a subclass that overrides `schedule`, or any of the methods it is made of.
-    These keep the books right, whatever you decide with them: `end_aborted` (call it first), `plan_running`
-    and `plan_row`, `grow` (blocks for the next tokens, and preemption), `plan_waiting` and `try_admit`; and
-    the single moves `admit`, `seat`, `allocate`, `preempt`, `finish` and `fork`.
+    These keep pool, queue and plan consistent, so decide freely and act through them: `end_aborted` (call it
+    first), `plan_running` and `plan_row`, `grow` (blocks for the next tokens, and preemption), `plan_waiting`
+    and `try_admit`; and the single moves `admit`, `seat`, `allocate`, `preempt`, `finish` and `fork`.
 
     Args:
         pool: the pool that blocks come from.
         max_num_seqs: the number of seats.
         max_num_batched_tokens: the token budget of a step; at least `max_num_seqs`, so that decode fits.
-        kv_policy: "paged", or "reserved" to take a request's whole maximum when it is admitted.
+        kv_policy: "paged", or "reserved", which takes the blocks of the longest answer at admission.
     """
 
-    forks = True  # whether the answers of n > 1 start from one computed prompt
+    forks = True  # whether n > 1 answers start from one computed prompt
     uses_prefix_cache = True
 
     def __init__(
@@ -59,16 +59,16 @@ class Scheduler:
         self.running: list[Request] = []
         self.requests: dict[str, Request] = {}  # all that are not finished
         self.changes = Changes()  # since the last record
-        self.held_back = ""  # why the requests have no more drafts
+        self.held_back = ""  # why requests do not have more drafts
         self._num_arrivals = 0
-        self._aborting: dict[str, None] = {}
-        # An admission that failed: who, with how many blocks free and published, and why.
+        self._aborting: dict[str, None] = {}  # a set of ids
+        # The last failed admission: the request, how many blocks were free and published, and the reason.
         self._stuck: tuple[Request, int, int, str] | None = None
 
     # -- requests come and go ---------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
-        """Queue a request and its children, for the next step on. Raises what `check` raises."""
+        """Queue a request and its children; the next step can run them. Raises what `check` raises."""
         self.check(request)
         for member in (request, *request.children):
             member.arrival = self._num_arrivals
@@ -101,14 +101,14 @@ class Scheduler:
             )
 
     def abort(self, request_id: str) -> bool:
-        """End a request at the next step. False if there is none of that name."""
+        """End a request at the next step. Returns False if there is no such request."""
         if request_id not in self.requests:
             return False
         self._aborting[request_id] = None
         return True
 
     def set_priority(self, request_id: str, priority: int) -> bool:
-        """Change a request's priority (lower runs first) from the next step on. False if it is not there."""
+        """Change a request's priority (lower runs first). Returns False if there is no such request."""
         if (request := self.requests.get(request_id)) is None:
             return False
         request.priority = priority
@@ -144,7 +144,7 @@ class Scheduler:
                 self.finish(self.requests[request_id], "abort")
 
     def plan_running(self, plan: StepPlan) -> int:
-        """Plan a token for each request that decodes, then chunks of prompts; returns the budget left.
+        """Plan a token for each request that decodes, then chunks of prompts; return the budget left.
 
         Decode goes first, so that no prompt, however long, keeps a running answer waiting.
         """
@@ -174,7 +174,7 @@ class Scheduler:
         return budget
 
     def plan_row(self, plan: StepPlan, request: Request, budget: int) -> int:
-        """Plan what a running request is missing, up to the budget; returns how many tokens that is."""
+        """Plan the missing tokens of a running request, up to the budget; return how many that is."""
         missing = len(request.token_ids) - request.num_computed_tokens
         num_tokens = min(missing, budget)  # the one rule
         plan.add(request, num_tokens)
@@ -183,14 +183,14 @@ class Scheduler:
         return num_tokens
 
     def grow(self, plan: StepPlan, growing: list[Request]) -> None:
-        """Give each of these requests the block its next token needs; preempt the newest until it fits."""
+        """Give each of these requests the block its next token needs; preempt the last until it fits."""
         while sum(map(self.needs_block, growing)) > self.pool.num_free:
             if len(self.running) == 1:
                 raise InvariantError(f"request {self.running[0].request_id!r} runs alone and finds no page")
             self.preempt(plan, victim := self.victim())
             growing = [request for request in growing if request is not victim]
         for request in growing:
-            with self._ending(plan, request):
+            with self._ending_if_out_of_blocks(plan, request):
                 start = request.num_computed_tokens
                 if start >= request.num_slots:
                     self.allocate(plan, request, 1)
@@ -199,7 +199,7 @@ class Scheduler:
             request.shares_tail = False
 
     def needs_block(self, request: Request) -> bool:
-        """Whether the next token needs a new block: the last one is full, or belongs to others as well."""
+        """Return whether the next token needs a new block: the last one is full, or shared with others."""
         start = request.num_computed_tokens
         if start >= request.num_slots:
             return True
@@ -223,17 +223,17 @@ class Scheduler:
     # -- admission --------------------------------------------------------------------------------
 
     def plan_waiting(self, plan: StepPlan, budget: int) -> None:
-        """Admit from the head of the queue while seats, budget and blocks last; note why it stopped."""
+        """Admit from the head of the queue while seats, budget and blocks last; note why that stopped."""
         while (request := self.waiting.peek()) is not None:
             reason = self.try_admit(plan, request, budget)
             if reason:
                 plan.blocked = (request.request_id, reason)
                 return
-            if request.status == "running":  # it may have ended just now
+            if request.status == "running":  # the pool may have failed it just now
                 budget -= self.plan_row(plan, request, budget)
 
     def try_admit(self, plan: StepPlan, request: Request, budget: int) -> str | None:
-        """Admit a waiting request if seats, budget and pool allow; else return why it must wait."""
+        """Admit a waiting request if seats, budget and pool allow it; else return why it must wait."""
         if plan.preempted:
             return PREEMPTED
         if len(self.running) >= self.max_num_seqs:
@@ -248,8 +248,8 @@ class Scheduler:
         pool = self.pool
         attempt = (request, pool.num_free, pool.num_published)
         if self.running and self._stuck and self._stuck[:3] == attempt:
-            return self._stuck[3]  # nothing has changed since: spare the look-up
-        shared = pool.match(request.token_ids) if self.uses_prefix_cache else []
+            return self._stuck[3]  # nothing has changed since, so do not look it up again
+        shared = pool.match(request.token_ids) if self.uses_prefix_cache else []  # blocks
         tokens = request.max_len - 1 if self.kv_policy == "reserved" else len(request.token_ids)
         count = pool.blocks_for(tokens) - len(shared)
         left = pool.num_free_without(shared)
@@ -265,27 +265,27 @@ class Scheduler:
         cached = len(shared) * pool.block_size
         plan.admitted.append(Admission(request.request_id, cached, tuple(shared), len(request.token_ids)))
         self.seat(request, cached)
-        with self._ending(plan, request):
+        with self._ending_if_out_of_blocks(plan, request):
             self.allocate(plan, request, count)
         return None
 
     def seat(self, request: Request, num_computed_tokens: int) -> None:
-        """Let a request run; the blocks that it holds already have so many of its tokens."""
+        """Let a request run whose blocks already hold its first `num_computed_tokens` tokens."""
         request.status = "running"
         request.num_computed_tokens = request.num_cached_tokens = num_computed_tokens
         request.num_slots = len(self.pool.tables[request.request_id]) * self.pool.block_size
         self.running.append(request)
 
     def allocate(self, plan: StepPlan, request: Request, count: int) -> None:
-        """Append so many blocks to a running request's table. Raises `OutOfBlocks`, and takes none then."""
+        """Append `count` blocks to a running request's table. Takes none if it raises `OutOfBlocks`."""
         blocks = self.pool.allocate(request.request_id, count)
         request.num_slots += count * self.pool.block_size
         plan.taken.append(Blocks(request.request_id, tuple(blocks)))
 
     @contextlib.contextmanager
-    def _ending(self, plan: StepPlan, request: Request) -> Iterator[None]:
+    def _ending_if_out_of_blocks(self, plan: StepPlan, request: Request) -> Iterator[None]:
         try:
-            yield  # a pool that has no block after all has taken none: this request ends, and no other
+            yield  # a pool of your own may promise more than it has: then only this request ends
         except OutOfBlocks as error:
             request.error = plan.failed[request.request_id] = f"the pool gave it no page: {error}"
             self.finish(request, "error")
@@ -293,7 +293,7 @@ class Scheduler:
     # -- after the step ---------------------------------------------------------------------------
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
-        """Take over what was computed: tokens advance, full blocks become known, requests end."""
+        """Apply what a step computed: append its tokens, publish full blocks, end requests."""
         size = self.pool.block_size
         for row, request in enumerate(plan.requests):
             if request.status != "running":  # an idle seat
@@ -319,14 +319,14 @@ class Scheduler:
                 self._take_back(request)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
-        """Take a request out, and give its blocks back."""
+        """End a request, and give its blocks back."""
         if request.status == "running":
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
         blocks = self._release(request)
         if reason == "error":
-            self.pool.forget(blocks)  # nobody shall find what a fault may have written
+            self.pool.forget(blocks)  # they may hold NaN: no later request must find them
         request.status = "finished"
         del self.requests[request.request_id]
         self._aborting.pop(request.request_id, None)
@@ -343,9 +343,9 @@ class Scheduler:
     # -- several answers to one prompt (n > 1) ----------------------------------------------------
 
     def fork(self, plan: StepPlan, parent: Request) -> None:
-        """The prompt is computed in this step: let as many children start from it as there are seats."""
+        """Start as many children as there are seats from the prompt that this step completes."""
         row = len(plan.requests) - 1
-        alone = plan.preempted or self.kv_policy == "reserved"  # a fork is an admission, and has no reserve
+        alone = plan.preempted or self.kv_policy == "reserved"  # no seats then, and no reserve
         seats = 0 if alone else self.max_num_seqs - len(self.running)
         partial = parent.num_prompt_tokens % self.pool.block_size > 0
         for child in parent.children[:seats]:
@@ -358,7 +358,7 @@ class Scheduler:
             plan.forks[len(plan.requests)] = row
             plan.add(child, 0)
         parent.children = parent.children[seats:]
-        self._queue_children(parent)  # the others come as ordinary requests, and share full blocks
+        self._queue_children(parent)  # the rest come as ordinary requests, and share full blocks
 
     def _queue_children(self, request: Request) -> None:
         for child in request.children:
@@ -369,7 +369,7 @@ class Scheduler:
     # -- drafts (speculative decoding) ------------------------------------------------------------
 
     def plan_drafts(self, plan: StepPlan, budget: int) -> int:
-        """Add drafts to the rows that decode, as budget and free blocks allow; returns how many tokens.
+        """Add drafts to the rows that decode, as budget and free blocks allow; return how many.
 
         Nobody is preempted for a draft.
         """
@@ -378,7 +378,7 @@ class Scheduler:
             if not request.drafts:
                 continue
             drafts = request.drafts[: budget - taken]
-            room = request.num_slots - request.num_computed_tokens - 1
+            room = request.num_slots - request.num_computed_tokens - 1  # beside the row's own token
             blocks = self.pool.blocks_for(max(0, len(drafts) - room))
             blocks = min(blocks, max(0, self.pool.num_free - self.watermark))
             if blocks:
@@ -391,7 +391,7 @@ class Scheduler:
         return taken
 
     def _take_back(self, request: Request) -> None:
-        """Give back the blocks that only wrong drafts needed."""
+        """Give back the blocks that only rejected drafts needed."""
         request.drafts = ()
         keep = self.pool.blocks_for(len(request.token_ids))
         if self.kv_policy == "paged" and keep * self.pool.block_size < request.num_slots:

@@ -1,4 +1,4 @@
-"""Who waits, and in which order. No tensors here."""
+"""The queue of waiting requests, by priority and arrival. No tensors here."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class WaitingQueue:
         heapq.heappush(self._heap, self._entry(request))
 
     def peek(self) -> Request | None:
-        """The request that is next, which stays in the queue."""
+        """Return the next request, and leave it in the queue."""
         while self._heap:
             place, _, request = self._heap[0]
             if self._members.get(request.request_id) is request and place == self._order(request):
                 return request
-            heapq.heappop(self._heap)  # it was removed, or has moved to another place
+            heapq.heappop(self._heap)  # out of date: the request was removed, or its priority has changed
         return None
 
     def remove(self, request: Request) -> None:
-        """Take a request out."""
+        """Take a request out of the queue."""
         del self._members[request.request_id]  # its entry in the heap stays until it comes up
         if len(self._heap) > 2 * len(self._members) + 64:  # mostly leftovers: sweep
             self._heap = [self._entry(r) for r in self._members.values()]

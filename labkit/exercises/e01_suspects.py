@@ -73,7 +73,7 @@ class LosesPageStarts(CachedModel):
 
 
 class SharesWithoutComparing(CachedModel):
-    """Believes that every prompt begins with the page that it already holds, whatever its tokens are."""
+    """Believes that every prompt begins with the page that it already holds, and compares no tokens."""
 
     filled = False
 

@@ -1,4 +1,4 @@
-"""Exercises of notebook 10: count the drafts that are right, and the textbook's rule for sampled drafts."""
+"""Exercises of notebook 10: count the accepted drafts, and the textbook's rule for sampled drafts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Rule = Callable[[Sequence[float], Sequence[float], int, Random], int]
 
 # -- 10.1 ------------------------------------------------------------------------------------------
 
-# Answers that go round in circles: drafts taken from the answer itself are often right.
+# Answers that go round in circles: drafts taken from the answer itself are often accepted.
 CIRCLES = SamplingParams(max_tokens=48, frequency_penalty=-2.0, ignore_eos=True)
 PROMPTS = ("the sea and the sun and the sea and the sun", "once upon a time there was", "a day is a day")
 
@@ -77,7 +77,7 @@ def circles(speculative: str | None, rule: Accept | None = None) -> Engine:
 
     Args:
         speculative: field of `EngineConfig`.
-        rule: function that counts the right drafts; None is the engine's own.
+        rule: function that counts the accepted drafts; None is the engine's own.
     """
     engine = tiny_engine(num_blocks=80, block_size=4, speculative=speculative, speculative_gate=False)
     if rule:
@@ -107,12 +107,12 @@ _P, _Q = (0.5, 0.25, 0.125, 0.125), (0.125, 0.125, 0.25, 0.5)
 
 
 def accept_or_replace(p: Sequence[float], q: Sequence[float], draft: int, rng: Random) -> int:
-    """The draft with probability min(1, p/q), otherwise a token drawn from what p has more of than q.
+    """Return the draft with probability min(1, p/q), otherwise a token drawn from what p has more of than q.
 
-    The tokens that come out are distributed as p is, whatever q is (Leviathan et al. 2023; Chen et al. 2023).
+    The result is distributed as p is, for any q (Leviathan et al. 2023; Chen et al. 2023).
 
     Args:
-        p, q: probabilities of each token, for the model and for the drafter.
+        p, q: probabilities of each token: the model's and the drafter's.
         draft: token that was drawn from q.
     """
     if rng.random() < p[draft] / q[draft]:

@@ -58,8 +58,8 @@ def serve(
 
     Args:
         demands: the requests, at least one.
-        clients: number of clients that send the next request as soon as they have their answer, whatever
-            its time is (closed loop); None sends each request at its time (open loop).
+        clients: number of clients that send the next request as soon as they have their answer and ignore
+            its time (closed loop); None sends each request at its time (open loop).
         budget: most tokens that a step computes.
         seats: most requests that run at once.
         clock: seconds that a step takes, in whole ticks.

@@ -1,4 +1,4 @@
-"""A backend made of parts: for rows with a single query, for longer rows, and for graphs."""
+"""An attention backend made of three parts: for decode rows, for longer rows, and for CUDA graphs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ class Backend:
 
     Args:
         name: "sdpa" or "triton".
-        reason: why it was chosen, in a few words.
-        decode: makes the groups of the rows with a single query, which come first in the batch, longest
-            first; called with the first row's place, the rows, the cache and the windows that occur.
-        chunks: makes those of the rows with more queries, likewise.
-        static: makes one group of rows with a single query from tensors on the device alone, block tables
-            (rows, width) and lengths (rows,), both int64, so that a CUDA graph can be captured; called with
-            these, the cache and the windows that occur.
+        reason: the reason for choosing it, in a few words.
+        decode: a function that makes the groups of the rows with a single query, which come first in the
+            batch, the longest first. Its arguments are the place of the first query, the rows, the cache
+            and the windows that occur in the model.
+        chunks: a function that does the same for the rows with more queries.
+        static: a function that makes one group of rows with a single query, so that a CUDA graph can be
+            captured: it reads nothing but tensors on the device. Its arguments are block tables (rows,
+            width) and lengths (rows,), both int64, the cache and the windows that occur.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Backend:
     def groups(
         self, rows: Sequence[Span], cache: PagedKVCache, windows: Sequence[int | None]
     ) -> list[QueryGroup]:
+        """Cut the rows of a batch into groups. `row_order` has put the decode rows first."""
         single = 0
         while single < len(rows) and rows[single].num_queries == 1:
             single += 1

@@ -1,22 +1,22 @@
-"""CUDA graphs: a decode step that the GPU replays by itself, instead of launch by launch.
+"""CUDA graphs: the GPU replays a whole decode step, which Python would otherwise launch kernel by kernel.
 
 A step of a small model is hundreds of kernels of a few microseconds each, and Python takes longer to launch
-one than the GPU to run it. A CUDA graph is recorded once and then launched as a whole. It is a recording:
-the same kernels on the same memory, with every Python number that went into a launch frozen as it was. So
-what changes from step to step must lie in tensors that stay where they are, and what cannot lie there must
-be the same for all steps that use the graph:
+one than the GPU takes to run it. A CUDA graph is recorded once and then launched as a whole. It repeats the
+same kernels on the same memory, with every Python number that went into a launch frozen. So what changes from
+step to step must be in tensors that stay where they are, and everything else must be the same for all steps
+that use the graph:
 
 - token ids, positions and block tables are copied into one buffer on the device, which all graphs share;
   slots and lengths are computed from them within the graph;
 - the number of rows and the width of the block table are sizes, and sizes are frozen. A graph is recorded
-  for each of a few pairs of them, its *bucket*, and so is everything that follows from the two (the splits of
-  `flash_decoding`, the width of a mask). A step takes the smallest bucket that holds it. The rows left over
-  are padding: one token at position 0 of the null page, of length 1, read by nobody.
+  for each of a few pairs of them, its *bucket*, with everything that follows from the two (the splits of
+  `flash_decoding`, the width of a mask). A step takes the smallest bucket that holds it. The rows that are
+  left over are padding: each computes one token in the null block, and its result is dropped.
 
-All graphs record into one pool of memory, the largest first, so that smaller ones fit into what it took.
-That makes the output of a graph good only until any other is replayed: it is copied at once. Steps with a
-row of more than one token differ too much from each other to be recorded, and run eagerly, as does what is
-wider than the largest bucket. Sampling stays outside.
+All graphs share one pool of memory. The largest is recorded first, so that the others fit into what it took.
+Therefore the output of a graph is only valid until the next replay, and is copied at once. Steps in which a
+row has more than one token differ too much from each other to be recorded: they run eagerly, and so do steps
+that are wider than the largest bucket. Sampling is not recorded.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from labkit.core.kv_cache import PagedKVCache
 from labkit.core.model_runner import PagedModel
 from labkit.kernels.backend import Backend
 
-_MIN_WIDTH = 16  # pages of the narrowest bucket
+_MIN_WIDTH = 16  # blocks of the narrowest bucket
 
 
 class Capture(Protocol):
     """Records what a function launches."""
 
     def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Returns what launches it all again, and the tensor that this fills."""
+        """Return a function that launches all of it again, and the tensor that it fills."""
         ...
 
     @property
     def nbytes(self) -> int:
-        """Memory taken by all that was recorded."""
+        """The memory that all recordings take."""
         ...
 
 
 class CudaCapture:
-    """Records CUDA graphs of one device into one pool."""
+    """Records the CUDA graphs of a device, all in one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -61,9 +61,9 @@ class CudaCapture:
 
     def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         with torch.cuda.device(self._device):
-            compute()  # eagerly first: kernels are compiled and libraries set up at their first call
+            compute()  # eagerly first, because the first call compiles kernels and sets up libraries
             graph = torch.cuda.CUDAGraph()
-            # Other threads may use the GPU meanwhile.
+            # "thread_local", because other threads may use the GPU meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 out = compute()
         return graph.replay, out
@@ -77,13 +77,13 @@ class DecodeGraphs:
     """Graphs of steps in which every row computes one token.
 
     Args:
-        model: of the Llama shape; its forward pass must not wait for the device.
-        cache, backend: as the model is run with otherwise.
-        max_num_seqs: rows of the largest bucket.
-        max_model_len: tokens of a row in the widest bucket.
-        memory_limit: bytes that all graphs may take; recording ends where they do.
-        say: gets a line before recording and one after; None is silence.
-        capture: what records; None: CUDA.
+        model: a model of the Llama shape, whose forward pass does not wait for the device.
+        cache, backend: the cache and the backend that eager steps use as well.
+        max_num_seqs: the number of rows of the largest bucket.
+        max_model_len: the number of tokens of a row in the widest bucket.
+        memory_limit: the number of bytes that all graphs may take; recording stops when they are used up.
+        say: a function that gets a line before recording and one after; None is silence.
+        capture: a recorder; None records CUDA graphs.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class DecodeGraphs:
         self._say = say or (lambda line: None)
         self._capture = capture or CudaCapture(model.device)
         widest = -(-max_model_len // cache.block_size)
-        # Gathered pages are as many as the table is wide; to a kernel that reads lengths, width is nothing.
+        # Gathering copies as many blocks as the table is wide; a kernel that reads lengths ignores its width.
         self.wanted = buckets(max_num_seqs, widest, growth=4 if backend.name == "triton" else 2)
         self._graphs: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
         self._inputs = torch.zeros(max_num_seqs * (2 + widest), dtype=torch.long, device=model.device)
@@ -114,10 +114,10 @@ class DecodeGraphs:
         return sorted(self._graphs)
 
     def warm_up(self) -> None:
-        """Record the graphs, largest first, until there are all or they take too much memory.
+        """Record all graphs, the largest first, or as many as the memory limit allows.
 
         Raises:
-            torch.OutOfMemoryError: if a step of the bucket's size does not fit.
+            torch.OutOfMemoryError: if a step as large as a bucket does not fit into memory.
         """
         began = time.perf_counter()
         rows, width = self.wanted[0]
@@ -140,14 +140,14 @@ class DecodeGraphs:
         )
 
     def run(self, token_ids: Sequence[int], rows: Sequence[Span]) -> Tensor | None:
-        """Compute one token per row, and write its keys and values to the cache.
+        """Compute one token of each row, and write its keys and values to the cache.
 
         Args:
-            token_ids: one per row.
-            rows: with one query each.
+            token_ids: the token of each row.
+            rows: the rows, with one query each.
 
         Returns:
-            Hidden states (rows, hidden_size), to keep; None if no graph is large enough.
+            Hidden states (rows, hidden_size), in memory of their own; None if no graph is large enough.
         """
         size = self.cache.block_size
         width = -(-max(row.length for row in rows) // size)
@@ -160,22 +160,22 @@ class DecodeGraphs:
         return out[: len(rows)].clone()
 
     def _step(self, rows: int, width: int) -> Callable[[], Tensor]:
-        """The step of a bucket: it knows sizes and tensors, and nothing that a step brings."""
+        """Return the step of a bucket: it uses sizes and tensors, but no value that changes between steps."""
         token_ids, positions = self._inputs[: 2 * rows].view(2, rows).unbind(0)
         tables = self._inputs[2 * rows : (2 + width) * rows].view(rows, width)
         size = self.cache.block_size
 
         @torch.inference_mode()
         def step() -> Tensor:
-            page = tables.gather(1, (positions // size)[:, None])[:, 0]
+            block = tables.gather(1, (positions // size)[:, None])[:, 0]  # (rows,)
             group = self.backend.static(tables, positions + 1, self.cache, self.model.windows)
-            layout = AttentionMetadata(self.cache.slots(page, positions % size), [group])
-            return self.model(token_ids, positions, self.cache, layout)
+            metadata = AttentionMetadata(self.cache.slots(block, positions % size), [group])
+            return self.model(token_ids, positions, self.cache, metadata)
 
         return step
 
     def _fill(self, bucket: tuple[int, int], token_ids: Sequence[int], rows: Sequence[Span]) -> None:
-        """Copy a step's values, and padding, to where the graph of a bucket reads them."""
+        """Copy the values of a step, and padding, to where the graph of a bucket reads them."""
         num_rows, width = bucket
         padding = array("q", [0]) * (num_rows - len(rows))
         nothing = array("q", [self.cache.null_block]) * width
@@ -191,10 +191,10 @@ class DecodeGraphs:
 
 
 def buckets(rows: int, width: int, *, growth: int) -> list[tuple[int, int]]:
-    """Pairs (rows, width) up to these, largest first.
+    """Return pairs (rows, width) up to these, the largest first.
 
-    Rows are 1, 2, 4, 8, and from there on doubled in two steps (12, 16, 24, 32); widths are divided by
-    `growth` down to a few pages.
+    Rows are 1, 2, 4, 8, and from there on doubled in two steps (12, 16, 24, 32). Widths are divided by
+    `growth` down to a few blocks.
     """
     sizes, n = {rows}, 1
     while n < rows:

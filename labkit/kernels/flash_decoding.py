@@ -1,39 +1,39 @@
 """Attention of single queries over blocks, read where they lie: a kernel in Triton, for GPUs.
 
 A decode step is bound by memory: each row has one query, and all keys and values of its request must be read
-for it. To gather blocks first (as plain PyTorch must) is to read them, write them and read them again. The
-kernel here follows the block table instead, reads each key and value once, and keeps everything else in
-registers. It is derived in three steps, and all three are the same formula.
+for it. Plain PyTorch has to gather the blocks first: it reads them, writes them and reads them again. This
+kernel follows the block table instead, reads each key and value once, and keeps everything else in registers.
+Its derivation uses one formula three times.
 
 **The formula.** Attention of a query q over tokens t is sum(exp(s_t) v_t) / sum(exp(s_t)), with scores
-s_t = scale * q . k_t. So that exp does not overflow, a maximum is subtracted, which changes nothing as it
-cancels. What is known of a set of tokens then fits into three things:
+s_t = scale * q . k_t. So that exp does not overflow, the maximum score is subtracted from all of them; it
+cancels, so the result is the same. A set of tokens is then summed up in three values:
 
     m = max(s_t)        l = sum(exp(s_t - m))        a = sum(exp(s_t - m) v_t)
 
-and of two sets that share no token, those of their union are, with m = max(m1, m2):
+and the union of two sets without a common token has, with m = max(m1, m2):
 
     l = l1 exp(m1 - m) + l2 exp(m2 - m)        a = a1 exp(m1 - m) + a2 exp(m2 - m)
 
-Attention is a / l. As the formula does not care which set came first, tokens can be cut up at will.
+Attention is a / l. The formula does not depend on order, so tokens can be divided into any sets.
 
-1. **Token by token**: a set takes in one more token, (s, 1, v). Nothing but m, l and a is kept while keys
-   and values stream by, so the scores of a row never lie in memory. (Milakov and Gimelshein 2018, "Online
+1. **Token by token**: a set takes in one more token, (s, 1, v). Only m, l and a are kept while keys and
+   values stream by, so the scores of a row are never in memory. (Milakov and Gimelshein 2018, "Online
    normalizer calculation for softmax"; Dao et al. 2022, "FlashAttention".)
-2. **Lane by lane**: a program reads TILE tokens at a time, and lane i of the tile keeps a set of its own, of
-   the i-th token of every tile. Lanes need not wait for each other until the end, where they are united.
+2. **Lane by lane**: a program reads TILE tokens at a time, and lane i keeps a set of its own, made of the
+   i-th token of every tile. Lanes do not wait for each other until the end, where they are united.
 3. **Split by split**: with few rows, one program for each would leave most of the GPU idle. So a row's
    tokens are split over several programs, and a second, small kernel unites them. (Dao et al. 2023,
-   "Flash-Decoding for long-context inference".) A split hands over a / l and log(l) + m, which is as good
-   as three numbers: exp(log(l) + m) weighs it against the others.
+   "Flash-Decoding for long-context inference".) A split hands over a / l and log(l) + m. These two are
+   enough, because exp(log(l) + m) is its weight among the splits.
 
 Blocks and their tables are those of Kwon et al. 2023, "Efficient memory management for large language
 model serving with PagedAttention".
 
 The query heads that share a key head are computed together, so that keys and values are read once for all of
-them. Products are multiplied and summed, not `tl.dot`: tensor cores want 16 queries at once, the time goes
-into reading, and GPUs before sm_80 have no fast `tl.dot` at all. Powers are of 2, for which GPUs have an
-instruction; log2(e) is multiplied into the scale. Sums are in fp32, whatever the inputs are.
+them. Products are multiplied and summed without `tl.dot`: tensor cores need 16 queries at once, the time goes
+into reading, and GPUs before sm_80 have no fast `tl.dot` at all. Powers are of 2, because GPUs have an
+instruction for these; log2(e) is multiplied into the scale. Sums are in fp32 for inputs of any dtype.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from torch import Tensor
 
 _LOG2E = 1.4426950408889634
 _NO_WINDOW = 2**31 - 1
-_TILE_ELEMENTS = 8192  # of a tile, for all heads of a group: 64 registers a thread
+_TILE_ELEMENTS = 8192  # elements of a tile, with all heads of a group: 64 registers a thread
 _MAX_TILE = 64
-# The maximum of no scores: finite, for infinity less infinity is no number.
+# The maximum of no scores. It is finite because infinity minus infinity is NaN.
 _FLOOR = tl.constexpr(-1.0e30)
 
 
@@ -77,19 +77,20 @@ def _split_kernel(
     GROUP_2: tl.constexpr,
     DIM_2: tl.constexpr,
 ):
-    """One split of one row, for the query heads of one key head: to `parts` and `logs`.
+    """Compute one split of one row for all query heads of one key head, and write it to `parts` and `logs`.
 
-    BLOCK, VALUES, HEAD and SLOT are how far blocks, keys and values, heads and tokens lie apart.
+    BLOCK, VALUES, HEAD and SLOT are the strides between blocks, from keys to values, and between heads and
+    tokens.
     """
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    # The row's tokens, dealt out to the splits in whole tiles: by its own length, not by the longest.
+    # The splits share the tokens of this row in whole tiles: by its own length, not by the longest row's.
     length = tl.load(lengths + row).to(tl.int32)
     oldest = tl.maximum(length - window, 0)
     share = tl.cdiv(tl.cdiv(length - oldest, TILE), splits) * TILE
     begin = oldest + split * share
     end = tl.minimum(begin + share, length)
 
-    # Axes of all that follows: head of the group, lane of the tile, dimension. Sizes are powers of two.
+    # The axes from here on: head of the group, lane of the tile, dimension. Their sizes are powers of two.
     head = tl.arange(0, GROUP_2)[:, None, None]
     lane = tl.arange(0, TILE)[None, :]
     dim = tl.arange(0, DIM_2)[None, None, :]
@@ -109,7 +110,7 @@ def _split_kernel(
         block = tl.load(tables + row * width + token // SIZE, mask=live, other=0).to(tl.int64)
         slot = block * BLOCK + kv_head * HEAD + token % SIZE * SLOT
         at = blocks + slot[:, :, None] + dim
-        # What lies beyond the row's end is not even read: whatever a block held before cannot reach it.
+        # Nothing is read beyond the end of the row, so what a block held before (NaN, say) has no effect.
         here = live[:, :, None] & (dim < DIM)
         k = tl.load(at, mask=here, other=0.0).to(tl.float32)
         v = tl.load(at + VALUES, mask=here, other=0.0).to(tl.float32)
@@ -120,11 +121,11 @@ def _split_kernel(
         a = a * old[:, :, None] + p[:, :, None] * v
         m = new
 
-    # Unite the lanes.
+    # Unite the lanes: the same formula, over axis 1.
     top = tl.max(m, axis=1)
     weight = tl.exp2(m - top[:, None])
     total = tl.sum(l * weight, axis=1)
-    some = tl.where(total == 0, 1.0, total)  # a split without tokens is weighed by 0
+    some = tl.where(total == 0, 1.0, total)  # a split without tokens has the weight 0
     mean = tl.sum(a * weight[:, :, None], axis=1) / some[:, None]
     log = tl.where(total == 0, float("-inf"), tl.log2(some) + top)
 
@@ -138,7 +139,7 @@ def _split_kernel(
 
 @triton.jit
 def _unite_kernel(parts, logs, out, SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr):
-    """Unite the splits of one query head."""
+    """Unite the splits of one query head of one row."""
     row = tl.program_id(0).to(tl.int64)
     split, dim = tl.arange(0, SPLITS), tl.arange(0, DIM_2)
     log = tl.load(logs + row * SPLITS + split)
@@ -160,26 +161,26 @@ def paged_decode(
     window: int | None = None,
     splits: int = 1,
 ) -> Tensor:
-    """Attention of one query per row over the blocks of that row.
+    """Compute attention of one query per row over the blocks of that row.
 
-    Every integer the kernels get is an argument here or a size: lengths and tables are read on the device, so
-    that a captured launch serves any values of the same shape.
+    Every integer that the kernels get is an argument here or a size. Lengths and tables are read on the
+    device, so a captured launch works with any of their values.
 
     Args:
         q: queries (rows, heads, head_dim), fp16, bf16 or fp32.
-        blocks: those of one layer (num_blocks + 1, 2, kv_heads, block_size, head_dim), in that dtype.
-        tables: the blocks of each row in order (rows, width), int32 or int64; what lies beyond a row's length
-            is not looked at.
-        lengths: tokens of each row, the query's own included (rows,), int32 or int64, at least 1.
-        scale: of the scores.
-        window: how many tokens a query sees at most, itself included; None: all.
-        splits: programs that share the tokens of a row, a power of two.
+        blocks: the blocks of one layer (num_blocks + 1, 2, kv_heads, block_size, head_dim), in that dtype.
+        tables: the blocks of each row in order (rows, width), int32 or int64. Entries beyond a row's length
+            are not read.
+        lengths: the number of tokens of each row (rows,), with the query's own, int32 or int64, at least 1.
+        scale: the factor of the scores.
+        window: how many tokens a query sees at most, itself included; None is all.
+        splits: the number of programs that share the tokens of a row, a power of two.
 
     Returns:
-        (rows, heads, head_dim), in the dtype of q.
+        The result (rows, heads, head_dim), in the dtype of q.
 
     Raises:
-        ValueError: if `splits` is no power of two, or vectors or tables do not lie in one piece.
+        ValueError: if `splits` is not a power of two, or vectors or tables are not contiguous.
     """
     if splits < 1 or splits & (splits - 1):
         raise ValueError(f"splits must be a power of two, not {splits}")
@@ -194,7 +195,7 @@ def paged_decode(
     out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
     logs = torch.empty((rows, heads, splits), dtype=torch.float32, device=q.device)
     parts = out if splits == 1 else out.new_empty((rows, heads, splits, dim), dtype=torch.float32)
-    with torch.cuda.device_of(q):  # Triton launches on the current one
+    with torch.cuda.device_of(q):  # Triton launches on the current device
         _split_kernel[(rows, kv_heads, splits)](
             q,
             blocks,

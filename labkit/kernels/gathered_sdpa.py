@@ -1,7 +1,7 @@
-"""Attention in PyTorch's own kernels, over blocks that are gathered side by side. It runs on every device.
+"""Attention with PyTorch's own kernels over gathered blocks. It runs on every device.
 
-Rows with few queries share a call: their blocks are gathered, padded to the longest row, and masked. Longer
-rows go one by one. The query heads that share a key head are folded into the query length, so that
+Rows with few queries share a call: their blocks are gathered, padded to the longest row, and masked. Other
+rows get a call each. The query heads that share a key head are folded into the query length, so that
 grouped-query attention needs no repeated keys.
 """
 
@@ -19,18 +19,18 @@ from labkit.core.attention import Span
 from labkit.core.kv_cache import PagedKVCache, half_blocks, read_rows
 from labkit.kernels.backend import Backend
 
-_MAX_GROUPS = 4  # of decode rows with similar lengths
-_MIN_GROUP = 4  # rows worth a call of their own
-_FEW = 16  # queries in a row, such as drafts, with which rows still share a call
+_MAX_GROUPS = 4  # groups of decode rows with similar lengths
+_MIN_GROUP = 4  # rows that are worth a call of their own
+_FEW = 16  # rows with at most so many queries, for instance drafts, share a call
 
 
 @dataclass
 class GatheredRows:
-    """Rows of equally many queries, mostly one, in one call over blocks gathered side by side.
+    """Rows with the same number of queries, mostly one, in one call over their gathered blocks.
 
-    `pieces` (see `half_blocks`) says where they lie; `masks` maps a window (None: none) to what is
-    added to the scores, (rows, 1 or kv_heads, queries, width * block_size): 0, or minus infinity where a
-    query may not look. `written_out` says that attention is computed as two batched products: on a CPU in
+    `pieces` (see `half_blocks`) says where the blocks are. `masks` maps a window (None: no window) to what is
+    added to the scores, (rows, 1 or kv_heads, queries, width * block_size): 0, or minus infinity for a key
+    that a query must not see. With `written_out`, attention is computed as two batched products: on a CPU in
     fp32 that is faster, because PyTorch's fused kernel makes a small product for each row and head there.
     """
 
@@ -41,15 +41,15 @@ class GatheredRows:
     written_out: bool
 
     def attend(self, q: Tensor, blocks: Tensor, *, scale: float, window: int | None) -> Tensor:
-        k, v = read_rows(blocks, self.pieces)
+        k, v = read_rows(blocks, self.pieces)  # (rows, kv_heads, width * block_size, head_dim)
         rows, kv_heads, length, dim = k.shape
         mask = self.masks[window]
         queries = mask.shape[2]
         folded = q
-        if queries > 1:  # of a group of heads, those of each head come one after the other
+        if queries > 1:  # fold them into the heads: first all queries of one head, then those of the next
             folded = q.reshape(rows, queries, -1, dim).transpose(1, 2)
             mask = mask.repeat(1, 1, q.shape[1] // kv_heads, 1)
-        folded = folded.reshape(rows, kv_heads, -1, dim)
+        folded = folded.reshape(rows, kv_heads, -1, dim)  # (rows, kv_heads, group * queries, head_dim)
         if self.written_out:
             k, v = k.view(-1, length, dim), v.view(-1, length, dim)
             scores = torch.baddbmm(
@@ -65,7 +65,7 @@ class GatheredRows:
 
 @dataclass
 class Chunk:
-    """The queries of one row. A mask (queries, length) is added to the scores; None is plain causal."""
+    """The queries of one row. A mask (queries, length) is added to the scores; None is the causal mask."""
 
     first: int
     last: int
@@ -77,7 +77,7 @@ class Chunk:
         k, v = read_rows(blocks, self.pieces)
         group = q.shape[1] // k.shape[1]
         k, v = (x[:, :, : self.length] for x in (k, v))
-        if group > 1:  # not every kernel of PyTorch's groups queries; to repeat the keys of one row is cheap
+        if group > 1:  # not all of PyTorch's kernels group queries; repeating one row's keys is cheap
             k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
         mask = self.masks[window]
         out = F.scaled_dot_product_attention(
@@ -87,18 +87,16 @@ class Chunk:
 
 
 def additive(seen: Tensor, like: Tensor) -> Tensor:
-    """A mask to be added to scores: 0 where something is seen, else minus infinity.
-
-    It is cut out of rows of a multiple of 16, as PyTorch's memory-efficient kernel wants them; others it
-    would copy in every layer.
-    """
+    """Return a mask to add to scores: 0 for a key that is seen, else minus infinity."""
+    # PyTorch's memory-efficient kernel needs rows of a multiple of 16, and copies others in every layer. So
+    # the mask is a part of such rows.
     *shape, length = seen.shape
     mask = torch.zeros(*shape, -(-length // 16) * 16, dtype=like.dtype, device=seen.device)
     return mask[..., :length].masked_fill_(~seen, -torch.inf)
 
 
 def block_table(rows: Sequence[Span], cache: PagedKVCache, width: int) -> Tensor:
-    """The block tables of these rows, filled up with the null block: (rows, width), int64."""
+    """Return the block tables of these rows, filled up with the null block: (rows, width), int64."""
     table: list[int] = []
     for row in rows:
         used = -(-row.length // cache.block_size)
@@ -110,7 +108,7 @@ def block_table(rows: Sequence[Span], cache: PagedKVCache, width: int) -> Tensor
 def gathered_rows(
     first: int, rows: Sequence[Span], cache: PagedKVCache, windows: Sequence[int | None]
 ) -> list[GatheredRows]:
-    """Groups of rows with a single query, cut where the padding of the shorter ones would be much."""
+    """Make groups of rows with a single query, cut so that the shorter ones need little padding."""
     size = cache.block_size
     groups = []
     cuts = _cut([-(-row.length // size) for row in rows]) if len(rows) > _MIN_GROUP else [(0, len(rows))]
@@ -124,7 +122,7 @@ def gathered_rows(
 def _gathered(
     first: int, rows: Sequence[Span], cache: PagedKVCache, windows: Sequence[int | None]
 ) -> GatheredRows:
-    """One group of rows with equally many queries, the longest row first."""
+    """Make one group of rows with the same number of queries; the longest row comes first."""
     queries = rows[0].num_queries
     tables = block_table(rows, cache, -(-rows[0].length // cache.block_size))
     starts = torch.tensor([row.start for row in rows], device=tables.device)
@@ -135,16 +133,16 @@ def _gathered(
 def static_rows(
     tables: Tensor, lengths: Tensor, cache: PagedKVCache, windows: Sequence[int | None]
 ) -> GatheredRows:
-    """One group of rows with a single query, from tensors on the device (see `Backend.static`)."""
+    """Make one group of rows with a single query from tensors on the device (see `Backend.static`)."""
     return _group(0, tables, lengths[:, None] - 1, cache, windows)
 
 
 def _group(
     first: int, tables: Tensor, positions: Tensor, cache: PagedKVCache, windows: Sequence[int | None]
 ) -> GatheredRows:
-    """One group of rows, from their tables (rows, width) and their queries' positions (rows, queries)."""
+    """Make one group from its block tables (rows, width) and the positions of its queries (rows, queries)."""
     at = torch.arange(tables.shape[1] * cache.block_size, device=tables.device)
-    positions = positions[:, None, :, None]
+    positions = positions[:, None, :, None]  # to be compared with keys: (rows, 1, queries, length)
     masks, written_out = {}, cache.device.type == "cpu" and cache.blocks.dtype == torch.float32
     for window in windows:
         seen = at <= positions
@@ -158,7 +156,7 @@ def _group(
 def gathered_chunks(
     first: int, rows: Sequence[Span], cache: PagedKVCache, windows: Sequence[int | None]
 ) -> list[GatheredRows | Chunk]:
-    """Rows with more than one query: together where they have equally many and few, else one by one."""
+    """Make groups of rows with more than one query: those with equally few together, others one by one."""
     groups: list[GatheredRows | Chunk] = []
     for queries, some in itertools.groupby(rows, lambda row: row.num_queries):
         if queries <= _FEW:
@@ -194,7 +192,7 @@ def _single_chunks(
 
 
 def _cut(widths: list[int]) -> list[tuple[int, int]]:
-    """Cut rows, sorted by falling width, into few groups with little padding between them."""
+    """Cut rows, sorted by falling width, into few groups with little padding; return (begin, end) of each."""
     cuts, first = [], 0
     for i, width in enumerate(widths):
         if len(cuts) == _MAX_GROUPS - 1:

@@ -7,8 +7,8 @@ on the batch around it, and the two scales are multiplied back in afterwards:
     y = (q_x @ q_w.T) * scale_x * scale_w
 
 Outliers cost accuracy: one large channel in a row makes the scale coarse for all others. A rotation R of the
-space removes them, because it spreads a large channel over all, and (x R) (W R).T = x W.T, so the model
-computes what it did before. The stream between the layers is rotated inside the weights, once and for all
+space removes them, because it spreads a large channel over all. As (x R) (W R).T = x W.T, the model computes
+what it did before. The stream between the layers is rotated inside the weights, once and for all
 (Ashkboos et al. 2024, QuaRot). The norms allow this after their weights have moved into the next product,
 because a rotation changes no length. Only the input of `down_proj`, which comes from a product of two
 activations, is rotated while the model runs, by a small Hadamard matrix.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from labkit.core.model import Transformer
 
-_PACKED_ROWS = 32  # a hint for the layout; any number of rows is right
+_PACKED_ROWS = 32  # a hint for the layout; the product may have any number of rows
 
 
 class PackedLinear(nn.Module):

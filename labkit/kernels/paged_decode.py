@@ -1,4 +1,4 @@
-"""Rows with a single query over blocks where they lie: what calls the kernel in `flash_decoding`."""
+"""Decode rows for the kernel in `flash_decoding`, which reads blocks in place."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from labkit.kernels.gathered_sdpa import block_table
 
 _MIN_SPLIT = 64  # tokens that are worth a program of their own
 _MAX_SPLITS = 64
-_PROGRAMS = 4  # for each processor of the GPU: what is wanted in flight
+_PROGRAMS = 4  # how many programs keep a processor of the GPU busy
 
 
 @dataclass
 class PagedDecode:
-    """Rows of one query each, over blocks where they lie.
+    """Rows of one query each, whose blocks are read in place.
 
-    `tables` (rows, width) are their blocks and `lengths` (rows,) their tokens, both int32 or int64 and on the
-    device. `splits` and the shapes are all that is known of them here: a CUDA graph may freeze those.
+    `tables` (rows, width) lists their blocks and `lengths` (rows,) counts their tokens, both int32 or int64
+    on the device. Python knows only `splits` and the shapes, so a CUDA graph can freeze the call.
     """
 
     first: int
@@ -43,7 +43,7 @@ class PagedDecode:
 def paged_rows(
     first: int, rows: Sequence[Span], cache: PagedKVCache, windows: Sequence[int | None]
 ) -> list[PagedDecode]:
-    """One group for all rows with a single query: a short one costs no more beside a long one."""
+    """Make one group of all rows with a single query: a short row costs no more beside a long one."""
     tables = block_table(rows, cache, -(-rows[0].length // cache.block_size))
     lengths = torch.tensor([row.length for row in rows], device=tables.device)
     return [_paged(first, tables, lengths, cache)]
@@ -52,7 +52,7 @@ def paged_rows(
 def static_paged_rows(
     tables: Tensor, lengths: Tensor, cache: PagedKVCache, windows: Sequence[int | None]
 ) -> PagedDecode:
-    """The same from tensors on the device (see `Backend.static`)."""
+    """Make the same group from tensors on the device (see `Backend.static`)."""
     return _paged(0, tables, lengths, cache)
 
 
@@ -63,10 +63,10 @@ def _paged(first: int, tables: Tensor, lengths: Tensor, cache: PagedKVCache) -> 
 
 
 def num_splits(programs: int, tokens: int, processors: int) -> int:
-    """Into how many programs to split each of `programs`, which have so many tokens at most.
+    """Return into how many programs to split each of `programs`, which have at most so many tokens.
 
-    As many as keep a GPU with so many processors busy, but not so many that they have next to nothing to do;
-    a power of two.
+    They are enough to keep a GPU with so many processors busy, but each has some tokens to work on. The
+    number is a power of two.
     """
     wanted = min(_PROGRAMS * processors // programs, tokens // _MIN_SPLIT, _MAX_SPLITS)
     return 1 << (max(1, wanted).bit_length() - 1)

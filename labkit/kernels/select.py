@@ -1,8 +1,8 @@
-"""Which way to compute attention on this device, and why.
+"""The choice of an attention backend for a device, with the reason.
 
-On a GPU, rows with a single query go to `paged_decode`, which reads blocks in place. Longer rows go, all in
-one call, to the FlashAttention of `varlen`, on the GPUs that it is made for (sm_80 and newer, in half
-precision), and else one by one to `gathered_sdpa`, which runs everywhere.
+On a GPU, rows with a single query go to `paged_decode`, which reads blocks in place. Rows with more queries
+go to the FlashAttention of `varlen`, all in one call, if the GPU has it (sm_80 and newer, in half precision),
+and otherwise one by one to `gathered_sdpa`, which runs everywhere.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from labkit.kernels.gathered_sdpa import SDPA, gathered_chunks, static_rows
 from labkit.kernels.paged_decode import paged_rows, static_paged_rows
 from labkit.kernels.varlen import packed_chunks, varlen_attention
 
-_TRITON_SINCE = (7, 5)  # the oldest GPUs that Triton makes code for
+_TRITON_SINCE = (7, 5)  # the oldest GPUs that Triton compiles for
 _FLASH_SINCE = (8, 0)
 _FLASH_MAX_DIM = 256
 
@@ -36,14 +36,16 @@ def choose_backend(
     wanted: str = "auto",
     as_t4: bool = False,
 ) -> Backend:
-    """How attention is computed on this device, for a model of this dtype and head_dim.
+    """Choose how a model of this dtype and head_dim computes attention on this device.
 
     Args:
+        device, dtype: the device and the dtype of the model.
+        head_dim: the size of an attention head.
         wanted: one of `ATTENTION_BACKENDS`; "auto" is the fastest that is possible.
-        as_t4: use only what a T4 has, on any newer GPU.
+        as_t4: whether a newer GPU uses only the kernels that a T4 has.
 
     Raises:
-        ValueError: if what is wanted is not possible; says why, and what is.
+        ValueError: if what is wanted is not possible; the message says why, and what is.
     """
     if wanted not in ATTENTION_BACKENDS:
         raise ValueError(f"attention_backend must be one of {', '.join(ATTENTION_BACKENDS)}, not {wanted!r}")
@@ -97,7 +99,7 @@ def _why_no_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
 
 @dataclass
 class Sm75:
-    """A group that is left only those kernels of PyTorch's that a GPU of sm_75, such as a T4, has too."""
+    """A group that uses only those of PyTorch's kernels that GPUs of sm_75 have, too, such as a T4."""
 
     group: QueryGroup
 

@@ -1,4 +1,4 @@
-"""Rows of any number of queries in one call of the FlashAttention that comes with PyTorch, on newer GPUs."""
+"""Rows with any number of queries in one call of PyTorch's FlashAttention, on newer GPUs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from labkit.core.kv_cache import PagedKVCache, read_tokens
 
 @dataclass
 class PackedChunks:
-    """Rows of any number of queries in one call of FlashAttention, their tokens packed one after the other.
+    """Rows with any number of queries in one call of FlashAttention: their tokens are packed without padding.
 
-    `slots` (see `PagedKVCache.slots`) say where the keys and the values of all tokens of these rows lie.
+    `slots` (see `PagedKVCache.slots`) says where the keys and values of all tokens of these rows are.
     `query_starts` and `token_starts` (rows + 1, int32) say where each row begins, among the queries and among
-    the tokens; `most_queries` and `most_tokens` are those of the longest row.
+    the tokens; `most_queries` and `most_tokens` are the largest numbers of a row.
     """
 
     first: int
@@ -33,7 +33,7 @@ class PackedChunks:
     most_tokens: int
 
     def attend(self, q: Tensor, blocks: Tensor, *, scale: float, window: int | None) -> Tensor:
-        k, v = read_tokens(blocks, self.slots)
+        k, v = read_tokens(blocks, self.slots)  # (tokens, kv_heads, head_dim)
         return varlen_attention()(
             q,
             k,
@@ -43,7 +43,7 @@ class PackedChunks:
             self.most_queries,
             self.most_tokens,
             scale=scale,
-            # How far to look left and right of a query, which is itself one of the window; -1 is no limit.
+            # How far a query sees to the left and right of itself (it counts in the window); -1 is no limit.
             window_size=(-1 if window is None else window - 1, 0),
             enable_gqa=True,
         )
@@ -52,7 +52,7 @@ class PackedChunks:
 def packed_chunks(
     first: int, rows: Sequence[Span], cache: PagedKVCache, windows: Sequence[int | None]
 ) -> list[PackedChunks]:
-    """One group for all rows with more than one query."""
+    """Make one group of all rows with more than one query."""
     size, device = cache.block_size, cache.device
     blocks = array("q")
     queries, tokens = [0], [0]
@@ -61,7 +61,7 @@ def packed_chunks(
             blocks.extend([block] * size)
         queries.append(queries[-1] + row.num_queries)
         tokens.append(tokens[-1] + row.length)
-        del blocks[tokens[-1] :]  # the rest of the last block
+        del blocks[tokens[-1] :]  # the places of the last block that hold no token yet
     starts = torch.tensor([queries, tokens], dtype=torch.int32, device=device)
     most = (max(row.num_queries for row in rows), max(row.length for row in rows))
     places = torch.cat([torch.arange(row.length) % size for row in rows])
@@ -72,9 +72,9 @@ def packed_chunks(
 
 @functools.cache
 def varlen_attention() -> Callable[..., Tensor] | None:
-    """`torch.nn.attention.varlen.varlen_attn`, if this PyTorch has it with all that is needed here.
+    """Return `torch.nn.attention.varlen.varlen_attn`, if this PyTorch has it with all that is needed here.
 
-    It came with 2.10; windows, scale and fewer key heads than query heads came until 2.12.
+    It came with PyTorch 2.10; by 2.12 it had windows, scale and grouped-query attention, too.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn

@@ -1,4 +1,4 @@
-"""What is done on a GPU before the first request: size the KV cache by what is free, capture the graphs.
+"""Warm-up: before the first request, make the KV cache and, on a GPU, measure memory and capture graphs.
 
 On a CPU there is nothing to measure and nothing to capture.
 """
@@ -21,14 +21,14 @@ from labkit.kernels.cuda_graphs import Capture, DecodeGraphs
 from labkit.kernels.gathered_sdpa import SDPA
 from labkit.kernels.select import choose_backend
 
-_GRAPH_SHARE = 0.5  # of what is free beside the KV cache and the activations of a step
+_GRAPH_SHARE = 0.5  # of the memory that the KV cache and the activations of a step leave free
 
 
 def backend_for(model: PagedModel, config: EngineConfig) -> Backend:
-    """How a model's attention is computed.
+    """Return the attention backend for a model.
 
     Raises:
-        ValueError: if that which the configuration names is not possible.
+        ValueError: if the configuration names one that is not possible.
     """
     if not model.is_adapted:
         shape = model.kv_shape
@@ -47,14 +47,14 @@ def backend_for(model: PagedModel, config: EngineConfig) -> Backend:
 
 
 def activation_bytes(model: PagedModel, backend: Backend, config: EngineConfig) -> int:
-    """What the widest step takes beside weights and KV cache, by a forward pass of that size on a GPU.
+    """Measure how many bytes the widest step takes beside weights and KV cache, with a step on a GPU.
 
-    The step is a chunk of the whole token budget at the end of the longest request, over a cache of a single
-    page, which is in its table again and again. Then every seat gets logits, which are sorted, for sampling
-    takes about as much.
+    The step computes a chunk of the whole token budget at the end of the longest request, over a cache of a
+    single block, which its table lists again and again. Then every seat gets logits, which are sorted:
+    sampling takes about as much.
 
     Raises:
-        ValueError: if it does not fit into memory.
+        ValueError: if the step does not fit into memory.
     """
     device, size = model.device, config.block_size
     longest = min(config.max_model_len or model.max_model_len, model.max_model_len)
@@ -64,9 +64,9 @@ def activation_bytes(model: PagedModel, backend: Backend, config: EngineConfig) 
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         row = Span(longest - tokens, tokens, [0] * -(-longest // size))
-        layout = build_metadata([row], cache, windows=model.windows, backend=backend)
+        metadata = build_metadata([row], cache, windows=model.windows, backend=backend)
         ids = torch.zeros(tokens, dtype=torch.long, device=device)
-        hidden = model(ids, torch.arange(row.start, row.length, device=device), cache, layout)
+        hidden = model(ids, torch.arange(row.start, row.length, device=device), cache, metadata)
         seats = hidden[:1].expand(config.max_num_seqs, -1).contiguous()
         model.logits(seats).float().sort(dim=-1)
         return torch.cuda.max_memory_allocated(device) - before
@@ -79,7 +79,7 @@ def activation_bytes(model: PagedModel, backend: Backend, config: EngineConfig) 
 def check_memory(shape: KVShape, num_blocks: int, block_size: int) -> None:
     """Raise `ValueError` unless the device has room for a cache of this size."""
     needed, device = (num_blocks + 1) * block_size * shape.bytes_per_token, shape.device
-    if device.type == "cpu":  # it promises memory that it does not have
+    if device.type == "cpu":  # the system lets us allocate more than it has
         available = psutil.virtual_memory().available
     else:
         available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
@@ -100,15 +100,18 @@ def warm_up(
     say: Callable[[str], None] | None = print,
     capture: Capture | None = None,
 ) -> tuple[PagedKVCache, DecodeGraphs | None]:
-    """The KV cache, and on a GPU the graphs of decode steps; with fewer pages where memory does not suffice.
+    """Make the KV cache and, on a GPU, the graphs of decode steps. If memory is short, the cache is smaller.
 
     Args:
-        num_blocks: pages that are wanted.
-        reserve: bytes to be left for the activations of a step.
-        capture: records graphs also where there is no GPU, for tests.
+        model, backend: the model and its attention backend.
+        config: the sizes of the engine.
+        num_blocks: the number of blocks that are wanted.
+        reserve: the number of bytes that are left for the activations of a step.
+        say: a function that gets a line about each thing that takes time; None is silence.
+        capture: a recorder for tests, which makes graphs without a GPU.
 
     Raises:
-        ValueError: if not even a single page, or a decode step, fits.
+        ValueError: if the cache needs more memory than is free, or no decode step fits.
     """
     device = model.device
     graphed = config.cuda_graphs and not model.is_adapted

@@ -59,7 +59,7 @@ def find(model: str | os.PathLike[str], *, say: Say | None = print) -> Path:
 
 
 def is_folder(model: str | os.PathLike[str]) -> bool:
-    """Whether a model is named by its folder. Short names come first, whatever folders are called."""
+    """Return whether a model is named by its folder. A short name is never taken for a folder."""
     return model not in SHORT_NAMES and os.path.isdir(os.path.expanduser(model))
 
 
@@ -115,7 +115,7 @@ def _fetch_from_hub(repo: str, say: Say | None) -> Path:
     """Download what the Hub's cache lacks of a snapshot, and all of it once more if that is damaged.
 
     Raises:
-        ModelError: whatever went wrong, with one line of reason.
+        ModelError: if that fails; the message is one line.
     """
     try:
         # One question with little patience first: snapshot_download would ask a dead network for minutes.

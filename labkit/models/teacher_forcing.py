@@ -15,7 +15,7 @@ from labkit.kernels.gathered_sdpa import SDPA
 def teacher_forced(module: Transformer, token_ids: Sequence[int], *, block_size: int = 16) -> Tensor:
     """Return the logits (len(token_ids), vocab_size) of every place, in fp32.
 
-    Each place sees the given tokens before it, whatever the model itself would have chosen there.
+    Each place sees the given tokens before it, even if the model would have chosen others.
     """
     num_blocks = -(-len(token_ids) // block_size)
     cache = module.kv_shape.new_cache(num_blocks, block_size)

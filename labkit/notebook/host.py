@@ -1,7 +1,6 @@
 """What stands between an engine and its picture in a notebook: questions in, plain data out.
 
-There is no widget here, and no thread. Whatever the engine does, it does inside an answer, and only for a
-moment.
+There is no widget here, and no thread. The engine only runs inside an answer, and only for a moment.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Stepper:
 
     Args:
         engine: the engine; cells may step it too, between two calls.
-        clock: a function that returns seconds, for the speed.
+        clock: a function that returns seconds, by which the speed is kept.
     """
 
     def __init__(self, engine: Engine, clock: Callable[[], float]) -> None:
@@ -47,7 +46,7 @@ class Stepper:
         self._due = 0.0  # the time of the next step
 
     def advance(self) -> None:
-        """Run the steps that are due, for a moment at most."""
+        """Run the steps that are due, but only for a moment."""
         begin = self._now()
         while self.running and (now := self._now()) - begin < SLICE:
             if self.speed:
@@ -92,7 +91,7 @@ class Stepper:
         return max(0, round(1000 * (self._due - self._now()))) if self.speed else 0
 
     def clock(self) -> dict[str, Any]:
-        """The state of the clock, for the controls."""
+        """Return the state of the clock, which the controls show."""
         paused = not self.running and (self.held or self._engine.has_unfinished)
         return {"paused": paused, "speed": self.speed, "failure": ""}
 
@@ -195,7 +194,7 @@ class Host:
 
     Args:
         engine: the engine to show and to step; cells may step it too, between two answers.
-        clock: a function that returns seconds, for the speed.
+        clock: a function that returns seconds, by which the speed is kept.
     """
 
     version = -1  # of the settings, which nobody changes here
@@ -223,7 +222,7 @@ class Host:
             return answers[name](question)
         except ValueError as error:
             return {"error": str(error)}
-        except Exception as error:  # the page waits for an answer, whatever happened
+        except Exception as error:  # the page waits for an answer even now
             return {"error": f"{type(error).__name__}: {error}"}
 
     def _pull(self, question: Mapping[str, Any]) -> dict[str, Any]:

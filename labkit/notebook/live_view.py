@@ -1,7 +1,7 @@
 """Notebook controls: the live picture of an engine, and sliders that ask "what if".
 
-The page asks and the kernel answers. Whatever an engine does for the picture, it does inside an answer and
-only for a moment: there is no thread, nothing is pushed, and a kernel that is busy with a cell answers later.
+The page asks and the kernel answers. The engine works for the picture only inside an answer, and only for a
+moment: there is no thread, nothing is pushed, and a kernel that is busy with a cell answers later.
 Where no page asks (in a plain terminal, or a notebook that runs without a browser), both are text.
 """
 

@@ -34,7 +34,7 @@ class Api:
         return [_plain(method) for method in methods]
 
     async def pull(self, question: dict[str, Any]) -> str:
-        """What is new since the last answer, for a page that has no stream."""
+        """Tell a page without a stream what is new since the last answer."""
         update = self._snapshotter.take().tell(ClientState.read(question))
         every = MS_PER_VISITOR * len(self.lab.visitors)
         return json.dumps(update | {"every": every}, separators=(",", ":"))

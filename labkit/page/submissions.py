@@ -32,7 +32,7 @@ class _Entry:
     request_id: str
     prompt: str
     max_tokens: int
-    name: str  # the visitor's, for others to see
+    name: str  # the visitor's name, which others may see
     end: AnswerProgress | None = None  # the answer, once it is complete
 
 
@@ -184,7 +184,7 @@ class Submissions:
                     self.live.single_step()
 
     def clock(self) -> dict[str, Any]:
-        """The state of the clock, for the page's controls."""
+        """Return the state of the clock, which the page's controls show."""
         failure = self.live.failure
         return {
             "paused": self.live.paused,

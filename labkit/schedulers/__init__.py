@@ -1,4 +1,4 @@
-"""The policies that continuous batching is measured against, on the same pool, model runner and trace."""
+"""The schedulers by name: continuous batching, and the policies that it is compared with."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Checks on every step of an engine whose scheduler or block pool somebody else wrote. No tensors here.
+"""Checks of every step of an engine, for schedulers and pools of your own. No tensors here.
 
-The auditor keeps books of its own, from what each step says it did, and holds the pool against them. A
-broken rule is an `InvariantError` at the step that broke it, which names the rule, the request and the block.
+The auditor keeps books of its own, from what the record of each step says, and compares the pool with them. A
+broken rule raises `InvariantError` at the step that broke it: it names the rule, the request and the block.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from labkit.core.scheduler import Scheduler
 from labkit.trace.pool_state import PoolState
 from labkit.trace.records import Finish, StepRecord
 
-_IDLE_STEPS = 1000  # empty plans in a row, while somebody waits, that count as never
+_IDLE_STEPS = 1000  # so many empty plans in a row, while requests wait, mean that they wait for ever
 
 
 class Auditor:
-    """Keeps books of who holds what, independent of the pool's own.
+    """Keeps books of which request holds which blocks, independent of the pool's own.
 
     Args:
-        scheduler, pool: the two that are watched.
+        scheduler, pool: the scheduler and the pool that are checked.
         budget, seats: the limits of the engine.
     """
 
@@ -35,7 +35,7 @@ class Auditor:
         """Check a plan before it runs.
 
         Raises:
-            InvariantError: if it is not allowed; names the rule, and the request or block.
+            InvariantError: if the plan breaks a rule; the message names the rule, and the request or block.
         """
         for name, why in plan.failed.items():
             raise InvariantError(f"request {name!r} was promised a page, and {why}")
@@ -71,7 +71,7 @@ class Auditor:
             zip(plan.requests, plan.starts, plan.num_tokens, strict=True)
         ):
             name = request.request_id
-            # Children that start in this step share what their parent is about to write.
+            # Children that start in this step share the blocks that their parent writes to.
             family = {name} | {
                 plan.requests[child].request_id for child, parent in plan.forks.items() if parent == row
             }
@@ -103,15 +103,15 @@ class Auditor:
                     )
 
     def check_record(self, record: StepRecord) -> None:
-        """After the step: do the pool and the books agree on who holds what, and on what is free?
+        """Check after a step that pool and books agree on each request's block table and on what is free.
 
         Raises:
-            InvariantError: naming the rule, the request and the block.
+            InvariantError: if they do not; the message names the rule, the request and the block.
         """
         step = f"step {record.step}"
         given_back = (*record.preempted, *((f.request_id, f.blocks) for f in record.finished))
         freed = [(block, name) for name, blocks in given_back for block in blocks]
-        left = {*freed, *((old, name) for name, old, _ in record.copied)}  # held no longer, block by block
+        left = {*freed, *((old, name) for name, old, _ in record.copied)}  # (block, request) pairs that ended
         before = self._books.owners
         for name, blocks in record.taken:
             for block in blocks:
@@ -163,10 +163,10 @@ class Auditor:
 
 
 def check_pool(pool: BlockPool) -> None:
-    """Check every rule of a pool. It is slow: tests do it, and pools that a learner wrote are checked so.
+    """Check every rule of a pool. It is slow, so only tests and the auditor call it.
 
     Raises:
-        InvariantError: if one is broken; names the rule, the block and the request.
+        InvariantError: if a rule is broken; the message names the rule, the block and the request.
     """
     counted = [0] * pool.num_blocks
     for request_id, table in pool.tables.items():

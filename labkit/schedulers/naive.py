@@ -1,4 +1,4 @@
-"""One request at a time: what a loop over `generate` does, with the KV cache and without."""
+"""One request at a time, as a loop over `generate` does it, with a KV cache and without."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from labkit.core.scheduler import Scheduler
 
 
 class NaiveScheduler(Scheduler):
-    """One request at a time."""
+    """Runs one request at a time."""
 
     forks = False
 
@@ -19,7 +19,7 @@ class NaiveScheduler(Scheduler):
 
 
 class UncachedScheduler(NaiveScheduler):
-    """One request at a time, and nothing is kept: each token costs the whole text before it once more."""
+    """Runs one request at a time without a KV cache: each token computes the whole text before it again."""
 
     uses_prefix_cache = False
 
@@ -30,4 +30,4 @@ class UncachedScheduler(NaiveScheduler):
         super().commit(plan, result)
         for request, sampled in zip(plan.requests, result.sampled, strict=True):
             if sampled:
-                request.num_computed_tokens = 0
+                request.num_computed_tokens = 0  # forget all, so the next step computes all

@@ -1,4 +1,4 @@
-"""Static batching: a batch is formed, and runs until its last member is done."""
+"""Static batching: a batch runs until its last member is done, and then the next one starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from labkit.core.scheduler import Scheduler
 
 
 class StaticScheduler(Scheduler):
-    """A batch is padded to its longest member, and runs until its last one is done.
+    """Runs batches that are padded to their longest member, each until its last member is done.
 
     Prompts are padded on the left, so that all members reach their first token in the same step; each step
     computes as many columns of the padded batch as the budget allows. A finished member's seat stays in the
@@ -19,7 +19,7 @@ class StaticScheduler(Scheduler):
     """
 
     forks = False
-    uses_prefix_cache = False  # its rows go in step
+    uses_prefix_cache = False  # its rows compute the same columns, and a hit would put one ahead
 
     def __init__(self, pool: BlockPool, **limits: Any) -> None:
         super().__init__(pool, **limits)

@@ -1,4 +1,4 @@
-"""Continuous batching without chunked prefill: a step is for whole prompts, or for running answers."""
+"""Continuous batching without chunked prefill: a step computes whole prompts or running answers, not both."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from labkit.core.scheduler import PREEMPTED, Scheduler
 
 
 class WholePromptScheduler(Scheduler):
-    """A step takes whole prompts while any can be admitted, and running answers wait meanwhile."""
+    """Computes whole prompts while any can be admitted. Running answers wait meanwhile."""
 
     def check(self, request: Request) -> None:
         super().check(request)

@@ -336,7 +336,7 @@ class AsyncEngine:
                 if not commands:
                     begun = time.perf_counter()
                     self._after(self.engine.step())
-        except BaseException as error:  # whatever it is, nobody may be left waiting
+        except BaseException as error:  # any error at all: nobody may be left waiting
             logger.exception("the engine failed")
             self.failure = error
             self._why_closed = f"the engine failed: {type(error).__name__}: {error}"

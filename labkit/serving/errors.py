@@ -43,7 +43,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """What `error_object` writes, for the schema of the API."""
+    """The JSON that `error_object` writes, as the schema of the API describes it."""
 
     error: ErrorDetail
 

@@ -1,4 +1,4 @@
-"""A second, smaller model that drafts, and what steps cost: the part of speculation that needs tensors."""
+"""A second, smaller model that drafts, and a measurement of what steps cost: speculation with tensors."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from labkit.speculative.ngram import NgramDrafter
 from labkit.speculative.speculator import Speculator, StepCosts
 
 _PROBED = 16  # tokens of the longest step that is timed
-_TIMES = 3
+_TIMES = 3  # timed steps of each length; the fastest counts
 
 
 class ModelDrafter:
-    """Drafts with a model of the same vocabulary, which keeps a KV cache of its own.
+    """Drafts with a model that has the same vocabulary and a KV cache of its own.
 
-    It samples with the noise of the request, so that it errs only where the two models differ. It computes a
-    request's tokens when it is first asked about it, and later those that came since.
+    It samples with the noise of the request, so a draft is rejected only where the two models differ. It
+    computes a request's tokens when it first drafts for it, and later only those that have come since.
 
     Args:
-        runner: of that model, over a pool that nobody else uses.
-        vocab_size: of the model that checks.
-        budget: tokens in a step.
+        runner: a model runner of the drafting model, with a pool of its own.
+        vocab_size: the vocabulary size of the model that checks.
+        budget: the number of tokens that a step may compute.
     """
 
     def __init__(self, runner: ModelRunner, *, vocab_size: int, budget: int) -> None:
@@ -68,7 +68,7 @@ class ModelDrafter:
         return [tuple(twin.token_ids[lengths[name] :]) for name, (twin, _) in twins.items()]
 
     def _twin(self, request: Request) -> Request:
-        """The request as the drafting model has it: what it computed of drafts that were wrong is void."""
+        """Return the drafting model's copy of a request, without what it computed of rejected drafts."""
         twin = self._twins.get(request.request_id)
         if twin is None:
             prompt = request.token_ids[: request.num_prompt_tokens]
@@ -84,7 +84,7 @@ class ModelDrafter:
         return twin
 
     def _seat(self, twin: Request, count: int) -> bool:
-        """Pages for the tokens known and all drafts but the last; False if there are too few."""
+        """Take blocks for the known tokens and all drafts but the last; return False if there are too few."""
         held = len(self.pool.tables.get(twin.request_id, ()))
         need = self.pool.blocks_for(len(twin.token_ids) + count - 1) - held
         if need > self.pool.num_free:
@@ -102,7 +102,7 @@ class ModelDrafter:
 def make_speculator(
     config: EngineConfig, model: LoadedModel, runner: ModelRunner, draft: LoadedModel | None, say: Say | None
 ) -> Speculator | None:
-    """What the configuration asks for. `draft` comes from `draft_model`."""
+    """Make the speculator that the configuration asks for, or None. `draft` comes from `draft_model`."""
     if config.speculative is None:
         return None
     drafter: Drafter = NgramDrafter()
@@ -127,7 +127,7 @@ def _together(steps: StepCosts, drafting: StepCosts | None = None) -> StepCosts:
 
 
 def draft_model(config: EngineConfig, model: LoadedModel, say: Say | None) -> LoadedModel | None:
-    """The model that drafts, or None if none is to.
+    """Load the model that drafts; None if the configuration asks for none.
 
     Raises:
         ValueError: if it cannot be found or run, or has another vocabulary.
@@ -149,12 +149,12 @@ def draft_model(config: EngineConfig, model: LoadedModel, say: Say | None) -> Lo
 
 
 def step_times(runner: ModelRunner, budget: int) -> StepCosts:
-    """What a step takes here, in seconds, measured on a request that is gone afterwards."""
+    """Measure the cost of steps on this machine, in seconds, with a request that is gone afterwards."""
     pool = runner.pool
     most = min(_PROBED, budget, pool.num_blocks * pool.block_size)
     if most < 3:
         return StepCosts(1.0, 1.0, 1.0)  # no room for drafts
-    few = 2 if runner.graphs else 1  # a step of one token may be a graph, which drafts have to leave
+    few = 2 if runner.graphs else 1  # a step of one token may be a graph; one with drafts never is
     name = "warm-up"
     pool.allocate(name, pool.blocks_for(most))
     try:
@@ -167,7 +167,7 @@ def step_times(runner: ModelRunner, budget: int) -> StepCosts:
 
 
 def _seconds(runner: ModelRunner, name: str, count: int) -> float:
-    """The shortest of a few steps that compute `count` tokens of a request, all but the first drafts."""
+    """Return the fastest of a few steps that compute `count` tokens of a request; all but one are drafts."""
     taken = []
     for _ in range(1 + _TIMES):
         plan = StepPlan()
@@ -179,4 +179,4 @@ def _seconds(runner: ModelRunner, name: str, count: int) -> float:
         if runner.model.device.type == "cuda":
             torch.cuda.synchronize(runner.model.device)
         taken.append(time.perf_counter() - begin)
-    return min(taken[1:])
+    return min(taken[1:])  # without the first, which warms up

@@ -1,4 +1,4 @@
-"""What drafts: a rule or a model that proposes the tokens that come next. No tensors here."""
+"""The interface of a drafter: a rule or a model that proposes the next tokens. No tensors here."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from labkit.core.request import Request
 
 
 class Drafter(Protocol):
-    """Proposes the tokens that come next."""
+    """Proposes the next tokens of requests."""
 
     def propose(self, wanted: Sequence[tuple[Request, int]]) -> list[tuple[int, ...]]:
-        """Return drafts for each of these requests, at most so many; none where nothing suggests itself."""
+        """Return drafts for each request: at most the number beside it, and none if it has no proposal."""
         ...
 
     def forget(self, request_id: str) -> None:
-        """Drop what is kept of a request that is gone, or that has lost its blocks."""
+        """Drop what is kept of a request that has ended or was preempted."""
         ...

@@ -1,4 +1,4 @@
-"""Drafts from the text itself: what followed the last few tokens when they last occurred. No tensors here."""
+"""Drafts from the text: what followed the last few tokens when they last occurred. No tensors here."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from labkit.sampling_params import check_number
 
 
 class NgramDrafter:
-    """Drafts what followed when the last few tokens were last seen, in the prompt or in the answer.
+    """Proposes what followed when the last few tokens occurred before, in the prompt or in the answer.
 
-    The longest such n-gram counts, and of its places the most recent (prompt lookup, Saxena 2023). Text that
-    is copied, edited or repeated is guessed well, and other text is not guessed at all.
+    It looks for the longest such n-gram, and takes its most recent place (prompt lookup, Saxena 2023). Many
+    drafts are accepted in text that is copied, edited or repeated; in other text it proposes hardly any.
 
     Args:
-        longest, shortest: the sizes of the n-grams that are looked for, in tokens.
+        longest, shortest: the limits on the size of an n-gram, in tokens.
 
     Raises:
         ValueError: if `shortest` is below 1, or `longest` below `shortest`.
@@ -25,7 +25,7 @@ class NgramDrafter:
         check_number("shortest", shortest, 1, 1000, whole=True)
         check_number("longest", longest, shortest, 1000, whole=True)
         self._sizes = range(longest, shortest - 1, -1)
-        # For each request, how many of its tokens are read, and what place followed an n-gram last.
+        # For each request, how many of its tokens are read, and the place that last followed each n-gram.
         self._seen: dict[str, tuple[int, dict[tuple[int, ...], int]]] = {}
 
     def propose(self, wanted: Sequence[tuple[Request, int]]) -> list[tuple[int, ...]]:

@@ -1,10 +1,10 @@
-"""Speculative decoding: draft tokens, check them all in one step, keep those that are right. No tensors here.
+"""Speculative decoding: draft tokens, check them all in one step, keep the accepted ones. No tensors here.
 
-A step reads all weights, whether it computes one token of an answer or five. So a row may carry drafts of
-what comes next (Leviathan et al. 2023; Chen et al. 2023). The model chooses after each of them as it would
-have anyway, with the noise of that place, and a draft is right if it is what the model chose. So answers are
-those without speculation, greedy or sampled, whatever drafts (compare Daliri et al. 2024). What changes is
-how many steps there are, and what one costs: `Speculator` drafts where that pays.
+A step reads all weights, whether it computes one token of an answer or five. So a row may carry drafts of the
+next tokens (Leviathan et al. 2023; Chen et al. 2023). In each place the model chooses a token as it would
+without drafts, with the noise of that place, and a draft is accepted if it is that token. So no drafter
+changes an answer, greedy or sampled (compare Daliri et al. 2024). It only changes how many steps there are
+and what each costs: `Speculator` drafts where that pays.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from labkit.speculative.drafter import Drafter
 from labkit.trace.records import StepRecord
 
 _PRIOR = 0.6  # the chance that a draft is accepted, before any was checked
-_WEIGHT = 2.0  # how many checks the prior counts for
-_MARGIN = 1.25  # the chance must exceed the price by so much, as a batch ends with its slowest row
+_WEIGHT = 2.0  # how many checks the prior is worth
+_MARGIN = 1.25  # the chance must exceed the price by this factor: a batch ends with its slowest row
 _FADE = 0.85  # the weight of an earlier check of the same request, one check later
-_FADE_ALL = 0.98  # and of a check of any request
-_PATIENCE = 32  # tokens without a draft before one is tried again; it doubles each time that this fails
+_FADE_ALL = 0.98  # the same among the checks of all requests
+_PATIENCE = 32  # tokens without a draft before one is tried again; it doubles each time
 _MOST_PATIENCE = 1024
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """What steps take, in seconds or in any other unit.
+    """What steps cost, in seconds or any other unit.
 
     Args:
         base: the cost of a step with drafts, without its tokens.
@@ -45,12 +45,12 @@ class StepCosts:
     draft_token: float = 0.0
 
     def price(self, rows: int) -> float:
-        """What a draft costs, in tokens that could be made in the same time: so often must it be accepted."""
+        """Return how many tokens could be made in a draft's time: so often must it be accepted to pay."""
         drafting = self.draft_base + self.draft_token * rows
         return (self.token * rows + drafting) / (self.base + self.token * rows)
 
     def pays(self, rows: int, drafts: Sequence[int], gains: Iterable[float]) -> bool:
-        """Whether a step of so many rows makes more tokens in its time with these drafts and their gains."""
+        """Return whether a step of so many rows makes more tokens per second with these drafts and gains."""
         drafting = max(drafts) * (self.draft_base + self.draft_token * len(drafts))
         slow = self.base + self.token * (rows + sum(drafts)) + drafting
         return (rows + sum(gains)) / slow > rows / (self.plain_base + self.token * rows)
@@ -59,13 +59,13 @@ class StepCosts:
 class Speculator:
     """Gives requests drafts for the next step, as many as pay.
 
-    With n rows, a draft pays if the chance that it is right clearly exceeds `StepCosts.price(n)`. The chance
-    is estimated from what became of the drafts before, of this request and of all, and falls with each place.
+    With n rows, a draft pays if its chance to be accepted clearly exceeds `StepCosts.price(n)`. The chance is
+    estimated from earlier drafts of this request and of all, and falls with each place.
 
     Args:
-        drafter: proposes the tokens.
-        most: how many drafts a request has in a step at most.
-        costs: what steps take; None drafts as many as possible, always. It may be replaced.
+        drafter: the drafter, which proposes the tokens.
+        most: the most drafts that a request has in a step.
+        costs: the cost of steps; None always drafts as many as possible. It may be replaced later.
     """
 
     def __init__(self, drafter: Drafter, most: int, costs: StepCosts | None = None) -> None:
@@ -76,9 +76,9 @@ class Speculator:
         self._odds: dict[str, _Odds] = {}
 
     def propose(self, plan: StepPlan, result: StepResult, running: Sequence[Request]) -> str:
-        """Learn from a step that is committed, and draft for the next; returns why there are not more drafts.
+        """Learn from a committed step, and draft for the next; return why there are not more drafts.
 
-        Without drafts, answers are the same: a fault here ends nobody.
+        Answers do not depend on drafts, so an error in the drafter ends no request.
         """
         for request_id, _ in plan.preempted:
             self.forget(request_id)
@@ -89,17 +89,17 @@ class Speculator:
             return f"nobody drafts: {in_one_line(error)}"
 
     def learn(self, plan: StepPlan, result: StepResult) -> None:
-        """What became of the drafts in a step, once it is committed."""
+        """Count which drafts of a committed step were accepted."""
         for row, drafts in plan.drafts.items():
             request = plan.requests[row]
-            if request.status != "running":  # it has ended, maybe in the middle of drafts that were right
+            if request.status != "running":  # it has ended, maybe in the middle of accepted drafts
                 continue
-            right = len(result.sampled[row]) - 1
-            self._all.add(right, right < len(drafts))
-            self._of(request).add(right, right < len(drafts))
+            accepted = len(result.sampled[row]) - 1
+            self._all.add(accepted, accepted < len(drafts))
+            self._of(request).add(accepted, accepted < len(drafts))
 
     def draft(self, running: Iterable[Request]) -> str:
-        """Give drafts to the requests that decode; returns why not all of them have as many as possible."""
+        """Give drafts to the requests that decode; return why some have fewer than possible, or ""."""
         rows = [r for r in running if len(r.token_ids) - r.num_computed_tokens == 1]
         price = _MARGIN * self.costs.price(len(rows)) if self.costs and rows else 0.0
         wanted: list[tuple[Request, int]] = []
@@ -124,12 +124,12 @@ class Speculator:
         return why
 
     def forget(self, request_id: str) -> None:
-        """Drop what is kept of a request that is gone, or that has lost its blocks."""
+        """Drop what is kept of a request that has ended or was preempted."""
         self.drafter.forget(request_id)
         self._odds.pop(request_id, None)
 
     def _count(self, request: Request, price: float) -> tuple[int, float]:
-        """How many drafts to ask for, and the chance that the first is accepted."""
+        """Return how many drafts to ask for, and the chance that the first is accepted."""
         if not self.costs:
             return self.most, 1.0
         odds = self._of(request)
@@ -139,7 +139,7 @@ class Speculator:
             count += 1
         if count:
             odds.patience, odds.skipped = _PATIENCE, 0
-        elif price < 1:  # things may have changed: try once in a while
+        elif price < 1:  # the text may have changed: try once in a while
             odds.skipped += 1
             if odds.skipped >= odds.patience:
                 odds.patience, odds.skipped = min(2 * odds.patience, _MOST_PATIENCE), 0
@@ -151,21 +151,24 @@ class Speculator:
 
 
 class _Odds:
-    """How often a draft was right when all before it were, with what is long ago counting less."""
+    """How often a draft was accepted after all before it were; older checks count less.
 
-    __slots__ = ("fade", "patience", "right", "skipped", "wrong")
+    `skipped` counts tokens without a draft, and `patience` says after how many of them one is tried again.
+    """
+
+    __slots__ = ("accepted", "fade", "patience", "rejected", "skipped")
 
     def __init__(self, fade: float) -> None:
         self.fade = fade
-        self.right = self.wrong = 0.0
+        self.accepted = self.rejected = 0.0
         self.patience, self.skipped = _PATIENCE, 0
 
-    def add(self, right: int, wrong: int) -> None:
-        self.right = self.right * self.fade + right
-        self.wrong = self.wrong * self.fade + wrong
+    def add(self, accepted: int, rejected: int) -> None:
+        self.accepted = self.accepted * self.fade + accepted
+        self.rejected = self.rejected * self.fade + rejected
 
     def chance(self, prior: float) -> float:
-        return (self.right + _WEIGHT * prior) / (self.right + self.wrong + _WEIGHT)
+        return (self.accepted + _WEIGHT * prior) / (self.accepted + self.rejected + _WEIGHT)
 
 
 def _why(rows: int, price: float, chances: Sequence[float]) -> str:
@@ -182,7 +185,7 @@ def _why(rows: int, price: float, chances: Sequence[float]) -> str:
 
 
 def acceptance(records: Iterable[StepRecord]) -> list[tuple[int, int]]:
-    """For each place among the drafts of a row, how many were checked there and how many were right."""
+    """Return, for each place among the drafts of a row, how many were checked and how many accepted there."""
     counts: list[list[int]] = []
     for record in records:
         for row in record.rows if record.drafted else ():
@@ -191,4 +194,4 @@ def acceptance(records: Iterable[StepRecord]) -> list[tuple[int, int]]:
             for place in range(len(row.drafted)):
                 counts[place][0] += 1
                 counts[place][1] += place < row.num_accepted
-    return [(checked, right) for checked, right in counts]
+    return [(checked, accepted) for checked, accepted in counts]

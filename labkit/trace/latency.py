@@ -14,7 +14,7 @@ A speculative step gives a request several tokens at once. Then TPOT does not ch
 can be read in three ways, which agree as long as tokens come one by one:
 
 - `itl` counts token by token: the first of the new tokens has the whole gap, the others a gap of 0. Its
-  maximum says how long the answer stood still; its median says little, as it is 0 when most drafts are right.
+  maximum says how long the answer stood still; its median says little: it is 0 if most drafts are accepted.
 - `itl_shared` divides the gap equally among the tokens that ended it. It has as many values and the same sum,
   and its median says how fast the text grows.
 - `itl_per_step` has one gap for each step that gave the request tokens, however many. This is vLLM's

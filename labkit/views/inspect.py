@@ -135,7 +135,7 @@ class Inspector:
         except KeyError:
             return None
         for row in record.rows if record else ():
-            if row.request_id == owner.request and row.drafted:  # its drafts lie there, right or wrong
+            if row.request_id == owner.request and row.drafted:  # its drafts lie there, accepted or not
                 ids = [*ids[: row.start + 1], *row.drafted]
         start = owner.position * self.trace.meta.block_size
         return words_of(ids[start : start + owner.filled], self.decode)

@@ -14,9 +14,9 @@ from typing import Any
 from labkit.trace import latency
 from labkit.trace.records import StepRecord
 
-LATEST_REQUESTS = 100  # for TTFT and the hit rate
-LATEST_GAPS = 1000  # between tokens, for ITL
-LATEST_CHECKS = 200  # of a row's drafts, for the share that was accepted
+LATEST_REQUESTS = 100  # TTFT and the hit rate are those of so many requests
+LATEST_GAPS = 1000  # ITL is that of so many gaps between tokens
+LATEST_CHECKS = 200  # the share of accepted drafts is that of so many rows with drafts
 
 
 class Numbers:

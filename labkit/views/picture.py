@@ -1,4 +1,4 @@
-"""A picture is a figure with its text twin: this file pairs them, whatever is shown.
+"""A picture is a figure with its text twin; this file pairs the two.
 
 A front end that can draw plotly shows the figure. Everything else shows the text: a plain terminal, the web
 page of a repository, a screen reader. Both stand in the same output of a notebook.

@@ -62,7 +62,7 @@ def pack(trace: Trace) -> ReplayData:
     if rates and rates.per == "second":
         zero, last = records[0].time - records[0].seconds, 0.0
         begins, ends = [], []
-        for record in records:  # time never runs backwards, whatever a file says
+        for record in records:  # a file may be wrong, but time never runs backwards
             begins.append(max(last, record.time - record.seconds - zero))
             last = max(begins[-1], record.time - zero)
             ends.append(last)

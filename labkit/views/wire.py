@@ -156,7 +156,7 @@ class Ended(NamedTuple):
 
 
 class Returned(NamedTuple):
-    """A request that gives blocks back because its drafts were wrong."""
+    """A request that gives blocks back because its drafts were rejected."""
 
     request: str
     blocks: Sequence[int]

@@ -190,7 +190,7 @@ def test_the_figure_has_a_bar_for_each_line(report: LadderReport) -> None:
 
 
 def other_weights(**switches: Any) -> LoadedModel:
-    """As `load`, but whoever fuses projections gets another model."""
+    """Load as `load` does, but with fused projections return another model."""
     if not switches["fused_projections"]:
         return load(**switches)
     config, tensors, tokenizer = tiny_random(seed=1)

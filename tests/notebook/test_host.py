@@ -28,7 +28,7 @@ class Clock:
 
 
 class Page:
-    """What the browser keeps of the answers, and its next question. Whatever comes goes through JSON."""
+    """What the browser keeps of the answers, and its next question. Everything goes through JSON."""
 
     def __init__(self, host: Host) -> None:
         self.host = host

@@ -112,7 +112,7 @@ def test_what_cannot_be_is_said_in_a_sentence(me: Notebook, prompt: str, most: i
     me.inject(prompt, most)
     assert words in me.page.inner_text('.lkw [role="alert"].lkw-message')
     assert me.page.locator(".lkw .lk-card").count() == cards
-    me.page.click(".lkw .lk-step")  # whatever is done next, the sentence is gone
+    me.page.click(".lkw .lk-step")  # the next action, of any kind, removes the sentence
     me.until("!document.querySelector('.lkw-message').textContent")
     me.page.click(".lkw .lk-pause")
     me.idle()

@@ -1,4 +1,4 @@
-"""The replay tab in a real browser, and what it hands out to whoever asks in other ways."""
+"""The replay tab in a real browser, and what it answers to requests that are made in other ways."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The latencies of a request, whatever comes at once, and percentiles of many."""
+"""The latencies of a request, with tokens one by one or several at once, and percentiles of many."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_the_clocks_zero_does_not_matter(times: list[float], later: float) -> No
 def test_a_percentile_is_the_nearest_rank(values: list[float], percent: float) -> None:
     found = latency.percentile(values, percent)
     assert found in values
-    slack = 1e-6  # of a rank, for the rounding of a product
+    slack = 1e-6  # of a rank: a product is rounded
     assert sum(value <= found for value in values) >= len(values) * percent / 100 - slack
     assert sum(value < found for value in values) < max(1, len(values) * percent / 100 + slack)
 

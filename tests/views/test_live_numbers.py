@@ -1,4 +1,4 @@
-"""Latencies, hits and waste from records, whatever happened between the steps."""
+"""Latencies, hits and waste from records, with any events between the steps."""
 
 from __future__ import annotations
 

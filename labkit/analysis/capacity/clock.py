@@ -1,8 +1,8 @@
 """Clocks: the seconds that a step takes, as a function of its work.
 
-Time goes with what a step must do: read the weights once, multiply for each token, read the keys and values
-of every row. A `FittedClock` has the prices of a machine, fitted to a trace; a `Roofline` is a floor under
-them, from a data sheet.
+The time depends on what a step must do: read the weights once, multiply for each token, read the keys and
+values of every row. A `FittedClock` has the prices of a machine, fitted to a trace; a `Roofline` has the
+least times, from a data sheet.
 """
 
 from __future__ import annotations
@@ -148,8 +148,7 @@ def _non_negative(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
 class Roofline:
     """A clock for a model on a GPU that one does not have: the least time of a step, plus an overhead.
 
-    No kernel reaches both peaks of a data sheet, so what it says of a step is a floor, and what it says of
-    capacity a ceiling.
+    No kernel reaches both peaks of a data sheet, so real steps take longer, and real capacity is lower.
 
     Args:
         gpu: The data sheet.

@@ -105,7 +105,7 @@ def climb(
         repeats: The number of runs of each system; the median counts.
         slow_seconds: The time that a system which answers one request at a time may take. If it would take
             longer, it runs on the first few of the jobs, and the table says on how many.
-        memory: Whether each ablation runs once more in a process of its own, for its peak memory.
+        memory: Whether each ablation runs once more in a process of its own, which measures its peak memory.
         progress: Whether a progress bar is shown.
         ceiling: A function that measures what the device can do.
 

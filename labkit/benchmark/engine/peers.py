@@ -1,5 +1,5 @@
-"""What one would otherwise use, on the same weights and jobs: `transformers` in padded batches, and with its
-own continuous batching.
+"""The peers of the engine on the same weights and jobs: `transformers` in padded batches, and with its own
+continuous batching.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ class Result:
 
     @property
     def acceptance(self) -> float | None:
-        """Share of the drafted tokens that were right; None if there were none."""
+        """The share of drafted tokens that were accepted; None if there were no drafts."""
         accepted = sum(record.total_accepted for record in self.trace)
         return accepted / self.drafted if self.drafted else None
 

@@ -14,7 +14,7 @@ from labkit.page.race.run import Entry, Setting, Workload
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHUNK = 32  # tokens a step, for the setting with small chunks
+CHUNK = 32  # the token budget of the setting with small chunks
 _LETTERS = 4_000  # of the text, which all models can hold
 
 RESERVED, WHOLE, CHUNKED = "reserved memory", "whole prompts", f"chunks of {CHUNK}"

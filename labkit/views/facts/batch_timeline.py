@@ -18,7 +18,7 @@ class Span:
 
     `kind` is prefill, chunk, decode, idle or waiting. `start` counts the tokens that were computed before the
     span. `reasons` says why the request waited while it headed the queue, and for how many steps each. The
-    other numbers are sums over the span. `accepted` counts the `drafted` tokens that were right.
+    other numbers are sums over the span. `accepted` counts those of the `drafted` tokens that were accepted.
     """
 
     kind: str

@@ -77,7 +77,7 @@ def _span_bars(kind: str, spans: list[tuple[int, Lane, Span]], numbered: bool) -
 
 
 def _draft_bars(spans: list[tuple[int, Lane, Span]]) -> list[go.Bar]:
-    """Draw stripes along the decode bars: pale, and solid as far outwards as drafts were right."""
+    """Draw stripes along the decode bars: pale, and solid as far outwards as drafts were accepted."""
     colors = [style.color_of(lane.request_id) for _, lane, _ in spans]
     inner, outer = _DRAFTS
     places = {

@@ -135,7 +135,7 @@ Object.assign(labkit, (() => {
     }
 
     function play(on) {
-      playing += 1; // whatever played before stops
+      playing += 1; // what played before stops
       const turn = playing, button = find(".lkr-play");
       button.textContent = on ? "Pause" : "Play";
       button.setAttribute("aria-pressed", String(on));

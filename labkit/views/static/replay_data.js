@@ -89,7 +89,7 @@ Object.assign(labkit, (() => {
     for (let i = first; i < data.count && clock.begin(i) < view.to; i++) {
       const from = Math.max(area.left, area.left + (clock.begin(i) - view.from) * scale);
       const to = Math.min(area.left + area.width, area.left + (clock.end(i) - view.from) * scale);
-      const column = Math.floor(from); // of pixels: drawn once, for the last of its steps
+      const column = Math.floor(from); // of pixels: drawn once, and shows the last of its steps
       bars.set(column, { i, from, to: Math.max(to, from + 1) });
     }
     for (const { i, from, to } of bars.values()) {
@@ -132,7 +132,7 @@ Object.assign(labkit, (() => {
   const el = (name, className, words) => {
     const made = document.createElement(name);
     if (className) made.className = className;
-    if (words !== undefined) made.textContent = words; // text, whatever it is
+    if (words !== undefined) made.textContent = words; // always as text, never as HTML
     return made;
   };
 
