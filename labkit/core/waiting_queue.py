@@ -14,7 +14,7 @@ def order(request: Request) -> tuple[int, int]:
 
 
 class WaitingQueue:
-    """The waiting requests in order. To add one or take one out costs log n."""
+    """The waiting requests in order. Adding one or taking one out takes O(log n)."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, Request]] = []  # by `order`, with entries that are out of date
