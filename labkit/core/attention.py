@@ -39,7 +39,7 @@ class QueryGroup(Protocol):
     first: int
     last: int
 
-    # Attention of queries (last - first, heads, head_dim) over the blocks of a layer; it returns their shape.
+    # Attention of queries (last - first, heads, head_dim) over a layer's blocks; the result has their shape.
     def attend(self, q: Tensor, blocks: Tensor, *, scale: float, window: int | None) -> Tensor: ...
 
 
@@ -58,7 +58,7 @@ class AttentionBackend(Protocol):
 class AttentionMetadata:
     """Where the tokens of a flattened batch lie in the cache, and which of its rows share a call."""
 
-    slots: Tensor  # where keys and values are written (see `PagedKVCache.slots`); padding, to the null block
+    slots: Tensor  # where keys and values go (see `PagedKVCache.slots`); those of padding, to the null block
     groups: Sequence[QueryGroup]
 
 
@@ -105,7 +105,7 @@ def attend(
     groups, blocks = metadata.groups, cache.layers[layer]
     if len(groups) == 1 and groups[0].last == len(q):  # as in most decode steps: nothing to put together
         return groups[0].attend(q, blocks, scale=scale, window=window)
-    # Padding stands behind the last group.
+    # Padding comes after the last group, and gets zeros.
     out = torch.zeros_like(q) if not groups or groups[-1].last < len(q) else torch.empty_like(q)
     for group in groups:
         queries = q[group.first : group.last]

@@ -50,7 +50,7 @@ class EngineCore:
     """Requests in, tokens out, one step at a time. The caller decides when to step.
 
     Args:
-        model, attention, cache, graphs: the arguments of `ModelRunner`; None makes a new cache.
+        model, attention, cache, graphs: the arguments of `ModelRunner`; without `cache`, it gets a new one.
         scheduler: the policy, with the pool that it takes blocks from.
         trace: the trace that records are appended to; None starts a new one.
     """
@@ -135,7 +135,7 @@ class EngineCore:
     def deliver(
         self, plan: StepPlan, result: StepResult, record: StepRecord, begin: float, end: float
     ) -> None:
-        """Hand out results at the end of each step: nothing here; text and times in `labkit.Engine`."""
+        """Do nothing more after a step. `labkit.Engine` overrides this to hand out text and times."""
 
 
 def _failed(plan: StepPlan, error: BaseException) -> StepResult:

@@ -81,7 +81,7 @@ class PagedKVCache:
         self.blocks[:, target] = self.blocks[:, source]
 
     def clear_blocks(self, blocks: Sequence[int]) -> None:
-        """Zero blocks, so that what a failed request left there (NaN, say) reaches no other."""
+        """Zero blocks, so that what a failed request left there (NaN, say) reaches no other request."""
         self.blocks[:, torch.tensor(blocks, dtype=torch.long, device=self.device)] = 0
 
 

@@ -37,7 +37,7 @@ class ModelShape:
     qk_norm: bool  # whether each head's query and key are normalised, as in Qwen3
     windows: tuple[int | None, ...]  # for each layer, how many tokens a query sees at most; None: all before
     inv_freq: Tensor  # rotary frequencies (head_dim / 2,), in radians per position, fp32
-    rope_scaling: float  # of cosines and sines; it is 1, except in models that are stretched for long texts
+    rope_scaling: float  # a factor of cosines and sines; 1, except in models stretched for long texts
     tie_word_embeddings: bool  # whether the output layer is the embedding table
 
 
@@ -118,7 +118,7 @@ class DecoderLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder-only transformer. Its weights are memory that `labkit/models/` fills.
+    """A decoder-only transformer. It allocates its weights, and `labkit/models/` fills them.
 
     `forward` returns the hidden states of a flattened batch. `logits` is a method of its own because the
     output layer is the widest product of all, and only rows that are sampled need it.
@@ -133,7 +133,7 @@ class Transformer(nn.Module):
         # Built on "meta", where tensors have no values: to draw random weights only for a checkpoint to
         # overwrite them would take seconds.
         with torch.device("meta"):
-            # from_pretrained: the constructor draws numbers even on "meta", and imports torch's compiler to.
+            # The constructor would draw numbers even on "meta", and import torch's compiler for that.
             self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(shape.vocab_size, shape.hidden_size))
             self.layers = nn.ModuleList(DecoderLayer(shape, i) for i in range(shape.num_hidden_layers))
             self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)

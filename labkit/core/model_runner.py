@@ -38,7 +38,7 @@ class PagedModel(Protocol):
 
 
 class DecodeGraphs(Protocol):
-    """Recorded steps in which every row computes one token; None if no graph is large enough."""
+    """Recorded steps in which every row computes one token; `run` gives None if none is large enough."""
 
     def run(self, token_ids: Sequence[int], rows: Sequence[Span]) -> Tensor | None: ...
 

@@ -30,7 +30,7 @@ class StepPlan:
     # Static batches only: how much padding each row computes beside its tokens, and the number of idle seats.
     padding: list[int] = field(default_factory=list)
     num_idle: int = 0
-    # n > 1: the row of a child maps to its parent's, whose logits it samples from; blocks to copy first.
+    # n > 1: a child's row maps to its parent's, whose logits it samples from. Blocks are copied first.
     forks: dict[int, int] = field(default_factory=dict)
     copied: list[Copy] = field(default_factory=list)
     # The drafts of a row are counted in its `num_tokens`. The row samples after its last known token, and

@@ -46,7 +46,7 @@ class Request:
     params: SamplingParams
     priority: int = 0  # lower runs first
     seed: int = 0
-    max_len: int = 0  # prompt and answer end at this length; 0: derived from max_tokens
+    max_len: int = 0  # the most tokens of prompt and answer; 0: as max_tokens allows
     stop_ids: frozenset[int] = frozenset()  # the end of sequence, unless it is ignored, and stop_token_ids
     reader: TokenReader | None = None
     arrival: int = 0  # its place in the order of arrival, which the scheduler sets

@@ -183,7 +183,7 @@ class Scheduler:
         return num_tokens
 
     def grow(self, plan: StepPlan, growing: list[Request]) -> None:
-        """Give each of these requests the block its next token needs; preempt the last until it fits."""
+        """Give each of these requests the block its next token needs; preempt until there are enough."""
         while sum(map(self.needs_block, growing)) > self.pool.num_free:
             if len(self.running) == 1:
                 raise InvariantError(f"request {self.running[0].request_id!r} runs alone and finds no page")
@@ -249,7 +249,7 @@ class Scheduler:
         attempt = (request, pool.num_free, pool.num_published)
         if self.running and self._stuck and self._stuck[:3] == attempt:
             return self._stuck[3]  # nothing has changed since, so do not look it up again
-        shared = pool.match(request.token_ids) if self.uses_prefix_cache else []  # blocks
+        shared = pool.match(request.token_ids) if self.uses_prefix_cache else []
         tokens = request.max_len - 1 if self.kv_policy == "reserved" else len(request.token_ids)
         count = pool.blocks_for(tokens) - len(shared)
         left = pool.num_free_without(shared)
@@ -345,7 +345,7 @@ class Scheduler:
     def fork(self, plan: StepPlan, parent: Request) -> None:
         """Start as many children as there are seats from the prompt that this step completes."""
         row = len(plan.requests) - 1
-        alone = plan.preempted or self.kv_policy == "reserved"  # no seats then, and no reserve
+        alone = plan.preempted or self.kv_policy == "reserved"  # then children are admitted from the queue
         seats = 0 if alone else self.max_num_seqs - len(self.running)
         partial = parent.num_prompt_tokens % self.pool.block_size > 0
         for child in parent.children[:seats]:
