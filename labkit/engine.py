@@ -20,7 +20,7 @@ from labkit.core.block_pool import BlockPool
 from labkit.core.engine_core import EngineCore
 from labkit.core.plan import StepPlan, StepResult
 from labkit.core.recorder import record_step
-from labkit.core.request import Request, answer_ids
+from labkit.core.request import Request
 from labkit.core.sampler import mix
 from labkit.core.scheduler import Scheduler
 from labkit.kernels.warmup import activation_bytes, backend_for, warm_up
@@ -318,6 +318,11 @@ class Engine(EngineCore):
         scheduler = copy.deepcopy(self.scheduler, shared)  # and the pool, which it holds
         plan = scheduler.schedule()
         return record_step(self._step, plan, StepResult([()] * len(plan.requests)), scheduler)
+
+
+def answer_ids(request_id: str, n: int) -> list[str]:
+    """Return the ids of the `n` answers to one request: "7", "7.1", "7.2"."""
+    return [request_id, *(f"{request_id}.{index}" for index in range(1, n))]
 
 
 def _model_of(config: EngineConfig, say: Say | None) -> LoadedModel:

@@ -159,7 +159,7 @@ class ChunksBeforeDecode(Scheduler):
         plan = StepPlan(held_back=self.held_back)
         decoding = [r for r in self.running if len(r.token_ids) - r.num_computed_tokens == 1]
         # Blocks come first, so that nobody is preempted who is in the plan already.
-        self.grow(plan, [r for r in decoding if r.num_computed_tokens >= r.num_slots or r.shares_tail])
+        self.grow(plan, [r for r in decoding if r.num_computed_tokens >= r.capacity or r.shares_tail])
         budget = self.max_num_batched_tokens
         for request in sorted(self.running, key=lambda r: r in decoding):
             if budget:

@@ -46,9 +46,6 @@ class QueryGroup(Protocol):
 class AttentionBackend(Protocol):
     """A way to compute attention: it cuts the rows of a batch, as `row_order` sorts them, into groups."""
 
-    @property
-    def name(self) -> str: ...
-
     def groups(
         self, rows: Sequence[Span], cache: PagedKVCache, windows: Sequence[int | None]
     ) -> Sequence[QueryGroup]: ...  # windows: the sliding windows among the layers (None: one without)

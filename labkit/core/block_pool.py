@@ -46,7 +46,8 @@ class BlockPool:
         self.key_of: dict[int, tuple[int, tuple[int, ...]]] = {}
         self.node_of: dict[int, int] = {}
         self._next_node = _ROOT + 1
-        self._chain: dict[str, tuple[int, int]] = {}  # request -> (its blocks in the tree, the last node)
+        # For each request: how many of its blocks are in the tree, and the node of the last.
+        self._chain: dict[str, tuple[int, int]] = {}
         self._published: list[int] = []
         self._evicted: list[int] = []
 

@@ -1,12 +1,6 @@
 """The engine: token ids in, one step at a time, token ids out, and a record of every step.
 
-    engine = EngineCore(model, Scheduler(BlockPool(num_blocks=64, block_size=16)), PlainAttention())
-    request = Request("mine", [1, 2, 3], SamplingParams(max_tokens=8))
-    engine.add(request)
-    engine.run()
-    request.output_token_ids
-
-`labkit.Engine` is the same engine with a model that it loads, fast kernels, text, and times.
+`README.md` shows how to run it. `labkit.Engine` is the same with loading, fast kernels, text, and times.
 """
 
 from __future__ import annotations
@@ -82,13 +76,13 @@ class EngineCore:
         self.scheduler.add(request)
 
     def abort(self, request_id: str) -> bool:
-        """End a request, with all its answers, at the next step. False if it is not there or is done."""
-        found = self.scheduler.requests.get(request_id)
-        if found and found.params.n == 1:
+        """End a request at the next step; the first answer of n > 1 ends them all. False if there is none."""
+        one = self.scheduler.requests.get(request_id)
+        if one and one.params.n == 1:
             return self.scheduler.abort(request_id)
-        others = list(self.scheduler.requests.values())  # a copy: the engine's thread may change it
-        family = [r.request_id for r in others if request_id in (r.request_id, r.family)]
-        return any([self.scheduler.abort(name) for name in family])
+        known = list(self.scheduler.requests.values())  # a copy: the engine's thread may change it
+        family = [r.request_id for r in known if request_id in (r.request_id, r.family)]
+        return any([self.scheduler.abort(name) for name in family])  # a list: `any` alone would stop early
 
     @property
     def has_unfinished(self) -> bool:
@@ -143,5 +137,4 @@ def _failed(plan: StepPlan, error: BaseException) -> StepResult:
     what = f"the step failed: {in_one_line(error)}"
     if isinstance(error, torch.OutOfMemoryError):
         what = "the step ran out of memory: lower max_num_batched_tokens or num_blocks"
-    rows = range(len(plan.requests))
-    return StepResult([()] * len(rows), errors=dict.fromkeys(rows, what))
+    return StepResult([()] * len(plan.requests), errors=dict.fromkeys(range(len(plan.requests)), what))

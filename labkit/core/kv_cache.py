@@ -1,4 +1,4 @@
-"""The paged KV cache as tensors. Only this file knows how a block lies in memory.
+"""The paged KV cache as tensors. Only this file of core knows how a block lies in memory.
 
 A block holds the keys and the values of `block_size` tokens of a request, for one layer:
 
@@ -56,10 +56,6 @@ class PagedKVCache:
         # Where the vectors of each head begin in a block: (kv_heads,).
         self._heads = torch.arange(shape.num_kv_heads, device=shape.device) * block_size
 
-    @property
-    def nbytes(self) -> int:
-        return self.blocks.nbytes
-
     def slots(self, blocks: Tensor, places: Tensor) -> Tensor:
         """Return where the vectors of tokens lie in a layer, from their blocks (T,) and places there (T,).
 
@@ -93,7 +89,7 @@ def read_tokens(blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-def half_blocks(tables: Tensor, kv_heads: int) -> Tensor:
+def head_pieces(tables: Tensor, kv_heads: int) -> Tensor:
     """Return where the keys and values of each head lie in the blocks of tables (rows, width).
 
     The result, int64 (2, rows, kv_heads, width), numbers pieces of (block_size, head_dim) for `read_rows`.
@@ -106,7 +102,7 @@ def half_blocks(tables: Tensor, kv_heads: int) -> Tensor:
 def read_rows(blocks: Tensor, pieces: Tensor) -> tuple[Tensor, Tensor]:
     """Return keys and values of whole tables in one layer, (rows, kv_heads, width * block_size, head_dim).
 
-    Both are contiguous, as fast kernels need them; `pieces` comes from `half_blocks`.
+    Both are contiguous, as fast kernels need them; `pieces` comes from `head_pieces`.
     """
     found = blocks.flatten(0, 2).index_select(0, pieces.flatten())
     k, v = found.view(*pieces.shape[:3], -1, blocks.shape[-1]).unbind(0)

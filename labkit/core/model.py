@@ -124,8 +124,6 @@ class Transformer(nn.Module):
     output layer is the widest product of all, and only rows that are sampled need it.
     """
 
-    is_adapted = False
-
     def __init__(self, shape: ModelShape, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.shape = shape

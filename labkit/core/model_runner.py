@@ -28,7 +28,6 @@ class PagedModel(Protocol):
     vocab_size: int
     max_model_len: int  # how many positions it was made for
     windows: Sequence[int | None]  # the sliding windows that occur in its layers
-    is_adapted: bool  # `transformers` runs it: it needs SDPA's groups, and no graph can capture it
 
     def __call__(
         self, token_ids: Tensor, positions: Tensor, cache: PagedKVCache, metadata: AttentionMetadata

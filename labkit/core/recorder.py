@@ -17,8 +17,7 @@ def record_step(
     head, blocked = scheduler.waiting.peek(), plan.blocked
     if head and (blocked is None or blocked[0] != head.request_id):
         # The other answers to a request that has just failed come to the queue after planning.
-        new = (arrival.request_id for arrival in changes.arrived)
-        late = head.family != head.request_id or head.request_id in new
+        late = head.family != head.request_id or head.request_id in {a.request_id for a in changes.arrived}
         why = "it joined the queue when this step was over" if late else "the scheduler gave no reason"
         blocked = (head.request_id, why)
     return StepRecord(

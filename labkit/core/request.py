@@ -17,11 +17,6 @@ from labkit.sampling_params import SamplingParams
 Status = Literal["waiting", "running", "finished"]
 
 
-def answer_ids(request_id: str, n: int) -> list[str]:
-    """Return the ids of the `n` answers to one request: "7", "7.1", "7.2"."""
-    return [request_id, *(f"{request_id}.{index}" for index in range(1, n))]
-
-
 class TokenReader(Protocol):
     """Turns the tokens of an answer into text as they come, and knows where a stop string ends it."""
 
@@ -55,7 +50,7 @@ class Request:
     num_prompt_tokens: int = 0
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # found in the prefix cache when it was last admitted
-    num_slots: int = 0  # how many tokens its blocks have room for
+    capacity: int = 0  # how many tokens its blocks have room for
     family: str = ""  # the id of the first of the n answers to the prompt
     children: list[Request] = field(default_factory=list)  # the other answers, until the prompt is computed
     shares_tail: bool = False  # whether the n answers may still share the block in which they begin

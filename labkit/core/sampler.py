@@ -60,7 +60,7 @@ def sample(
     for i, request in enumerate(requests):
         p = request.params
         if p.temperature > 0:
-            kind = "top_k" if p.top_k else "mass" if p.top_p < 1 or p.min_p > 0 else "all"
+            kind = "top_k" if p.top_k else "nucleus" if p.top_p < 1 or p.min_p > 0 else "all"
             groups.setdefault(kind, []).append(i)
     for kind, rows in groups.items():
         index = torch.tensor(rows, device=logits.device)
@@ -87,8 +87,8 @@ def _draw(logits: Tensor, requests: Sequence[Request], kind: str) -> Tensor:
     while True:
         values, token_ids = logits.topk(count, dim=-1)  # (S, count), likeliest first
         kept = torch.arange(count, device=logits.device) < _column(top_k, logits)
-        mass = logits if kind == "mass" else values.masked_fill(~kept, -torch.inf)
-        probs = (values - mass.logsumexp(dim=-1, keepdim=True)).exp()
+        over = logits if kind == "nucleus" else values.masked_fill(~kept, -torch.inf)
+        probs = (values - over.logsumexp(dim=-1, keepdim=True)).exp()
         before = probs.cumsum(dim=-1) - probs  # the mass of all likelier tokens
         ratio = (values - values[:, :1]).exp()  # to the likeliest
         kept &= (before < top_p) & (ratio >= min_p)
@@ -122,7 +122,7 @@ def _adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
             ids = torch.tensor(sorted(set(request.token_ids)), device=row.device)
             seen = row[ids]
             row[ids] = torch.where(seen > 0, seen / p.repetition_penalty, seen * p.repetition_penalty)
-        if counts := Counter(request.output_token_ids):
+        if (p.presence_penalty or p.frequency_penalty) and (counts := Counter(request.output_token_ids)):
             ids = torch.tensor(list(counts), device=row.device)
             times = _column(list(counts.values()), row)[:, 0]
             row[ids] -= p.presence_penalty + p.frequency_penalty * times

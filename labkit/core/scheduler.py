@@ -25,10 +25,11 @@ PREEMPTED = "nobody is admitted in a step that preempted"
 class Scheduler:
     """Continuous batching: requests join and leave at every step.
 
-    A scheduler of your own is a subclass that overrides `schedule`, or any of the methods it is made of.
-    These keep pool, queue and plan consistent, so decide freely and act through them: `end_aborted` (call it
-    first), `plan_running` and `plan_row`, `grow` (blocks for the next tokens, and preemption), `plan_waiting`
-    and `try_admit`; and the single moves `admit`, `seat`, `allocate`, `preempt`, `finish` and `fork`.
+    A scheduler of your own is a subclass. For another order, override `order` and `victim`; for another plan,
+    `schedule` or any of the methods it is made of, which keep pool, queue and plan consistent: `end_aborted`
+    (call it first), `plan_running` and `plan_row`, `grow` (blocks for the next tokens, and preemption),
+    `plan_waiting` and `try_admit`; and the single moves `admit`, `seat`, `allocate`, `preempt` (before its
+    request is planned), `finish` and `fork`.
 
     Args:
         pool: the pool that blocks come from.
@@ -39,6 +40,7 @@ class Scheduler:
 
     forks = True  # whether n > 1 answers start from one computed prompt
     uses_prefix_cache = True
+    order = staticmethod(order)  # what the queue is sorted by, lowest first
 
     def __init__(
         self,
@@ -49,10 +51,8 @@ class Scheduler:
         kv_policy: str = "paged",
     ) -> None:
         check_seats(max_num_seqs, max_num_batched_tokens)
-        self.pool = pool
-        self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.kv_policy = kv_policy
+        self.pool, self.kv_policy = pool, kv_policy
+        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         # Blocks kept free at admission while others run, so that these can grow before one is preempted.
         self.watermark = max(1, pool.num_blocks // 100) if kv_policy == "paged" else 0
         self.waiting = WaitingQueue(self.order)
@@ -80,10 +80,6 @@ class Scheduler:
         self.waiting.push(request)
         if not self.forks:
             self._queue_children(request)
-
-    def order(self, request: Request) -> tuple[int, ...]:
-        """What the queue is sorted by, lowest first: priority, then arrival."""
-        return order(request)
 
     def check(self, request: Request) -> None:
         """Raise `ValueError` if an id is in use, or the pool could never hold the request."""
@@ -158,7 +154,7 @@ class Scheduler:
                 prefilling.append(request)
                 continue
             decoding.append(request)
-            if start >= request.num_slots or request.shares_tail:
+            if start >= request.capacity or request.shares_tail:
                 growing.append(request)
         if growing:
             self.grow(plan, growing)
@@ -192,7 +188,7 @@ class Scheduler:
         for request in growing:
             with self._ending_if_out_of_blocks(plan, request):
                 start = request.num_computed_tokens
-                if start >= request.num_slots:
+                if start >= request.capacity:
                     self.allocate(plan, request, 1)
                 elif pair := self.pool.make_writable(request.request_id, start // self.pool.block_size):
                     plan.copied.append(Copy(request.request_id, *pair))
@@ -201,7 +197,7 @@ class Scheduler:
     def needs_block(self, request: Request) -> bool:
         """Return whether the next token needs a new block: the last one is full, or shared with others."""
         start = request.num_computed_tokens
-        if start >= request.num_slots:
+        if start >= request.capacity:
             return True
         block = self.pool.tables[request.request_id][start // self.pool.block_size]
         return self.pool.ref_counts[block] > 1
@@ -273,13 +269,13 @@ class Scheduler:
         """Let a request run whose blocks already hold its first `num_computed_tokens` tokens."""
         request.status = "running"
         request.num_computed_tokens = request.num_cached_tokens = num_computed_tokens
-        request.num_slots = len(self.pool.tables[request.request_id]) * self.pool.block_size
+        request.capacity = len(self.pool.tables[request.request_id]) * self.pool.block_size
         self.running.append(request)
 
     def allocate(self, plan: StepPlan, request: Request, count: int) -> None:
         """Append `count` blocks to a running request's table. Takes none if it raises `OutOfBlocks`."""
         blocks = self.pool.allocate(request.request_id, count)
-        request.num_slots += count * self.pool.block_size
+        request.capacity += count * self.pool.block_size
         plan.taken.append(Blocks(request.request_id, tuple(blocks)))
 
     @contextlib.contextmanager
@@ -335,7 +331,7 @@ class Scheduler:
         self._queue_children(request)
 
     def _release(self, request: Request) -> tuple[int, ...]:
-        request.num_slots = 0
+        request.capacity = 0
         request.drafts = ()
         request.shares_tail = False
         return tuple(self.pool.release(request.request_id)) if request.status == "running" else ()
@@ -378,7 +374,7 @@ class Scheduler:
             if not request.drafts:
                 continue
             drafts = request.drafts[: budget - taken]
-            room = request.num_slots - request.num_computed_tokens - 1  # beside the row's own token
+            room = request.capacity - request.num_computed_tokens - 1  # beside the row's own token
             blocks = self.pool.blocks_for(max(0, len(drafts) - room))
             blocks = min(blocks, max(0, self.pool.num_free - self.watermark))
             if blocks:
@@ -394,7 +390,7 @@ class Scheduler:
         """Give back the blocks that only rejected drafts needed."""
         request.drafts = ()
         keep = self.pool.blocks_for(len(request.token_ids))
-        if self.kv_policy == "paged" and keep * self.pool.block_size < request.num_slots:
+        if self.kv_policy == "paged" and keep * self.pool.block_size < request.capacity:
             blocks = self.pool.truncate(request.request_id, keep)
-            request.num_slots = keep * self.pool.block_size
+            request.capacity = keep * self.pool.block_size
             self.changes.returned.append(Blocks(request.request_id, tuple(blocks)))

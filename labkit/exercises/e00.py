@@ -320,7 +320,7 @@ def _planned_by(function: Callable[..., Any]) -> type[Scheduler]:
         def schedule(self) -> StepPlan:
             self.end_aborted()
             predicted, plan = _checked(function(facts_of(self))), StepPlan()
-            self.grow(plan, [r for r in self.running if r.num_computed_tokens >= r.num_slots])
+            self.grow(plan, [r for r in self.running if r.num_computed_tokens >= r.capacity])
             for request in sorted(self.running, key=_is_prompt):
                 if request.request_id in predicted:
                     plan.add(request, predicted[request.request_id])

@@ -251,7 +251,7 @@ class LearnersScheduler(Scheduler):
     def schedule(self) -> StepPlan:
         self.end_aborted()
         plan = StepPlan()
-        growing = [r for r in self.running if r.num_computed_tokens >= r.num_slots]
+        growing = [r for r in self.running if r.num_computed_tokens >= r.capacity]
         self.grow(plan, growing)
         if not self.requests:
             return plan

@@ -171,9 +171,7 @@ def _missing(request: Request) -> int:
 
 
 def _must_grow(request: Request) -> bool:
-    return _missing(request) == 1 and (
-        request.num_computed_tokens >= request.num_slots or request.shares_tail
-    )
+    return _missing(request) == 1 and (request.num_computed_tokens >= request.capacity or request.shares_tail)
 
 
 def run_split(split: Split | None = None) -> Engine:

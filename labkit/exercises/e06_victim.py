@@ -62,7 +62,7 @@ def _candidates(*facts: tuple[str, int, int, int]) -> list[Request]:
     for name, priority, arrival, computed in facts:
         request = Request(name, [7] * (computed + 1), exactly(99), priority=priority)
         request.arrival, request.num_computed_tokens, request.status = arrival, computed, "running"
-        request.num_slots = -(-computed // BLOCK_SIZE) * BLOCK_SIZE
+        request.capacity = -(-computed // BLOCK_SIZE) * BLOCK_SIZE
         requests.append(request)
     return requests
 

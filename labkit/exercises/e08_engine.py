@@ -88,7 +88,7 @@ def bytes_moved(rows: Sequence[Span], cache: PagedKVCache) -> tuple[int, int]:
     To gather is to read pages, write them side by side, and read them again; all rows of a call are as wide
     as the longest. In place, each page of a row is read once.
     """
-    page = cache.nbytes // len(cache.blocks) // (cache.num_blocks + 1)
+    page = cache.blocks.nbytes // len(cache.blocks) // (cache.num_blocks + 1)
     gathered = 0
     for group in gathered_rows(0, rows, cache, [None]):
         width = group.masks[None].shape[-1] // cache.block_size

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from labkit.core.attention import Span
-from labkit.core.kv_cache import PagedKVCache, half_blocks, read_rows
+from labkit.core.kv_cache import PagedKVCache, head_pieces, read_rows
 from labkit.kernels.backend import Backend
 
 _MAX_GROUPS = 4  # groups of decode rows with similar lengths
@@ -28,7 +28,7 @@ _FEW = 16  # rows with at most so many queries, for instance drafts, share a cal
 class GatheredRows:
     """Rows with the same number of queries, mostly one, in one call over their gathered blocks.
 
-    `pieces` (see `half_blocks`) says where the blocks are. `masks` maps a window (None: no window) to what is
+    `pieces` (see `head_pieces`) says where the blocks are. `masks` maps a window (None: no window) to what is
     added to the scores, (rows, 1 or kv_heads, queries, width * block_size): 0, or minus infinity for a key
     that a query must not see. With `written_out`, attention is computed as two batched products: on a CPU in
     fp32 that is faster, because PyTorch's fused kernel makes a small product for each row and head there.
@@ -149,7 +149,7 @@ def _group(
         mask = additive(seen if window is None else seen & (at > positions - window), cache.blocks)
         masks[window] = mask.repeat(1, cache.num_kv_heads, 1, 1) if written_out else mask
     return GatheredRows(
-        first, first + positions.numel(), half_blocks(tables, cache.num_kv_heads), masks, written_out
+        first, first + positions.numel(), head_pieces(tables, cache.num_kv_heads), masks, written_out
     )
 
 
@@ -185,7 +185,7 @@ def _single_chunks(
                 masks[window] = additive(
                     seen if window is None else seen & (keys > queries - window), cache.blocks
                 )
-        pieces = half_blocks(tables, cache.num_kv_heads)
+        pieces = head_pieces(tables, cache.num_kv_heads)
         chunks.append(Chunk(first, first + row.num_queries, row.length, pieces, masks))
         first += row.num_queries
     return chunks

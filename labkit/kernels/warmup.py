@@ -15,6 +15,7 @@ import torch
 from labkit.config import EngineConfig
 from labkit.core.attention import Span, build_metadata
 from labkit.core.kv_cache import KVShape, PagedKVCache
+from labkit.core.model import Transformer
 from labkit.core.model_runner import PagedModel
 from labkit.kernels.backend import Backend
 from labkit.kernels.cuda_graphs import Capture, DecodeGraphs
@@ -30,7 +31,7 @@ def backend_for(model: PagedModel, config: EngineConfig) -> Backend:
     Raises:
         ValueError: if the configuration names one that is not possible.
     """
-    if not model.is_adapted:
+    if isinstance(model, Transformer):
         shape = model.kv_shape
         return choose_backend(
             model.device,
@@ -114,7 +115,7 @@ def warm_up(
         ValueError: if the cache needs more memory than is free, or no decode step fits.
     """
     device = model.device
-    graphed = config.cuda_graphs and not model.is_adapted
+    graphed = config.cuda_graphs and isinstance(model, Transformer)
     while True:
         cache = graphs = None
         try:

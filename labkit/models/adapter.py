@@ -64,8 +64,6 @@ class AdaptedModel(nn.Module):
         kv_shape: what one token takes in the KV cache.
     """
 
-    is_adapted = True
-
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.config = model.config

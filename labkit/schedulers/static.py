@@ -45,7 +45,7 @@ class StaticScheduler(Scheduler):
         missing = [len(r.token_ids) - r.num_computed_tokens for r in self.running]
         width = max(missing)
         if width == 1:
-            self.grow(plan, [r for r in self.running if r.num_computed_tokens >= r.num_slots])
+            self.grow(plan, [r for r in self.running if r.num_computed_tokens >= r.capacity])
         columns = min(width, self.max_num_batched_tokens // len(self._batch))
         for member in self._batch:
             num_tokens = 0

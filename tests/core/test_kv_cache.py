@@ -50,4 +50,4 @@ def test_copied_blocks_are_equal_in_every_layer() -> None:
 def test_a_token_takes_a_key_and_a_value_of_each_head_and_layer() -> None:
     shape = KVShape(3, 2, 8, torch.float16, CPU)
     assert shape.bytes_per_token == 3 * 2 * 2 * 8 * 2
-    assert shape.new_cache(4, 16).nbytes == 5 * 16 * shape.bytes_per_token  # and the null block
+    assert shape.new_cache(4, 16).blocks.nbytes == 5 * 16 * shape.bytes_per_token  # and the null block

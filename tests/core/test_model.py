@@ -131,7 +131,7 @@ def test_sizes_for_the_pool() -> None:
     module = loaded("llama").module
     assert module.kv_shape.bytes_per_token == 2 * 2 * 2 * 8 * 4
     cache = module.kv_shape.new_cache(3, 4)
-    assert cache.nbytes == (3 + 1) * 4 * module.kv_shape.bytes_per_token
+    assert cache.blocks.nbytes == (3 + 1) * 4 * module.kv_shape.bytes_per_token
     assert module.max_model_len == 512
 
 

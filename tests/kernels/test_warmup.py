@@ -87,7 +87,6 @@ def test_switches_that_cannot_be_had_are_refused() -> None:
     with pytest.raises(ValueError, match="attention_backend must be auto or sdpa"):
         Engine(EngineConfig(model, attention_backend="triton", device="cpu"))
     other = torch.nn.Module()  # of another class than `Transformer`, as models that transformers runs are
-    other.is_adapted = True
     assert backend_for(other, EngineConfig()) is SDPA
     with pytest.raises(ValueError, match="for a model that transformers runs"):
         backend_for(other, EngineConfig(attention_backend="triton"))

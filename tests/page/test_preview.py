@@ -25,7 +25,7 @@ def state_of(engine: Engine) -> dict[str, Any]:
             "requests": [
                 {
                     slot: getattr(request, slot)
-                    for slot in ("status", "num_computed_tokens", "token_ids", "num_slots")
+                    for slot in ("status", "num_computed_tokens", "token_ids", "capacity")
                 }
                 for request in scheduler.requests.values()
             ],

@@ -15,8 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from labkit.config import EngineConfig
-from labkit.core.request import answer_ids
-from labkit.engine import Engine
+from labkit.engine import Engine, answer_ids
 from labkit.sampling_params import SamplingParams
 from labkit.serving.handler import Options
 from labkit.serving.limits import Limits

@@ -48,13 +48,13 @@ class DecodeRun:
         growing = [
             request
             for request in self._at[-self._done % self.pool.block_size]
-            if request.num_computed_tokens + self._done >= request.num_slots
+            if request.num_computed_tokens + self._done >= request.capacity
         ]
         if len(growing) > self.pool.num_free:
             return None
         for request in growing:
             self.pool.allocate(request.request_id, 1)
-            request.num_slots += self.pool.block_size
+            request.capacity += self.pool.block_size
         rows = len(self._rows)
         return StepWork(rows, rows, rows, self._keys, self._keys)
 
