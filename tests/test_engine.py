@@ -280,3 +280,10 @@ def test_ten_engines_share_one_copy_of_the_weights() -> None:
     engines = [Engine(EngineConfig(model=model, num_blocks=8)) for _ in range(10)]
     assert len({engine.runner.model.norm.weight.data_ptr() for engine in engines}) == 1
     assert len({engine.runner.cache.k.data_ptr() for engine in engines}) == 10
+
+
+def test_the_answers_of_n_are_a_family() -> None:
+    assert answer_ids("7", 1) == ["7"]
+    assert answer_ids("7", 3) == ["7", "7.1", "7.2"]
+    assert Request("7", [1], SamplingParams()).family == "7"
+    assert Request("7.1", [1], SamplingParams(), family="7").family == "7"

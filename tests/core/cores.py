@@ -8,7 +8,7 @@ from labkit import SamplingParams
 from labkit.core.attention import PlainAttention
 from labkit.core.block_pool import BlockPool
 from labkit.core.engine_core import EngineCore
-from labkit.core.request import Request, TokenReader, answer_ids
+from labkit.core.request import Request, TokenReader
 from labkit.core.sampler import mix
 from labkit.core.scheduler import Scheduler
 from labkit.models.detokenizer import IncrementalDetokenizer
@@ -59,7 +59,7 @@ def request_of(
             reader=reader_of(params),
             family=name,
         )
-        for i, own in enumerate(answer_ids(name, params.n))
+        for i, own in enumerate([name, *(f"{name}.{k}" for k in range(1, params.n))])
     )
     first.children = others
     return first

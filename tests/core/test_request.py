@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labkit.core.request import Request, answer_ids
+from labkit.core.request import Request
 from labkit.sampling_params import SamplingParams
 
 TOKENS = st.integers(0, 9)
@@ -76,10 +76,3 @@ def test_requests_are_told_apart_by_what_they_are_and_not_by_what_they_hold() ->
     assert one != same and len({one, same}) == 2
     one.num_computed_tokens = 1
     assert repr(one) == "Request('r', waiting, computed 1 of 1 tokens, prompt 1)"
-
-
-def test_the_answers_of_n_are_a_family() -> None:
-    assert answer_ids("7", 1) == ["7"]
-    assert answer_ids("7", 3) == ["7", "7.1", "7.2"]
-    assert Request("7", [1], SamplingParams()).family == "7"
-    assert Request("7.1", [1], SamplingParams(), family="7").family == "7"
