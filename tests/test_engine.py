@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from labkit import Engine, EngineConfig, SamplingParams
+from labkit.core.request import Request
+from labkit.engine import answer_ids
 from labkit.trace.trace import Trace
 from tests.conftest import FAMILIES, VOCAB, greedy, loaded
 from tests.engines import drain, engine_of, play, random_prompt
