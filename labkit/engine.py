@@ -67,7 +67,7 @@ class Engine(EngineCore):
     def __init__(
         self,
         config: EngineConfig | None = None,
-        scheduler: type[Scheduler] | None = None,
+        scheduler: Callable[..., Scheduler] | None = None,
         pool: Callable[..., BlockPool] | None = None,
         *,
         say: Say | None = print,
@@ -93,10 +93,10 @@ class Engine(EngineCore):
         cache, graphs = warm_up(module, backend, config, num_blocks, reserve=reserve, say=say)
         blocks = (pool or BlockPool)(cache.num_blocks, config.block_size)  # fewer, if memory did not suffice
         blocks.enable_prefix_caching = config.enable_prefix_caching
-        policy = (
-            scheduler
-            or scheduler_class(config.scheduler, enable_chunked_prefill=config.enable_chunked_prefill)
-        )(
+        make = scheduler_class(
+            scheduler or config.scheduler, enable_chunked_prefill=config.enable_chunked_prefill
+        )
+        policy = make(
             blocks,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,

@@ -228,3 +228,110 @@ def test_the_building_blocks_in_another_order_give_the_same_tokens(
     assert [answers[0][str(i)] for i in range(8)] == [greedy("llama", p, q.max_tokens) for p, q in jobs]
     assert traces[0] != traces[1], "another policy takes other steps"
     assert any(record.preempted for record in traces[0]) == (num_blocks == 16)
+
+
+class LongestLast(Scheduler):
+    """Two lines say another order: short requests first, and the longest gives up its blocks."""
+
+    def order(self, request: Request) -> tuple[int, ...]:
+        return (len(request.token_ids),)
+
+    def victim(self) -> Request:
+        return max(self.running, key=self.order)
+
+
+def test_an_order_of_ones_own_rules_the_queue_and_the_victims_and_its_reasons_are_true() -> None:
+    config = EngineConfig(
+        model=loaded("llama"), block_size=4, num_blocks=16, max_num_seqs=3, max_num_batched_tokens=32
+    )
+    prompts = {str(length): [7] * length for length in (20, 3, 14, 8, 5, 11)}
+    engine = Engine(config, scheduler=LongestLast)
+    for name, prompt in prompts.items():
+        engine.add_request(prompt, SamplingParams(max_tokens=12, ignore_eos=True), request_id=name)
+    drain(engine)
+    admitted = [admission.request_id for record in engine.trace for admission in record.admitted]
+    assert admitted[:3] == ["3", "5", "8"]
+    assert {finish.request_id for record in engine.trace for finish in record.finished} == prompts.keys()
+    preempted = [name for record in engine.trace for name, _ in record.preempted]
+    assert preempted, "the pool was to be too small"
+    for record in engine.trace:
+        for name, _ in record.preempted:  # it was the longest of those that ran
+            state = engine.trace.state(record.step - 1)
+            assert state.computed[name] == max(state.computed[other] for other in state.tables)
+        if record.blocked:
+            assert record.blocked[1] not in ("the scheduler gave no reason",)
+            assert "joined the queue when" not in record.blocked[1]
+    for name, prompt in prompts.items():
+        assert engine.outputs[name].token_ids == greedy("llama", prompt, 12)
+
+
+class PreemptsThePlanned(Scheduler):
+    def schedule(self) -> StepPlan:
+        plan = super().schedule()
+        if len(plan.requests) > 1:
+            self.preempt(plan, plan.requests[0])
+        return plan
+
+
+def test_to_preempt_what_is_planned_already_is_an_error_that_says_so() -> None:
+    with pytest.raises(InvariantError, match=r"request '\d' is planned already: preempt it before"):
+        run_with(PreemptsThePlanned)
+
+
+class Continues(Scheduler):
+    """Overrides nothing: a class of one's own."""
+
+
+def test_a_scheduler_of_ones_own_admits_whole_prompts_without_chunked_prefill() -> None:
+    config = EngineConfig(
+        model=loaded("llama"), block_size=4, num_blocks=40, max_num_seqs=3, max_num_batched_tokens=16,
+        enable_chunked_prefill=False,
+    )  # fmt: skip
+    engine = Engine(config, scheduler=Continues)
+    for i in range(4):
+        engine.add_request([i + 1] * 11, SamplingParams(max_tokens=5))
+    drain(engine)
+    kinds = [set(record.kinds) for record in engine.trace if record.kinds]
+    assert {"p"} in kinds and {"d"} in kinds
+    assert all(len(kind) == 1 for kind in kinds), "a prompt and an answer in one step"
+    with pytest.raises(ValueError, match="enable_chunked_prefill must be True for a scheduler that is not a"):
+        Engine(config, scheduler=lambda *args, **limits: Continues(*args, **limits))
+
+
+def test_a_request_made_by_hand_runs_without_text() -> None:
+    engine = Engine(EngineConfig(model=loaded("llama"), block_size=4, num_blocks=30))
+    request = Request("mine", [1, 2, 3], SamplingParams(max_tokens=3, ignore_eos=True))
+    engine.add(request)
+    engine.run()
+    output = engine.outputs["mine"]
+    assert output.token_ids == request.output_token_ids == greedy("llama", [1, 2, 3], 3)
+    assert (output.text, output.finish_reason) == ("", "length")
+
+
+class FailsToRead:
+    text = ""
+
+    def __init__(self, nth: int) -> None:
+        self.left = nth
+
+    def push(self, token: int) -> bool:
+        self.left -= 1
+        if not self.left:
+            raise UnicodeError("no such character")
+        return False
+
+    def finish(self) -> bool:
+        return False
+
+
+def test_a_reader_that_fails_ends_its_own_request_alone() -> None:
+    engine = Engine(EngineConfig(model=loaded("llama"), block_size=4, num_blocks=30))
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    for name, nth in (("a", 99), ("b", 3), ("c", 99)):
+        engine.add(Request(name, [5, 6, 7], params, reader=FailsToRead(nth)))
+    engine.run()
+    ends = {name: output.finish_reason for name, output in engine.outputs.items()}
+    assert ends == {"a": "length", "b": "error", "c": "length"}
+    assert engine.outputs["b"].error == "UnicodeError: no such character"
+    assert len(engine.outputs["b"].token_ids) == 3
+    assert engine.pool.num_free == engine.pool.num_blocks
