@@ -48,7 +48,7 @@ def run_race(me: Looker) -> None:
 
 def test_choose_race_and_compare(visit: Callable[..., Looker]) -> None:
     me = visit()
-    assert me.page.is_visible(".lkr-empty") == (not me.look("it.shown()"))  # a second try finds the first race
+    assert me.page.is_visible(".lkr-empty") == (not me.look("it.shown()"))  # a second try finds one
     run_race(me)
     assert me.page.is_hidden(".lkr-empty") and me.page.is_hidden(".lkr-running")
     assert me.page.inner_text(".lkr-check") == "✓ All three gave the same 169 tokens."
