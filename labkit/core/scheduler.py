@@ -9,6 +9,7 @@ from Orca (Yu et al. 2022), chunked prefill beside decode from Sarathi-Serve (Ag
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 
 from labkit.config import check_seats
@@ -26,10 +27,9 @@ class Scheduler:
     """Continuous batching: requests join and leave at every step.
 
     A scheduler of your own is a subclass. For another order, override `order` and `victim`; for another plan,
-    `schedule` or any of the methods it is made of, which keep pool, queue and plan consistent: `end_aborted`
-    (call it first), `plan_running` and `plan_row`, `grow` (blocks for the next tokens, and preemption),
-    `plan_waiting` and `try_admit`; and the single moves `admit`, `seat`, `allocate`, `preempt` (before its
-    request is planned), `finish` and `fork`.
+    `schedule`, with the methods that keep pool, queue and plan consistent: `end_aborted` (call it first),
+    `plan_running`, `plan_row`, `grow` (new blocks, and preemption), `plan_waiting`, `try_admit`;
+    and the single moves `admit`, `seat`, `allocate`, `preempt` (before `plan_row`), `finish` and `fork`.
 
     Args:
         pool: the pool that blocks come from.
@@ -98,10 +98,9 @@ class Scheduler:
 
     def abort(self, request_id: str) -> bool:
         """End a request at the next step. Returns False if there is no such request."""
-        if request_id not in self.requests:
-            return False
-        self._aborting[request_id] = None
-        return True
+        if known := request_id in self.requests:
+            self._aborting[request_id] = None
+        return known
 
     def set_priority(self, request_id: str, priority: int) -> bool:
         """Change a request's priority (lower runs first). Returns False if there is no such request."""
@@ -180,7 +179,7 @@ class Scheduler:
 
     def grow(self, plan: StepPlan, growing: list[Request]) -> None:
         """Give each of these requests the block its next token needs; preempt until there are enough."""
-        while sum(map(self.needs_block, growing)) > self.pool.num_free:
+        while self.num_needed(growing) > self.pool.num_free:
             if len(self.running) == 1:
                 raise InvariantError(f"request {self.running[0].request_id!r} runs alone and finds no page")
             self.preempt(plan, victim := self.victim())
@@ -194,13 +193,17 @@ class Scheduler:
                     plan.copied.append(Copy(request.request_id, *pair))
             request.shares_tail = False
 
-    def needs_block(self, request: Request) -> bool:
-        """Return whether the next token needs a new block: the last one is full, or shared with others."""
-        start = request.num_computed_tokens
-        if start >= request.capacity:
-            return True
-        block = self.pool.tables[request.request_id][start // self.pool.block_size]
-        return self.pool.ref_counts[block] > 1
+    def num_needed(self, growing: list[Request]) -> int:
+        """Return how many new blocks the next tokens of these requests take."""
+        size, tails = (
+            self.pool.block_size,
+            Counter[int](),
+        )  # a tail is the block that the next token goes into
+        for request in growing:
+            tails.update(self.pool.tables[request.request_id][request.num_computed_tokens // size :][:1])
+        # Without a tail, it takes a new block. Of the owners of a shared one, all but the last take a copy.
+        copies = sum(min(count, self.pool.ref_counts[tail] - 1) for tail, count in tails.items())
+        return len(growing) - tails.total() + copies
 
     def victim(self) -> Request:
         """The running request that gives up its blocks when they run out: the one that is last in order."""

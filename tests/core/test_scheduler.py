@@ -193,3 +193,13 @@ def test_nothing_is_published_before_it_is_accepted() -> None:
     record = bench.step(drafts=8, right=8)
     assert len(record.published) == 3, "tokens 4 to 15"
     bench.drain()
+
+
+def test_a_tail_that_all_answers_share_costs_one_block_less_than_they_are() -> None:
+    bench = Bench(blocks=4, size=4, seats=3, budget=12, caching=False)
+    bench.add([1, 2, 3, 4, 5, 6], 2, n=3)  # two blocks, the second half full: two copies, and two blocks free
+    bench.step()
+    record = bench.step()
+    assert not record.preempted
+    assert [copy.old for copy in record.copied] == [1, 1]
+    bench.drain()
