@@ -1,14 +1,22 @@
 """Checkpoints as people have them: what `transformers` does with a folder, we do, or say why not.
 
-Reported of other engines, and tried here:
+Reported elsewhere, tried here:
 
-- llama.cpp and vLLM: `tie_word_embeddings` beside an output layer of its own, which was dropped.
-- vLLM: biases that a configuration names and the family does not have; quantised weights taken for plain.
-- SGLang and text-generation-inference: folders of git-lfs pointers, of GGUF files, of adapters.
+| project, report                 | what was tried                             | outcome                    |
+|---------------------------------|--------------------------------------------|----------------------------|
+| vLLM 51063, 6758                | an output layer beside a tied embedding    | was dropped; now it counts |
+| transformers 29553              | a Mistral with `attention_bias`            | was refused; now ignored   |
+| transformers 27923, exllama 242 | pointers of git-lfs for weights, tokenizer | was "damaged"; now named   |
+| vLLM 11374                      | no tokenizer, prompts of token ids         | was refused; now it works  |
+
+One difference is left on purpose: a tensor that no part of an own family takes is an error here, and a
+warning in `transformers`.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +199,23 @@ def test_a_setting_means_what_it_means_to_transformers(setting: str, family: str
     check_tokens(tmp_path)
 
 
+# What the modelling code of the four families reads, in transformers 5.0 as in 5.24.
+READ = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "hidden_act"),
+    *("attention_bias", "mlp_bias", "layer_types", "sliding_window", "rope_parameters"),
+}
+WITHOUT_EFFECT = {"attention_dropout", "pad_token_id", "_attn_implementation", "pretraining_tp"}  # on answers
+
+
+def test_every_key_that_transformers_reads_is_known(family: str) -> None:
+    """A release that reads another key fails here, and the key is then obeyed or refused."""
+    source = Path(inspect.getfile(type(FAMILIES[family]()))).read_text(encoding="utf-8")
+    found = set(re.findall(r"config\.(\w+)|config, \"(\w+)\"", source))
+    keys = {key for pair in found for key in pair if key}
+    assert keys - READ - WITHOUT_EFFECT == set()
+
+
 def test_scaling_of_old_files_counts_more_than_plain_positions(tmp_path: Path) -> None:
     """A Llama's file that says everything is read without `transformers`, unless it says this, too."""
     save(tmp_path, "llama")
@@ -262,6 +287,12 @@ def test_a_folder_without_a_tokenizer_takes_token_ids(kind: str, tmp_path: Path)
         PROMPTS[:1], SamplingParams(stop_token_ids=[outputs[0].token_ids[2]]), progress=False
     )
     assert len(ended[0].token_ids) <= 3 and ended[0].finish_reason == "stop"
+
+
+def test_a_draft_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, "llama", tokenizer=False)
+    with pytest.raises(ModelError, match="no vocabulary to compare"):
+        LLM(str(tmp_path), speculative="draft", draft_model=str(tmp_path), num_blocks=40)
 
 
 # -- folders that are something else ---------------------------------------------------------------
