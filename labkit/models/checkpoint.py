@@ -57,11 +57,9 @@ def check_folder(folder: Path) -> Path:
     for file in sorted(folder.iterdir()):
         if _is_pointer(file):
             raise ModelError(f"{file} is a pointer of git-lfs, not the file itself: run `git lfs pull` there")
+    if (folder / "adapter_config.json").is_file():  # beside a whole model, too: its answers would be others
+        raise ModelError(f"{folder} has a LoRA adapter: merge it into its model, and save that alone")
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise ModelError(
-                f"{folder} is a LoRA adapter, not a model: merge it into its model and save that"
-            )
         raise ModelError(f"{folder} is not a model: it has no config.json{_formats(folder)}")
     _shards(folder)
     if (folder / "tokenizer_config.json").is_file():

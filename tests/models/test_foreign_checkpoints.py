@@ -25,11 +25,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from labkit import LLM, SamplingParams
 from labkit.models.architecture import build, shape_of
+from labkit.models.checkpoint import read_config
 from labkit.models.errors import ModelError
 from labkit.models.hub import find
 from labkit.models.load import load_model
@@ -146,6 +147,13 @@ def test_a_head_of_another_size_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path, say=None)
 
 
+def test_a_model_saved_without_its_head_has_the_names_of_its_own(family: str, tmp_path: Path) -> None:
+    save(tmp_path, family, tie_word_embeddings=True)
+    AutoModel.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert "embed_tokens.weight" in load_file(tmp_path / "model.safetensors")
+    check_tokens(tmp_path)
+
+
 def test_a_tensor_that_nothing_uses_is_refused_by_name(family: str, tmp_path: Path) -> None:
     save(tmp_path, family)
     edit_tensors(tmp_path, lambda t: t.update({"model.layers.0.extra.weight": torch.ones(3)}))
@@ -187,6 +195,21 @@ STRAY = {
     "head_dim": dict(head_dim=16),
     "rope_theta": dict(rope_parameters=dict(rope_type="default", rope_theta=30.0)),
     "linear": dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0)),
+    "llama3": dict(
+        rope_parameters=dict(
+            **dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0),
+            **dict(high_freq_factor=4.0, original_max_position_embeddings=64),
+        )
+    ),
+    "yarn": dict(
+        rope_parameters=dict(
+            rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=128
+        )
+    ),
+    "dynamic": dict(
+        rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0),
+    ),
+    "activation": dict(hidden_act="gelu"),
     "old scaling": dict(rope_scaling=dict(type="linear", factor=4.0), rope_theta=1e4),
 }
 
@@ -337,7 +360,11 @@ ELSE = {
         lambda f: replace_weights(f, "consolidated.safetensors"),
         "safetensors under other names",
     ),
-    "adapter": (lambda f: config_gone(f, "adapter_config.json"), "is a LoRA adapter"),
+    "adapter": (lambda f: config_gone(f, "adapter_config.json"), "has a LoRA adapter"),
+    "adapter beside a model": (
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+        "has a LoRA adapter",
+    ),
     **{
         how: (quantised(how), rf"are quantised \({how}\)")
         for how in ("gptq", "awq", "fp8", "bitsandbytes", "compressed-tensors", "aqlm", "hqq", "torchao")
@@ -364,6 +391,12 @@ def test_a_folder_of_something_else_is_refused_by_what_it_is(
     change(save(tmp_path, kind, pad_token_id=0))
     with pytest.raises(ModelError, match=message):
         load_model(tmp_path, say=None)
+
+
+def test_what_transformers_unpacks_by_itself_is_left_to_it(tmp_path: Path) -> None:
+    save(tmp_path, "llama")
+    quantised("mxfp4")(tmp_path)
+    assert read_config(tmp_path).quantization_config["quant_method"] == "mxfp4"
 
 
 def test_the_path_of_a_file_is_refused_as_one(tmp_path: Path) -> None:
