@@ -27,6 +27,7 @@ from labkit.kernels.warmup import activation_bytes, backend_for, warm_up
 from labkit.models.detokenizer import IncrementalDetokenizer
 from labkit.models.devices import resolve_device
 from labkit.models.load import LoadedModel, load_model
+from labkit.models.no_tokenizer import NoTokenizer
 from labkit.models.progress import Say
 from labkit.outputs import RequestMetrics, RequestOutput
 from labkit.sampling_params import SamplingParams, check_number
@@ -194,6 +195,9 @@ class Engine(EngineCore):
         if not params.ignore_eos:
             stop_ids |= self.model.eos_token_ids
         seed = mix(self.config.seed, number) if params.seed is None else params.seed
+        has_text = not isinstance(self.model.tokenizer, NoTokenizer)
+        if params.stop and not has_text:
+            raise ValueError("stop needs text, and the model has no tokenizer: use stop_token_ids")
         first, *others = (
             Request(
                 name,
@@ -203,7 +207,7 @@ class Engine(EngineCore):
                 seed=mix(seed, i),
                 max_len=min(len(token_ids) + params.max_tokens, self.max_model_len),
                 stop_ids=stop_ids,
-                reader=IncrementalDetokenizer(self.model.tokenizer, params.stop),
+                reader=IncrementalDetokenizer(self.model.tokenizer, params.stop) if has_text else None,
                 family=request_id,
             )
             for i, name in enumerate(answer_ids(request_id, params.n))

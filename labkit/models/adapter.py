@@ -34,8 +34,10 @@ from transformers.masking_utils import AttentionMaskInterface
 from labkit.core.attention import AttentionMetadata, Span, attend, build_metadata
 from labkit.core.kv_cache import KVShape, PagedKVCache, read_rows
 from labkit.kernels.gathered_sdpa import SDPA, additive
-from labkit.models.checkpoint import FROM_FILES
+from labkit.models.architecture import FLOATS
+from labkit.models.checkpoint import FROM_FILES, read_tensors
 from labkit.models.errors import ModelError, first_line
+from labkit.models.progress import Say, tell
 
 # Two names for our attention function in the registry. For "paged" no mask function is registered, and so
 # transformers makes no masks, which we do not need; for "probe" one is, and we look at what is asked of it.
@@ -48,6 +50,11 @@ _HARMLESS = {  # arguments without effect on the result; a model that passes any
 }
 # How far logits may be off, in standard deviations of a row's logits; wrong attention is off by about 1.
 _TOLERANCE = {torch.float32: 2e-4, torch.float16: 0.05, torch.bfloat16: 0.15}
+# Settings that explain why a model fails, which by itself it says in the words of some product of matrices.
+_CAUSES = {
+    "kv_lora_rank": "it has multi-head latent attention: its keys and values are not all of one size",
+    "attention_chunk_size": "it attends within chunks, which is neither causal nor a sliding window",
+}
 _STATE = "it keeps a state besides keys and values, which has no place in pages"
 
 # The cache of the step that runs now, where the attention function finds it: transformers passes it no cache.
@@ -130,22 +137,31 @@ def adapt(model: PreTrainedModel) -> AdaptedModel:
         _check_logits(model, adapted)
     except Exception as error:  # a model that was not made for this can fail in any way
         why = str(error)
+        cause = next((name for name in _CAUSES if getattr(model.config, name, None)), None)
         # An AttributeError of a cache (`obj`): the model asked it for more than keys and values.
         if model._is_stateful or isinstance(getattr(error, "obj", None), Cache):
             why = _STATE
+        elif cause:
+            why = f"{_CAUSES[cause]} ({cause} in its config.json)"
         elif not isinstance(error, ModelError):
             why = f"it fails with {type(error).__name__}: {why}".split("\n")[0]
         raise ModelError(f"{type(model).__name__} cannot run on the paged KV cache: {why}") from error
     return adapted
 
 
-def load(folder: Path, *, dtype: torch.dtype, device: torch.device) -> AdaptedModel:
+def load(folder: Path, *, dtype: torch.dtype, device: torch.device, say: Say | None = None) -> AdaptedModel:
     """Load the safetensors of a folder that `save_pretrained` wrote, and adapt the model.
+
+    What `transformers` leaves aside of a folder is not used here either, and is told to `say`.
 
     Raises:
         ModelError: if `transformers` cannot load it, tensors do not fit, or `adapt` refuses the model.
         MemoryError, RuntimeError: if memory does not suffice.
     """
+    for name, tensor in read_tensors(folder):  # transformers would take numbers for weights without a word
+        if name.endswith("weight") and tensor.dtype not in FLOATS:
+            what = str(tensor.dtype).removeprefix("torch.")
+            raise ModelError(f"tensor {name!r} in {folder} is quantised ({what}), and such are not read")
     # transformers makes up what is missing or misshapen, at random. Have it reported, and refuse it below.
     report = dict(output_loading_info=True, ignore_mismatched_sizes=True)
     try:
@@ -160,6 +176,10 @@ def load(folder: Path, *, dtype: torch.dtype, device: torch.device) -> AdaptedMo
         raise ModelError(f"transformers cannot load {folder} as a causal language model: {why}") from error
     if wrong:
         raise ModelError(f"{len(wrong)} tensors in {folder} are missing or misshapen, such as {wrong[0]}")
+    if unused := sorted(found["unexpected_keys"]):
+        tell(
+            say, f"Not used, by transformers neither: {len(unused)} tensors in {folder}, such as {unused[0]}."
+        )
     return adapt(model.to(device).eval())
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from labkit.models.errors import DamagedError, ModelError, first_line
+from labkit.models.no_tokenizer import NoTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -26,6 +27,15 @@ Config: TypeAlias = "PreTrainedConfig | SimpleNamespace"  # what `read_config` r
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+OTHER_FORMATS = {
+    **{".gguf": "GGUF", ".onnx": "ONNX", ".h5": "TensorFlow", ".msgpack": "Flax", ".npz": "NumPy"},
+    **{".safetensors": "safetensors under other names"},
+}
+# Files in which tools for quantising say what they did, beside `quantization_config` in config.json.
+QUANTISERS = {
+    **{"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"},
+}
+UNPACKED = ("mxfp4",)  # what transformers turns back into plain weights by itself
 
 FROM_FILES: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
 
@@ -39,27 +49,61 @@ EXPLICIT: dict[str, Any] = {
 
 
 def check_folder(folder: Path) -> Path:
-    """Return the folder if it has all the files of a model.
+    """Return the folder if it has all that a model needs. A tokenizer it can do without.
 
     Raises:
-        ModelError: if a file is missing; the message names it.
+        ModelError: if a file is missing or stands for another; the message names it.
     """
+    for file in sorted(folder.iterdir()):
+        if _is_pointer(file):
+            raise ModelError(f"{file} is a pointer of git-lfs, not the file itself: run `git lfs pull` there")
+    if (folder / "adapter_config.json").is_file():  # beside a whole model, too: its answers would be others
+        raise ModelError(f"{folder} has a LoRA adapter: merge it into its model, and save that alone")
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} is not a model: it has no config.json")
+        raise ModelError(f"{folder} is not a model: it has no config.json{_formats(folder)}")
     _shards(folder)
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ModelError(f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}): save one there too")
+    if (folder / "tokenizer_config.json").is_file():
+        _check_tokenizer(folder)
     return folder
 
 
+def _check_tokenizer(folder: Path) -> None:
+    if not has_tokenizer(folder):
+        raise ModelError(f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}): save one there too")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder has the file of a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _is_pointer(file: Path) -> bool:
+    """Whether a file is what git leaves in the place of a large one that was not fetched."""
+    if not file.is_file() or file.stat().st_size > 1024:  # a pointer has three short lines
+        return False
+    return file.read_bytes().startswith(b"version https://git-lfs")
+
+
+def _formats(folder: Path) -> str:
+    """Say which formats of weights are in a folder that are not read, or nothing."""
+    others = [file for file in folder.iterdir() if not file.match("model*.safetensors")]
+    found = {OTHER_FORMATS[file.suffix] for file in others if file.suffix in OTHER_FORMATS}
+    if not found:
+        return ""
+    return f"; it has {', '.join(sorted(found))}, and only what save_pretrained writes is read"
+
+
 def check_whole(folder: Path) -> Path:
-    """Return the folder if it has all the files of a model and none is cut short. Takes milliseconds.
+    """Return the folder if it has all files of a model, a tokenizer too, and none is cut short.
+
+    This takes milliseconds.
 
     Raises:
         ModelError: if a file is missing.
         DamagedError: if one is cut short.
     """
     check_folder(folder)
+    _check_tokenizer(folder)
     for name in JSON_FILES:
         _read_if_there(folder / name)
     for _ in read_tensors(folder):  # compares each file's size with its header, and reads no values
@@ -97,6 +141,8 @@ def read_config(folder: Path) -> Config:
     """
     with _usable("config.json", folder):
         config = _read_json(folder / "config.json")
+    _check_unquantised(folder, config)
+    with _usable("config.json", folder):
         if _is_explicit(config):
             return SimpleNamespace(**config)
         from transformers import AutoConfig
@@ -104,9 +150,23 @@ def read_config(folder: Path) -> Config:
         return AutoConfig.from_pretrained(folder, **FROM_FILES)
 
 
+def _check_unquantised(folder: Path, config: dict) -> None:
+    """Raise `ModelError` if a model was saved quantised: we quantise plain weights ourselves."""
+    keys = ("quantization_config", "compression_config", "quantization")  # the last is MLX's
+    said = next((config[key] for key in keys if config.get(key)), None)
+    how = next((how for name, how in QUANTISERS.items() if (folder / name).is_file()), None)
+    if said:
+        how = said.get("quant_method", "an unknown method") if isinstance(said, dict) else said
+    if how and how not in UNPACKED:
+        raise ModelError(
+            f"the weights in {folder} are quantised ({how}), and labkit reads plain ones alone: "
+            'take the model that they were made from, and quantization="int8" if it is to be small'
+        )
+
+
 def _is_explicit(config: dict) -> bool:
     """Whether a configuration is a Llama's and says all that we need, with plain rotary positions."""
-    if config.get("model_type") != "llama":
+    if config.get("model_type") != "llama" or config.get("rope_scaling"):  # which would count more
         return False
     if not all(isinstance(config.get(name), kind) for name, kind in EXPLICIT.items()):
         return False
@@ -114,8 +174,10 @@ def _is_explicit(config: dict) -> bool:
     return rope.get("rope_type") == "default" and isinstance(rope.get("rope_theta"), float)
 
 
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | NoTokenizer:
     """Read the tokenizer, with its chat template. Raises `ModelError` if it cannot be used."""
+    if not has_tokenizer(folder):
+        return NoTokenizer()
     with _usable("the tokenizer", folder):
         named = _read_if_there(folder / "tokenizer_config.json").get("tokenizer_class")
         if named == "TokenizersBackend":  # the class that takes tokenizer.json as it is
@@ -145,7 +207,7 @@ def _shards(folder: Path) -> dict[str, list[str] | None]:
                 f"{folder} has only pickled weights (.bin, .pt), which can hold code and are never read; "
                 "save the model as safetensors"
             )
-        raise ModelError(f"{folder} has no model.safetensors and no {index.name}")
+        raise ModelError(f"{folder} has no model.safetensors and no {index.name}{_formats(folder)}")
     homes = _read_json(index).get("weight_map")
     if not isinstance(homes, dict) or not homes:
         raise DamagedError(f"{index} is damaged: it does not say which file holds which tensor")

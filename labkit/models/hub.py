@@ -30,7 +30,9 @@ _HUB_SECONDS = 5  # how long to wait for the Hub's first answer
 
 
 def find(model: str | os.PathLike[str], *, say: Say | None = print) -> Path:
-    """Return a folder with `config.json`, `*.safetensors` and a tokenizer, after fetching it if need be.
+    """Return a folder with `config.json` and `*.safetensors`, after fetching it if need be.
+
+    A folder of your own may lack a tokenizer; what comes from the Hub has one.
 
     Args:
         model: a model as for `load_model`, except "tiny-random", which has no folder.
@@ -54,6 +56,8 @@ def find(model: str | os.PathLike[str], *, say: Say | None = print) -> Path:
             raise ModelError(
                 f"{model!r} is no folder here, and cannot be taken from the Hub: {error}"
             ) from error
+    if os.path.isfile(os.path.expanduser(model)):
+        raise ModelError(f"{str(model)!r} is a file: a model is the folder that save_pretrained wrote")
     known = ", ".join(SHORT_NAMES)
     raise ModelError(f"no model {str(model)!r}: it is no folder, no Hub id (owner/name), and none of {known}")
 

@@ -21,7 +21,7 @@ from labkit.models.cache_dir import cache_dir
 from labkit.models.checkpoint import Config
 from labkit.models.progress import Say, tell
 
-_VERSION = 1  # of what `quantize` makes; a new number leaves older copies aside
+_VERSION = 2  # of what `build` and `quantize` make; a new number leaves older copies aside
 
 
 def int8_model(

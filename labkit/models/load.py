@@ -24,6 +24,7 @@ from labkit.models.devices import auto_reason, resolve_device, resolve_dtype
 from labkit.models.errors import ModelError
 from labkit.models.hub import TINY, find, is_folder
 from labkit.models.int8_cache import int8_model
+from labkit.models.no_tokenizer import NoTokenizer
 from labkit.models.progress import Say, tell
 from labkit.models.tiny import tiny_random
 
@@ -38,7 +39,7 @@ class LoadedModel:
     Attributes:
         name: the short name, the Hub id, or the name of the folder.
         module: the weights, on their device and in their dtype.
-        tokenizer: the tokenizer, with its chat template if the model has one.
+        tokenizer: the tokenizer, with its chat template if the model has one; or what refuses text.
         config: the architecture, with the names of `config.json` as attributes.
         eos_token_ids: every token that ends an answer.
         quantization: None, or "int8".
@@ -46,7 +47,7 @@ class LoadedModel:
 
     name: str
     module: Transformer | AdaptedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | NoTokenizer
     config: Config
     eos_token_ids: frozenset[int]
     quantization: str | None = None
@@ -92,9 +93,12 @@ def load_model(
 ) -> LoadedModel:
     """Load a model, after fetching it if need be.
 
+    Of `generation_config.json` only the tokens that end an answer are taken: how to sample is said with each
+    request, in `SamplingParams`.
+
     Args:
         model: "smollm2-135m", "tiny-random" (made in memory), a Hub id such as "Qwen/Qwen2.5-0.5B-Instruct",
-            or a folder that `save_pretrained` wrote, tokenizer included.
+            or a folder that `save_pretrained` wrote. Without a tokenizer in it, prompts are token ids.
         dtype: one of the names in `devices.DTYPES`, or "auto": fp32 on a CPU; on a GPU bf16 where it has that
             in hardware, else fp16; always fp32 for "tiny-random", whose tokens are the same everywhere.
         device: "cpu", "cuda", "cuda:1", "mps", or "auto": the GPU that CUDA sees, else the CPU.
@@ -129,6 +133,8 @@ def load_model(
     name = folder.resolve().name if is_folder(model) else str(model)
     config, tokenizer = checkpoint.read_config(folder), checkpoint.read_tokenizer(folder)
     ends = _eos_token_ids(config, tokenizer, checkpoint.read_generation_config(folder))
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder ({config.model_type}), and only decoders run here")
     ours = architecture.supports(config)
     if not ours and (quantization or not fused_projections):
         what = "quantization" if quantization else "fused_projections=False"
@@ -141,7 +147,7 @@ def load_model(
             # Imported here because it brings in the modelling code of transformers, which takes two seconds.
             from labkit.models import adapter
 
-            module = adapter.load(folder, dtype=as_type, device=to)
+            module = adapter.load(folder, dtype=as_type, device=to, say=say)
     seconds = time.perf_counter() - started
     what = quantization or str(as_type).removeprefix("torch.")
     why = "" if quantization or dtype != "auto" else f" ({auto_reason(to)})"
@@ -198,7 +204,9 @@ def _explained(name: str, folder: Path, device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def _eos_token_ids(config: Config, tokenizer: PreTrainedTokenizerBase, generation: dict) -> frozenset[int]:
+def _eos_token_ids(
+    config: Config, tokenizer: PreTrainedTokenizerBase | NoTokenizer, generation: dict
+) -> frozenset[int]:
     """Collect every end: each of the three places may name one, several or none, and they may differ."""
     ids: set[int] = set()
     of_config = getattr(config, "eos_token_id", None)  # not every configuration has the field

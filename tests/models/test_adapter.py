@@ -270,6 +270,32 @@ def test_refused_by_name(kind: str) -> None:
         adapt(model)
 
 
+LATENT_KINDS = {
+    "deepseek_v3": {**LATENT, "v_head_dim": 12},  # whose output layer gets too much, if nobody looks
+    "deepseek_v2": LATENT,
+    "minicpm3": LATENT,
+    "glm4_moe_lite": LATENT,
+    "longcat_flash": LATENT,
+}
+
+
+@pytest.mark.parametrize("kind", LATENT_KINDS)
+def test_latent_attention_is_refused_as_what_it_is(kind: str) -> None:
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    model = build(kind, **LATENT_KINDS[kind])
+    with pytest.raises(
+        ModelError, match=r"multi-head latent attention.* \(kv_lora_rank in its config.json\)"
+    ):
+        adapt(model)
+
+
+def test_attention_within_chunks_is_refused_as_what_it_is() -> None:
+    model = build("llama4_text", num_local_experts=2, attention_chunk_size=8)
+    with pytest.raises(ModelError, match=r"^Llama4ForCausalLM .* attends within chunks"):
+        adapt(model)
+
+
 def test_multi_modal_model_is_refused() -> None:
     eyes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     eyes |= dict(image_size=28, patch_size=14)

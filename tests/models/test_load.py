@@ -132,18 +132,13 @@ def only_pickles(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"never read")
 
 
-def no_tokenizer(folder: Path) -> None:
-    for file in folder.glob("tokenizer*"):
-        file.unlink()
-
-
 DAMAGE = {
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "config cut short": (
         lambda f: (f / "config.json").write_text('{"model'),
         "config.json in .* cannot be used",
     ),
-    "no tokenizer": (no_tokenizer, "has no tokenizer"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer"),
     "tokenizer cut short": (
         lambda f: (f / "tokenizer.json").write_text('{"ver'),
         "the tokenizer in .* cannot",
