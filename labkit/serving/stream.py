@@ -14,6 +14,7 @@ from labkit.outputs import FinishReason, RequestOutput, TokenLogprobs
 from labkit.serving.answer import Piece
 
 DONE = b"data: [DONE]\n\n"  # how a stream ends
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients skip
 
 
 def event(data: dict[str, Any]) -> bytes:
