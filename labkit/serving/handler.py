@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import sys
 import time
 import uuid
 from collections import Counter
@@ -17,11 +18,12 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from labkit.engine import PromptTooLongError
 from labkit.sampling_params import SamplingParams
 from labkit.serving.answer import Answer, Piece
 from labkit.serving.asgi import patiently
 from labkit.serving.async_engine import AsyncEngine, EngineStoppedError
-from labkit.serving.errors import RequestError, error_object
+from labkit.serving.errors import RequestError, error_object, too_long
 from labkit.serving.limits import Limits
 from labkit.serving.metrics import Metrics
 from labkit.serving.schema import Body, CompletionBody, field_of
@@ -136,6 +138,9 @@ class Handler:
             await asyncio.to_thread(self._submit, call)
         except BaseException as error:
             self._let_go(call)
+            if isinstance(error, PromptTooLongError):
+                longest = min(live.engine.max_model_len, self.options.limits.prompt_tokens or sys.maxsize)
+                raise too_long(longest, str(error), field_of(body, "prompt", "prompt")) from None
             if isinstance(error, ValueError):
                 raise RequestError(400, str(error), param=field_of(body, str(error), "prompt")) from None
             if isinstance(error, EngineStoppedError):
@@ -185,8 +190,10 @@ class Handler:
         for prompt in call.prompts:
             encoded = body.encode(prompt, tokenizer)
             request = live.engine.make_request(encoded, call.params, priority=body.priority or 0)
-            if limits.prompt_tokens is not None:
+            try:
                 limits.check_tokens(request.num_prompt_tokens, 0)
+            except ValueError as error:
+                raise PromptTooLongError(str(error)) from None
             requests.append(request)
         echo = isinstance(body, CompletionBody) and body.echo
         if echo or self.options.log_prompts or self.on_request:

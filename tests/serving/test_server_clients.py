@@ -64,6 +64,28 @@ def test_a_page_of_another_origin_may_not_call_unless_told() -> None:
         assert "access-control-allow-origin" not in answer.headers
 
 
+# -- conversations --------------------------------------------------------------------------------
+
+
+def test_templates_get_names_and_parts_in_the_form_that_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama Guard's kind of template reads parts alone, and writes nothing of a text without a word."""
+    template = (
+        "{% for m in messages %}{{ m['name'] or m['role'] }}:{% for part in m['content'] %}"
+        "{% if part['type'] == 'text' %} {{ part['text'] }}{% endif %}{% endfor %};{% endfor %}"
+    )
+    with served() as site:
+        tokenizer = site.live.engine.model.tokenizer
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two", "cache_control": {"a": 1}}]
+        talk = [{"role": "user", "name": "Ada", "content": parts}, {"role": "user", "content": "three"}]
+        body = {"model": MODEL, "temperature": 0, "max_tokens": 8}
+        answer = post(site, body | {"messages": talk}, "chat/completions").json()
+        prompt = tokenizer.encode("Ada: one two;user: three;", add_special_tokens=False)
+        same = post(site, body | {"prompt": prompt}).json()
+        assert answer["usage"]["prompt_tokens"] == same["usage"]["prompt_tokens"] == len(prompt)
+        assert answer["choices"][0]["message"]["content"] == same["choices"][0]["text"]
+
+
 # -- health checks, and proxies that hurry --------------------------------------------------------
 
 
