@@ -6,40 +6,31 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
 
 import pytest
 import torch
 
-from labkit.outputs import TokenLogprobs
-from labkit.serving.stream import Vocabulary, chat_logprobs, completion_logprobs
 from tests.serving.api_server import HELLO, MODEL, TALK, Served, ask, nothing_left, post, served, site  # noqa: F401
 
 
-class Halves:
-    """A tokenizer whose tokens 0 and 1 are halves of characters: both read as the replacement character."""
+def test_of_tokens_with_one_text_the_better_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes of an emoji are tokens of their own here, and each reads as the replacement character."""
+    with served() as site:
+        model = site.live.engine.runner.model
+        better, worse, *_ = site.live.engine.model.tokenizer.encode("🙂")
+        logits = model.logits
 
-    def decode(self, tokens: list[int], **_: Any) -> str:
-        return ["\ufffd", "\ufffd", "two", "three"][tokens[0]]
+        def fixed(hidden: torch.Tensor) -> torch.Tensor:
+            some = torch.zeros_like(logits(hidden))
+            some[:, better], some[:, worse] = 20.0, 15.0
+            return some
 
-    def convert_ids_to_tokens(self, token: int) -> str:
-        return ["Ã", "ð", "two", "three"][token]
-
-
-def tops(*entries: TokenLogprobs) -> list[dict[str, float]]:
-    return completion_logprobs(entries, Vocabulary(Halves()), 0)["top_logprobs"]  # type: ignore[arg-type]
-
-
-def test_of_tokens_with_one_text_the_better_is_shown() -> None:
-    assert tops(TokenLogprobs(0, -0.1, ((0, -0.1), (1, -5.0), (2, -6.0)))) == [{"\ufffd": -0.1, "two": -6.0}]
-    assert tops(TokenLogprobs(1, -5.0, ((0, -0.1),))) == [{"\ufffd": -0.1}]
-
-
-def test_the_chosen_token_is_always_among_them() -> None:
-    assert tops(TokenLogprobs(3, -4.0, ((2, -0.5),)), TokenLogprobs(2, -0.5, ())) == [
-        {"two": -0.5, "three": -4.0},
-        {"two": -0.5},
-    ]
+        monkeypatch.setattr(model, "logits", fixed)
+        answer = post(site, ask(logprobs=2, max_tokens=3, ignore_eos=True)).json()["choices"][0]["logprobs"]
+        assert answer["tokens"] == ["\ufffd"] * 3
+        for logprob, top in zip(answer["token_logprobs"], answer["top_logprobs"], strict=True):
+            assert top == {"\ufffd": logprob}
+            assert logprob == pytest.approx(-math.log1p(math.exp(-5)), abs=1e-4)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -61,13 +52,6 @@ def test_completions_show_the_chosen_token(site: Served, count: int, stream: boo
                 assert 1 <= len(top) <= count + 1
                 seen += 1
     assert seen == 12
-
-
-def test_impossible_tokens_are_written_in_json() -> None:
-    entry = TokenLogprobs(2, -math.inf, ((3, 0.0), (2, -math.inf)))
-    vocabulary = Vocabulary(Halves())  # type: ignore[arg-type]
-    for written in (completion_logprobs([entry], vocabulary, 0), chat_logprobs([entry], vocabulary)):
-        assert "-9999.0" in json.dumps(written, allow_nan=False)
 
 
 @pytest.mark.parametrize("stream", [False, True])
