@@ -14,7 +14,7 @@ import pytest
 
 from labkit.serving.asgi import patiently
 from labkit.serving.handler import Options
-from tests.serving.api_server import HELLO, MODEL, Served, ask, nothing_left, post, served, site  # noqa: F401
+from tests.serving.api_server import MODEL, Served, ask, nothing_left, post, served, site  # noqa: F401
 
 PAGE = "http://example.org"
 
