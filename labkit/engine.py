@@ -44,6 +44,10 @@ _GPU_POOL_SHARE = 0.8  # of the memory that weights and a step leave free; graph
 _MAX_ID = 128  # characters
 
 
+class PromptTooLongError(ValueError):
+    """A prompt has more tokens than the model, or a server, takes."""
+
+
 class Engine(EngineCore):
     """Requests in, text out, one step at a time.
 
@@ -231,7 +235,7 @@ class Engine(EngineCore):
         if not token_ids:
             raise ValueError("prompt is empty: it must have at least one token")
         if len(token_ids) >= self.max_model_len:
-            raise ValueError(
+            raise PromptTooLongError(
                 f"prompt has {len(token_ids)} tokens, but max_model_len is {self.max_model_len} and at least "
                 "one token must be left for the answer"
             )

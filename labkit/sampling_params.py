@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 MAX_LOGPROBS = 20
 MAX_N = 64
-MIN_TEMPERATURE = 1e-3  # below it, logits divided by it leave the range of fp32
+MIN_TEMPERATURE = 1e-3  # below it, logits divided by it may leave the range of fp32
 
 
 def check_number(field_name: str, value: object, low: float, high: float, *, whole: bool = False) -> None:
@@ -35,7 +35,7 @@ class SamplingParams:
     Args:
         max_tokens: the most tokens to generate.
         temperature: the temperature; 0 picks the likeliest token (greedy), and higher values flatten the
-            distribution.
+            distribution. What lies below `MIN_TEMPERATURE` is taken as 0.
         top_k: the number of likeliest tokens to keep; 0 keeps all.
         top_p: the probability that the likeliest tokens must reach together; only these are kept.
         min_p: the share of the likeliest token's probability below which tokens are dropped.
@@ -46,7 +46,7 @@ class SamplingParams:
         stop: strings that end the answer; they are cut from the text.
         stop_token_ids: token ids that end the answer.
         ignore_eos: whether to go on after the end-of-sequence token.
-        seed: the seed of the sampling noise; None takes one from the engine's seed.
+        seed: the seed of the sampling noise; None, and -1 as in vLLM, take one from the engine's seed.
         n: the number of answers to generate for the prompt.
         logprobs: how many of the likeliest tokens to report with their log-probabilities, beside the chosen
             one; None reports none at all.
@@ -76,9 +76,7 @@ class SamplingParams:
         check_number("max_tokens", self.max_tokens, 1, math.inf, whole=True)
         check_number("temperature", self.temperature, 0, 100)
         if 0 < self.temperature < MIN_TEMPERATURE:
-            raise ValueError(
-                f"temperature must be 0 (greedy) or between {MIN_TEMPERATURE} and 100, not {self.temperature}"
-            )
+            object.__setattr__(self, "temperature", 0.0)
         check_number("top_k", self.top_k, 0, math.inf, whole=True)
         check_number("top_p", self.top_p, 1e-6, 1)
         check_number("min_p", self.min_p, 0, 1)
@@ -88,6 +86,8 @@ class SamplingParams:
         check_number("n", self.n, 1, MAX_N, whole=True)
         if self.seed is not None:
             check_number("seed", self.seed, -(2**63), 2**63 - 1, whole=True)
+            if self.seed == -1:
+                object.__setattr__(self, "seed", None)
         if self.logprobs is not None:
             check_number("logprobs", self.logprobs, 0, MAX_LOGPROBS, whole=True)
         if self.n > 1 and self.temperature == 0:

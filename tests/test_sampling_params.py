@@ -17,7 +17,6 @@ NAN = float("nan")
         (dict(max_tokens=True), "max_tokens must be a whole number"),
         (dict(temperature=NAN), "temperature must be a number, not nan"),
         (dict(temperature=-1), "temperature must be between 0 and 100"),
-        (dict(temperature=1e-40), "temperature must be 0 \\(greedy\\) or between 0.001 and 100, not 1e-40"),
         (dict(max_tokens=10**400, temperature=10**400), "temperature must be between 0 and 100"),
         (dict(ignore_eos="no"), "ignore_eos must be True or False, not 'no'"),
         (dict(stop=5), "stop must be a list, not 5"),
@@ -37,6 +36,7 @@ NAN = float("nan")
         (dict(seed=1.0), "seed must be a whole number"),
         (dict(n=0), "n must be between 1 and 64"),
         (dict(n=2), "n > 1 needs temperature > 0"),
+        (dict(n=2, temperature=1e-8), "n > 1 needs temperature > 0"),
         (dict(logprobs=21), "logprobs must be between 0 and 20"),
         (dict(logit_bias={3: 101}), r"logit_bias\[3\] must be between -100 and 100"),
         (dict(logit_bias={"a": 1}), "logit_bias must be a whole number"),
@@ -50,3 +50,15 @@ def test_sampling_params_say_which_field_and_which_limit(values: dict, message: 
 def test_stop_may_be_one_string_or_several() -> None:
     assert SamplingParams(stop="x").stop == ("x",)
     assert SamplingParams(stop=["x", "yz"]).stop == ("x", "yz")
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-8, 1e-6, 1e-4, 9e-4])
+def test_a_temperature_that_fp32_cannot_divide_by_is_greedy(temperature: float) -> None:
+    """Clients of many kinds send such a number where they mean greedy."""
+    assert SamplingParams(temperature=temperature) == SamplingParams(temperature=0)
+    assert SamplingParams(temperature=1e-3).temperature == 1e-3
+
+
+def test_a_seed_of_minus_one_is_no_seed() -> None:
+    assert SamplingParams(seed=-1).seed is None
+    assert SamplingParams(seed=0).seed == 0 and SamplingParams(seed=-2).seed == -2

@@ -131,6 +131,6 @@ def _adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
 
 def _logprobs(row: Tensor, token: int, count: int) -> TokenLogprobs:
     logprobs = row.log_softmax(dim=-1)
-    values, ids = logprobs.topk(count)
+    values, ids = logprobs.topk(min(count, len(logprobs)))
     top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return TokenLogprobs(token, float(logprobs[token]), top)

@@ -5,15 +5,61 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+_PROBE = "wordsofauser"
 
-def as_chat(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -> str | list[int]:
-    """Write a user's message, or a list of messages {"role", "content"}, in the model's chat format.
+
+def as_chat(tokenizer: Any, prompt: str | Sequence[Mapping[str, Any]]) -> str | list[int]:
+    """Write a user's message, or a list of messages, in the model's chat format.
+
+    Args:
+        tokenizer: the tokenizer, which has the template.
+        prompt: text, or messages {"role", "content"}; a content is text, or a list of parts
+            {"type": "text", "text"}. The template sees what else a message has, such as a name.
 
     Returns:
         Token ids; or text, a paragraph for each message, if the model has no chat template.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not getattr(tokenizer, "chat_template", None):
-        return "\n\n".join(message["content"] for message in messages)
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return "\n\n".join(map(text_of, messages))
+    text = _written(tokenizer, _in_its_form(tokenizer, messages))
     return list(tokenizer.encode(text, add_special_tokens=False))  # the template has written them already
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """The text of a message, its parts joined."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _written(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _in_its_form(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with contents as the template reads them: as text, as parts, or as they are if it reads both.
+
+    A template does not say which it reads, so it is tried. One that expects parts finds none in text, and
+    loses it without a word; one that expects text writes a list of parts as Python does.
+    """
+    of_text, of_parts = (_tried(tokenizer, content) for content in (_PROBE, _parts(_PROBE)))
+    if of_text is not None and of_text == of_parts:
+        return [dict(message) for message in messages]
+    if of_text is None and of_parts is not None and "'text'" not in of_parts:
+        if _tried(tokenizer, _parts("first") + _parts(_PROBE)) is None:  # it reads the first part alone
+            return [{**message, "content": _parts(text_of(message))} for message in messages]
+        return [{**message, "content": _parts(message["content"])} for message in messages]
+    return [{**message, "content": text_of(message)} for message in messages]
+
+
+def _tried(tokenizer: Any, content: object) -> str | None:
+    """What the template makes of a content; None if it refuses it, or loses its words."""
+    try:
+        written = _written(tokenizer, [{"role": "user", "content": content}])
+    except Exception:  # of any kind: templates raise what they like
+        return None
+    return written if _PROBE in written else None
+
+
+def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from typing import TypeVar
 
 from fastapi.responses import StreamingResponse
@@ -77,6 +77,24 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
             task.cancel()
         with contextlib.suppress(BaseException):
             await doing
+
+
+async def patiently(source: AsyncGenerator[T, None], seconds: float) -> AsyncGenerator[T | None, None]:
+    """The items of a source, and None each time that the first has not come for so many seconds."""
+    first = asyncio.ensure_future(anext(source))
+    try:
+        while not (await asyncio.wait({first}, timeout=seconds))[0]:
+            yield None
+        yield first.result()
+        async for item in source:
+            yield item
+    except StopAsyncIteration:  # of `first`: there is none
+        pass
+    finally:
+        if not first.done():
+            first.cancel()
+            await asyncio.wait({first})  # the source cannot be closed while it runs
+        await source.aclose()
 
 
 class EventStream(StreamingResponse):

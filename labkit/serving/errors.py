@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -13,6 +15,7 @@ from starlette.exceptions import HTTPException
 from labkit.serving.asgi import ClientGone
 
 STATUSES: tuple[int | str, ...] = (400, 401, 404, 413, 422, 429, 500, 503, 504)  # of calls
+_LONGEST_VALUE = 60  # characters of a value in a message
 _LONGEST_TEXT = 1000  # characters of a message: it may repeat what was sent
 
 
@@ -33,6 +36,12 @@ class RequestError(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code or None
         self.retry_after = retry_after
+
+
+def too_long(longest: int, message: str, param: str) -> RequestError:
+    """The error for a prompt that is too long, with OpenAI's code and the words that clients look for."""
+    words = f"This model's maximum context length is {longest} tokens. {message}"
+    return RequestError(400, words, param=param, code="context_length_exceeded")
 
 
 class ErrorDetail(BaseModel):
@@ -60,6 +69,52 @@ def _sendable(text: str) -> str:
     """Text that UTF-8 can carry (no half surrogate pairs), and not too long."""
     cut = text if len(text) <= _LONGEST_TEXT else text[:_LONGEST_TEXT] + "..."
     return cut.encode("utf-8", "backslashreplace").decode()
+
+
+def explain(mistakes: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str]:
+    """What pydantic found wrong, as the name of the field and a sentence: where, what is allowed, what came.
+
+    Where a field may be of several kinds, pydantic reports a mistake for each kind, under the kind's name.
+    Those count that come furthest: in a list that could be text, the wrong item, and not that it is no text.
+    """
+    found = [(_place(mistake, body), mistake) for mistake in mistakes]
+    place = max((place for place, _ in found), key=_how_far)
+    here = [mistake for other, mistake in found if other == place]
+    here = [mistake for mistake in here if not mistake["type"].endswith(("_type", "literal_error"))] or here
+    wanted = "input should be "
+    texts = list(dict.fromkeys(f"{m['msg'][0].lower()}{m['msg'][1:]}" for m in here))
+    if "input should be a valid number" in texts:  # which a whole number is too
+        texts = [text for text in texts if text != "input should be a valid integer"]
+    said = " or ".join([texts[0], *(text.removeprefix(wanted) for text in texts[1:])])
+    came = f", not {_shown(here[0]['input'])}" if said.startswith(wanted) else ""
+    return str(place[0]), f"{'.'.join(map(str, place))}: {said}{came}"
+
+
+def _place(mistake: Mapping[str, Any], body: Any) -> tuple[str | int, ...]:
+    """Where in the body a mistake is: the names of kinds are left out of pydantic's own path."""
+    path = [part for part in mistake["loc"] if part != "body"]
+    place: list[str | int] = []
+    for part in path:
+        held = range(len(body)) if isinstance(body, list) else body if isinstance(body, dict) else ()
+        if part in held:
+            body = body[part]
+        elif mistake["type"] != "missing" or part != path[-1]:
+            continue
+        place.append(part)
+    return tuple(place) or (path[0],)
+
+
+def _how_far(place: tuple[str | int, ...]) -> tuple[int, list[int]]:
+    return len(place), [part for part in place if isinstance(part, int)]
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON, or what kind it is of, for one that is too long to repeat."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    if isinstance(value, str) and len(value) > _LONGEST_VALUE:
+        value = value[:_LONGEST_VALUE] + "..."
+    return json.dumps(value)
 
 
 def answer_errors(app: FastAPI) -> None:
@@ -97,8 +152,8 @@ def answer_errors(app: FastAPI) -> None:
             )
         if not place:
             return respond(RequestError(422, "the body must be a JSON object, sent as application/json"))
-        message = f"{'.'.join(place)}: {first['msg'][0].lower()}{first['msg'][1:]}"
-        return respond(RequestError(422, message, param=place[0]))
+        path, message = explain(error.errors(), error.body)
+        return respond(RequestError(422, message, param=path))
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:

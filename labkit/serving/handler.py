@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import sys
 import time
 import uuid
 from collections import Counter
@@ -17,14 +18,16 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from labkit.engine import PromptTooLongError
 from labkit.sampling_params import SamplingParams
 from labkit.serving.answer import Answer, Piece
+from labkit.serving.asgi import patiently
 from labkit.serving.async_engine import AsyncEngine, EngineStoppedError
-from labkit.serving.errors import RequestError, error_object
+from labkit.serving.errors import RequestError, error_object, too_long
 from labkit.serving.limits import Limits
 from labkit.serving.metrics import Metrics
 from labkit.serving.schema import Body, CompletionBody, field_of
-from labkit.serving.stream import DONE, Format, Vocabulary, event, usage
+from labkit.serving.stream import DONE, KEEP_ALIVE, Format, Vocabulary, event, usage
 
 logger = logging.getLogger("labkit.server")
 
@@ -40,6 +43,8 @@ class Options:
         api_key: the key that clients must bring; None asks for none.
         model_name: the name that clients must give; None is the engine's own.
         request_seconds: the time after which an answer is ended.
+        keep_alive_seconds: the time after which a stream without a first token gets a comment, so that no
+            proxy takes it for dead.
         body_bytes: the size of a body at most.
         cors: the origins whose pages may call; none by default.
         log_prompts: whether the log holds the prompts.
@@ -49,6 +54,7 @@ class Options:
     api_key: str | None = None
     model_name: str | None = None
     request_seconds: float = 600.0
+    keep_alive_seconds: float = 15.0
     body_bytes: int = 2 * 2**20
     cors: Sequence[str] = ()
     log_prompts: bool = False
@@ -132,6 +138,9 @@ class Handler:
             await asyncio.to_thread(self._submit, call)
         except BaseException as error:
             self._let_go(call)
+            if isinstance(error, PromptTooLongError):
+                longest = min(live.engine.max_model_len, self.options.limits.prompt_tokens or sys.maxsize)
+                raise too_long(longest, str(error), field_of(body, "prompt", "prompt")) from None
             if isinstance(error, ValueError):
                 raise RequestError(400, str(error), param=field_of(body, str(error), "prompt")) from None
             if isinstance(error, EngineStoppedError):
@@ -181,8 +190,10 @@ class Handler:
         for prompt in call.prompts:
             encoded = body.encode(prompt, tokenizer)
             request = live.engine.make_request(encoded, call.params, priority=body.priority or 0)
-            if limits.prompt_tokens is not None:
+            try:
                 limits.check_tokens(request.num_prompt_tokens, 0)
+            except ValueError as error:
+                raise PromptTooLongError(str(error)) from None
             requests.append(request)
         echo = isinstance(body, CompletionBody) and body.echo
         if echo or self.options.log_prompts or self.on_request:
@@ -204,8 +215,13 @@ class Handler:
             for index, echo in enumerate(echoes):
                 for choice in written.opening(index, echo):
                     yield written.chunk(choice)
-            async with contextlib.aclosing(self.follow(call)) as pieces:
-                async for index, piece in pieces:
+            following = patiently(self.follow(call), self.options.keep_alive_seconds)
+            async with contextlib.aclosing(following) as pieces:
+                async for numbered in pieces:
+                    if numbered is None:
+                        yield KEEP_ALIVE
+                        continue
+                    index, piece = numbered
                     for choice in written.growth(index, echoes[index], piece):
                         yield written.chunk(choice)
             if written.promises_usage:

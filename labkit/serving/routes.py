@@ -38,7 +38,14 @@ def create_app(
     app = FastAPI(title="labkit", docs_url=None, redoc_url=None, openapi_url="/v1/openapi.json")
     app.state.handler = handler
     if options.cors:
-        app.add_middleware(CORSMiddleware, allow_origins=list(options.cors), allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(options.cors),
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],  # a page reads no other of ours
+            max_age=600,
+        )
     app.add_middleware(BodyLimit, limit=options.body_bytes)
     answer_errors(app)
     guard = [Depends(_key_check(options.api_key))] if options.api_key else []
@@ -57,11 +64,13 @@ def create_app(
         """Answer a conversation, in the model's own chat format."""
         return await _respond(handler, request, body, ChatFormat)
 
+    @app.head("/v1/models", dependencies=guard, include_in_schema=False)
     @app.get("/v1/models", dependencies=guard, responses={401: error})
     async def models() -> dict[str, Any]:
         """The model that is served."""
         return {"object": "list", "data": [_model(handler)]}
 
+    @app.head("/v1/models/{name:path}", dependencies=guard, include_in_schema=False)
     @app.get("/v1/models/{name:path}", dependencies=guard, responses={401: error, 404: error})
     async def model(name: str) -> dict[str, Any]:
         """The model of that name."""
@@ -69,6 +78,7 @@ def create_app(
             raise handler.not_served(name)
         return _model(handler)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses={503: {"description": "Requests are not taken in."}})
     async def health() -> Response:
         """Whether requests are taken in."""
@@ -77,6 +87,7 @@ def create_app(
         body = {"status": state, "model": handler.model_name, "requests": live.num_unfinished}
         return JSONResponse(body, 200 if state == "ok" else 503)
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Numbers for Prometheus."""

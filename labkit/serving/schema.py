@@ -1,19 +1,20 @@
 """OpenAI's wire format, inwards: the body of a call becomes prompts and `SamplingParams`.
 
 Nothing is ignored in silence. A field that is unknown here, or that asks for something we cannot do, is
-refused by its name, unless its value asks for nothing (null, or one of `NEUTRAL`).
+refused by its name, unless its value asks for nothing (`labkit.serving.neutral`).
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 from transformers import PreTrainedTokenizerBase
 
-from labkit.models.chat import as_chat
+from labkit.models.chat import as_chat, text_of
 from labkit.sampling_params import MAX_LOGPROBS, SamplingParams
 from labkit.serving.errors import RequestError
+from labkit.serving.neutral import Where, first_that_asks
 
 Number = StrictInt | StrictFloat
 Token = Annotated[StrictInt, Field(ge=0)]
@@ -24,34 +25,23 @@ Tokens = Annotated[list[Token], Field(fail_fast=True)]
 Stop = Annotated[StrictStr, Field(max_length=256)]
 Stops = Annotated[list[Stop], Field(fail_fast=True, max_length=16)]
 
-# Fields that we do not have, with the values that ask for nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "suffix": ("",),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "modalities": (["text"],),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
-    "metadata": ({},),
-}
 ROLES = ("system", "developer", "user", "assistant")
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; chat goes on until the model ends
 
-Conversation = list[dict[str, str]]  # messages, each with a role and a content
+Conversation = list[dict[str, Any]]  # messages, as `as_chat` takes them
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="allow")
 
-    include_usage: StrictBool = False
+    include_usage: StrictBool | None = None
 
 
 class Body(BaseModel):
     """The fields that completions and chat share. `None` is the default, as if the field were absent."""
 
     model_config = ConfigDict(extra="allow")
+    where: ClassVar[Where]  # in the table of neutral values
 
     model: StrictStr
     max_tokens: StrictInt | None = None
@@ -76,11 +66,17 @@ class Body(BaseModel):
 
     def refuse_unknown(self) -> None:
         """Raise `RequestError` (400) for the first field that we do not have, unless it asks for nothing."""
-        for name, value in (self.model_extra or {}).items():
-            if value is not None and value not in NEUTRAL.get(name, ()):
-                raise RequestError(400, f"{name} is not supported here", param=name, code="unsupported")
-        if self.stream_options is not None and not self.stream:
-            raise RequestError(400, "stream_options needs stream=true", param="stream_options")
+        extra = dict(self.model_extra or {})
+        if (best_of := extra.get("best_of")) == (self.n or 1) and not isinstance(best_of, bool):
+            extra["best_of"] = None  # as many as are returned
+        if (name := first_that_asks(self.where, extra)) is not None:
+            raise RequestError(400, f"{name} is not supported here", param=name, code="unsupported")
+        if options := self.stream_options:
+            if (name := first_that_asks("stream_options", options.model_extra)) is not None:
+                message = f"stream_options: {name} is not supported here"
+                raise RequestError(400, message, param="stream_options", code="unsupported")
+            if options.include_usage and not self.stream:
+                raise RequestError(400, "stream_options needs stream=true", param="stream_options")
 
     def prompts(self) -> list[Any]:
         """One or many prompts, as `encode` and `shown` take them. Raises `RequestError` naming the field."""
@@ -123,9 +119,11 @@ class Body(BaseModel):
 class CompletionBody(Body):
     """The body of `POST /v1/completions`."""
 
+    where = "completions"
+
     prompt: StrictStr | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
     echo: StrictBool | None = None
-    logprobs: StrictInt | None = None
+    logprobs: StrictInt | Literal[False] | None = None  # false is what chat calls none
 
     def prompts(self) -> list[str | list[int]]:
         """One or many prompts, each text or token ids."""
@@ -148,17 +146,27 @@ class CompletionBody(Body):
 
     def sampling_params(self, longest: int) -> SamplingParams:
         """See `Body`."""
-        if self.echo and self.logprobs is not None:
+        logprobs = None if self.logprobs is False else self.logprobs
+        if self.echo and logprobs is not None:
             raise RequestError(400, "echo with logprobs is not supported here", param="echo")
         max_tokens = min(_COMPLETION_TOKENS, longest) if self.max_tokens is None else self.max_tokens
-        return self._params(max_tokens, self.logprobs)
+        return self._params(max_tokens, logprobs)
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="allow")
 
     type: StrictStr
     text: StrictStr | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """Type and text. Raises `RequestError` (400) for a part that is not text alone."""
+        if self.type != "text" or self.text is None:
+            words = f"messages: only parts of type text are supported, not {self.type!r}"
+            raise RequestError(400, words, param="messages")
+        if (name := first_that_asks("part", self.model_extra)) is not None:
+            raise RequestError(400, f"messages: {name} in a part is not supported here", param="messages")
+        return {"type": self.type, "text": self.text}
 
 
 class Message(BaseModel):
@@ -168,35 +176,32 @@ class Message(BaseModel):
     content: StrictStr | Annotated[list[Part], Field(fail_fast=True)] | None = None
     name: StrictStr | None = None
 
-    def plain(self) -> dict[str, str]:
-        """Role and text. Raises `RequestError` (400) for a message that is not text alone."""
-        for name, value in (self.model_extra or {}).items():
-            if value not in (None, []):
-                raise RequestError(400, f"messages: {name} is not supported here", param="messages")
+    def plain(self) -> dict[str, Any]:
+        """Role, content and name, as they were sent. Raises `RequestError` (400) for more than text."""
+        if (name := first_that_asks("message", self.model_extra)) is not None:
+            raise RequestError(400, f"messages: {name} is not supported here", param="messages")
         if self.role not in ROLES:
             raise RequestError(
                 400, f"messages: role must be one of {', '.join(ROLES)}, not {self.role!r}", param="messages"
             )
-        content = self.content
-        if isinstance(content, list):
-            for part in content:
-                if part.type != "text" or part.text is None:
-                    raise RequestError(
-                        400, f"messages: only parts of type text are supported, not {part.type!r}",
-                        param="messages",
-                    )  # fmt: skip
-            content = "".join(part.text or "" for part in content)
+        content: str | list[dict[str, Any]] = self.content if isinstance(self.content, str) else ""
+        if isinstance(self.content, list):
+            content = [part.plain() for part in self.content]
+        message = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        if self.name is not None:
+            message["name"] = self.name
         try:
-            (content or "").encode()
+            (text_of(message) + (self.name or "")).encode()
         except UnicodeEncodeError:
-            message = "messages: content is not text: it holds half a surrogate pair"
-            raise RequestError(400, message, param="messages") from None
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": content or ""}
+            words = "messages: content is not text: it holds half a surrogate pair"
+            raise RequestError(400, words, param="messages") from None
+        return message
 
 
 class ChatBody(Body):
     """The body of `POST /v1/chat/completions`."""
+
+    where = "chat"
 
     messages: Annotated[list[Message], Field(fail_fast=True)]
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
@@ -218,11 +223,11 @@ class ChatBody(Body):
 
     def shown(self, prompt: Conversation, tokenizer: PreTrainedTokenizerBase) -> str:
         """The latest message."""
-        return prompt[-1]["content"]
+        return text_of(prompt[-1])
 
     def sampling_params(self, longest: int) -> SamplingParams:
         """See `Body`."""
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise RequestError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise RequestError(

@@ -14,6 +14,8 @@ from labkit.outputs import FinishReason, RequestOutput, TokenLogprobs
 from labkit.serving.answer import Piece
 
 DONE = b"data: [DONE]\n\n"  # how a stream ends
+LEAST_LOGPROB = -9999.0  # OpenAI's number for what cannot be: JSON has no infinity
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients skip
 
 
 def event(data: dict[str, Any]) -> bytes:
@@ -45,7 +47,11 @@ def chat_logprobs(entries: Sequence[TokenLogprobs], vocabulary: Vocabulary) -> d
     """Log-probabilities as chat writes them."""
 
     def shown(token: int, logprob: float) -> dict[str, Any]:
-        return {"token": vocabulary.text(token), "logprob": logprob, "bytes": vocabulary.bytes(token)}
+        return {
+            "token": vocabulary.text(token),
+            "logprob": max(logprob, LEAST_LOGPROB),
+            "bytes": vocabulary.bytes(token),
+        }
 
     return {
         "content": [
@@ -67,10 +73,18 @@ def completion_logprobs(
         offset += len(text)
     return {
         "tokens": texts,
-        "token_logprobs": [entry.logprob for entry in entries],
-        "top_logprobs": [{vocabulary.text(token): value for token, value in entry.top} for entry in entries],
+        "token_logprobs": [max(entry.logprob, LEAST_LOGPROB) for entry in entries],
+        "top_logprobs": [_by_text(entry, vocabulary) for entry in entries],
         "text_offset": offsets,
     }
+
+
+def _by_text(entry: TokenLogprobs, vocabulary: Vocabulary) -> dict[str, float]:
+    """The likeliest tokens and the chosen one; the better of two that have the same text."""
+    best: dict[str, float] = {}
+    for token, logprob in (*entry.top, (entry.token, entry.logprob)):  # in falling order, the chosen one last
+        best.setdefault(vocabulary.text(token), max(logprob, LEAST_LOGPROB))
+    return best
 
 
 def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:

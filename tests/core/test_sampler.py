@@ -7,6 +7,8 @@ from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from labkit.core.request import Request
 from labkit.core.sampler import gumbel_noise, mix, sample
@@ -163,3 +165,31 @@ def test_a_row_that_is_not_finite_is_reported_and_the_others_are_not_touched(
     tokens, _, sound = sample(logits, requests)
     assert sound == [True, False, True]
     assert [tokens[0], tokens[2]] == sample(logits[[0, 2]], [requests[0], requests[2]])[0]
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "temperature": st.floats(0, 100),
+            "top_k": st.integers(0, 9) | st.just(10**30),
+            "top_p": st.floats(1e-6, 1),
+            "min_p": st.floats(0, 1),
+            "repetition_penalty": st.floats(0.01, 100),
+            "presence_penalty": st.floats(-2, 2),
+            "frequency_penalty": st.floats(-2, 2),
+            "logit_bias": st.dictionaries(st.integers(0, 4), st.floats(-100, 100), max_size=5),
+            "logprobs": st.integers(0, 20),
+        },
+    ),
+    st.lists(st.sampled_from([0.0, -1.5, 3.0, -math.inf, 3e38]), min_size=5, max_size=5),
+)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_no_parameters_break_the_step_for_others(params: dict, row: list[float]) -> None:
+    """The vocabulary has five tokens: fewer than `top_k` and `logprobs` may ask for."""
+    usual = [request(1, logprobs=2), request(2, temperature=1.0, top_k=2)]
+    logits = torch.tensor([[0.1, 2.0, -1.0, 0.5, 1.9], row, [1.0, 1.1, 0.9, -3.0, 0.2]])
+    tokens, logprobs, sound = sample(logits, [usual[0], request(2**64 - 1, [1, 2, 2], **params), usual[1]])
+    assert [[part[0], part[2]] for part in (tokens, logprobs, sound)] == list(sample(logits[[0, 2]], usual))
+    if sound[1] and "logprobs" in params:
+        assert len(logprobs[1].top) == min(params["logprobs"], 5)

@@ -329,15 +329,3 @@ def test_the_log_has_a_line_for_each_call_and_no_prompt(caplog: pytest.LogCaptur
         post(site, ask())
         site.until_quiet()
     assert json.loads(caplog.records[-1].message)["prompts"] == [HELLO]
-
-
-def test_pages_of_other_origins_may_call_only_if_told() -> None:
-    headers = {"Origin": "http://example.org", "Access-Control-Request-Method": "POST"}
-    with served() as site:
-        assert (
-            "access-control-allow-origin"
-            not in httpx.options(site.url + "/v1/models", headers=headers).headers
-        )
-    with served(Options(cors=["http://example.org"])) as site:
-        answer = httpx.options(site.url + "/v1/completions", headers=headers)
-        assert answer.headers["access-control-allow-origin"] == "http://example.org"

@@ -9,7 +9,19 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serving.api_server import HELLO, MODEL, TALK, Served, ask, nothing_left, post, site  # noqa: F401
+from labkit.serving.handler import Options
+from labkit.serving.limits import Limits
+from tests.serving.api_server import (  # noqa: F401
+    HELLO,
+    MODEL,
+    TALK,
+    Served,
+    ask,
+    nothing_left,
+    post,
+    served,
+    site,
+)
 
 REFUSED = [
     (ask(model="gpt-4"), 404, "model", "model 'gpt-4' is not served here; 'tiny-random' is"),
@@ -18,7 +30,21 @@ REFUSED = [
     (ask(prompt=[[]]), 400, "prompt", "prompt is empty"),
     (ask(prompt=[999999]), 400, "prompt", "prompt: a token id must be between 0 and"),
     (ask(prompt="word " * 400), 400, "prompt", "max_model_len is"),
-    (ask(prompt=7), 422, "prompt", "prompt."),
+    (ask(prompt="word " * 400), 400, "prompt", "This model's maximum context length is 200 tokens."),
+    (ask(prompt=7), 422, "prompt", "prompt: input should be a valid string or a valid list, not 7"),
+    (ask(prompt=["a", 7]), 422, "prompt", "prompt.1: input should be a valid string, not 7"),
+    (ask(prompt=[1, "a"]), 422, "prompt", "prompt.1: input should be a valid integer, not \"a\""),
+    (ask(prompt=[[1], [2, None]]), 422, "prompt", "prompt.1.1: input should be a valid integer, not null"),
+    (ask(prompt=[[-1]]), 422, "prompt", "prompt.0.0: input should be greater than or equal to 0, not -1"),
+    (ask(temperature="hot"), 422, "temperature", "temperature: input should be a valid number, not \"hot\""),
+    (ask(temperature=[0]), 422, "temperature", "temperature: input should be a valid number, not a list"),
+    (ask(stop=7), 422, "stop", "stop: input should be a valid string or a valid list, not 7"),
+    (ask(stop=["a", 7]), 422, "stop", "stop.1: input should be a valid string, not 7"),
+    (ask(stop=["x"] * 17), 422, "stop", "stop: list should have at most 16 items"),
+    (ask(stop="x" * 300), 422, "stop", "stop: string should have at most 256 characters"),
+    (ask(logprobs="x"), 422, "logprobs", "logprobs: input should be a valid integer or False, not \"x\""),
+    (ask(stream="x" * 99), 422, "stream", "input should be a valid boolean, not \"" + "x" * 60 + "...\""),
+    (ask(stream_options={"include_usage": 1}), 422, "stream_options", "stream_options.include_usage: input"),
     (ask(max_tokens=0), 400, "max_tokens", "max_tokens must be at least 1, not 0"),
     (ask(max_tokens=1.5), 422, "max_tokens", "valid integer"),
     (ask(max_tokens="9"), 422, "max_tokens", "valid integer"),
@@ -35,6 +61,8 @@ REFUSED = [
     (ask(priority=2**40), 400, "priority", "priority must be between"),
     (ask(echo=True, logprobs=1), 400, "echo", "echo with logprobs"),
     (ask(stream_options={"include_usage": True}), 400, "stream_options", "needs stream=true"),
+    (ask(stream=True, stream_options={"include_obfuscation": True}), 400, "stream_options",
+     "stream_options: include_obfuscation is not supported here"),
     (ask(best_of=3), 400, "best_of", "best_of is not supported here"),
     (ask(suffix="x"), 400, "suffix", "suffix is not supported here"),
     (ask(wibble=1), 400, "wibble", "wibble is not supported here"),
@@ -73,17 +101,44 @@ def test_chats_that_cannot_be_served_are_named(site: Served, fields: dict[str, A
     assert words in answer.json()["error"]["message"]
 
 
-def test_fields_that_ask_for_nothing_are_let_pass(site: Served) -> None:
-    neutral = {
-        "best_of": 1,
-        "suffix": None,
-        "stop": None,
-        "n": 1,
-        "user": "me",
-        "store": False,
-        "top_k": None,
-    }
-    assert post(site, ask(**neutral)).status_code == 200
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ("hi", 'messages: input should be a valid list, not "hi"'),
+        ([7], "messages.0: input should be a valid dictionary or object"),
+        ([{"role": "user", "content": 7}],
+         "messages.0.content: input should be a valid string or a valid list, not 7"),
+        ([{"role": "user", "content": ["a"]}], "messages.0.content.0: input should be"),
+        ([{"role": "user", "content": [{"type": "text", "text": 7}]}],
+         "messages.0.content.0.text: input should be a valid string, not 7"),
+        ([{"role": "user", "content": [{"text": "a"}]}], "messages.0.content.0.type: field required"),
+        ([{"content": "a"}], "messages.0.role: field required"),
+    ],
+)  # fmt: skip
+def test_messages_that_are_none_are_named_by_their_place(site: Served, messages: Any, words: str) -> None:
+    answer = post(site, {"model": MODEL, "messages": messages}, "chat/completions")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (422, "messages")
+    assert words in error["message"]
+
+
+def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for(site: Served) -> None:
+    long = [{"role": "user", "content": "word " * 400}]
+    with served(Options(limits=Limits(prompt_tokens=10))) as short:
+        asked = [
+            (site, ask(prompt="word " * 400), "completions", "prompt", 200),
+            (site, ask(prompt=[[5], [5] * 200]), "completions", "prompt", 200),
+            (site, {"model": MODEL, "messages": long}, "chat/completions", "messages", 200),
+            (short, ask(prompt=[5] * 11), "completions", "prompt", 10),
+            (short, {"model": MODEL, "messages": long}, "chat/completions", "messages", 10),
+        ]
+        for where, body, path, param, longest in asked:
+            answer = post(where, body, path)
+            error = answer.json()["error"]
+            assert answer.status_code == 400
+            assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+            assert "This model's maximum context length is " in error["message"]
+            assert f"is {longest} tokens" in error["message"]
 
 
 @pytest.mark.parametrize(
