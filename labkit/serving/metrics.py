@@ -59,7 +59,9 @@ class Metrics:
         self.kv_usage = gauge(
             "kv_cache_usage_perc", "Share of the KV cache's blocks that have an owner, 0 to 1."
         )
-        self.queries = counter("prefix_cache_queries", "Tokens looked up in the prefix cache.")
+        self.queries = counter(
+            "prefix_cache_queries", "Tokens looked up in the prefix cache, but not again after a preemption."
+        )
         self.hits = counter("prefix_cache_hits", "Tokens found in the prefix cache.")
         self.preemptions = counter("num_preemptions", "Requests that had to give their blocks back.")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests whose first token came.")
