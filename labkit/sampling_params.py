@@ -100,8 +100,9 @@ class SamplingParams:
             raise ValueError(
                 f"temperature must be 0 (greedy) or between {MIN_TEMPERATURE} and 100, not {self.temperature}"
             )
-        check_number("top_k", self.top_k, -1, math.inf, whole=True)
-        object.__setattr__(self, "top_k", max(0, self.top_k))  # -1 is another way to say that it is off
+        if isinstance(self.top_k, int) and self.top_k == -1:  # another way to say that it is off
+            object.__setattr__(self, "top_k", 0)
+        check_number("top_k", self.top_k, 0, math.inf, whole=True)
         check_number("top_p", self.top_p, 1e-6, 1)
         check_number("min_p", self.min_p, 0, 1)
         check_number("repetition_penalty", self.repetition_penalty, 0.01, 100)
