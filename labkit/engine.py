@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import psutil
 import torch
@@ -37,11 +39,12 @@ from labkit.speculative.draft_model import draft_model, make_speculator
 from labkit.trace.records import StepRecord, TraceMeta
 from labkit.trace.trace import Trace
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Mapping[str, Any]
 
 _CPU_POOL_BYTES = 384 * 2**20  # the most that the default pool takes on a CPU
 _GPU_POOL_SHARE = 0.8  # of the memory that weights and a step leave free; graphs use the rest
 _MAX_ID = 128  # characters
+_PROMPT_KEYS = ("prompt", "prompt_token_ids")
 
 
 class PromptTooLongError(ValueError):
@@ -52,7 +55,7 @@ class Engine(EngineCore):
     """Requests in, text out, one step at a time.
 
     Args:
-        config: the settings; None takes all defaults.
+        config: the settings, or a model, named or loaded as in `EngineConfig`; None takes all defaults.
         scheduler: a `Scheduler` class of your own, with the same arguments.
         pool: a `BlockPool` class of your own, which is called with `(num_blocks, block_size)`. The steps of
             either are audited: a broken rule raises `InvariantError` at the step that broke it.
@@ -71,12 +74,16 @@ class Engine(EngineCore):
 
     def __init__(
         self,
-        config: EngineConfig | None = None,
+        config: EngineConfig | str | os.PathLike[str] | LoadedModel | None = None,
         scheduler: Callable[..., Scheduler] | None = None,
         pool: Callable[..., BlockPool] | None = None,
         *,
         say: Say | None = print,
     ) -> None:
+        if isinstance(config, str | os.PathLike | LoadedModel):
+            config = EngineConfig(model=config)
+        elif not isinstance(config, EngineConfig | None):
+            raise ValueError(f"config must be EngineConfig or a model, not {type(config).__name__}")
         self.config = config = config or EngineConfig()
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
@@ -117,6 +124,12 @@ class Engine(EngineCore):
         self.outputs: dict[str, RequestOutput] = {}
         self._unfinished: dict[str, Request] = {}
         self._numbers = itertools.count()
+
+    def __repr__(self) -> str:
+        model, scheduler, pool = self.model, self.scheduler, self.pool
+        requests = f"{len(scheduler.running)} running, {scheduler.num_waiting} waiting"
+        pages = f"{pool.num_free} of {pool.num_blocks} pages free"
+        return f"Engine({model.name!r}, {model.dtype} on {model.device}, {requests}, {pages})"
 
     def _fitting_blocks(self, reserve: int, draft: LoadedModel | None) -> int:
         """Return how many blocks all seats need at full length, or fewer if memory is short.
@@ -163,8 +176,10 @@ class Engine(EngineCore):
         request_id: str | None = None,
         priority: int = 0,
     ) -> str:
-        """Queue a prompt (text or token ids), and return the request's id. The next step can run it.
+        """Queue a prompt, and return the request's id. The next step can run it.
 
+        A prompt is text, token ids, or a dictionary as vLLM takes it: {"prompt": text}, or
+        {"prompt_token_ids": token ids}, to which "prompt" may give the text that they stand for.
         With `params.n` > 1 the answers after the first are requests of their own: "7", "7.1", "7.2", ...
 
         Raises:
@@ -185,7 +200,10 @@ class Engine(EngineCore):
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be SamplingParams, not {type(params).__name__}")
         check_number("priority", priority, -(2**31), 2**31, whole=True)
-        token_ids = self._tokenise(prompt)
+        text, token_ids = self._read(prompt)
+        if params.max_tokens is None:  # as far as the model and the pool go
+            most = min(self.max_model_len, self.pool.num_blocks * self.pool.block_size)
+            params = replace(params, max_tokens=max(1, most - len(token_ids)))
         self._check_tokens("stop_token_ids", params.stop_token_ids)
         self._check_tokens("logit_bias", list(params.logit_bias or ()))
         number = next(self._numbers)
@@ -211,7 +229,8 @@ class Engine(EngineCore):
                 seed=mix(seed, i),
                 max_len=min(len(token_ids) + params.max_tokens, self.max_model_len),
                 stop_ids=stop_ids,
-                reader=IncrementalDetokenizer(self.model.tokenizer, params.stop) if has_text else None,
+                prompt=text,
+                reader=self._reader(params) if has_text else None,
                 family=request_id,
             )
             for i, name in enumerate(answer_ids(request_id, params.n))
@@ -221,7 +240,22 @@ class Engine(EngineCore):
         self.scheduler.check(first)
         return first
 
-    def _tokenise(self, prompt: Prompt) -> list[int]:
+    def _read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """Return the text of a prompt, if it has one, and its token ids."""
+        if not isinstance(prompt, Mapping):
+            return prompt if isinstance(prompt, str) else None, self._tokenise(prompt)
+        text, token_ids = (prompt.get(key) for key in _PROMPT_KEYS)
+        if not set(prompt) <= set(_PROMPT_KEYS) or (text is None and token_ids is None):
+            raise ValueError(
+                f"prompt must have the key {' or '.join(_PROMPT_KEYS)}, and no others, not {list(prompt)}"
+            )
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"prompt must be text, not {type(text).__name__}")
+        if isinstance(token_ids, str):
+            raise ValueError("prompt_token_ids must be a list of token ids, not text")
+        return text, self._tokenise(text if token_ids is None else token_ids)
+
+    def _tokenise(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
             try:
                 token_ids = list(self.model.tokenizer.encode(prompt))
@@ -240,6 +274,15 @@ class Engine(EngineCore):
                 "one token must be left for the answer"
             )
         return token_ids
+
+    def _reader(self, params: SamplingParams) -> IncrementalDetokenizer:
+        return IncrementalDetokenizer(
+            self.model.tokenizer,
+            params.stop,
+            min_tokens=params.min_tokens,
+            keep_stop=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+        )
 
     def _check_tokens(self, name: str, token_ids: Sequence[int]) -> None:
         for token in token_ids:
@@ -272,6 +315,7 @@ class Engine(EngineCore):
                 RequestMetrics(now),
                 logprobs=None if member.params.logprobs is None else [],
                 index=index,
+                prompt=member.prompt,
             )
 
     def set_priority(self, request_id: str, priority: int) -> bool:

@@ -1,23 +1,34 @@
-"""The engine for a list of prompts: `generate` returns once all of them are answered."""
+"""The engine for a list of prompts: `generate` and `chat` return once all of them are answered."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import time
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from labkit.config import EngineConfig
 from labkit.engine import Engine, Prompt
+from labkit.models.chat import as_chat
 from labkit.outputs import RequestOutput
 from labkit.sampling_params import SamplingParams
+
+Message = Mapping[str, Any]  # {"role": "user", "content": "Why is the sky blue?"}
+Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class LLM:
     """A model and an engine that answers lists of prompts.
+
+    `generate` lets the model go on with a text, as it stands. `chat` asks it as a conversation, in the format
+    that it was trained on: use that for questions to an instruct model, which often has nothing to add to a
+    bare text and ends at once.
 
     Args:
         model: the model, as in `EngineConfig`.
@@ -31,22 +42,37 @@ class LLM:
         known = {field.name for field in dataclasses.fields(EngineConfig)}
         for name in config:
             if name not in known:
-                raise ValueError(f"{name} is not a setting; known are {', '.join(sorted(known))}")
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f". Did you mean {close[0]}?" if close else ""
+                raise ValueError(f"{name} is not a setting; known are {', '.join(sorted(known))}{hint}")
         self.engine = Engine(EngineConfig(model=model, **config))
+        self._hinted = False  # whether `chat` was hinted at
+
+    def __repr__(self) -> str:
+        model = self.engine.model
+        return f"LLM({model.name!r}, {model.dtype} on {model.device})"
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the model's tokenizer, as `transformers` has it."""
+        return self.engine.model.tokenizer
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: Params = None,
         *,
         progress: bool = True,
+        sampling_params: Params = None,
+        use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
-        """Answer all prompts, and return when the last is done.
+        """Go on with all prompts, as they stand, and return when the last is done. For questions, see `chat`.
 
         Args:
-            prompts: one prompt or many; each is text or token ids.
+            prompts: one prompt or many; each is text, token ids, or a dictionary with "prompt" or
+                "prompt_token_ids".
             params: sampling parameters for all prompts, or a list with those of each.
             progress: whether to show a bar with tokens per second.
+            sampling_params, use_tqdm: the names that vLLM has for `params` and `progress`.
 
         Returns:
             The output of each prompt, in order; with n > 1, n outputs in a row.
@@ -56,9 +82,85 @@ class LLM:
         """
         if not isinstance(prompts, Iterable):
             raise ValueError(f"prompts must be text, token ids, or a list of either, not {prompts!r}")
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         if prompts and isinstance(prompts[0], int):
             prompts = [prompts]
+        outputs = self._answer(prompts, _either(params, sampling_params), _shown(progress, use_tqdm))
+        self._hint_at_chat(outputs)
+        return outputs
+
+    def chat(
+        self,
+        messages: str | Sequence[Message] | Sequence[str | Sequence[Message]],
+        params: Params = None,
+        *,
+        progress: bool = True,
+        sampling_params: Params = None,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Answer all conversations, each in the model's own chat format, and return when the last is done.
+
+        A model without a chat template gets the messages as paragraphs; `generate` suits it better.
+
+        Args:
+            messages: one conversation or many; each is a list of messages {"role", "content"}, or the text of
+                a user's only message.
+            params, progress, sampling_params, use_tqdm: what `generate` says.
+
+        Returns:
+            The output of each conversation, in order; with n > 1, n outputs in a row.
+
+        Raises:
+            ValueError: if a conversation cannot be served, or the model's template refuses it; then none is
+                run.
+        """
+        if isinstance(messages, str):
+            messages = [messages]
+        if not isinstance(messages, Iterable):
+            raise ValueError(
+                f"messages must be text, a list of messages, or a list of either, not {messages!r}"
+            )
+        messages = list(messages)
+        if messages and isinstance(messages[0], Mapping):
+            messages = [messages]
+        prompts = [self._written(conversation) for conversation in messages]
+        return self._answer(prompts, _either(params, sampling_params), _shown(progress, use_tqdm))
+
+    def _written(self, conversation: str | Sequence[Message]) -> Prompt:
+        """Return a conversation as a prompt."""
+        if not isinstance(conversation, str):
+            if not isinstance(conversation, Sequence) or not conversation:
+                raise ValueError(f"messages must have at least one message, not {conversation!r}")
+            for message in conversation:
+                if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+                    raise ValueError(f"messages: each must have a role and a content, not {message!r}")
+        tokenizer = self.get_tokenizer()
+        try:
+            written = as_chat(tokenizer, conversation)
+        except Exception as error:  # some models' templates refuse some conversations, in their own words
+            raise ValueError(f"messages: the chat template says: {error}") from None
+        if isinstance(written, str):
+            return written
+        return {"prompt": tokenizer.decode(written), "prompt_token_ids": written}
+
+    def _hint_at_chat(self, outputs: list[RequestOutput]) -> None:
+        """Hint at `chat`, once, if the model had nothing to add to a text, and has a chat template."""
+        model = self.engine.model
+        if self._hinted or not getattr(model.tokenizer, "chat_template", None):
+            return
+        for output in outputs:
+            ended = output.token_ids and output.token_ids[-1] in model.eos_token_ids
+            if output.prompt and ended and not output.text.strip():
+                self._hinted = True
+                warnings.warn(
+                    f"{model.name} ended its answer at once: `generate` does not apply its chat template. "
+                    "For a question to an instruct model, use `chat`.",
+                    stacklevel=3,
+                )
+                return
+
+    def _answer(self, prompts: list[Prompt], params: Params, progress: bool) -> list[RequestOutput]:
+        """Run the prompts, and return their outputs in order."""
         if not isinstance(params, Sequence):
             params = [params] * len(prompts)
         if len(params) != len(prompts):
@@ -93,3 +195,14 @@ class LLM:
             for finish in record.finished:
                 open_ids.discard(finish.request_id)
                 bar.update()
+
+
+def _either(params: Params, sampling_params: Params) -> Params:
+    """Return what was given, under one name or the other."""
+    if params is not None and sampling_params is not None:
+        raise ValueError("params and sampling_params are two names of one thing: give one of them")
+    return sampling_params if params is None else params
+
+
+def _shown(progress: bool, use_tqdm: bool | None) -> bool:
+    return progress if use_tqdm is None else bool(use_tqdm)

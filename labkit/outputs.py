@@ -66,8 +66,9 @@ class RequestMetrics:
 class RequestOutput:
     """What a request has produced so far. It is complete once `finish_reason` is set.
 
-    `text` never ends in half a character, and a complete one has no stop string. `error` says what went wrong
-    if `finish_reason` is "error". For n > 1, `index` counts the answers to one prompt.
+    `text` never ends in half a character, and a complete one has no stop string, unless that was to be kept.
+    `error` says what went wrong if `finish_reason` is "error". For n > 1, `index` counts the answers to one
+    prompt. `prompt` is the text of the prompt, or None if it came as token ids.
     """
 
     request_id: str
@@ -79,6 +80,12 @@ class RequestOutput:
     logprobs: list[TokenLogprobs] | None = None
     error: str | None = None
     index: int = 0
+    prompt: str | None = None
+
+    @property
+    def outputs(self) -> list[RequestOutput]:
+        """The answer, as vLLM has it: `output.outputs[0].text`. With n > 1 each answer is an output here."""
+        return [self]
 
     @property
     def finished(self) -> bool:

@@ -33,17 +33,21 @@ class SamplingParams:
     """How to pick the next token, and when to stop.
 
     Args:
-        max_tokens: the most tokens to generate.
+        max_tokens: the most tokens to generate; None goes on up to the model's limit (`Engine` puts the
+            number in its place).
+        min_tokens: the least tokens to generate: before so many have come, tokens that would end the answer
+            are never picked, and stop strings are not looked for.
         temperature: the temperature; 0 picks the likeliest token (greedy), and higher values flatten the
             distribution. What lies below `MIN_TEMPERATURE` is taken as 0.
-        top_k: the number of likeliest tokens to keep; 0 keeps all.
+        top_k: the number of likeliest tokens to keep; 0 or -1 keeps all.
         top_p: the probability that the likeliest tokens must reach together; only these are kept.
         min_p: the share of the likeliest token's probability below which tokens are dropped.
         repetition_penalty: a number that divides the logits of tokens in prompt or answer (and multiplies
             negative ones).
         presence_penalty: a number that is subtracted from the logits of tokens in the answer.
         frequency_penalty: a number that is subtracted for each time that a token occurs in the answer.
-        stop: strings that end the answer; they are cut from the text.
+        stop: strings that end the answer; they are cut from the text, with what comes after them.
+        include_stop_str_in_output: whether the text keeps the stop string that ended it.
         stop_token_ids: token ids that end the answer.
         ignore_eos: whether to go on after the end-of-sequence token.
         seed: the seed of the sampling noise; None, and -1 as in vLLM, take one from the engine's seed.
@@ -51,12 +55,20 @@ class SamplingParams:
         logprobs: how many of the likeliest tokens to report with their log-probabilities, beside the chosen
             one; None reports none at all.
         logit_bias: numbers to add to the logits of token ids, before anything else.
+        skip_special_tokens: whether special tokens, such as the end of sequence, are left out of the text.
+
+    The logits are divided by the temperature first. Then top-k keeps exactly k tokens, top-p counts the
+    probabilities of those, and min-p drops those that are too far from the likeliest. vLLM differs in two
+    places: min-p goes first there, so that top-p counts what min-p has left, and top-k keeps all tokens that
+    tie for the k-th place.
+
+    A token that ends the answer is part of its text, unless it is special and special tokens are left out.
 
     Raises:
         ValueError: for a value outside its limits; the message names the field and the limit.
     """
 
-    max_tokens: int = 64
+    max_tokens: int | None = 64
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -71,12 +83,23 @@ class SamplingParams:
     n: int = 1
     logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
+    min_tokens: int = 0
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        check_number("max_tokens", self.max_tokens, 1, math.inf, whole=True)
+        if self.max_tokens is not None:
+            check_number("max_tokens", self.max_tokens, 1, math.inf, whole=True)
+        check_number("min_tokens", self.min_tokens, 0, math.inf, whole=True)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens must be at most max_tokens ({self.max_tokens}), not {self.min_tokens}"
+            )
         check_number("temperature", self.temperature, 0, 100)
         if 0 < self.temperature < MIN_TEMPERATURE:
             object.__setattr__(self, "temperature", 0.0)
+        if isinstance(self.top_k, int) and self.top_k == -1:  # another way to say that it is off
+            object.__setattr__(self, "top_k", 0)
         check_number("top_k", self.top_k, 0, math.inf, whole=True)
         check_number("top_p", self.top_p, 1e-6, 1)
         check_number("min_p", self.min_p, 0, 1)
@@ -94,7 +117,8 @@ class SamplingParams:
             raise ValueError("n > 1 needs temperature > 0: greedy answers would all be the same")
         object.__setattr__(self, "stop", _strings("stop", self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
-        check_flag("ignore_eos", self.ignore_eos)
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            check_flag(name, getattr(self, name))
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise ValueError(f"logit_bias must map token ids to numbers, not {self.logit_bias!r}")

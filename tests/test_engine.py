@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -289,3 +290,39 @@ def test_the_answers_of_n_are_a_family() -> None:
     assert answer_ids("7", 3) == ["7", "7.1", "7.2"]
     assert Request("7", [1], SamplingParams()).family == "7"
     assert Request("7.1", [1], SamplingParams(), family="7").family == "7"
+
+
+def test_an_engine_may_be_given_its_model_alone(tmp_path: Path) -> None:
+    named, shared = Engine("tiny-random"), Engine(loaded("llama"))
+    assert named.config == EngineConfig(model="tiny-random")
+    assert shared.model is loaded("llama")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        Engine(tmp_path)  # a path is a folder with a model, and this one is empty
+    with pytest.raises(ValueError, match="config must be EngineConfig or a model, not dict"):
+        Engine({"model": "tiny-random"})
+
+
+def test_an_engine_says_what_it_is_doing() -> None:
+    engine = engine_of(max_num_seqs=1)
+    engine.add_request([1, 2, 3, 4, 5])
+    engine.add_request([1, 2])
+    engine.step()
+    wanted = "Engine('llama', torch.float32 on cpu, 1 running, 1 waiting, 58 of 60 pages free)"
+    assert repr(engine) == wanted
+
+
+@pytest.mark.parametrize("config, length", [(dict(num_blocks=40), 30), (dict(num_blocks=5), 20)])
+def test_no_max_tokens_means_up_to_the_limit(config: dict, length: int) -> None:
+    """The limit is the model's, or what the pool holds if that is less."""
+    engine = engine_of(max_model_len=30, **config)
+    name = engine.add_request([1, 2, 3], SamplingParams(max_tokens=None))
+    drain(engine)
+    assert engine.trace[0].arrived[0].max_tokens == length - 3
+    assert engine.outputs[name].token_ids == greedy("llama", [1, 2, 3], length - 3)
+    assert engine.outputs[name].finish_reason == "length"
+
+
+def test_n_answers_to_a_text_know_the_text() -> None:
+    engine = engine_of()
+    engine.add_request({"prompt": "ab"}, SamplingParams(n=2, temperature=1.0, max_tokens=2))
+    assert [output.prompt for output in engine.outputs.values()] == ["ab", "ab"]

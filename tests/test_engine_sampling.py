@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
 
-from labkit import SamplingParams
+from labkit import Engine, EngineConfig, SamplingParams
+from labkit.outputs import RequestOutput
+from tests.conftest import loaded
 from tests.engines import drain, engine_of, random_prompt
 
 
@@ -82,3 +85,59 @@ def test_logprobs_come_with_the_tokens() -> None:
     assert [entry.token for entry in output.logprobs] == output.token_ids
     assert all(entry.top[0] == (entry.token, entry.logprob) for entry in output.logprobs)
     assert engine.outputs["1"].logprobs is None
+
+
+@pytest.mark.parametrize("speculative", [None, "ngram"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_min_tokens_hold_back_every_end(temperature: float, speculative: str | None) -> None:
+    """End of sequence and stop tokens, each of which would end this answer sooner."""
+    prompt = [5, 6, 7, 5, 6, 7, 5, 6]
+    common = dict(max_tokens=24, temperature=temperature, seed=3)
+    free = _run(prompt, SamplingParams(**common)).token_ids
+    ends = frozenset(free[:3])
+    ended = dataclasses.replace(loaded("llama"), eos_token_ids=ends)
+    for least in (0, 1, 2, 5, 24):
+        eos = _run(prompt, SamplingParams(min_tokens=least, **common), model=ended, speculative=speculative)
+        ids = SamplingParams(min_tokens=least, stop_token_ids=sorted(ends), **common)
+        assert eos.token_ids == _run(prompt, ids, speculative=speculative).token_ids
+        assert not ends & set(eos.token_ids[:least])
+        assert len(eos.token_ids) >= max(1, least)
+        if len(eos.token_ids) < 24:
+            assert eos.finish_reason == "stop"
+            assert eos.token_ids[-1] in ends
+        ignored = _run(prompt, SamplingParams(min_tokens=least, ignore_eos=True, **common), model=ended)
+        assert ignored.token_ids == free
+    assert len(_run(prompt, SamplingParams(**common), model=ended).token_ids) == 1
+
+
+@pytest.mark.parametrize("least", [0, 3, 7, 12])
+def test_a_stop_string_counts_once_it_ends_after_min_tokens(least: int) -> None:
+    free = _run([5, 6, 7], SamplingParams(max_tokens=12))
+    tokenizer = loaded("llama").tokenizer
+    early = tokenizer.decode(free.token_ids[:least]).rstrip("\ufffd")
+    for stop in sorted(set(free.text) - {"\ufffd"}):
+        params = SamplingParams(max_tokens=12, min_tokens=least, stop=stop)
+        output = _run([5, 6, 7], params)
+        kept = _run([5, 6, 7], dataclasses.replace(params, include_stop_str_in_output=True))
+        place = free.text.find(stop, len(early))
+        assert output.token_ids == kept.token_ids
+        if place < 0:
+            assert output.text == kept.text == free.text
+        else:
+            assert (output.text, kept.text) == (free.text[:place], free.text[:place] + stop)
+            assert output.finish_reason == "stop"
+
+
+def test_special_tokens_are_text_if_they_are_asked_for() -> None:
+    tokenizer = loaded("llama").tokenizer
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    params = SamplingParams(max_tokens=2, logit_bias={start: 100})
+    assert _run([5], params).text == ""
+    assert _run([5], dataclasses.replace(params, skip_special_tokens=False)).text == "<|im_start|>" * 2
+
+
+def _run(prompt: list[int], params: SamplingParams, **config) -> RequestOutput:
+    engine = Engine(EngineConfig(**{"model": loaded("llama"), "num_blocks": 60, "audit": True, **config}))
+    name = engine.add_request(prompt, params)
+    drain(engine)
+    return engine.outputs[name]

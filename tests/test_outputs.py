@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from labkit.outputs import RequestMetrics
+from labkit.outputs import RequestMetrics, RequestOutput
 
 
 def test_metrics_count_from_arrival() -> None:
@@ -22,3 +22,10 @@ def test_metrics_count_from_arrival() -> None:
         None,
         None,
     )
+
+
+def test_an_output_is_read_as_vllms_is() -> None:
+    output = RequestOutput("7", [1], [2, 3], "two", "length", RequestMetrics(0.0), prompt="one")
+    assert output.prompt == "one"
+    (answer,) = output.outputs
+    assert (answer.text, answer.token_ids, answer.finish_reason, answer.index) == ("two", [2, 3], "length", 0)

@@ -23,7 +23,13 @@ NAN = float("nan")
         (dict(stop_token_ids="12"), "stop_token_ids must be a list, not '12'"),
         (dict(logit_bias=[1]), "logit_bias must map token ids to numbers"),
         (dict(temperature="hot"), "temperature must be a number, not 'hot'"),
-        (dict(top_k=-1), "top_k must be at least 0"),
+        (dict(top_k=-2), "top_k must be at least 0, not -2"),
+        (dict(top_k=False), "top_k must be a whole number"),
+        (dict(min_tokens=-1), "min_tokens must be at least 0"),
+        (dict(min_tokens=None), "min_tokens must be a whole number"),
+        (dict(min_tokens=65), r"min_tokens must be at most max_tokens \(64\), not 65"),
+        (dict(include_stop_str_in_output=1), "include_stop_str_in_output must be True or False, not 1"),
+        (dict(skip_special_tokens=None), "skip_special_tokens must be True or False, not None"),
         (dict(top_p=0), "top_p must be between"),
         (dict(top_p=1.1), "top_p must be between"),
         (dict(min_p=2), "min_p must be between 0 and 1"),
@@ -62,3 +68,8 @@ def test_a_temperature_that_fp32_cannot_divide_by_is_greedy(temperature: float) 
 def test_a_seed_of_minus_one_is_no_seed() -> None:
     assert SamplingParams(seed=-1).seed is None
     assert SamplingParams(seed=0).seed == 0 and SamplingParams(seed=-2).seed == -2
+
+
+def test_what_is_off_may_be_said_as_vllm_says_it() -> None:
+    assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
+    assert SamplingParams(max_tokens=None, min_tokens=1000).max_tokens is None

@@ -78,9 +78,8 @@ class EngineCore:
     def abort(self, request_id: str) -> bool:
         """End a request at the next step; the first answer of n > 1 ends them all. False if there is none."""
         one = self.scheduler.requests.get(request_id)
-        if one and one.params.n == 1:
-            return self.scheduler.abort(request_id)
-        known = list(self.scheduler.requests.values())  # a copy: the engine's thread may change it
+        # A copy of all, if it may have others: the engine's thread may change them meanwhile.
+        known = [one] if one and one.params.n == 1 else list(self.scheduler.requests.values())
         family = [r.request_id for r in known if request_id in (r.request_id, r.family)]
         return any([self.scheduler.abort(name) for name in family])  # a list: `any` alone would stop early
 

@@ -106,7 +106,6 @@ class ModelRunner:
         return self.model(inputs[0], inputs[1], self.cache, metadata), ends
 
     # Sampling has three stages: which rows, one call for all of them, and what is kept.
-
     def _pick(
         self, plan: StepPlan, ends: dict[int, int], hidden: Tensor, result: StepResult
     ) -> list[tuple[int, int]]:

@@ -21,8 +21,7 @@ class StepPlan:
     kinds: list[str] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
-    # What the scheduler did while it planned; the trace records it.
-    admitted: list[Admission] = field(default_factory=list)
+    admitted: list[Admission] = field(default_factory=list)  # from here on, what the trace records
     preempted: list[Blocks] = field(default_factory=list)
     taken: list[Blocks] = field(default_factory=list)
     blocked: tuple[str, str] | None = None  # the head of the queue, and why it waits

@@ -43,6 +43,7 @@ class Request:
     seed: int = 0
     max_len: int = 0  # the most tokens of prompt and answer; 0: as max_tokens allows
     stop_ids: frozenset[int] = frozenset()  # the end of sequence, unless it is ignored, and stop_token_ids
+    prompt: str | None = None  # its text, if it came as text
     reader: TokenReader | None = None
     arrival: int = 0  # its place in the order of arrival, which the scheduler sets
     status: Status = "waiting"

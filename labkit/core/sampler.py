@@ -105,12 +105,13 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 def _adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Add biases and penalties, where a request has any (Keskar et al. 2019 for the repetition penalty)."""
+    """Add biases, penalties (Keskar et al. 2019 for repetition) and masks, where a request has any."""
     adjusted = logits
     for i, request in enumerate(requests):
         p = request.params
         plain = p.repetition_penalty == 1 and p.presence_penalty == 0 and p.frequency_penalty == 0
-        if plain and not p.logit_bias:
+        early = request.stop_ids if len(request.token_ids) - request.num_prompt_tokens < p.min_tokens else ()
+        if plain and not p.logit_bias and not early:
             continue
         if adjusted is logits:
             adjusted = logits.clone()
@@ -126,6 +127,8 @@ def _adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
             ids = torch.tensor(list(counts), device=row.device)
             times = _column(list(counts.values()), row)[:, 0]
             row[ids] -= p.presence_penalty + p.frequency_penalty * times
+        if early:  # nothing ends the answer before `min_tokens`
+            row[list(early)] = -torch.inf
     return adjusted
 
 

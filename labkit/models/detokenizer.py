@@ -16,18 +16,33 @@ class IncrementalDetokenizer:
     """The text of one answer, growing by a token at a time.
 
     Args:
-        tokenizer: a tokenizer; the finished text equals what its `decode` says, with special tokens skipped.
+        tokenizer: a tokenizer; the finished text equals what its `decode` says.
         stop: strings that end the answer.
+        min_tokens: the number of tokens before which none ends it: it must end in the text of a later one.
+        keep_stop: whether the text ends after the stop string, and not before it.
+        skip_special_tokens: whether special tokens are left out.
 
     Attributes:
         text: what may be shown so far.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        *,
+        min_tokens: int = 0,
+        keep_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> None:
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._skip_special_tokens = skip_special_tokens
         self._stop = tuple(stop)
+        self._min_tokens = min_tokens
+        self._keep_stop = keep_stop
+        self._early = 0  # how many of the first characters are too early for a stop string to end in
         self._token_ids: list[int] = []
         self._decoded = ""  # all whole characters so far
         self._searched = 0  # no stop string begins before this place
@@ -35,7 +50,7 @@ class IncrementalDetokenizer:
         self.text = ""
 
     def push(self, token: int) -> bool:
-        """Take the next token. Return whether it completes a stop string; the text then ends before that."""
+        """Take the next token. Return whether it completes a stop string, where the text then ends."""
         self._token_ids.append(token)
         self._decoded += self._piece(token)
         if not self._stop:  # nothing to look for
@@ -66,15 +81,19 @@ class IncrementalDetokenizer:
 
     def _decode_all(self) -> str:
         return self._tokenizer.decode(
-            self._token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            self._token_ids, skip_special_tokens=self._skip_special_tokens, clean_up_tokenization_spaces=False
         )
 
     def _show(self, *, final: bool) -> bool:
         """Move `text` on as far as it may be shown. Return whether a stop string was found."""
-        places = [self._decoded.find(stop, self._searched) for stop in self._stop]
+        if len(self._token_ids) <= self._min_tokens:
+            self._early = len(self._decoded)
+        begins = [max(self._searched, self._early - len(stop) + 1) for stop in self._stop]
+        places = [self._decoded.find(stop, begin) for stop, begin in zip(self._stop, begins, strict=True)]
         found = min((place for place in places if place >= 0), default=-1)
         if found >= 0:
-            self._decoded = self.text = self._decoded[:found]
+            kept = len(self._stop[places.index(found)]) if self._keep_stop else 0
+            self._decoded = self.text = self._decoded[: found + kept]
             self._stopped = True
             return True
         held = 0 if final else self._head_of_stop()

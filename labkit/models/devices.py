@@ -59,7 +59,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 def auto_reason(device: torch.device) -> str:
     """Say why "auto" takes the dtype that it takes on a device."""
     if device.type != "cuda":
-        return "half precision is slower here than fp32: most CPUs compute in that alone"
+        return "the most exact; half precision is faster only where the hardware computes in it"
     if resolve_dtype("auto", device) == torch.bfloat16:
         return "this GPU has it in hardware, and its range is fp32's"
     return "this GPU has no bf16 in hardware"

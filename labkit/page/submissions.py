@@ -5,6 +5,7 @@ Nothing here knows of a page: there are names of visitors, plain numbers and wor
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -239,8 +240,10 @@ def params_of(
     if isinstance(seed, str):
         digits = seed.strip()
         seed = int(digits) if digits.removeprefix("-").isdecimal() and len(digits) < 20 else digits or None
+    most = _whole(max_tokens)
+    check_number("max_tokens", most, 1, math.inf, whole=True)  # None too: a form has to say how many
     return SamplingParams(
-        max_tokens=_whole(max_tokens),
+        max_tokens=most,
         temperature=temperature,  # type: ignore[arg-type]
         top_p=top_p,  # type: ignore[arg-type]
         seed=_whole(seed),

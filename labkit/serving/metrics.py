@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from labkit.outputs import RequestOutput
 from labkit.serving.async_engine import AsyncEngine
 from labkit.trace import latency
+from labkit.trace.lookups import Lookups
 from labkit.trace.memory_use import kv_usage
 from labkit.trace.records import StepRecord
 
@@ -38,6 +39,7 @@ class Metrics:
         self._live: AsyncEngine | None = None
         self._unsubscribe: Callable[[], None] = lambda: None
         self._tokens: dict[str, int] = {}  # sampled so far, of requests under way
+        self._lookups = Lookups()
         self._drafts: _Drafts | None = None  # once there is an engine that drafts
 
         def gauge(name: str, what: str) -> Gauge:
@@ -57,7 +59,9 @@ class Metrics:
         self.kv_usage = gauge(
             "kv_cache_usage_perc", "Share of the KV cache's blocks that have an owner, 0 to 1."
         )
-        self.queries = counter("prefix_cache_queries", "Tokens looked up in the prefix cache.")
+        self.queries = counter(
+            "prefix_cache_queries", "Tokens looked up in the prefix cache, but not again after a preemption."
+        )
         self.hits = counter("prefix_cache_hits", "Tokens found in the prefix cache.")
         self.preemptions = counter("num_preemptions", "Requests that had to give their blocks back.")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests whose first token came.")
@@ -83,7 +87,7 @@ class Metrics:
             if live is self._live:
                 return
             self._unsubscribe()
-            self._live, self._tokens = live, {}
+            self._live, self._tokens, self._lookups = live, {}, Lookups()
             config = live.engine.config
             if config.speculative and self._drafts is None:
                 self._drafts = _Drafts(self.registry, self._model, config.num_speculative_tokens)
@@ -98,10 +102,9 @@ class Metrics:
         self.running.set(len(record.requests))
         self.waiting.set(record.waiting)
         self.kv_usage.set(kv_usage(record.free_blocks, live.engine.pool.num_blocks))
-        for admission in record.admitted:
+        for admission in self._lookups.take(record):
             self.queries.inc(admission.num_looked_up)
-            if admission.num_looked_up:
-                self.hits.inc(admission.num_cached_tokens)
+            self.hits.inc(admission.num_cached_tokens)
         self.preemptions.inc(len(record.preempted))
         self.generation_tokens.inc(record.total_sampled)
         if self._drafts and record.drafted:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 
 from labkit.trace import jsonl
+from labkit.trace.lookups import Lookups
 from labkit.trace.pool_state import PoolState
 from labkit.trace.records import StepRecord, TraceError, TraceMeta
 
@@ -105,8 +106,12 @@ class Trace:
 
     @property
     def prefix_hit_rate(self) -> float | None:
-        """The share of the tokens looked up in the prefix cache, at admission, that were found there."""
-        looked = [a for record in self.records for a in record.admitted if a.num_looked_up]
+        """The share of the tokens looked up in the prefix cache, at admission, that were found there.
+
+        What a request finds again after a preemption does not count (see `Lookups`).
+        """
+        lookups = Lookups()
+        looked = [admission for record in self.records for admission in lookups.take(record)]
         queries = sum(admission.num_looked_up for admission in looked)
         return sum(admission.num_cached_tokens for admission in looked) / queries if queries else None
 

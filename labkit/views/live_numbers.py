@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from labkit.trace import latency
+from labkit.trace.lookups import Lookups
 from labkit.trace.records import StepRecord
 
 LATEST_REQUESTS = 100  # TTFT and the hit rate are those of so many requests
@@ -30,6 +31,7 @@ class Numbers:
         self._latest: dict[str, float] = {}  # when each running request got its latest token
         self._ttft: deque[float] = deque(maxlen=LATEST_REQUESTS)
         self._itl: deque[float] = deque(maxlen=LATEST_GAPS)
+        self._lookups = Lookups()
         self._looked_up: deque[tuple[int, int]] = deque(maxlen=LATEST_REQUESTS)
         self._checked: deque[tuple[int, int]] = deque(maxlen=LATEST_CHECKS)
 
@@ -40,9 +42,8 @@ class Numbers:
         if record.requests or not record.admitted:  # else it stands for steps that never came in
             for arrival in record.arrived:
                 self._arrived[arrival.request_id] = begin
-        for admission in record.admitted:
-            if admission.num_looked_up:
-                self._looked_up.append((admission.num_cached_tokens, admission.num_looked_up))
+        for admission in self._lookups.take(record):
+            self._looked_up.append((admission.num_cached_tokens, admission.num_looked_up))
         for request_id, tokens in zip(record.requests, record.sampled, strict=True):
             if tokens:
                 self._tokens(request_id, len(tokens), end)

@@ -90,3 +90,27 @@ def test_a_tokenizer_without_a_backend_gives_the_same() -> None:
 def test_special_tokens_are_no_text() -> None:
     tokens = [*TOKENIZER.encode("hi"), TOKENIZER.eos_token_id]
     assert shown(IncrementalDetokenizer(TOKENIZER), tokens)[-1] == "hi"
+
+
+@given(
+    st.text("ab", max_size=12),
+    st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=2),
+    st.integers(0, 6),
+    st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_stop_strings_that_end_too_early_are_text(
+    text: str, stops: list[str], least: int, keep: bool
+) -> None:
+    """With a token for each letter: a stop string counts if its last letter comes after the first tokens."""
+    tokens = [token for letter in text for token in TOKENIZER.encode(letter)]
+    stream = IncrementalDetokenizer(TOKENIZER, stops, min_tokens=least, keep_stop=keep)
+    seen = shown(stream, tokens)
+    expected = text
+    for length in range(least + 1, len(text) + 1):
+        if found := [stop for stop in stops if text[:length].endswith(stop)]:
+            expected = text[:length] if keep else text[: length - max(map(len, found))]
+            break
+    assert seen[-1] == expected
+    for before in seen:
+        assert seen[-1].startswith(before), "something was shown that had to be taken back"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from labkit.models.devices import DTYPES, resolve_device, resolve_dtype
+from labkit.models.devices import DTYPES, auto_reason, resolve_device, resolve_dtype
 from labkit.models.errors import ModelError
 from labkit.models.load import load_model
 
@@ -34,6 +34,13 @@ def test_auto_dtype_on_a_gpu_is_bf16_only_in_hardware(
     )
     found = resolve_dtype("auto", torch.device("cuda"))
     assert found is (torch.bfloat16 if hardware else torch.float16)
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_the_reason_for_fp32_claims_no_speed_that_was_not_measured(device: str) -> None:
+    """A CPU with avx512_bf16 or AMX is faster in bf16: that fp32 is the fastest is not known."""
+    reason = auto_reason(torch.device(device))
+    assert reason == "the most exact; half precision is faster only where the hardware computes in it"
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

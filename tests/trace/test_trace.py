@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from labkit.schedulers import SCHEDULERS
-from labkit.trace.records import Finish, StepRecord, TraceError, TraceMeta
+from labkit.trace.records import Admission, Arrival, Blocks, Finish, StepRecord, TraceError, TraceMeta
 from labkit.trace.trace import Trace
 from tests.core.scheduler_bench import Bench
 
@@ -148,6 +148,33 @@ def test_hit_rate_counts_tokens_looked_up_and_nothing_else(max_steps: int | None
     for _ in range(6 if max_steps else 10):
         bench.step()
     assert bench.trace.prefix_hit_rate == (None if max_steps else 0.0)
+
+
+def test_hit_rate_leaves_out_what_a_preempted_request_finds_of_its_own() -> None:
+    bench = Bench(blocks=9, size=4, seats=2, budget=40)
+    for first, max_tokens in ((2, 8), (3, 12)):
+        bench.add([first] * 13, max_tokens)  # they share nothing
+    while bench.scheduler.has_unfinished:
+        bench.step()
+    again = [a for record in bench.trace for a in record.admitted][2:]
+    assert sum(admission.num_cached_tokens for admission in again) > 0
+    assert bench.trace.prefix_hit_rate == 0.0
+
+
+def test_a_new_request_under_the_id_of_a_preempted_one_counts() -> None:
+    trace = Trace(TraceMeta(8, 4, 4, 16))
+    lookup = Admission("a", 4, (0,), 8)
+    gone, again = (Finish("a", "abort", ()),), (Arrival("a", 8, 2),)
+    preempted, taken = (Blocks("a", (0, 1)),), (Blocks("a", (1,)),)
+    for record in (
+        StepRecord(0, arrived=again, admitted=(Admission("a", 0, (), 8),), taken=(Blocks("a", (0, 1)),)),
+        StepRecord(1, preempted=preempted, published=(0,), waiting=1),
+        StepRecord(2, arrived=again, finished=gone, admitted=(lookup,), taken=taken),
+        StepRecord(3, preempted=preempted, waiting=1),
+        StepRecord(4, admitted=(lookup,), taken=taken),
+    ):
+        trace.append(record)
+    assert trace.prefix_hit_rate == 4 / 16
 
 
 def test_records_do_not_depend_on_the_clock() -> None:

@@ -41,6 +41,11 @@ def test_seconds_of_work_count_and_pauses_do_not() -> None:
     }
 
 
+def test_hits_after_a_preemption_do_not_count() -> None:
+    back = StepRecord(3, ("b",), "p", (4,), (5,), ((7,),), admitted=(Admission("b", 4, (0,), 9),))
+    assert numbers_of([*STEPS, back])["hits"] == numbers_of(STEPS)["hits"] == 4 / 16
+
+
 def test_nothing_measured_is_none() -> None:
     assert numbers_of([]) == {"ttft": None, "itl": None, "hits": None, "preemptions": 0, "generated": 0}
 
