@@ -177,9 +177,8 @@ def load(folder: Path, *, dtype: torch.dtype, device: torch.device, say: Say | N
     if wrong:
         raise ModelError(f"{len(wrong)} tensors in {folder} are missing or misshapen, such as {wrong[0]}")
     if unused := sorted(found["unexpected_keys"]):
-        tell(
-            say, f"Not used, by transformers neither: {len(unused)} tensors in {folder}, such as {unused[0]}."
-        )
+        what = f"{len(unused)} tensors in {folder} belong to no part of the model, such as {unused[0]}"
+        tell(say, f"{what}: they are left aside, as transformers does.")
     return adapt(model.to(device).eval())
 
 

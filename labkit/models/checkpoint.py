@@ -32,9 +32,7 @@ OTHER_FORMATS = {
     **{".safetensors": "safetensors under other names"},
 }
 # Files in which tools for quantising say what they did, beside `quantization_config` in config.json.
-QUANTISERS = {
-    **{"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"},
-}
+QUANTISERS = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 UNPACKED = ("mxfp4",)  # what transformers turns back into plain weights by itself
 
 FROM_FILES: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
@@ -78,7 +76,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _is_pointer(file: Path) -> bool:
-    """Whether a file is what git leaves in the place of a large one that was not fetched."""
+    """Return whether a file is what git leaves in the place of a large one that was not fetched."""
     if not file.is_file() or file.stat().st_size > 1024:  # a pointer has three short lines
         return False
     return file.read_bytes().startswith(b"version https://git-lfs")
@@ -153,10 +151,10 @@ def read_config(folder: Path) -> Config:
 def _check_unquantised(folder: Path, config: dict) -> None:
     """Raise `ModelError` if a model was saved quantised: we quantise plain weights ourselves."""
     keys = ("quantization_config", "compression_config", "quantization")  # the last is MLX's
-    said = next((config[key] for key in keys if config.get(key)), None)
+    said: dict | None = next((config[key] for key in keys if isinstance(config.get(key), dict)), None)
     how = next((how for name, how in QUANTISERS.items() if (folder / name).is_file()), None)
     if said:
-        how = said.get("quant_method", "an unknown method") if isinstance(said, dict) else said
+        how = said.get("quant_method", "by an unknown method")
     if how and how not in UNPACKED:
         raise ModelError(
             f"the weights in {folder} are quantised ({how}), and labkit reads plain ones alone: "

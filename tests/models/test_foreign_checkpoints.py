@@ -166,7 +166,7 @@ def test_what_the_adapter_does_not_use_is_told(tmp_path: Path) -> None:
     edit_tensors(tmp_path, lambda t: t.update({"model.layers.0.extra.weight": torch.ones(3)}))
     said: list[str] = []
     load_model(tmp_path, say=said.append)
-    assert any("Not used" in line and "model.layers.0.extra.weight" in line for line in said)
+    assert any("left aside" in line and "model.layers.0.extra.weight" in line for line in said)
 
 
 # -- settings that one family reads and another does not -------------------------------------------
@@ -403,6 +403,14 @@ def test_the_path_of_a_file_is_refused_as_one(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match=r"model.gguf' is a file: a model is the folder"):
         find(tmp_path / "model.gguf", say=None)
+
+
+@pytest.mark.parametrize("said", [None, {}, "none", False])
+def test_what_says_that_it_is_not_quantised_is_loaded(said: object, tmp_path: Path) -> None:
+    save(tmp_path, "llama")
+    settings = dict(quantization_config=None if isinstance(said, str) else said, quantization=said)
+    edit_json(tmp_path / "config.json", lambda config: config.update(settings))
+    load_model(tmp_path, say=None)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.int32])
