@@ -266,3 +266,12 @@ def test_a_replay_needs_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_what_a_preempted_request_finds_of_its_own_is_no_hit() -> None:
+    demands = [Demand(0.0, 13, 8), Demand(0.0, 13, 12)]  # they share nothing
+    told = replay(demands, tick, Settings(9, 4, max_num_seqs=2, max_num_batched_tokens=40), traces=True)
+    (trace,) = told.traces
+    again = [a for record in trace for a in record.admitted][2:]
+    assert sum(admission.num_cached_tokens for admission in again) > 0
+    assert told.prefix_hit_rate == trace.prefix_hit_rate == 0

@@ -14,6 +14,7 @@ from labkit.core.recorder import record_step
 from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
 from labkit.sampling_params import check_number
+from labkit.trace.lookups import Lookups
 from labkit.trace.records import TraceMeta
 from labkit.trace.trace import Trace
 
@@ -51,7 +52,7 @@ class Replica:
         gaps, gap_counts: The inter-token latencies, token by token, and how many tokens had each.
         steps, busy: The number of steps taken, and their seconds.
         blocks: Blocks in use times the seconds that they were; with `peak_blocks`, for KV usage.
-        cached, looked_up: Tokens found in the prefix cache at admission, and tokens looked up.
+        cached, looked_up: Tokens found in the prefix cache, and tokens looked up, as `Lookups` counts.
     """
 
     def __init__(self, settings: Settings, clock: Clock, *, jump: bool = True, trace: bool = False) -> None:
@@ -73,6 +74,7 @@ class Replica:
         self.gap_counts: list[int] = []
         self.steps = self.preemptions = self.peak_blocks = self.cached = self.looked_up = 0
         self.busy = self.blocks = 0.0
+        self._lookups = Lookups()
         self._jump = jump and not trace
         self._plan: StepPlan | None = None  # of the step that runs now
         self._result = StepResult([])
@@ -215,7 +217,7 @@ class Replica:
         for request_id, _ in plan.preempted:
             if request_id in self.first_token:
                 self._behind.setdefault(request_id, begin)
-        for admission in plan.admitted:
+        for admission in self._lookups.take(record):
             self.cached += admission.num_cached_tokens
             self.looked_up += admission.num_looked_up
         steady = 0
