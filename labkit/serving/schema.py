@@ -62,6 +62,9 @@ class Body(BaseModel):
     repetition_penalty: Number | None = None
     stop_token_ids: Tokens | None = None
     ignore_eos: StrictBool | None = None
+    min_tokens: StrictInt | None = None
+    include_stop_str_in_output: StrictBool | None = None
+    skip_special_tokens: StrictBool | None = None
     priority: StrictInt | None = None
 
     def refuse_unknown(self) -> None:
@@ -100,10 +103,11 @@ class Body(BaseModel):
         raise NotImplementedError
 
     def _params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
-        same = ("top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty", "min_p", "ignore_eos")
-        given = {name: getattr(self, name) for name in (*same, "repetition_penalty", "stop_token_ids")}
-        if self.top_k is not None:
-            given["top_k"] = 0 if self.top_k == -1 else self.top_k  # vLLM's -1: all
+        names: tuple[str, ...]
+        names = ("top_p", "top_k", "min_p", "n", "stop", "stop_token_ids", "ignore_eos", "seed", "min_tokens")
+        names += ("presence_penalty", "frequency_penalty", "repetition_penalty")
+        names += ("include_stop_str_in_output", "skip_special_tokens")
+        given = {name: getattr(self, name) for name in names}
         if self.logit_bias is not None:
             given["logit_bias"] = {_token("logit_bias", key): bias for key, bias in self.logit_bias.items()}
         if self.stop == "" or self.stop == []:

@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from labkit.serving.neutral import NEUTRAL, first_that_asks
-from tests.serving.api_server import MODEL, TALK, Served, ask, nothing_left, post, site  # noqa: F401
+from tests.serving.api_server import HELLO, MODEL, TALK, Served, ask, nothing_left, post, site, solo  # noqa: F401
 
 # What openai, litellm, langchain-openai, llama-index, lm-evaluation-harness and vLLM's own clients send.
 BOTH = [
@@ -92,3 +93,23 @@ def test_null_asks_for_nothing_and_what_is_unknown_asks() -> None:
         assert first_that_asks(where, None) is None
         assert first_that_asks(where, {"wibble": None}) is None
         assert first_that_asks(where, {"wibble": False}) == "wibble"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_vllms_own_fields_reach_the_engine(site: Served, stream: bool) -> None:
+    alone = solo(site, HELLO, max_tokens=24, ignore_eos=True)
+    word = alone.text.split()[3]
+    fields = {
+        "stop": [word],
+        "include_stop_str_in_output": True,
+        "min_tokens": 1,
+        "skip_special_tokens": False,
+    }
+    expected = solo(site, HELLO, max_tokens=24, **fields)
+    answer = post(site, ask(max_tokens=24, stream=stream) | fields).text
+    lines = [line.removeprefix("data: ") for line in answer.split("\n\n")] if stream else [answer]
+    events = [json.loads(line) for line in lines if line.startswith("{")]
+    text = "".join(event["choices"][0]["text"] for event in events)
+    assert text == expected.text and text.endswith(word)
+    refused = post(site, ask(max_tokens=4, min_tokens=5))
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "min_tokens")
