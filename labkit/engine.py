@@ -203,7 +203,7 @@ class Engine(EngineCore):
                 seed=mix(seed, i),
                 max_len=min(len(token_ids) + params.max_tokens, self.max_model_len),
                 stop_ids=stop_ids,
-                reader=IncrementalDetokenizer(self.model.tokenizer, params.stop),
+                reader=IncrementalDetokenizer(self.model.tokenizer, params.stop, token_ids),
                 family=request_id,
             )
             for i, name in enumerate(answer_ids(request_id, params.n))
