@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -127,6 +127,16 @@ class TokenBytes:
         return self._tokenizer.decode(
             list(tokens), skip_special_tokens=skip, clean_up_tokenization_spaces=False
         )
+
+
+def decode_inside(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
+    """Return a `decode` for tokens out of the middle of a text: the space before a word stays."""
+    decoders = _decoders_of(getattr(tokenizer, "backend_tokenizer", None))
+    if not decoders or decoders == {"ByteLevel"}:
+        return tokenizer.decode  # type: ignore[return-value]
+    before = list(tokenizer.encode("a", add_special_tokens=False))
+    length = len(tokenizer.decode(before))
+    return lambda tokens: tokenizer.decode([*before, *tokens])[length:]  # type: ignore[return-value]
 
 
 def _decoders_of(backend: Any) -> set[str]:

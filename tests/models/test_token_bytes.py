@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from labkit.models.detokenizer import IncrementalDetokenizer
-from labkit.models.token_bytes import TokenBytes
+from labkit.models.token_bytes import TokenBytes, decode_inside
 from tests.models.tokenizers_of_all_kinds import KINDS, tokenizer_of
 
 SENTENCEPIECE = ["llama 2", "gemma", "bytes then metaspace"]
@@ -187,3 +187,11 @@ def test_a_tokenizer_that_can_only_decode_takes_nothing_back(drawn: tuple) -> No
     tokenizer, prompt, answer = drawn
     texts = seen(IncrementalDetokenizer(DecodeOnly(tokenizer), before=prompt), answer)
     assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
+
+
+@given(prompts_and_answers())
+@settings(max_examples=300, deadline=None)
+def test_tokens_out_of_the_middle_of_a_text_keep_their_space(drawn: tuple) -> None:
+    tokenizer, _, answer = drawn
+    inside, before = decode_inside(tokenizer), tokenizer.encode("hello", add_special_tokens=False)
+    assert inside(answer) == tokenizer.decode([*before, *answer])[len(tokenizer.decode(before)) :]

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from labkit.models.architecture import build
+from labkit.models.load import LoadedModel
 from labkit.models.tiny import tiny_tokenizer
+from tests.conftest import SIZES
 
 WORDS = ["hello", "world", "cat", "s", "a", "b", "c", ".", ",", "é", "日"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -112,3 +116,14 @@ KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
 @lru_cache
 def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
     return KINDS[kind]()
+
+
+@lru_cache
+def model_with(kind: str) -> LoadedModel:
+    """A small random Llama with a tokenizer of a kind, called by that kind."""
+    tokenizer = tokenizer_of(kind)
+    torch.manual_seed(7)
+    reference = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": -(-len(tokenizer) // 8) * 8}))
+    weights, cpu = reference.state_dict().items(), torch.device("cpu")
+    module = build(reference.config, weights, dtype=torch.float32, device=cpu)
+    return LoadedModel(kind, module, tokenizer, reference.config, frozenset())

@@ -7,18 +7,13 @@ from typing import Any
 
 import openai
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from labkit.models.architecture import build
-from labkit.models.load import LoadedModel
 from labkit.models.tiny import tiny_tokenizer
 from labkit.serving.stream import AnswerTokens
-from tests.conftest import SIZES
-from tests.models.tokenizers_of_all_kinds import llama_2
+from tests.models.tokenizers_of_all_kinds import model_with, tokenizer_of
 from tests.serving.api_server import Served, served
 
-TOKENIZER = llama_2()
+TOKENIZER = tokenizer_of("llama 2")
 PROMPT = "hello world"
 NAMES = ["▁cat", "cat", "▁", "<0xE2>", "<0x82>", "<0xAC>", "<0x41>", "</s>", "é", "<tool>"]
 
@@ -29,13 +24,7 @@ def ids(*names: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Served]:
-    torch.manual_seed(7)
-    vocabulary = -(-len(TOKENIZER) // 8) * 8
-    reference = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": vocabulary})).eval()
-    cpu = torch.device("cpu")
-    module = build(reference.config, reference.state_dict().items(), dtype=torch.float32, device=cpu)
-    model = LoadedModel("sentencepiece", module, TOKENIZER, reference.config, frozenset())
-    with served(model=model) as site:
+    with served(model=model_with("llama 2")) as site:
         yield site
 
 
@@ -47,7 +36,7 @@ def client(site: Served) -> openai.OpenAI:
 def only(*names: str, **fields: Any) -> dict[str, Any]:
     """A call that is answered with these tokens alone, in some order."""
     bias = {str(token): 100 for token in ids(*names)}
-    usual = {"model": "sentencepiece", "logit_bias": bias, "temperature": 1.5, "seed": 5, "max_tokens": 24}
+    usual = {"model": "llama 2", "logit_bias": bias, "temperature": 1.5, "seed": 5, "max_tokens": 24}
     return usual | fields
 
 
