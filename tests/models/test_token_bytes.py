@@ -189,7 +189,7 @@ def test_a_tokenizer_that_can_only_decode_takes_nothing_back(drawn: tuple) -> No
     assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
 
 
-@given(prompts_and_answers())
+@given(prompts_and_answers([kind for kind in KINDS if kind != "end of word"]))  # that needs what is before
 @settings(max_examples=300, deadline=None)
 def test_tokens_out_of_the_middle_of_a_text_keep_their_space(drawn: tuple) -> None:
     tokenizer, _, answer = drawn
