@@ -230,7 +230,7 @@ class Engine(EngineCore):
                 max_len=min(len(token_ids) + params.max_tokens, self.max_model_len),
                 stop_ids=stop_ids,
                 prompt=text,
-                reader=self._reader(params) if has_text else None,
+                reader=self._reader(params, token_ids) if has_text else None,
                 family=request_id,
             )
             for i, name in enumerate(answer_ids(request_id, params.n))
@@ -275,10 +275,11 @@ class Engine(EngineCore):
             )
         return token_ids
 
-    def _reader(self, params: SamplingParams) -> IncrementalDetokenizer:
+    def _reader(self, params: SamplingParams, prompt: Sequence[int]) -> IncrementalDetokenizer:
         return IncrementalDetokenizer(
             self.model.tokenizer,
             params.stop,
+            prompt,
             min_tokens=params.min_tokens,
             keep_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,

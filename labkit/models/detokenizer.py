@@ -8,16 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
+
+from labkit.models.token_bytes import TokenBytes
 
 
 class IncrementalDetokenizer:
-    """The text of one answer, growing by a token at a time.
+    """The text of one answer, growing by a token at a time. What has been shown is final.
+
+    The text is what the answer adds to the text of its prompt: `decode` of both without that of the prompt,
+    special tokens skipped if so asked. It differs where `decode` takes back what it said of fewer tokens:
+    - if a run of byte tokens (`<0xE2>`) is not text throughout, `decode` turns each of its bytes into U+FFFD;
+      here the characters in it that are whole stay;
+    - if the prompt ends in the middle of a character, the answer does not complete it, but has U+FFFD;
+    - where tokens that stand next to each other rewrite one another's text, the earlier one stays as it was.
 
     Args:
-        tokenizer: a tokenizer; the finished text equals what its `decode` says.
+        tokenizer: a tokenizer of any kind.
         stop: strings that end the answer.
+        before: the tokens of the prompt.
         min_tokens: the number of tokens before which none ends it: it must end in the text of a later one.
         keep_stop: whether the text ends after the stop string, and not before it.
         skip_special_tokens: whether special tokens are left out.
@@ -30,29 +39,32 @@ class IncrementalDetokenizer:
         self,
         tokenizer: PreTrainedTokenizerBase,
         stop: Sequence[str] = (),
+        before: Sequence[int] = (),
         *,
         min_tokens: int = 0,
         keep_stop: bool = False,
         skip_special_tokens: bool = True,
     ) -> None:
-        self._tokenizer = tokenizer
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._skip_special_tokens = skip_special_tokens
+        self._bytes = TokenBytes(tokenizer, before, skip_special_tokens=skip_special_tokens)
+        self._utf8 = self._bytes.utf8()
         self._stop = tuple(stop)
         self._min_tokens = min_tokens
         self._keep_stop = keep_stop
         self._early = 0  # how many of the first characters are too early for a stop string to end in
-        self._token_ids: list[int] = []
+        self._num_tokens = 0
         self._decoded = ""  # all whole characters so far
+        self._bad = ""  # after them: bytes that are no text, shown when text follows
         self._searched = 0  # no stop string begins before this place
         self._stopped = False
         self.text = ""
 
     def push(self, token: int) -> bool:
         """Take the next token. Return whether it completes a stop string, where the text then ends."""
-        self._token_ids.append(token)
-        self._decoded += self._piece(token)
+        self._num_tokens += 1
+        piece = self._bad + self._utf8.decode(self._bytes.push(token))
+        whole = piece.rstrip("\ufffd")
+        self._bad = piece[len(whole) :]
+        self._decoded += whole
         if not self._stop:  # nothing to look for
             self.text = self._decoded
             return False
@@ -62,31 +74,13 @@ class IncrementalDetokenizer:
         """Let out what was held back, as no more tokens come. Return whether that completes a stop string."""
         if self._stopped:
             return True
-        self._decoded = self._decode_all()
+        self._decoded += self._bad + self._utf8.decode(self._bytes.finish(), final=True)
+        self._bad = ""
         return self._show(final=True)
-
-    def _piece(self, token: int) -> str:
-        """Return the characters that a token completes."""
-        if self._backend is None:  # not a fast tokenizer: decode all, and wait while a character is open
-            whole = self._decode_all()
-            return "" if whole.endswith("\ufffd") else whole[len(self._decoded) :]
-        try:
-            return self._stream.step(self._backend, token) or ""
-        except Exception as error:
-            # The stream gives up at bytes that are no text: from here on, decode the whole answer each time.
-            if "prefix" not in str(error):
-                raise
-            self._backend = None
-            return self._piece(token)
-
-    def _decode_all(self) -> str:
-        return self._tokenizer.decode(
-            self._token_ids, skip_special_tokens=self._skip_special_tokens, clean_up_tokenization_spaces=False
-        )
 
     def _show(self, *, final: bool) -> bool:
         """Move `text` on as far as it may be shown. Return whether a stop string was found."""
-        if len(self._token_ids) <= self._min_tokens:
+        if self._num_tokens <= self._min_tokens:
             self._early = len(self._decoded)
         begins = [max(self._searched, self._early - len(stop) + 1) for stop in self._stop]
         places = [self._decoded.find(stop, begin) for stop, begin in zip(self._stop, begins, strict=True)]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from labkit.models.chat import as_chat
+from labkit.models.token_bytes import decode_inside
 from labkit.page.snapshot import Card, ClientState, Now, Snapshotter
 from labkit.sampling_params import SamplingParams, check_number
 from labkit.serving.limits import Limits
@@ -114,7 +115,7 @@ class NotebookSession:
     """
 
     def __init__(self, engine: Engine, stepper: Stepper) -> None:
-        self.decode = engine.model.tokenizer.decode
+        self.decode = decode_inside(engine.model.tokenizer)
         self.typed: dict[str, str] = {}  # the prompts that came from the page
         self._engine = engine
         self._stepper = stepper
@@ -177,7 +178,7 @@ class NotebookSession:
     def _get_to_know(self, name: str, output: RequestOutput) -> _Known:
         request = self._engine.scheduler.requests.get(name)
         most = request.max_len - request.num_prompt_tokens if request else len(output.token_ids)
-        prompt = self.typed.get(name) or self.decode(output.prompt_token_ids[:100])
+        prompt = self.typed.get(name) or self._engine.model.tokenizer.decode(output.prompt_token_ids[:100])
         return _Known(next(self._serials), output, prompt[:500], most)
 
     def _coming(self) -> StepRecord | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from labkit.config import KV_POLICIES, EngineConfig
 from labkit.engine import Engine
+from labkit.models.token_bytes import decode_inside
 from labkit.page.scenario_player import ScenarioPlayer
 from labkit.page.scenarios import BY_NAME
 from labkit.page.snapshot import Now
@@ -71,7 +72,7 @@ class Session:
         """Watch an engine from now on, and take requests in for it."""
         feed = Feed(live.engine.trace.meta, speculative=live.engine.config.speculative)
         submissions = Submissions(live, limits)
-        decode = live.engine.model.tokenizer.decode
+        decode = decode_inside(live.engine.model.tokenizer)
 
         def token_ids(request_id: str) -> list[int]:
             output = live.output(request_id)

@@ -14,7 +14,6 @@ class Piece(NamedTuple):
     """What is new of an answer since the piece before."""
 
     text: str
-    start: int  # the number of characters before it
     token_ids: list[int]
     logprobs: list[TokenLogprobs]
     finish_reason: FinishReason | None

@@ -442,7 +442,6 @@ def _read(cursor: Cursor) -> Piece | None:
     cursor.characters, cursor.num_tokens, cursor.at_end = len(answer.text), answer.num_tokens, answer.finished
     return Piece(
         text=answer.text[start:],
-        start=start,
         token_ids=answer.output.token_ids[seen : answer.num_tokens],
         logprobs=(answer.output.logprobs or [])[seen : answer.num_tokens],
         finish_reason=answer.output.finish_reason if answer.finished else None,

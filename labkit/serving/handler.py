@@ -27,7 +27,7 @@ from labkit.serving.errors import RequestError, error_object, too_long
 from labkit.serving.limits import Limits
 from labkit.serving.metrics import Metrics
 from labkit.serving.schema import Body, CompletionBody, field_of
-from labkit.serving.stream import DONE, KEEP_ALIVE, Format, Vocabulary, event, usage
+from labkit.serving.stream import DONE, KEEP_ALIVE, Format, event, usage
 
 logger = logging.getLogger("labkit.server")
 
@@ -130,8 +130,9 @@ class Handler:
         self.metrics.follow(live)
         answer_id = f"{write.prefix}-{uuid.uuid4().hex}"
         head = {"id": answer_id, "created": int(time.time()), "model": body.model}
-        vocabulary = None if params.logprobs is None else Vocabulary(live.engine.model.tokenizer)
-        written = write(head, vocabulary, bool(body.stream_options and body.stream_options.include_usage))
+        tokenizer = None if params.logprobs is None else live.engine.model.tokenizer
+        promises_usage = bool(body.stream_options and body.stream_options.include_usage)
+        written = write(head, tokenizer, promises_usage, params.skip_special_tokens)
         call = Call(live, body, client, prompts, params, len(prompts) * params.n, written, began)
         self._under_way += Counter({client: call.num_answers})  # the engine learns of them when tokenised
         try:
@@ -202,6 +203,8 @@ class Handler:
             answers = live.start(request)
             call.request_ids.append(request.request_id)
             call.answers += answers
+        written = call.format
+        written.streamed = {i: written.tokens_of(answer.output) for i, answer in enumerate(call.answers)}
         call.echoes = [""] * call.num_answers
         if echo:
             call.echoes = [text for text in call.shown for _ in range(call.params.n)]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from labkit.models.token_bytes import TokenBytes
 from labkit.outputs import FinishReason, RequestOutput, TokenLogprobs
 from labkit.serving.answer import Piece
 
@@ -23,67 +23,80 @@ def event(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
-class Vocabulary:
-    """Tokens as text and as bytes, for log-probabilities."""
+class AnswerTokens:
+    """The tokens of one answer as text, as bytes and by their place, for log-probabilities.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    Args:
+        tokenizer: the model's tokenizer.
+        prompt: the tokens before the answer, as a token's text is what it adds after what stands before it.
+        skip_special_tokens: whether special tokens are no text of the answer.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], *, skip_special_tokens: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
-        self._bytes = {char: byte for byte, char in bytes_to_unicode().items()}
+        self._bytes = TokenBytes(tokenizer, prompt, skip_special_tokens=skip_special_tokens)
+        self._utf8 = self._bytes.utf8()
+        self._length = 0  # of the text before the next token, in characters
 
-    def text(self, token: int) -> str:
-        return self._tokenizer.decode([token], clean_up_tokenization_spaces=False)  # type: ignore[return-value]
+    def shown(self, token: int) -> tuple[str, list[int]]:
+        """The text and the bytes of a token if it came next. The bytes need not be a whole character.
 
-    def bytes(self, token: int) -> list[int]:
-        """A token's bytes, which need not be a whole character."""
-        text = self.text(token)
-        if "\ufffd" in text:
-            piece = self._tokenizer.convert_ids_to_tokens(token)
-            if all(char in self._bytes for char in piece):
-                return [self._bytes[char] for char in piece]
-        return list(text.encode())
+        A special token that is no text of the answer is shown by its name.
+        """
+        added = self._bytes.peek(token)
+        if not added and self._bytes.is_special(token):
+            added = self._tokenizer.decode([token], skip_special_tokens=False).encode()  # type: ignore[union-attr]
+        return added.decode(errors="replace"), list(added)
+
+    def push(self, token: int) -> int:
+        """Move on behind the next token. Return where in the answer it, or the character it ends, begins."""
+        data = self._bytes.push(token)
+        if data and data[0] & 0xC0 != 0x80:  # a new character: one that is still open is none
+            self._length += len(self._utf8.decode(b"", final=True))
+        begin = self._length
+        self._length += len(self._utf8.decode(data))
+        return begin
 
 
-def chat_logprobs(entries: Sequence[TokenLogprobs], vocabulary: Vocabulary) -> dict[str, Any]:
-    """Log-probabilities as chat writes them."""
+def chat_logprobs(entries: Sequence[TokenLogprobs], tokens: AnswerTokens) -> dict[str, Any]:
+    """The log-probabilities of the next tokens of an answer as chat writes them."""
 
     def shown(token: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": vocabulary.text(token),
-            "logprob": max(logprob, LEAST_LOGPROB),
-            "bytes": vocabulary.bytes(token),
-        }
+        text, data = tokens.shown(token)
+        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": data}
 
-    return {
-        "content": [
-            shown(entry.token, entry.logprob) | {"top_logprobs": [shown(*pair) for pair in entry.top]}
-            for entry in entries
-        ],
-        "refusal": None,
-    }
+    content = []
+    for entry in entries:
+        top = [shown(*pair) for pair in entry.top]
+        content.append(shown(entry.token, entry.logprob) | {"top_logprobs": top})
+        tokens.push(entry.token)
+    return {"content": content, "refusal": None}
 
 
 def completion_logprobs(
-    entries: Sequence[TokenLogprobs], vocabulary: Vocabulary, offset: int
+    entries: Sequence[TokenLogprobs], tokens: AnswerTokens, offset: int
 ) -> dict[str, Any]:
-    """Log-probabilities as completions write them; `offset` is where in the text the first token begins."""
-    texts = [vocabulary.text(entry.token) for entry in entries]
-    offsets = []
-    for text in texts:
-        offsets.append(offset)
-        offset += len(text)
+    """The same as completions write them; `offset` is where in the text the answer begins."""
+    texts, tops, offsets = [], [], []
+    for entry in entries:
+        texts.append(tokens.shown(entry.token)[0])
+        tops.append(_by_text(entry, tokens))
+        offsets.append(offset + tokens.push(entry.token))
     return {
         "tokens": texts,
         "token_logprobs": [max(entry.logprob, LEAST_LOGPROB) for entry in entries],
-        "top_logprobs": [_by_text(entry, vocabulary) for entry in entries],
+        "top_logprobs": tops,
         "text_offset": offsets,
     }
 
 
-def _by_text(entry: TokenLogprobs, vocabulary: Vocabulary) -> dict[str, float]:
+def _by_text(entry: TokenLogprobs, tokens: AnswerTokens) -> dict[str, float]:
     """The likeliest tokens and the chosen one; the better of two that have the same text."""
     best: dict[str, float] = {}
     for token, logprob in (*entry.top, (entry.token, entry.logprob)):  # in falling order, the chosen one last
-        best.setdefault(vocabulary.text(token), max(logprob, LEAST_LOGPROB))
+        best.setdefault(tokens.shown(token)[0], max(logprob, LEAST_LOGPROB))
     return best
 
 
@@ -106,17 +119,30 @@ class Format:
 
     Args:
         head: the fields that every object repeats.
-        vocabulary: the texts of tokens, for log-probabilities; None if none are asked for.
+        tokenizer: the model's tokenizer, for log-probabilities; None if none are asked for.
         promises_usage: whether each chunk of a stream says that the usage will follow.
+        skip_special_tokens: whether special tokens are no text of the answers.
+
+    Attributes:
+        streamed: how far a stream has come in the tokens of each choice, for log-probabilities.
     """
 
     head: dict[str, Any]
-    vocabulary: Vocabulary | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
     promises_usage: bool = False
+    skip_special_tokens: bool = True
+    streamed: dict[int, AnswerTokens | None] = field(default_factory=dict)
 
     prefix: ClassVar[str]  # of the id of an answer
     whole: ClassVar[str]  # the type of a whole answer
     part: ClassVar[str]  # the type of a chunk
+
+    def tokens_of(self, output: RequestOutput) -> AnswerTokens | None:
+        """The tokens of an answer from its first on; None if no log-probabilities are asked for."""
+        if not self.tokenizer:
+            return None
+        skip = self.skip_special_tokens
+        return AnswerTokens(self.tokenizer, output.prompt_token_ids, skip_special_tokens=skip)
 
     def answer(self, echoes: Sequence[str], outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """The whole answer, with a choice for each output."""
@@ -158,9 +184,9 @@ class ChatFormat(Format):
         return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
 
     def growth(self, index: int, echo: str, piece: Piece) -> list[dict[str, Any]]:
-        choices = []
+        choices, tokens = [], self.streamed.get(index)
         if piece.text or piece.logprobs:
-            logprobs = chat_logprobs(piece.logprobs, self.vocabulary) if self.vocabulary else None
+            logprobs = chat_logprobs(piece.logprobs, tokens) if tokens else None
             delta = {"content": piece.text}
             choices.append({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None})
         if reason := piece.finish_reason:
@@ -168,10 +194,11 @@ class ChatFormat(Format):
         return choices
 
     def choice(self, index: int, echo: str, output: RequestOutput) -> dict[str, Any]:
+        tokens = self.tokens_of(output)
         return {
             "index": index,
             "message": {"role": "assistant", "content": output.text, "refusal": None},
-            "logprobs": chat_logprobs(output.logprobs or (), self.vocabulary) if self.vocabulary else None,
+            "logprobs": chat_logprobs(output.logprobs or (), tokens) if tokens else None,
             "finish_reason": output.finish_reason,
         }
 
@@ -182,27 +209,26 @@ class CompletionFormat(Format):
     prefix, whole, part = "cmpl", "text_completion", "text_completion"
 
     def opening(self, index: int, echo: str) -> list[dict[str, Any]]:
-        return [self._choice(index, echo, (), 0, None)] if echo else []
+        return [self._choice(index, echo)] if echo else []
 
     def growth(self, index: int, echo: str, piece: Piece) -> list[dict[str, Any]]:
         if not (piece.text or piece.logprobs or piece.finish_reason):
             return []
-        offset = len(echo) + piece.start
-        return [self._choice(index, piece.text, piece.logprobs, offset, piece.finish_reason)]
+        tokens = self.streamed.get(index)
+        return [self._choice(index, piece.text, piece.logprobs, piece.finish_reason, tokens, len(echo))]
 
     def choice(self, index: int, echo: str, output: RequestOutput) -> dict[str, Any]:
-        text, entries = echo + output.text, output.logprobs or ()
-        return self._choice(index, text, entries, len(echo), output.finish_reason)
+        text, entries, tokens = echo + output.text, output.logprobs or (), self.tokens_of(output)
+        return self._choice(index, text, entries, output.finish_reason, tokens, len(echo))
 
     def _choice(
         self,
         index: int,
         text: str,
-        entries: Sequence[TokenLogprobs],
-        offset: int,
-        reason: FinishReason | None,
+        entries: Sequence[TokenLogprobs] = (),
+        reason: FinishReason | None = None,
+        tokens: AnswerTokens | None = None,
+        offset: int = 0,
     ) -> dict[str, Any]:
-        logprobs = (
-            completion_logprobs(entries, self.vocabulary, offset) if self.vocabulary and entries else None
-        )
+        logprobs = completion_logprobs(entries, tokens, offset) if tokens and entries else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}

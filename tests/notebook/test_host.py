@@ -15,6 +15,7 @@ from labkit.notebook.host import KEEP, SLICE, Host
 from labkit.trace.pool_state import PoolState
 from labkit.views.live_feed import WINDOW
 from labkit.views.wire import Ended, Lane, RanRow, Step, Table
+from tests.models.tokenizers_of_all_kinds import model_with
 
 
 class Clock:
@@ -315,6 +316,14 @@ def test_a_closer_look(page: Page, engine: Engine) -> None:
     assert "The sea is" in words
     engine.outputs.pop(name)
     assert page.ask("look", block=0, step=1)["tokens"] is None
+
+
+def test_a_closer_look_at_tokens_that_begin_with_a_space() -> None:
+    engine = Engine(EngineConfig(model=model_with("llama 2"), block_size=16), say=None)
+    page = Page(Host(engine))
+    page.ask("inject", prompt="hello world cat", max_tokens="4")
+    page.until_idle()
+    assert "".join(page.ask("look", block=0, step=0)["tokens"]).endswith("hello world cat")
 
 
 class Broken(Scheduler):
