@@ -1,7 +1,7 @@
 """PyTorch has several kernels behind one name, and each lays its result out in its own way: all will do.
 
-The layouts stand for the kernels that a CPU does not have: a GPU's memory-efficient kernel, say, answers in the
-order of tokens, and the formula (MATH), which a T4 takes for bf16, in the order of heads.
+The layouts stand for the kernels that a CPU does not have: a GPU's memory-efficient kernel, say, answers in
+the order of tokens, and the formula (MATH), which a T4 takes for bf16, in the order of heads.
 """
 
 from __future__ import annotations
@@ -153,5 +153,7 @@ def test_no_call_makes_the_memory_efficient_kernel_copy_its_mask(
         attend(q, cache, layer, metadata, scale=0.3, window=window)
     for mask in masks:
         assert mask.stride(-1) == 1
-        assert all(step % 16 == 0 for step, n in zip(mask.stride()[:-1], mask.shape[:-1], strict=True) if n > 1)
+        assert all(
+            step % 16 == 0 for step, n in zip(mask.stride()[:-1], mask.shape[:-1], strict=True) if n > 1
+        )
     assert len(masks) == 14 and len({mask.data_ptr() for mask in masks}) == 7  # once for all layers
