@@ -17,6 +17,7 @@ from labkit.core.request import Request
 from labkit.core.sampler import sample
 from labkit.outputs import TokenLogprobs
 
+_UNSOUND = "the model gave NaN or infinity for this request"
 Chosen = tuple[int, TokenLogprobs | None, bool]  # a token, its log-probabilities, and whether they are sound
 
 
@@ -110,17 +111,16 @@ class ModelRunner:
         self, plan: StepPlan, ends: dict[int, int], hidden: Tensor, result: StepResult
     ) -> list[tuple[int, int]]:
         """Return the rows that sample, each with the place of its last token in the flattened batch."""
-        places = {row: ends[plan.forks.get(row, row)] for row in (*ends, *plan.forks)}
-        last = hidden[torch.tensor(list(places.values()), device=hidden.device)]  # (rows, hidden_size)
-        # A NaN anywhere in a row reaches its last token: later tokens attend to all before them.
-        sound = last.isfinite().all(dim=-1).tolist()
-        picked = []
-        for (row, place), fine in zip(places.items(), sound, strict=True):
+        picked, others = [], []
+        for row in (*ends, *plan.forks):
             known = len(plan.requests[row].token_ids) + len(plan.drafts.get(row, ()))
-            if not fine:
-                result.errors[row] = "the model gave NaN or infinity for this request"
-            elif plan.starts[row] + plan.num_tokens[row] == known:
-                picked.append((row, place))
+            at_end = plan.starts[row] + plan.num_tokens[row] == known
+            (picked if at_end else others).append((row, ends[plan.forks.get(row, row)]))
+        if others:  # no logits will tell whether these are sound, and to ask here is to wait for the device
+            last = hidden[torch.tensor([place for _, place in others], device=hidden.device)]
+            # A NaN anywhere in a row reaches its last token: later tokens attend to all before them.
+            sound = last.isfinite().all(dim=-1).tolist()
+            result.errors |= {row: _UNSOUND for (row, _), fine in zip(others, sound, strict=True) if not fine}
         return picked
 
     def _sample(
@@ -146,7 +146,7 @@ class ModelRunner:
         tokens, logprobs, sound = zip(*itertools.islice(chosen, 1 + len(drafts)), strict=True)
         accepted = self.accept(drafts, tokens[:-1]) if drafts else 0
         if not all(sound[: accepted + 1]):
-            result.errors[row] = "the logits of this request are not finite"
+            result.errors[row] = _UNSOUND
             return
         result.sampled[row] = (*drafts[:accepted], tokens[accepted])
         if logprobs[0] is not None:

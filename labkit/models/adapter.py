@@ -115,6 +115,8 @@ class AdaptedModel(nn.Module):
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (S, vocab_size) of hidden states (S, hidden_size)."""
+        # A soft cap makes a finite number of an infinite one, but not of a NaN, and logits say what is sound.
+        hidden = hidden.masked_fill(~hidden.isfinite().all(dim=-1, keepdim=True), torch.nan)
         return self.head(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
 
