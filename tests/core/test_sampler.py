@@ -117,8 +117,8 @@ def uniforms(keys: list[int], tokens: torch.Tensor) -> torch.Tensor:
     return -torch.expm1(-torch.exp(-gumbel_noise(keys, tokens).double()))
 
 
-# Keys as they come, which are hashes themselves (a seed at consecutive positions, consecutive seeds), and such
-# as would give a weak hash away.
+# Keys as they come, which are hashes themselves (a seed at consecutive positions, consecutive seeds), and
+# such as would give a weak hash away.
 KEYS = {
     "positions": [mix(7, i) for i in range(64)],
     "seeds": [mix(i, 9) for i in range(64)],
