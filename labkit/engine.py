@@ -45,6 +45,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 _CPU_POOL_BYTES = 384 * 2**20  # the most that the default pool takes on a CPU
 _GPU_POOL_SHARE = 0.8  # of the memory that weights and a step leave free; graphs use the rest
 _MAX_ID = 128  # characters
+_FLAT = ("ref_counts", "free", "cached", "forked", "block_of", "key_of", "node_of")  # of a pool: plain values
 _PROMPT_KEYS = ("prompt", "prompt_token_ids")
 
 
@@ -386,6 +387,10 @@ class Engine(EngineCore):
         """
         requests = self.scheduler.requests.values()
         shared = {id(part): part for request in requests for part in (request.params, request.reader)}
+        # A large pool holds a hundred thousand numbers. They are copied at once where they are known to be
+        # numbers, so not in a pool of your own.
+        for flat in (getattr(self.pool, name) for name in _FLAT if type(self.pool) is BlockPool):
+            shared[id(flat)] = copy.copy(flat)
         scheduler = copy.deepcopy(self.scheduler, shared)  # and the pool, which it holds
         plan = scheduler.schedule()
         return record_step(self._step, plan, StepResult([()] * len(plan.requests)), scheduler)
