@@ -198,7 +198,7 @@ def build_replay_tab(sources: Callable[[], Mapping[str, Trace]]) -> gr.HTML:
     )
     view = gr.HTML(
         html_template=f"<style>{asset('replay.css')}</style>{asset('replay.html')}",
-        js_on_load=script("live_feed.js", "replay_data.js", "replay.js") + _GLUE,
+        js_on_load=script("live_feed.js", "regions.js", "replay_data.js", "replay.js") + _GLUE,
         server_functions=list(named.values()),
         elem_id="lkr-replay",
         **bare,
