@@ -374,7 +374,7 @@ class Engine(EngineCore):
 
     def release(self) -> None:
         """Give back the memory of the KV cache and the graphs. The engine can only be read from now on."""
-        del self.runner
+        self.__dict__.pop("runner", None)  # it may be gone already
         self.speculator = None  # a model that drafts has a cache of its own
 
     # -- a look ahead -----------------------------------------------------------------------------

@@ -242,6 +242,24 @@ def test_on_a_gpu_an_engine_that_cannot_be_built_leaves_one_with_the_old_setting
     assert lab.session.submissions.inject("me", "hello", SamplingParams(max_tokens=1))
 
 
+def test_on_a_gpu_a_lab_without_any_engine_left_can_be_given_one(lab: Lab, on_gpu: None) -> None:
+    make, full = lab._make, [True, True]
+
+    def fail(config: EngineConfig) -> Engine:
+        if full:
+            full.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return make(config)
+
+    lab._make = fail
+    with pytest.raises(ValueError, match="too little memory"):
+        lab.change({"num_blocks": 4000})
+    with pytest.raises(ValueError, match="restarts"):
+        lab.session.submissions.inject("me", "hello", LONG)
+    assert lab.change({"num_blocks": 100}) == {"done": True}
+    assert lab.session.submissions.inject("me", "hello", SamplingParams(max_tokens=1))
+
+
 def test_a_size_that_nobody_chose_is_measured_again(model: LoadedModel) -> None:
     with AsyncEngine(Engine(EngineConfig(model, max_num_seqs=4))) as live:
         lab = Lab(live)
