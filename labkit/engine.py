@@ -220,11 +220,12 @@ class Engine(EngineCore):
         has_text = not isinstance(self.model.tokenizer, NoTokenizer)
         if params.stop and not has_text:
             raise ValueError("stop needs text, and the model has no tokenizer: use stop_token_ids")
+        alike = replace(params, prompt_logprobs=None)  # one of n answers reads the prompt for all of them
         first, *others = (
             Request(
                 name,
                 token_ids,
-                params,
+                alike if i else params,
                 priority=priority,
                 seed=mix(seed, i),
                 max_len=min(len(token_ids) + params.max_tokens, self.max_model_len),
@@ -317,6 +318,7 @@ class Engine(EngineCore):
                 logprobs=None if member.params.logprobs is None else [],
                 index=index,
                 prompt=member.prompt,
+                prompt_logprobs=None if request.params.prompt_logprobs is None else request.prompt_logprobs,
             )
 
     def set_priority(self, request_id: str, priority: int) -> bool:
@@ -367,7 +369,8 @@ class Engine(EngineCore):
         `waiting` are those after the plan. Call it where `step` may be called; it raises as planning does.
         """
         requests = self.scheduler.requests.values()
-        shared = {id(part): part for request in requests for part in (request.params, request.reader)}
+        kept = [part for r in requests for part in (r.params, r.reader, r.prompt_logprobs)]
+        shared = {id(part): part for part in kept}
         scheduler = copy.deepcopy(self.scheduler, shared)  # and the pool, which it holds
         plan = scheduler.schedule()
         return record_step(self._step, plan, StepResult([()] * len(plan.requests)), scheduler)
