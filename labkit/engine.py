@@ -262,6 +262,8 @@ class Engine(EngineCore):
                 token_ids = list(self.model.tokenizer.encode(prompt))
             except TypeError:
                 raise ValueError("prompt is not text: it holds half a surrogate pair") from None
+            if max(token_ids, default=0) >= self.model.config.vocab_size:  # a tokenizer with tokens added
+                self._check_tokens("prompt", token_ids)
         elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray | memoryview):
             token_ids = list(prompt)
             self._check_tokens("prompt", token_ids)

@@ -102,7 +102,9 @@ class Body(BaseModel):
         """
         raise NotImplementedError
 
-    def _params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+    def _params(
+        self, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None
+    ) -> SamplingParams:
         names: tuple[str, ...]
         names = ("top_p", "top_k", "min_p", "n", "stop", "stop_token_ids", "ignore_eos", "seed", "min_tokens")
         names += ("presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -116,6 +118,7 @@ class Body(BaseModel):
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,  # OpenAI's default
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             **{name: value for name, value in given.items() if value is not None},
         )
 
@@ -128,6 +131,11 @@ class CompletionBody(Body):
     prompt: StrictStr | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
     echo: StrictBool | None = None
     logprobs: StrictInt | Literal[False] | None = None  # false is what chat calls none
+
+    @property
+    def only_echoes(self) -> bool:
+        """Whether nothing but the prompt is wanted, which clients score texts with."""
+        return bool(self.echo) and self.max_tokens == 0
 
     def prompts(self) -> list[str | list[int]]:
         """One or many prompts, each text or token ids."""
@@ -151,10 +159,10 @@ class CompletionBody(Body):
     def sampling_params(self, longest: int) -> SamplingParams:
         """See `Body`."""
         logprobs = None if self.logprobs is False else self.logprobs
-        if self.echo and logprobs is not None:
-            raise RequestError(400, "echo with logprobs is not supported here", param="echo")
         max_tokens = min(_COMPLETION_TOKENS, longest) if self.max_tokens is None else self.max_tokens
-        return self._params(max_tokens, logprobs)
+        if self.only_echoes:
+            max_tokens = 1  # the engine stops at no earlier token, and nobody will see it
+        return self._params(max_tokens, logprobs, logprobs if self.echo else None)
 
 
 class Part(BaseModel):
