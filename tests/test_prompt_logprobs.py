@@ -61,7 +61,9 @@ def test_they_are_those_of_transformers(settings: dict[str, object], family: str
         for before, entry in zip(logits, rest, strict=False):
             assert entry.logprob == pytest.approx(float(before[entry.token]), abs=1e-4)
             assert [token for token, _ in entry.top] == before.topk(3).indices.tolist()
-            assert [value for _, value in entry.top] == pytest.approx(before.topk(3).values.tolist(), abs=1e-4)
+            assert [value for _, value in entry.top] == pytest.approx(
+                before.topk(3).values.tolist(), abs=1e-4
+            )
 
 
 def test_the_answers_to_one_prompt_share_them() -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 from transformers import PreTrainedTokenizerBase
 
-from labkit.models.chat import as_chat, text_of
+from labkit.models.chat import as_chat, check_variables, text_of
 from labkit.sampling_params import MAX_LOGPROBS, SamplingParams
 from labkit.serving.errors import RequestError
 from labkit.serving.neutral import Where, first_that_asks
@@ -219,17 +219,32 @@ class ChatBody(Body):
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    # Beyond OpenAI, as vLLM names them.
+    add_generation_prompt: StrictBool | None = None
+    continue_final_message: StrictBool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def prompts(self) -> list[Conversation]:
         """One conversation."""
         if not self.messages:
             raise RequestError(400, "messages is empty: it must have at least one message", param="messages")
+        if self.continue_final_message and self.add_generation_prompt:
+            words = "continue_final_message and add_generation_prompt contradict each other: give one of them"
+            raise RequestError(400, words, param="continue_final_message")
         return [[message.plain() for message in self.messages]]
 
     def encode(self, prompt: Conversation, tokenizer: PreTrainedTokenizerBase) -> str | list[int]:
         """A conversation in the model's own chat format."""
+        variables = self.chat_template_kwargs or {}
+        check_variables(tokenizer, variables)
         try:
-            return as_chat(tokenizer, prompt)
+            return as_chat(
+                tokenizer,
+                prompt,
+                add_generation_prompt=self.add_generation_prompt is not False,
+                continue_final_message=bool(self.continue_final_message),
+                variables=variables,
+            )
         except Exception as error:  # some models' templates refuse some conversations, in their own words
             raise RequestError(400, f"messages: the chat template says: {error}", param="messages") from None
 

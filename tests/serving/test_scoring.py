@@ -4,8 +4,6 @@ lm-evaluation-harness scores with it (its `local-completions`; 0.4.13 was run on
 perplexity against this server and against its own `hf`: every number agreed to 1e-5).
 """
 
-
-
 from __future__ import annotations
 
 import json
