@@ -28,6 +28,7 @@ from labkit.core.scheduler import Scheduler
 from labkit.kernels.warmup import activation_bytes, backend_for, warm_up
 from labkit.models.detokenizer import IncrementalDetokenizer
 from labkit.models.devices import resolve_device
+from labkit.models.generation_config import sampling_defaults
 from labkit.models.load import LoadedModel, load_model
 from labkit.models.no_tokenizer import NoTokenizer
 from labkit.models.progress import Say
@@ -67,6 +68,7 @@ class Engine(EngineCore):
         trace: the records of all steps.
         outputs: the output of each request so far, by id. Outputs are updated in place, and stay until you
             take them out.
+        sampling_defaults: fields of `SamplingParams` that hold for requests that do not say.
 
     Raises:
         ValueError: for a model that cannot be found or run, or sizes that do not fit into memory.
@@ -94,6 +96,8 @@ class Engine(EngineCore):
                 f"max_model_len must be at most {module.max_model_len}, the limit of {self.model.name}, "
                 f"not {config.max_model_len}"
             )
+        asked = config.generation_config == "auto"
+        self.sampling_defaults = sampling_defaults(self.model.generation) if asked else {}
         draft = draft_model(config, self.model, say)
         backend = backend_for(module, config)
         reserve = 0  # bytes for the activations of a step, on a GPU
@@ -196,7 +200,7 @@ class Engine(EngineCore):
         priority: int = 0,
     ) -> Request:
         """Check and tokenise a prompt without queueing it. Any thread may call it; raises as above."""
-        params = SamplingParams() if params is None else params
+        params = SamplingParams(**self.sampling_defaults) if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be SamplingParams, not {type(params).__name__}")
         check_number("priority", priority, -(2**31), 2**31, whole=True)

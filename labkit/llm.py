@@ -56,6 +56,10 @@ class LLM:
         """Return the model's tokenizer, as `transformers` has it."""
         return self.engine.model.tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return how prompts without `params` are sampled (see `EngineConfig.generation_config`)."""
+        return SamplingParams(**self.engine.sampling_defaults)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -70,7 +74,8 @@ class LLM:
         Args:
             prompts: one prompt or many; each is text, token ids, or a dictionary with "prompt" or
                 "prompt_token_ids".
-            params: sampling parameters for all prompts, or a list with those of each.
+            params: sampling parameters for all prompts, or a list with those of each; None takes those of
+                `get_default_sampling_params`.
             progress: whether to show a bar with tokens per second.
             sampling_params, use_tqdm: the names that vLLM has for `params` and `progress`.
 

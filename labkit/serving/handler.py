@@ -179,7 +179,8 @@ class Handler:
         if not prompts:
             raise RequestError(400, "prompt is empty: it must have at least one token", param="prompt")
         try:
-            params = body.sampling_params(limits.answer_tokens or live.engine.max_model_len)
+            longest = limits.answer_tokens or live.engine.max_model_len
+            params = body.sampling_params(longest, live.engine.sampling_defaults)
             if limits.answer_tokens is not None:
                 limits.check_tokens(0, params.max_tokens)
         except ValueError as error:

@@ -6,6 +6,7 @@ refused by its name, unless its value asks for nothing (`labkit.serving.neutral`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
@@ -93,8 +94,12 @@ class Body(BaseModel):
         """A prompt as text for people."""
         raise NotImplementedError
 
-    def sampling_params(self, longest: int) -> SamplingParams:
-        """The fields that say how to sample. `longest` is the length of an answer that names none.
+    def sampling_params(self, longest: int, defaults: Mapping[str, Any]) -> SamplingParams:
+        """The fields that say how to sample.
+
+        Args:
+            longest: the length of an answer for which nobody names one.
+            defaults: what the model says of fields that the call leaves out (`Engine.sampling_defaults`).
 
         Raises:
             ValueError: for a value that cannot be; the message names the field and the limit.
@@ -103,10 +108,25 @@ class Body(BaseModel):
         raise NotImplementedError
 
     def _params(
-        self, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None
+        self,
+        defaults: Mapping[str, Any],
+        max_tokens: int,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
     ) -> SamplingParams:
         names: tuple[str, ...]
-        names = ("top_p", "top_k", "min_p", "n", "stop", "stop_token_ids", "ignore_eos", "seed", "min_tokens")
+        names = (
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "n",
+            "stop",
+            "stop_token_ids",
+            "ignore_eos",
+            "seed",
+            "min_tokens",
+        )
         names += ("presence_penalty", "frequency_penalty", "repetition_penalty")
         names += ("include_stop_str_in_output", "skip_special_tokens")
         given = {name: getattr(self, name) for name in names}
@@ -114,13 +134,10 @@ class Body(BaseModel):
             given["logit_bias"] = {_token("logit_bias", key): bias for key, bias in self.logit_bias.items()}
         if self.stop == "" or self.stop == []:
             del given["stop"]
-        return SamplingParams(
-            max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,  # OpenAI's default
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            **{name: value for name, value in given.items() if value is not None},
-        )
+        given |= {"max_tokens": max_tokens, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+        openais = {"temperature": 1.0}
+        said = {name: value for name, value in given.items() if value is not None}
+        return SamplingParams(**(openais | dict(defaults) | said))
 
 
 class CompletionBody(Body):
@@ -156,13 +173,14 @@ class CompletionBody(Body):
         except (OverflowError, IndexError, TypeError):
             return ""
 
-    def sampling_params(self, longest: int) -> SamplingParams:
+    def sampling_params(self, longest: int, defaults: Mapping[str, Any]) -> SamplingParams:
         """See `Body`."""
         logprobs = None if self.logprobs is False else self.logprobs
-        max_tokens = min(_COMPLETION_TOKENS, longest) if self.max_tokens is None else self.max_tokens
+        usual = min(defaults.get("max_tokens", _COMPLETION_TOKENS), longest)
+        max_tokens = usual if self.max_tokens is None else self.max_tokens
         if self.only_echoes:
             max_tokens = 1  # the engine stops at no earlier token, and nobody will see it
-        return self._params(max_tokens, logprobs, logprobs if self.echo else None)
+        return self._params(defaults, max_tokens, logprobs, logprobs if self.echo else None)
 
 
 class Part(BaseModel):
@@ -252,7 +270,7 @@ class ChatBody(Body):
         """The latest message."""
         return text_of(prompt[-1])
 
-    def sampling_params(self, longest: int) -> SamplingParams:
+    def sampling_params(self, longest: int, defaults: Mapping[str, Any]) -> SamplingParams:
         """See `Body`."""
         if self.top_logprobs and not self.logprobs:
             raise RequestError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
@@ -261,9 +279,9 @@ class ChatBody(Body):
                 400, "max_tokens and max_completion_tokens say the same: give one of them", param="max_tokens"
             )
         max_tokens = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
-        return self._params(
-            longest if max_tokens is None else max_tokens, (self.top_logprobs or 0) if self.logprobs else None
-        )
+        if max_tokens is None:
+            max_tokens = min(defaults.get("max_tokens", longest), longest)
+        return self._params(defaults, max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
 
 
 def field_of(body: Body, message: str, otherwise: str) -> str:
