@@ -2,16 +2,16 @@
 
 Reported elsewhere, tried here:
 
-| project, report              | what was tried                                | outcome                           |
-|------------------------------|-----------------------------------------------|-----------------------------------|
-| transformers 22710 and 28776 | the space before the first word of an answer, | was lost, also for a stop string  |
-| TensorRT-LLM backend 332     | SentencePiece's kind                          | that begins with it; now it stays |
-| vLLM 29953                   | the space at the start of a whole text        | was dropped as decode does; still |
-| mlx-vlm 1076, exo 1691       | characters of several byte tokens in a stream | were whole; but one bad byte took |
-|                              |                                               | good ones back; now they are final|
-| cactus 684                   | `<0xEA>` as a token of a log-probability      | was the letters of its name; now  |
-|                              |                                               | it is the byte                    |
-| vLLM 45636                   | how much is held back for a stop string       | only what may begin one; still    |
+| project, report           | what was tried                           | outcome                              |
+|---------------------------|------------------------------------------|--------------------------------------|
+| transformers 22710, 28776 | the space before the first word of an    | was lost, with it stop strings that  |
+| TensorRT-LLM backend 332  | answer, of SentencePiece's kind          | begin with it; now it stays          |
+| vLLM 29953                | the space at the start of a text         | dropped, as decode does; so still    |
+| mlx-vlm 1076, exo 1691    | characters of several tokens in a stream | were whole, but a bad byte took good |
+|                           |                                          | ones back; now they are final        |
+| cactus 684                | `<0xEA>` among log-probabilities         | was the letters of its name; now the |
+|                           |                                          | byte                                 |
+| vLLM 45636                | how much a stop string holds back        | only what may begin one; so still    |
 """
 
 from __future__ import annotations
