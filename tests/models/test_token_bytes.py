@@ -2,16 +2,15 @@
 
 Reported elsewhere, tried here:
 
-| project, report           | what was tried                           | outcome                              |
-|---------------------------|------------------------------------------|--------------------------------------|
-| transformers 22710, 28776 | the space before the first word of an    | was lost, with it stop strings that  |
-| TensorRT-LLM backend 332  | answer, of SentencePiece's kind          | begin with it; now it stays          |
-| vLLM 29953                | the space at the start of a text         | dropped, as decode does; so still    |
-| mlx-vlm 1076, exo 1691    | characters of several tokens in a stream | were whole, but a bad byte took good |
-|                           |                                          | ones back; now they are final        |
-| cactus 684                | `<0xEA>` among log-probabilities         | was the letters of its name; now the |
-|                           |                                          | byte                                 |
-| vLLM 45636                | how much a stop string holds back        | only what may begin one; so still    |
+| project, report           | what was tried                         | outcome                              |
+|---------------------------|----------------------------------------|--------------------------------------|
+| transformers 22710, 28776 | the space before the first word of an  | was lost, with it stop strings that  |
+| TensorRT-LLM backend 332  | answer, of SentencePiece's kind        | begin with it; now it stays          |
+| vLLM 29953                | the space at the start of a text       | dropped, as decode does; so still    |
+| mlx-vlm 1076, exo 1691    | characters of several tokens, streamed | whole, but a bad byte took good ones |
+|                           |                                        | back; now what was shown is final    |
+| cactus 684                | `<0xEA>` among log-probabilities       | the letters of its name; now a byte  |
+| vLLM 45636                | how much a stop string holds back      | only what may begin one; so still    |
 """
 
 from __future__ import annotations
