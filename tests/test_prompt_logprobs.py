@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from labkit import Engine, EngineConfig, SamplingParams
+from labkit.serving.async_engine import AsyncEngine
 from tests.conftest import loaded, reference
 
 LONG = [(7 * i + i * i) % 211 for i in range(70)]
@@ -108,3 +109,11 @@ def test_a_preview_leaves_them_alone() -> None:
 def test_a_wrong_number_is_refused_by_name(value: object) -> None:
     with pytest.raises(ValueError, match="prompt_logprobs must be"):
         SamplingParams(prompt_logprobs=value)
+
+
+def test_a_snapshot_has_them_once_they_are_complete() -> None:
+    with AsyncEngine(engine("llama", max_num_batched_tokens=16)) as live:
+        ids = live.submit(LONG, SamplingParams(prompt_logprobs=0, max_tokens=3, ignore_eos=True))
+        for snapshot in live.stream(ids):
+            assert (snapshot.prompt_logprobs is None) == (not snapshot.token_ids)
+        assert len(snapshot.prompt_logprobs) == len(LONG)

@@ -62,6 +62,9 @@ class Answer:
             finish_reason=output.finish_reason if self.finished else None,
             metrics=replace(output.metrics, token_times=output.metrics.token_times[:count]),
             logprobs=None if output.logprobs is None else output.logprobs[:count],
+            prompt_logprobs=output.prompt_logprobs
+            if count
+            else None,  # they grow until the first token comes
         )
 
     def snapshots(self, changed: threading.Condition) -> Iterator[RequestOutput]:

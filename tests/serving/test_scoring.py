@@ -98,6 +98,16 @@ def test_choices_are_scored_as_the_harness_does(site: Served) -> None:
     assert found[1] and not all(found)
 
 
+def test_how_one_samples_does_not_change_the_score(site: Served) -> None:
+    prompt = [5, 77, 130, 9, 42, 42, 17, 99]
+    body = {"model": FAMILY, "prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 0}
+    plain = post(site, body | {"temperature": 0}).json()["choices"]
+    filtered = {"temperature": 1.3, "top_k": 1, "repetition_penalty": 2, "logit_bias": {"130": -100}}
+    scored = post(site, body | filtered).json()["choices"]
+    values = [choice[0]["logprobs"]["token_logprobs"][1:] for choice in (plain, scored)]
+    assert values[0] == pytest.approx(values[1], abs=1e-5)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_is_echoed_alone(reader: openai.OpenAI, stream: bool) -> None:
     call = {"model": KIND, "prompt": TEXT, "echo": True, "max_tokens": 0, "temperature": 0}
