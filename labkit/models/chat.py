@@ -74,9 +74,8 @@ def _in_its_form(
     if of_text is not None and of_text == of_parts:
         return [dict(message) for message in messages]
     if of_text is None and of_parts is not None and "'text'" not in of_parts:
-        if (
-            _tried(tokenizer, _parts("first") + _parts(_PROBE), variables) is None
-        ):  # it reads the first part alone
+        two = _tried(tokenizer, _parts("first") + _parts(_PROBE), variables)
+        if two is None:  # it reads the first part alone
             return [{**message, "content": _parts(text_of(message))} for message in messages]
         return [{**message, "content": _parts(message["content"])} for message in messages]
     return [{**message, "content": text_of(message)} for message in messages]

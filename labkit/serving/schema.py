@@ -115,20 +115,9 @@ class Body(BaseModel):
         prompt_logprobs: int | None = None,
     ) -> SamplingParams:
         names: tuple[str, ...]
-        names = (
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "n",
-            "stop",
-            "stop_token_ids",
-            "ignore_eos",
-            "seed",
-            "min_tokens",
-        )
+        names = ("temperature", "top_p", "top_k", "min_p", "n", "seed", "min_tokens", "ignore_eos")
         names += ("presence_penalty", "frequency_penalty", "repetition_penalty")
-        names += ("include_stop_str_in_output", "skip_special_tokens")
+        names += ("stop", "stop_token_ids", "include_stop_str_in_output", "skip_special_tokens")
         given = {name: getattr(self, name) for name in names}
         if self.logit_bias is not None:
             given["logit_bias"] = {_token("logit_bias", key): bias for key, bias in self.logit_bias.items()}
