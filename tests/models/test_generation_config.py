@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from labkit import LLM, Engine, EngineConfig, SamplingParams
 from labkit.models.generation_config import FILE, NOT_OBEYED, TAKEN, not_obeyed, sampling_defaults
 from labkit.models.load import load_model
+from labkit.page.gradio_page import build
 from labkit.page.submissions import params_of
 from tests.serving.api_server import MODEL, Served, post, served
 
@@ -129,6 +130,13 @@ def test_fields_that_a_call_leaves_out(site: Served, path: str) -> None:
 def test_the_page_asks_for_the_rest_as_the_model_says() -> None:
     params = params_of(64, 0.5, 1.0, None, QWENS)
     assert (params.temperature, params.top_p, params.top_k, params.repetition_penalty) == (0.5, 1, 20, 1.1)
+
+
+def test_the_form_of_the_page_begins_with_them(site: Served) -> None:
+    site.live.engine.sampling_defaults = {"temperature": 0.3, "top_p": 0.9}
+    fields = [component["props"] for component in build(site.live).get_config_file()["components"]]
+    values = {field.get("label"): field.get("value") for field in fields}
+    assert (values["Temperature"], values["Top-p"]) == (0.3, 0.9)
 
 
 def test_what_is_not_obeyed_is_named_once(folder: Path, saved: Callable[[str], Path]) -> None:
