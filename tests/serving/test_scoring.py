@@ -1,7 +1,8 @@
 """Texts are scored: `echo` with `logprobs` gives what the model foretells of each token of a prompt.
 
 lm-evaluation-harness scores with it (its `local-completions`; 0.4.13 was run on multiple choice and on
-perplexity against this server and against its own `hf`: every number agreed to 1e-5).
+perplexity against this server and against its own `hf`: of 160 numbers of choices none differs by more than
+5.6e-5, of 12 sums over whole documents none by more than 8.6e-4).
 """
 
 from __future__ import annotations
