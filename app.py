@@ -69,7 +69,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--trace-file",
         metavar="FILE",
-        help="also write every step there, as JSON Lines",
+        help="also write every step there, as JSON Lines; a file that is there already gets a neighbour",
     )
     return parser.parse_args(arguments)
 
@@ -170,6 +170,8 @@ def serve(live: AsyncEngine, options: argparse.Namespace) -> None:
         print(f"OpenAI's API is at http://{shown}:{options.port}/v1", flush=True)
     if options.share:
         print(f"and, for everyone, at {demo.share_url}" if demo.share_url else "There is no public link.")
+    if lab.trace_path:
+        print(f"Every step is written to {lab.trace_path}")
     print("Ctrl-C ends it.", flush=True)
     try:
         threading.Event().wait()

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from labkit.config import KV_POLICIES, EngineConfig
@@ -113,10 +114,11 @@ class Lab:
         knobs: whether visitors may change the settings.
         make: a function that builds an engine; pass your own to keep a scheduler or a pool that you wrote.
         trace_file: the file for every step, as JSON Lines, also those that the engine forgets. Each engine
-            after the first has a file of its own: "run.jsonl", "run-2.jsonl", ...
+            after the first has a file of its own: "run.jsonl", "run-2.jsonl", ... A file that is there
+            already is left as it is.
 
     Raises:
-        OSError: if the trace file cannot be written.
+        OSError: if the trace file cannot be made.
     """
 
     def __init__(
@@ -139,11 +141,12 @@ class Lab:
         self._change: _Change | None = None
         self._played = ""  # the name of the scenario that was played last
         self._kept: dict[str, Trace] = {}
-        self._writers = TraceWriters(trace_file) if trace_file else None
+        self.version = 0  # grows whenever `status` changes, except for its counts
+        self.trace_path: Path | None = None  # of the file that is written now
+        self._writers = TraceWriters(trace_file, self._tell_of_writing) if trace_file else None
         self.session = self._start(live)
         self.base = self.settings  # those that the lab started with
         self._draft_model = live.engine.config.draft_model
-        self.version = 0  # grows whenever `status` changes, except for its counts
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -162,6 +165,7 @@ class Lab:
             "pending": _settings_of(change.config) if change else None,
             "visitors": len(self.visitors),
             "played": self._played,
+            "problem": self._writers.problem if self._writers else "",
         }
 
     # -- settings ---------------------------------------------------------------------------------
@@ -236,8 +240,11 @@ class Lab:
 
     def _start(self, live: AsyncEngine) -> Session:
         if self._writers:
-            self._writers.follow(live.engine.trace.meta, live.subscribe)
+            self.trace_path = self._writers.follow(live.engine.trace.meta, live.subscribe)
         return Session.start(live, self.limits)
+
+    def _tell_of_writing(self) -> None:
+        self.version += 1  # its status has a problem
 
     def _wait_for_the_end(self, change: _Change) -> None:
         session, self._change = self.session, change
