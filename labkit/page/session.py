@@ -112,6 +112,7 @@ class Lab:
         limits: the limits on what visitors may hand in.
         grace: seconds after which the requests of a visitor who closed the page are cancelled.
         knobs: whether visitors may change the settings.
+        clock: whether visitors may pause, step, and set the speed.
         make: a function that builds an engine; pass your own to keep a scheduler or a pool that you wrote.
         trace_file: the file for every step, as JSON Lines, also those that the engine forgets. Each engine
             after the first has a file of its own: "run.jsonl", "run-2.jsonl", ... A file that is there
@@ -128,12 +129,13 @@ class Lab:
         limits: Limits | None = None,
         grace: float = GRACE,
         knobs: bool = True,
+        clock: bool = True,
         make: Callable[[EngineConfig], Engine] = Engine,
         trace_file: str | os.PathLike[str] | None = None,
     ) -> None:
         check_number("grace", grace, 0, 3600)
         self.limits = limits or Limits()
-        self.knobs = knobs
+        self.knobs, self.clock = knobs, clock
         self.visitors = Visitors(self._gone, grace=grace)
         self._make = make
         self._first = live
@@ -162,11 +164,29 @@ class Lab:
             "settings": self.settings,
             "base": self.base,
             "knobs": self.knobs,
+            "clock": self.clock,
             "pending": _settings_of(change.config) if change else None,
             "visitors": len(self.visitors),
             "played": self._played,
             "problem": self._writers.problem if self._writers else "",
         }
+
+    # -- the clock --------------------------------------------------------------------------------
+
+    def may_set_clock(self, visitor: str) -> bool:
+        """Whether a visitor may pause, step, and set the speed, for everyone."""
+        return self.clock
+
+    def control(self, visitor: str, action: str, value: float | None = None) -> dict[str, Any]:
+        """Obey a visitor who may set the clock (see `Submissions.control`), and return the clock's state.
+
+        Raises:
+            ValueError: for a visitor who may not, and for a speed that is impossible.
+        """
+        if not self.may_set_clock(visitor):
+            raise ValueError("The clock of this lab is its host's: it cannot be set from the page.")
+        self.session.submissions.control(visitor, action, value)
+        return self.session.submissions.clock()
 
     # -- settings ---------------------------------------------------------------------------------
 
