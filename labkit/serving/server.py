@@ -90,6 +90,11 @@ def options_of(given: argparse.Namespace) -> Options:
     )
 
 
+def guarded(given: argparse.Namespace) -> dict[str, Any]:
+    """What the command line lets a `Guard` let in."""
+    return {"host": given.host, "names": given.allowed_host, "origins": given.cors}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C. Returns the exit status."""
     given = parse(arguments)
@@ -103,8 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     with live:
         app = create_app(live, options_of(given))
+        app.add_middleware(Guard, **guarded(given))
         config = uvicorn.Config(
-            Guard(app, given.host, given.allowed_host, given.cors),
+            app,
             host=given.host,
             port=given.port,
             log_level="warning",
