@@ -32,6 +32,8 @@ from labkit.serving.connections import harden
 from labkit.serving.guard import Guard
 from labkit.views.assets import asset, script
 
+SESSIONS = 500  # that gradio keeps a state for: anybody can make up any number, and each costs memory
+QUEUE_SIZE = 100  # events that wait in gradio's queue, where only figures of a race are drawn
 QUEUE_SECONDS = 0.1  # between two looks of gradio at its queue; by default it looks 1,100 times a second
 EXAMPLES = {
     "Why is the sky blue?": "Why is the sky blue? Explain it to a child.",
@@ -98,6 +100,7 @@ def serve(
         "ssr_mode": False,
         "footer_links": [],
         "enable_monitoring": False,
+        "state_session_capacity": SESSIONS,
         "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     }  # one of the default theme's fonts would come from the net
     app, _, _ = page.launch(**(settings | options | {"prevent_thread_lock": True}))
@@ -140,6 +143,7 @@ def build(engine: AsyncEngine | Lab) -> Page:
                 build_replay_tab(lab.traces)
         demo.load(arrive, view, view, js=REMEMBERED, queue=False, show_progress="hidden")
         demo.unload(leave)
+    demo.queue(max_size=QUEUE_SIZE)
     return demo
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 GRACE = 8.0  # seconds
 UNHEARD = 20.0  # seconds in which one who has arrived must be heard from
 SILENCE = 90.0  # seconds between two questions of a page without a line: a hidden tab asks once a minute
-ASKING = 5.0  # seconds in which a page that is looked at asks at least once
+ASKING = 15.0  # seconds in which a page that is looked at asks at least once, however busy the machine is
 MAX_NAME = 24  # characters
 _KEY = secrets.token_bytes(16)
 
