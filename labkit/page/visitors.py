@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import secrets
 import threading
 import time
@@ -82,7 +83,7 @@ class Visitors:
             self._visitor_of[tab] = visitor
             self._tabs.setdefault(visitor, set()).add(tab)
             if self._lines[tab]:
-                self._heard.setdefault(visitor, 0.0)
+                self._heard.setdefault(visitor, -math.inf)
             self._expect(visitor, self.unheard)
             return visitor
 
@@ -92,7 +93,7 @@ class Visitors:
         with self._lock:
             self._lines[tab] += 1
             if visitor := self._visitor_of.get(tab):
-                self._heard.setdefault(visitor, 0.0)
+                self._heard.setdefault(visitor, -math.inf)
                 self._ends.pop(visitor, None)
         try:
             yield
@@ -116,9 +117,9 @@ class Visitors:
                 self._part(tab, visitor, self.grace)
 
     def _part(self, tab: str, visitor: str, grace: float) -> None:
+        """Take a tab from a visitor, who is gone after the grace if it was the last; under the lock."""
         self._tabs[visitor].discard(tab)
-        if not self._tabs[visitor]:
-            self._expect(visitor, grace)
+        self._expect(visitor, SILENCE if self._tabs[visitor] else grace)
 
     def _expect(self, visitor: str, seconds: float) -> None:
         """Forget a visitor after some seconds, unless they have a line. The lock must be held."""

@@ -51,6 +51,9 @@ class Options:
         body_bytes: the size of a body at most.
         cors: the origins whose pages may call; none by default.
         log_prompts: whether the log holds the prompts.
+
+    Raises:
+        ValueError: for a key that is empty.
     """
 
     limits: Limits = field(default_factory=lambda: Limits(requests=1024, queue=1024))
@@ -61,6 +64,10 @@ class Options:
     body_bytes: int = 2 * 2**20
     cors: Sequence[str] = ()
     log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.api_key is not None and not self.api_key.strip():
+            raise ValueError("api_key must not be empty: None asks for none")
 
 
 @dataclass
