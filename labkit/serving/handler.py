@@ -188,13 +188,11 @@ class Handler:
         prompts = body.prompts()
         if not prompts:
             raise RequestError(400, "prompt is empty: it must have at least one token", param="prompt")
-        longest = min(live.engine.max_model_len, limits.prompt_tokens or sys.maxsize)
-        for prompt in prompts:
-            if (length := body.length(prompt)) > MOST_CHARACTERS * longest:
-                message = (
-                    f"The prompt has {length:,} characters, and {MOST_CHARACTERS * longest:,} is the limit."
-                )
-                raise too_long(longest, message, field_of(body, "prompt", "prompt"))
+        room = min(live.engine.max_model_len, limits.prompt_tokens or sys.maxsize)
+        for length in map(body.length, prompts):
+            if length > (most := MOST_CHARACTERS * room):
+                message = f"The prompt has {length:,} characters, and {most:,} is the limit."
+                raise too_long(room, message, field_of(body, "prompt", "prompt"))
         try:
             longest = limits.answer_tokens or live.engine.max_model_len
             params = body.sampling_params(longest, live.engine.sampling_defaults)
