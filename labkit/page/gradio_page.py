@@ -55,7 +55,7 @@ EIGHT = (
 )
 SHARES = (0.25, 0.1, 0.6, 0.8, 1.0, 0.5, 0.4, 1.0)  # of max tokens, so that answers end at different times
 SCRIPTS = (
-    *("live_feed.js", "meters.js", "words.js", "side.js", "controls.js"),
+    *("live_feed.js", "regions.js", "meters.js", "words.js", "side.js", "controls.js"),
     *("panel.js", "follow.js", "cards.js", "questions.js", "glue.js"),
 )
 

@@ -22,6 +22,7 @@ MAX_UPLOADS = 16
 MAX_OPENED = 32  # traces that visitors look at, each as it was when it was opened
 _GONE = "This trace is no longer kept: choose another, or hand it in again."
 
+_SCRIPTS = ("live_feed.js", "regions.js", "replay_data.js", "replay.js", "hand_in.js")
 _GLUE = """
 const ask = async (name, argument) => {
   const late = new Promise((resolve) => setTimeout(resolve, 60000));
@@ -196,7 +197,7 @@ def build_replay_tab(sources: Callable[[], Mapping[str, Trace]]) -> gr.HTML:
     facts = f"const MAX_BYTES = {MAX_BYTES};\n"
     return gr.HTML(
         html_template=f"<style>{asset('replay.css')}</style>{asset('hand_in.html')}{asset('replay.html')}",
-        js_on_load=facts + script("live_feed.js", "replay_data.js", "replay.js", "hand_in.js") + _GLUE,
+        js_on_load=facts + script(*_SCRIPTS) + _GLUE,
         server_functions=list(named.values()),
         elem_id="lkr-replay",
         **bare,

@@ -19,7 +19,9 @@ from typing import Any
 
 from labkit.config import KV_POLICIES, EngineConfig
 from labkit.engine import Engine
+from labkit.models.errors import is_out_of_memory
 from labkit.models.token_bytes import decode_inside
+from labkit.outputs import in_one_line
 from labkit.page.scenario_player import ScenarioPlayer
 from labkit.page.scenarios import BY_NAME
 from labkit.page.snapshot import Now
@@ -138,7 +140,8 @@ class Lab:
         self.knobs, self.clock = knobs, clock
         self.visitors = Visitors(self._gone, grace=grace)
         self._make = make
-        self._first = live
+        self._owns = False  # whether the present engine was built here
+        self._wish = live.engine.config.num_blocks  # None: the pool was sized by the memory that was free
         self._lock = threading.RLock()  # held while the session is swapped
         self._change: _Change | None = None
         self._played = ""  # the name of the scenario that was played last
@@ -239,24 +242,59 @@ class Lab:
         of_the_model |= {"fused_projections": True, "packed_weights": True}  # it is loaded already
         values = self.settings | dict(settings)
         of_the_model["draft_model"] = self._draft_model if values["speculative"] == "draft" else None
+        values["num_blocks"] = self._wished(values["num_blocks"])
         return dataclasses.replace(live.engine.config, model=live.engine.model, **of_the_model, **values)
 
+    def _wished(self, num_blocks: int) -> int | None:
+        """Return what to ask for to have so many pages: None for a number that nobody chose."""
+        if num_blocks == self.settings["num_blocks"]:
+            return self.session.live.engine.config.num_blocks
+        return self._wish if num_blocks == self.base["num_blocks"] else num_blocks
+
     def _swap(self, config: EngineConfig, then: Callable[[Session], None]) -> None:
-        """Build the new engine, and only then let go of the old one."""
+        """Build the new engine, and only then let go of the old one.
+
+        On a GPU one pool takes most of the memory. So there the old engine ends first, and if the new one
+        cannot be built, another with its settings takes its place.
+        """
         old = self.session
+        beside = old.live.engine.model.device.type != "cuda"
+        if not beside:
+            self._let_go(old)
         try:
-            live = AsyncEngine.build(lambda: self._make(config))
+            live = self._built(config)
+        except ValueError:
+            if not beside:
+                self._replace(self._built(old.live.engine.config), old)
+            raise
+        self._replace(live, old)
+        if beside:
+            self._let_go(old)
+        then(self.session)
+
+    def _built(self, config: EngineConfig) -> AsyncEngine:
+        try:
+            return AsyncEngine.build(lambda: self._make(config))
         except (MemoryError, RuntimeError) as error:
             logger.warning("no engine with these settings", exc_info=True)
-            raise ValueError(
-                "There is too little memory for that: lower the number of pages or the page size."
-            ) from error
+            why = "There is too little memory for that: lower the number of pages or the page size."
+            if not is_out_of_memory(error):
+                why = f"No engine could be built with these settings: {in_one_line(error)}"
+            raise ValueError(why) from error
+
+    def _replace(self, live: AsyncEngine, old: Session) -> None:
         live.speed = old.live.speed
         self.session = self._start(live)
+        self._owns = True
         self.version += 1
+
+    @staticmethod
+    def _let_go(old: Session) -> None:
+        """End an engine, and free its memory now: it would wait for the garbage collector."""
+        old.submissions.refuses = "The engine restarts with other settings: wait a moment."
         old.end()
         old.live.close()
-        then(self.session)
+        old.live.engine.release()
 
     def _start(self, live: AsyncEngine) -> Session:
         if self._writers:
@@ -328,10 +366,11 @@ class Lab:
             self.version += 1
 
         with self._lock:
-            now = self.settings
-            if self.session.live.failure is None and all(
-                now[knob] == value for knob, value in wanted.items()
-            ):
+            now, live = self.settings, self.session.live
+            same = {knob for knob, value in wanted.items() if now[knob] == value}
+            if "num_blocks" in wanted and self._wished(wanted["num_blocks"]) == live.engine.config.num_blocks:
+                same.add("num_blocks")
+            if live.failure is None and same == wanted.keys():
                 begin(self.session)
                 return {"done": True}
             return self.change(wanted, running=running, then=begin)
@@ -364,7 +403,7 @@ class Lab:
             self.session.end()
             if self._writers:
                 self._writers.close()
-            if self.session.live is not self._first:
+            if self._owns:
                 self.session.live.close()
 
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from labkit.serving.async_engine import AsyncEngine
     from labkit.serving.limits import Limits
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch's words, in lower case
-
 
 class StartError(Exception):
     """The server cannot start. The message says why, in one sentence."""
@@ -199,10 +197,9 @@ def load(options: argparse.Namespace, *, trace_steps: int) -> AsyncEngine:
     Raises:
         StartError: if the engine cannot start.
     """
-    import torch
-
     from labkit.config import EngineConfig
     from labkit.engine import Engine
+    from labkit.models.errors import is_out_of_memory
     from labkit.serving.async_engine import AsyncEngine
 
     def build() -> Engine:
@@ -227,9 +224,7 @@ def load(options: argparse.Namespace, *, trace_steps: int) -> AsyncEngine:
     try:
         return AsyncEngine.build(build)
     except (MemoryError, RuntimeError) as error:
-        # On a CPU, and on some accelerators, torch raises a plain RuntimeError with these words.
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and not any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
         raise StartError("too little memory: lower --num-blocks, or take a smaller --model") from None
     except ValueError as error:
