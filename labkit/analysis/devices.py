@@ -27,6 +27,8 @@ class Gpu:
     bandwidth: float
     memory: float
     source: str = ""
+    capability: tuple[int, int] = (8, 0)
+    processors: int = 0
 
     def __post_init__(self) -> None:
         for field in ("flops", "bandwidth", "memory"):
@@ -38,15 +40,17 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("T4", 65e12, 300e9, 16e9, "NVIDIA T4, data sheet 951643: 65 TFLOPS mixed precision, 300 GB/s"),
-        Gpu("L4", 121e12, 300e9, 24e9, "NVIDIA L4, data sheet 2595652: 242 TFLOPS with sparsity, 300 GB/s"),
-        Gpu("A100", 312e12, 2039e9, 80e9, "NVIDIA A100 80GB SXM, data sheet 2188504: 312 TFLOPS, 2,039 GB/s"),
+        Gpu("T4", 65e12, 300e9, 16e9, "NVIDIA T4, data sheet 951643: 65 TFLOPS mixed precision, 300 GB/s", (7, 5), 40),
+        Gpu("L4", 121e12, 300e9, 24e9, "NVIDIA L4, data sheet 2595652: 242 TFLOPS with sparsity, 300 GB/s", (8, 9), 58),
+        Gpu("A100", 312e12, 2039e9, 80e9, "NVIDIA A100 80GB SXM, data sheet 2188504: 312 TFLOPS, 2,039 GB/s", (8, 0), 108),
         Gpu(
             "H100",
             989.5e12,
             3350e9,
             80e9,
             "NVIDIA H100 SXM, data sheet 2287922: 1,979 TFLOPS with sparsity, 3.35 TB/s",
+            (9, 0),
+            132,
         ),
     )
 }
