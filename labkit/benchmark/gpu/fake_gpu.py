@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from labkit.analysis.devices import Gpu
 from labkit.analysis.shapes import config_of
@@ -40,7 +40,14 @@ _GRAPH_BYTES = 2**20  # what each captured graph takes beside its tensors
 # Operators that read or write only a part of their first tensor: as much as comes out, or goes in.
 _PARTIAL = {"index", "index_select", "embedding", "gather", "index_copy_", "index_put_"}
 _NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "detach_"}
-_NO_KERNEL |= {"lift_fresh", "_unsafe_view", "_reshape_alias", "resize_", "set_", "_scaled_dot_product_fused_attention_overrideable"}
+_NO_KERNEL |= {
+    "lift_fresh",
+    "_unsafe_view",
+    "_reshape_alias",
+    "resize_",
+    "set_",
+    "_scaled_dot_product_fused_attention_overrideable",
+}
 
 
 class FakeGpuError(RuntimeError):
@@ -184,7 +191,7 @@ class FakeGpu(contextlib.AbstractContextManager["FakeGpu"]):
         yield cuda, "mem_get_info", self._mem_get_info
         yield cuda, "device", contextlib.nullcontext
         yield cuda, "device_of", contextlib.nullcontext
-        yield FakeTensor, "tolist", lambda x: self._read(x)
+        yield FakeTensor, "tolist", lambda x: self.read(x)
         yield cuda, "CUDAGraph", type("CUDAGraph", (_Graph,), {"gpu": self})
         yield cuda, "graph", self._capture
         yield torch.backends.cuda, "is_flash_attention_available", lambda: gpu.capability >= (8, 0)
@@ -206,9 +213,10 @@ class FakeGpu(contextlib.AbstractContextManager["FakeGpu"]):
             self.capturing, self.counts = None, outside
             self.graphs += 1
 
-    def _read(self, x: Tensor) -> Any:
+    def read(self, x: Tensor) -> Any:
+        """Make up what a tensor holds."""
         if x.is_cuda:
-            self.wait("tolist")
+            self.wait("reading a tensor")
         return _made_up(x)
 
     def wait(self, what: str) -> None:
@@ -232,7 +240,11 @@ class FakeGpu(contextlib.AbstractContextManager["FakeGpu"]):
         except ImportError:
             return
         for kind in (JITFunction, InterpretedFunction):
-            yield kind, "__getitem__", lambda kernel, grid: lambda *args, **kw: self._launch(kernel, grid, args, kw)
+            yield (
+                kind,
+                "__getitem__",
+                lambda kernel, grid: lambda *args, **kw: self._launch(kernel, grid, args, kw),
+            )
 
     def _launch(self, kernel: Any, grid: Any, args: tuple, options: dict[str, Any]) -> None:
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | options
@@ -268,15 +280,17 @@ class _Dispatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         gpu, name = self.gpu, func._schema.name.removeprefix("aten::")
-        if _on_meta(args, kwargs or {}):  # a model is built there, and `nn.Module` cannot exchange fake tensors
+        if _on_meta(
+            args, kwargs or {}
+        ):  # a model is built there, and `nn.Module` cannot exchange fake tensors
             with _disable_current_modes():
                 return func(*args, **(kwargs or {}))
-        if name in ("_local_scalar_dense", "nonzero", "masked_select"):
-            if any(x.is_cuda for x in _tensors(args)):
-                gpu.wait(name)
-            if name == "_local_scalar_dense":
-                return args[0].dtype == torch.bool or 0
-            raise FakeGpuError(f"{name}: how large the result is depends on values, so the GPU is waited for")
+        if name == "_local_scalar_dense":
+            return gpu.read(args[0])
+        mask = name == "index" and any(x.dtype == torch.bool for x in _tensors(args[1]))
+        if mask or name in ("nonzero", "masked_select"):
+            gpu.wait(name)
+            raise FakeGpuError(f"{name}: the size of the result depends on values")
         if func.namespace == "prim":  # a question about a tensor
             return func(*args, **(kwargs or {}))
         if name == "_fused_rms_norm":  # a PyTorch without CUDA would take it apart
@@ -308,13 +322,14 @@ class _Dispatch(TorchDispatchMode):
                 return out
         elif len({x.device for x in (*wide, *after)}) > 1:
             raise FakeGpuError(f"{name} mixes devices: {[str(x.device) for x in (*before, *after)]}")
+        if name.startswith("torch_attn::") and any(x.dtype == torch.int64 for x in before):
+            raise FakeGpuError(f"{name} got int64, and wants int32")
         if any(x.dtype == torch.float64 for x in after):
             gpu.counts.doubles[name] += 1
         if _has_kernel(func):
             gpu.counts.kernels[name] += 1
             gpu.counts.traffic[name] += _traffic(name, before, after)
         return out
-
 
 
 @functools.cache
@@ -360,8 +375,14 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in (Tensor.__float__, Tensor.__int__):
+            return (float if func is Tensor.__float__ else int)(args[0].tolist())
+        if func is Tensor.nonzero:
+            return torch.ops.aten.nonzero.default(*args)
         if func is Tensor.contiguous and args[0].is_cuda:
-            return args[0] if args[0].is_contiguous() else args[0].clone(memory_format=torch.contiguous_format)
+            return (
+                args[0] if args[0].is_contiguous() else args[0].clone(memory_format=torch.contiguous_format)
+            )
         if func is Tensor.__invert__:
             return torch.bitwise_not(*args)
         if func is Tensor.copy_:
@@ -432,12 +453,14 @@ def _made_up(x: Tensor) -> Any:
     return [_made_up(row) for row in x.unbind(0)]
 
 
-def fake_model(shape: str, *, dtype: str = "auto", quantization: str | None = None) -> LoadedModel:
-    """Make a model of a shape (see `labkit.analysis.shapes`) on the fake GPU of this context."""
-    config, to = config_of(shape), resolve_dtype(dtype, CUDA)
+def fake_model(
+    shape: str | PreTrainedConfig, *, dtype: str = "auto", quantization: str | None = None
+) -> LoadedModel:
+    """Make a model of a shape (see `labkit.analysis.shapes`) or architecture on the fake GPU of this context."""
+    config, to = config_of(shape) if isinstance(shape, str) else shape, resolve_dtype(dtype, CUDA)
     with _disable_current_modes(), torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
-    weights = [(name, torch.empty(x.shape, dtype=to, device=CUDA)) for name, x in empty.named_parameters()]
+    weights = ((name, torch.empty(x.shape, dtype=to, device=CUDA)) for name, x in empty.named_parameters())
     module = build_transformer(
         config,
         weights,
@@ -447,4 +470,6 @@ def fake_model(shape: str, *, dtype: str = "auto", quantization: str | None = No
         fused_projections=True,
         packed_weights=True,
     )
-    return LoadedModel(f"{shape} (fake)", module, tiny_tokenizer(), config, frozenset(), quantization)
+    return LoadedModel(
+        f"{config.model_type} (fake)", module, tiny_tokenizer(), config, frozenset(), quantization
+    )
