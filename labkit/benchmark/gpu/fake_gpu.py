@@ -25,8 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
-
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from labkit.analysis.devices import Gpu
@@ -36,7 +35,6 @@ from labkit.models.load import LoadedModel, build_transformer
 from labkit.models.tiny import tiny_tokenizer
 
 CUDA = torch.device("cuda", 0)
-_GRAPH_BYTES = 2**20  # what each captured graph takes beside its tensors
 # Operators that read or write only a part of their first tensor: as much as comes out, or goes in.
 _PARTIAL = {"index", "index_select", "embedding", "gather", "index_copy_", "index_put_"}
 _NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "detach_"}
@@ -107,14 +105,18 @@ class FakeGpu(contextlib.AbstractContextManager["FakeGpu"]):
     Args:
         gpu: The kind, with its capability and the number of its processors.
         on_launch: A function that gets each launch of a Triton kernel; none is run.
+        graph_bytes: What each captured graph takes beside its tensors.
     """
 
-    def __init__(self, gpu: Gpu, on_launch: Callable[[Launch], None] | None = None) -> None:
+    def __init__(
+        self, gpu: Gpu, on_launch: Callable[[Launch], None] | None = None, *, graph_bytes: int = 2**20
+    ) -> None:
         self.gpu, self._on_launch = gpu, on_launch or (lambda launch: None)
+        self._graph_bytes = graph_bytes
         self.counts = Counts()
         self.allocated = self.peak = 0
         self.capturing: Counts | None = None
-        self.graphs = 0
+        self.graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
         self._sizes: dict[int, int] = {}
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -199,7 +201,7 @@ class FakeGpu(contextlib.AbstractContextManager["FakeGpu"]):
 
     def _mem_get_info(self, device: Any = None) -> tuple[int, int]:
         total = int(self.gpu.memory)
-        return total - self.allocated - self.graphs * _GRAPH_BYTES, total
+        return max(0, total - self.allocated - len(self.graphs) * self._graph_bytes), total
 
     @contextlib.contextmanager
     def _capture(self, graph: _Graph, **options: Any) -> Iterator[None]:
@@ -211,7 +213,7 @@ class FakeGpu(contextlib.AbstractContextManager["FakeGpu"]):
             yield
         finally:
             self.capturing, self.counts = None, outside
-            self.graphs += 1
+            self.graphs.add(graph)
 
     def read(self, x: Tensor) -> Any:
         """Make up what a tensor holds."""
@@ -456,7 +458,7 @@ def _made_up(x: Tensor) -> Any:
 def fake_model(
     shape: str | PreTrainedConfig, *, dtype: str = "auto", quantization: str | None = None
 ) -> LoadedModel:
-    """Make a model of a shape (see `labkit.analysis.shapes`) or architecture on the fake GPU of this context."""
+    """Make a model of a shape (see `labkit.analysis.shapes`) or architecture on the fake GPU."""
     config, to = config_of(shape) if isinstance(shape, str) else shape, resolve_dtype(dtype, CUDA)
     with _disable_current_modes(), torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
