@@ -40,19 +40,20 @@ TARGETS = {  # by compute capability; where no GPU of the list has it, the next 
 }
 WINDOWED = "Mistral-7B"  # heads of 128, and a sliding window
 MOST_SHARED = 64 * 1024  # bytes that a block of threads of sm_75 can have
-_REGISTERS, _THREADS = 64 * 1024, {75: 1024, 86: 1536, 89: 1536}  # of a multiprocessor; 2048 threads on others
+_REGISTERS = 64 * 1024  # of a multiprocessor
+_THREADS = {75: 1024, 86: 1536, 89: 1536}  # of a multiprocessor; 2,048 on others
 _WIDE = 128  # bits
 
 
 @dataclass(frozen=True)
 class Specialisation:
-    """A kernel with the types of its arguments, and with those values that Triton compiles in."""
+    """A kernel with its arguments; of a tensor, dtype and distance from a multiple of 16 bytes."""
 
     shape: str
     dtype: str
     kernel: Any = field(repr=False, compare=False)
     name: str
-    arguments: tuple[tuple[str, Any], ...]  # of a tensor, its dtype and how far it is from a multiple of 16 bytes
+    arguments: tuple[tuple[str, Any], ...]
 
     @classmethod
     def of(cls, launch: Launch, shape: str, dtype: torch.dtype) -> Specialisation:
@@ -101,7 +102,7 @@ class Compiled:
 
 
 def architectures() -> dict[str, PreTrainedConfig]:
-    """Return the architectures whose kernels are compiled, with one layer each: all layers ask for the same."""
+    """Return the architectures whose kernels are compiled, with one layer each: all ask for the same."""
     window = MistralConfig(head_dim=128, sliding_window=4096)
     found = {shape: config_of(shape) for shape in SHAPES} | {WINDOWED: window}
     for config in found.values():
@@ -173,7 +174,7 @@ class _Absent:
 
 
 def compile_kernel(one: Specialisation, sm: int) -> Any:
-    """Compile for a compute capability; returns Triton's compiled kernel, the same one if it has it already."""
+    """Compile for a compute capability; returns Triton's compiled kernel, the same one for the same code."""
     from triton.runtime import driver
     from triton.runtime.jit import MockTensor
 
@@ -198,9 +199,13 @@ def read_back(cubin: bytes) -> tuple[int, int, dict[int, int]]:
         file.write_bytes(cubin)
         usage = _said(knobs.nvidia.cuobjdump.path, "-res-usage", file)
         code = _said(knobs.nvidia.nvdisasm.path, "-c", file)
-    registers, stack, local = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (
+        int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL")
+    )
     spilled = stack + local + len(re.findall(r"\b(?:LDL|STL)\b", code))
-    widths = (re.search(r"\.(?:[US]?(8|16|64|128))(?:\.|$)", name) for name in re.findall(r"\bLDG(\S*)", code))
+    widths = (
+        re.search(r"\.(?:[US]?(8|16|64|128))(?:\.|$)", name) for name in re.findall(r"\bLDG(\S*)", code)
+    )
     return registers, spilled, dict(Counter(int(found[1]) if found else 32 for found in widths))
 
 
@@ -225,8 +230,8 @@ class KernelReport(Report):
     def __str__(self) -> str:
         sms = sorted({row.sm for row in self.rows})
         lines = [
-            f"Made by `python -m labkit.benchmark --kernels`: {self.settings_line}. Registers of a thread, and",
-            "in brackets how many programs fit on a multiprocessor at once.",
+            f"Made by `python -m labkit.benchmark --kernels` ({self.settings_line}). Registers of a thread,",
+            "and in brackets how many programs fit on a multiprocessor at once.",
             "",
             "| kernel | shape | dtype | splits | " + " | ".join(f"sm_{sm}" for sm in sms) + " |",
             "|---|---|---|---|" + "---|" * len(sms),

@@ -51,8 +51,8 @@ class Costs:
         """The assumptions in words."""
         return (
             f"Assumed: {1e6 * self.operator:g} us of CPU to launch an operator, {1e6 * self.kernel:g} us of "
-            f"GPU for each kernel beside its bytes, {self.bandwidth:.0%} of the bandwidth and {self.peak:.0%} "
-            f"of the peak on the data sheet, {1e3 * self.step:g} ms of Python for a step and "
+            f"GPU for each kernel beside its bytes, {self.bandwidth:.0%} of the bandwidth and "
+            f"{self.peak:.0%} of the peak on the data sheet, {1e3 * self.step:g} ms of Python for a step and "
             f"{1e6 * self.row:g} us for a row."
         )
 
@@ -126,12 +126,13 @@ class PredictionReport(Report):
     def __str__(self) -> str:
         gpu = self.gpu
         lines = [
-            f"A decode step on a {gpu.name} ({gpu.bandwidth / 1e9:,.0f} GB/s, {gpu.flops / 1e12:,.0f} TFLOP/s), "
-            f"half precision, {PROMPT} tokens in the cache of each row. Predicted, not measured.",
+            f"A decode step on a {gpu.name} ({gpu.bandwidth / 1e9:,.0f} GB/s, "
+            f"{gpu.flops / 1e12:,.0f} TFLOP/s), half precision, {PROMPT} tokens in the cache of each "
+            "row. Predicted, not measured.",
             self.costs.reasons,
             "",
-            "| shape | seats | launched | kernels | by Python | MB | GFLOP | floor ms | predicted ms | tokens/s "
-            "| most of it |",
+            "| shape | seats | launched | kernels | by Python | MB | GFLOP | floor ms | predicted ms "
+            "| tokens/s | most of it |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for row in self.rows:
@@ -151,8 +152,8 @@ class PredictionReport(Report):
             lines.append(f"| {' | '.join(map(str, cells))} |")
         lines.append("")
         lines += [
-            f"{one.shape}: weights {one.weights / 1e9:.2f} GB, the widest step {one.step / 1e6:.0f} MB, a default "
-            f"engine {one.num_blocks:,} blocks of {one.block / 1e6:.2f} MB."
+            f"{one.shape}: weights {one.weights / 1e9:.2f} GB, the widest step {one.step / 1e6:.0f} MB, a "
+            f"default engine {one.num_blocks:,} blocks of {one.block / 1e6:.2f} MB."
             for one in self.memory
         ]
         return "\n".join(lines)
@@ -219,21 +220,14 @@ def _prediction(
     gpu: Gpu, shape: str, seats: int, graphs: bool, counts: Counts, keys: int, work: Work
 ) -> Prediction:
     costs = costs_of(gpu)
-    traffic = counts.traffic.total() + keys  # Triton's kernel reads the keys, and the fake GPU cannot know how many
-    parts = {
-        "launches": counts.launches * costs.kernel,
-        work.bound(gpu.bandwidth * costs.bandwidth, gpu.flops * costs.peak): Work(
-            traffic, work.operations
-        ).seconds(gpu.bandwidth * costs.bandwidth, gpu.flops * costs.peak),
-    }
+    traffic = counts.traffic.total() + keys  # these Triton's kernel reads, uncounted
+    limits = gpu.bandwidth * costs.bandwidth, gpu.flops * costs.peak
+    passing = Work(traffic, work.operations)
+    parts = {"launches": counts.launches * costs.kernel, passing.bound(*limits): passing.seconds(*limits)}
     on_gpu, on_cpu = sum(parts.values()), counts.operators * costs.operator
-    python = costs.step + seats * costs.row
-    if graphs:  # what is launched after the graph waits for it, and then for Python
-        seconds = on_gpu + on_cpu + python
-        parts["Python"] = on_cpu + python
-    else:
-        seconds = max(on_gpu, on_cpu) + python
-        parts["Python"] = (on_cpu if on_cpu > on_gpu else 0) + python
+    parts["Python"] = costs.step + seats * costs.row
+    if on_cpu > on_gpu:  # Python launches ahead of the GPU, unless it is the slower of the two
+        parts = {"Python": parts["Python"] + on_cpu}
     return Prediction(
         shape,
         seats,
@@ -243,7 +237,7 @@ def _prediction(
         counts.launches,
         counts.operators,
         work.seconds(gpu.bandwidth, gpu.flops),
-        seconds,
+        sum(parts.values()),
         max(parts, key=parts.__getitem__),
     )
 
