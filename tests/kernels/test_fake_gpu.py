@@ -122,7 +122,7 @@ def test_the_pool_takes_what_weights_and_a_step_leave_free(memory: float) -> Non
 
 
 def test_a_model_that_leaves_no_room_is_refused_in_words() -> None:
-    with FakeGpu(dataclasses.replace(GPUS["T4"], memory=0.34e9)):
+    with FakeGpu(dataclasses.replace(GPUS["T4"], memory=0.33e9)):
         model = fake_model("SmolLM2-135M")
         with pytest.raises(ValueError, match="too little memory"):
             Engine(EngineConfig(model), say=None)

@@ -4,13 +4,14 @@ Everything that the engine does on a GPU happens, apart from the computing: tens
 chosen, memory is counted, graphs are captured and launched. So it can be counted what a step launches, and
 seen what would fail there: a tensor on another device, a wait within a capture, a 64-bit number by accident.
 
-What is read back from a fake tensor is made up: true, or zero.
+What is read back from a fake tensor is made up: true, 1, or 0.0, so that everything is sound and equal.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -121,6 +122,7 @@ class FakeGpu(contextlib.AbstractContextManager["FakeGpu"]):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def __enter__(self) -> FakeGpu:
+        _forget()
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.fake)  # while `torch.cuda` still says that there is no GPU to set up
             for target, name, replacement in self._replacements():
@@ -133,6 +135,7 @@ class FakeGpu(contextlib.AbstractContextManager["FakeGpu"]):
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
+        _forget()
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[Counts]:
@@ -181,6 +184,7 @@ class FakeGpu(contextlib.AbstractContextManager["FakeGpu"]):
             "get_device_properties": properties,
             "is_bf16_supported": gpu.capability >= (8, 0),
             "graph_pool_handle": (0, 0),
+            "current_stream": None,
             "empty_cache": None,
         }
         for name, value in said.items():
@@ -191,8 +195,8 @@ class FakeGpu(contextlib.AbstractContextManager["FakeGpu"]):
         yield cuda, "max_memory_allocated", lambda device=None: self.peak
         yield cuda, "reset_peak_memory_stats", lambda device=None: setattr(self, "peak", self.allocated)
         yield cuda, "mem_get_info", self._mem_get_info
-        yield cuda, "device", contextlib.nullcontext
-        yield cuda, "device_of", contextlib.nullcontext
+        for name in ("device", "device_of", "stream"):
+            yield cuda, name, contextlib.nullcontext
         yield FakeTensor, "tolist", lambda x: self.read(x)
         yield cuda, "CUDAGraph", type("CUDAGraph", (_Graph,), {"gpu": self})
         yield cuda, "graph", self._capture
@@ -258,6 +262,14 @@ class FakeGpu(contextlib.AbstractContextManager["FakeGpu"]):
                 raise FakeGpuError(f"{launch.name} got {name} = {value}, more than 32 bits")
         self.counts.kernels[launch.name] += 1
         self._on_launch(launch)
+
+
+def _forget() -> None:
+    """Empty the caches of the kernels' modules: what they found out about a GPU is true of that one."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("labkit.kernels."):
+            for value in vars(module).values():
+                getattr(value, "cache_clear", lambda: None)()
 
 
 class _Graph:
@@ -451,7 +463,7 @@ def _index(x: Tensor, index: Any) -> tuple[Tensor, list[Tensor | None]]:
 
 def _made_up(x: Tensor) -> Any:
     if not x.dim():
-        return x.dtype == torch.bool or 0
+        return 0.0 if x.is_floating_point() else True if x.dtype == torch.bool else 1
     return [_made_up(row) for row in x.unbind(0)]
 
 
