@@ -105,7 +105,7 @@ def test_greedy_answers_make_no_fp64_and_wait_for_the_gpu_as_often_as_they_must(
 # -- memory ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("memory", [0.5e9, 2e9, 16e9])
+@pytest.mark.parametrize("memory", [0.5e9, 16e9])
 def test_the_pool_takes_what_weights_and_a_step_leave_free(memory: float) -> None:
     with FakeGpu(dataclasses.replace(GPUS["T4"], memory=memory)) as gpu:
         model = fake_model("SmolLM2-135M")
@@ -122,10 +122,10 @@ def test_the_pool_takes_what_weights_and_a_step_leave_free(memory: float) -> Non
 
 
 def test_a_model_that_leaves_no_room_is_refused_in_words() -> None:
-    with FakeGpu(dataclasses.replace(GPUS["T4"], memory=0.33e9)):
+    with FakeGpu(dataclasses.replace(GPUS["T4"], memory=0.5e9)):
         model = fake_model("SmolLM2-135M")
-        with pytest.raises(ValueError, match="too little memory"):
-            Engine(EngineConfig(model), say=None)
+        with pytest.raises(ValueError, match="too little memory"):  # for so many rows of logits
+            Engine(EngineConfig(model, max_num_seqs=512), say=None)
 
 
 # -- faults are noticed ---------------------------------------------------------------------------
