@@ -52,11 +52,11 @@ def compiled_for(sm: int) -> KernelReport:
 
 
 def cells(text: str) -> dict[tuple[str, ...], dict[str, str]]:
-    """The table: from kernel, shape, dtype and splits to what each GPU has."""
+    """The table: from kernel, shape and dtype to what each GPU has."""
     lines = [line for line in text.splitlines() if line.startswith(("| kernel | shape", "| _"))]
     head, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
     return {
-        tuple(row[:4]): {sm: cell for sm, cell in zip(head[4:], row[4:], strict=True) if cell} for row in rows
+        tuple(row[:3]): {sm: cell for sm, cell in zip(head[3:], row[3:], strict=True) if cell} for row in rows
     }
 
 
@@ -85,7 +85,7 @@ def test_all_that_engines_ask_for_compiles_and_is_as_the_table_says(sm: int) -> 
 
 
 def test_a_kernel_that_spills_or_reads_in_small_pieces_is_named() -> None:
-    fine = Compiled("_split_kernel", "a", "float16", 75, 0, 167, 0, 1024, 3, {32: 2, 128: 4})
+    fine = Compiled("_split_kernel", "a", "float16", 75, 167, 0, 1024, 3, {32: 2, 128: 4})
     report = KernelReport({"Triton": "0"}, [fine])
     assert report.faults == [] and "Nothing is spilled" in str(report)
     for change in (

@@ -79,7 +79,6 @@ class Compiled:
     shape: str
     dtype: str
     sm: int
-    splits: int
     registers: int
     spilled: int
     shared: int
@@ -233,12 +232,12 @@ class KernelReport(Report):
             f"Made by `python -m labkit.benchmark --kernels` ({self.settings_line}). Registers of a thread,",
             "and in brackets how many programs fit on a multiprocessor at once.",
             "",
-            "| kernel | shape | dtype | splits | " + " | ".join(f"sm_{sm}" for sm in sms) + " |",
-            "|---|---|---|---|" + "---|" * len(sms),
+            "| kernel | shape | dtype | " + " | ".join(f"sm_{sm}" for sm in sms) + " |",
+            "|---|---|---|" + "---|" * len(sms),
         ]
         cells: dict[tuple, dict[int, Compiled]] = {}
         for row in self.rows:
-            key = (row.kernel, row.shape, row.dtype, f"{row.splits}" if row.splits else "")
+            key = (row.kernel, row.shape, row.dtype)
             here = cells.setdefault(key, {})
             here[row.sm] = max(here.get(row.sm, row), row, key=lambda one: one.registers)
         for key, found in cells.items():
@@ -272,7 +271,7 @@ def kernel_report(sms: Sequence[int] = tuple(TARGETS)) -> KernelReport:
         if key not in rows:
             rows[key] = _row(one, sm, compiled)
     versions = {"Triton": triton.__version__, "ptxas": knobs.nvidia.ptxas.version}
-    order = sorted(rows.values(), key=lambda row: (row.kernel, row.dtype, row.splits, row.sm))
+    order = sorted(rows.values(), key=lambda row: (row.kernel, row.dtype, row.sm))
     return KernelReport(versions, order)
 
 
@@ -282,13 +281,11 @@ def _row(one: Specialisation, sm: int, compiled: Any) -> Compiled:
     allocated = -(-registers // 8) * 8 * threads  # a warp gets its registers in pieces of 256
     programs = min(_REGISTERS // allocated, _THREADS.get(sm, 2048) // threads)
     shape = one.shape if "q" in dict(one.arguments) else "all"
-    splits = dict(one.arguments).get("SPLITS", 0)
     return Compiled(
         one.name,
         shape,
         one.dtype,
         sm,
-        splits,
         registers,
         spilled,
         compiled.metadata.shared,
