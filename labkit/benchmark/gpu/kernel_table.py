@@ -23,7 +23,8 @@ from transformers import MistralConfig, PreTrainedConfig
 
 from labkit.analysis.devices import GPUS, Gpu
 from labkit.analysis.shapes import SHAPES, config_of
-from labkit.benchmark.gpu.fake_gpu import FakeGpu, Launch, fake_model
+from labkit.benchmark.gpu.counts import Launch
+from labkit.benchmark.gpu.fake_gpu import FakeGpu, fake_model
 from labkit.benchmark.report import Report
 from labkit.config import EngineConfig
 from labkit.engine import Engine

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from labkit.analysis.devices import GPUS, Gpu
 from labkit.analysis.roofline import Shape, StepWork, Work
 from labkit.analysis.shapes import SEATS, SHAPES
-from labkit.benchmark.gpu.fake_gpu import Counts, FakeGpu, fake_model
+from labkit.benchmark.gpu.counts import Counts
+from labkit.benchmark.gpu.fake_gpu import FakeGpu, fake_model
 from labkit.benchmark.report import Report
 from labkit.config import EngineConfig
 from labkit.engine import Engine
