@@ -73,7 +73,7 @@ def test_all_that_engines_ask_for_compiles_and_is_as_the_table_says(sm: int) -> 
         assert row.registers <= 255 and row.programs >= 1, row
         if row.reads_cache:
             assert row.loads[128] >= 2, row  # keys and values
-            assert not {8, 16} & set(row.loads), row
+            assert row.loads.get(8, 0) + row.loads.get(16, 0) <= 1, row  # the query, once in a program
     assert not report.faults
     written = README.read_text(encoding="utf-8")
     if f"({report.settings_line})" not in written:
@@ -92,7 +92,7 @@ def test_a_kernel_that_spills_or_reads_in_small_pieces_is_named() -> None:
         {"spilled": 8},
         {"shared": MOST_SHARED + 1},
         {"loads": {32: 4}},
-        {"loads": {16: 1, 128: 4}},
+        {"loads": {16: 2, 128: 4}},
     ):
         bad = Compiled(**vars(fine) | change)
         assert KernelReport({}, [fine, bad]).faults == [bad]

@@ -89,7 +89,8 @@ class Compiled:
     @property
     def is_fine(self) -> bool:
         """Whether nothing is spilled, shared memory suffices, and the cache is read 16 bytes at a time."""
-        wide = not self.reads_cache or (_WIDE in self.loads and not {8, 16} & set(self.loads))
+        narrow = sum(self.loads.get(bits, 0) for bits in (8, 16))  # one is the query, once in a program
+        wide = not self.reads_cache or (self.loads.get(_WIDE, 0) >= 2 and narrow <= 1)
         return not self.spilled and self.shared <= MOST_SHARED and wide
 
     @property
