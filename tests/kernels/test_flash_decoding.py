@@ -40,6 +40,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 def test_the_kernel_equals_the_reference(
     size: int, kv_heads: int, group: int, dim: int, splits: int, window: int | None, dtype: torch.dtype
 ) -> None:
+    if dtype == torch.bfloat16 and DEVICE.type == "cpu":
+        pytest.skip("Triton's interpreter is not right in bf16")
     from labkit.kernels.flash_decoding import paged_decode
 
     torch.manual_seed(0)
