@@ -18,7 +18,7 @@ from labkit.trace.trace import Trace
 
 BLOCK_SIZE = 4
 NO_PARENT = 0  # the parent of every first page
-_MANY = 200_000
+_MANY, _LONG = 200_000, 100_000  # pages in all, and those of one long text among them
 
 
 def block_hash(parent_hash: int, tokens: tuple[int, ...]) -> int:
@@ -70,7 +70,10 @@ _PAIRS: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = (
     ("other tokens must have another name, even if their sum is the same", (1, 4, 2, 2), (2, 3, 2, 2)),
     ("the order of the tokens counts", (1, 2, 3, 4), (4, 3, 2, 1)),
     ("the order of the tokens counts", (1, 2, 3, 4), (2, 1, 3, 4)),
+    ("the order of the tokens counts", (5, 6, 7, 8), (5, 7, 6, 8)),
     ("how often a token occurs counts", (5, 5, 6, 7), (5, 6, 6, 7)),
+    ("token 0 is a token like any other", (0, 5, 6, 7), (5, 0, 6, 7)),
+    ("token 0 is a token like any other", (0, 0, 0, 5), (0, 0, 5, 0)),
     (
         "it counts where one token ends and the next begins: (1, 23) is not (12, 3)",
         (1, 23, 4, 5),
@@ -84,6 +87,15 @@ _PAIRS: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = (
     ("every bit of a token counts: token ids go far above 255", (1, 2, 3, 4), (257, 2, 3, 4)),
     ("every bit of a token counts: token ids go far above 65,535", (1, 2, 3, 4), (65537, 2, 3, 4)),
     ("a weighted sum is not enough: other tokens easily give the same sum", (10, 41, 3, 4), (11, 10, 3, 4)),
+    ("every token id must do: vocabularies go beyond 100,000", (55_300, 57_000, 3, 4), (151_000, 7, 3, 4)),
+    *(
+        (
+            "a page may have any number of tokens, and each of them counts",
+            (*range(n - 1), 5),
+            (*range(n - 1), 7),
+        )
+        for n in (1, 2, 8, 16, 32, 64)
+    ),
 )
 
 
@@ -93,6 +105,7 @@ def _examine(function: Callable[..., Any]) -> None:
         hash(first)
     except TypeError:
         first = None
+    first = None if isinstance(first, float) else first
     if first is None:
         raise Wrong(
             "return a number, or something else that can be the key of a dictionary",
@@ -140,7 +153,7 @@ def _listed(pages: Sequence[tuple[int, ...]]) -> str:
 
 def _examine_many(function: Callable[..., Any]) -> None:
     """Ask for many pages: with n pages and b bits, about n * n / 2 ** (b + 1) pairs have the same name."""
-    tokens = iter(random.Random(6).choices(range(50_000), k=4 * _MANY))
+    tokens = iter(random.Random(6).choices(range(50_000), k=4 * (_MANY - _LONG)))
     seen: dict[Any, tuple[int, ...]] = {}
     for page in zip(tokens, tokens, tokens, tokens, strict=True):
         name = function(NO_PARENT, page)
@@ -149,6 +162,12 @@ def _examine_many(function: Callable[..., Any]) -> None:
                 "two pages have the same name: use enough bits (64 or more), and mix them all",
                 f"after {len(seen):,} pages, {page} has the name of {seen[name]}: {name!r}",
             )
+    name, names = NO_PARENT, set()
+    for place in range(_LONG):  # one text that repeats itself: only the parent tells its pages apart
+        name = function(name, (7, 8, 7, 8))
+        told = f"page {place} of a text of equal pages has the name of a page before it: {name!r}"
+        expect(name not in names, "every bit of the parent counts: keep all of it", told)
+        names.add(name)
 
 
 def _examine_elsewhere(function: Callable[..., Any]) -> None:
