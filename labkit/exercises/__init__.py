@@ -13,19 +13,19 @@ import json
 import linecache
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
 from labkit.core.block_pool import InvariantError
-from labkit.exercises.trial import Endless, Lost, Notice, can_fork, in_child, stopped_after, too_long
+from labkit.exercises.trial import Endless, Lost, Notice, can_fork, in_child, stopped_after
 from labkit.views.picture import Picture, show
 
 _PATIENCE = 10.0  # seconds of computing; a function that has not returned by then never will
 _ENGINE = 6  # times as long for the engine, which runs more than the function
 _FIRST_LINES = 3  # of the text of an exception
 _MOST_LINES, _MOST_LETTERS = 60, 1000  # of a verdict, and of each of its lines
-_WITHOUT_END = 1e6  # seconds: in a child process, the system keeps the time
 _QUIET = 2.0  # seconds after which a check says what it is doing
 _UNTIL_RIGHT = "Until it is right, the cells below use the reference."
 
@@ -153,9 +153,10 @@ def judge(
         state, why = _apart(exercise, function, patience, say("its rules, case by case"))
     else:
         examine = functools.partial(exercise.examine, function)
-        state, why = _outcome(function, examine, patience, say("its rules, case by case"))
+        state, why = _outcome(function, examine, stopped_after(patience, say("its rules, case by case")))
     if state == "right":
-        state, why = _outcome(function, in_engine, _ENGINE * patience, say("the engine runs with it"))
+        limit = stopped_after(_ENGINE * patience, say("the engine runs with it"))
+        state, why = _outcome(function, in_engine, limit)
     if state == "open":
         # One fixed line: a notebook shows it before its reader has begun.
         return Verdict(exercise, state, f"○ {title}: yours to write. Until then the reference is used.")
@@ -166,16 +167,16 @@ def judge(
 
 
 def _outcome(
-    function: Callable[..., Any], task: Callable[[], None], patience: float, notice: Notice
+    function: Callable[..., Any], task: Callable[[], None], limit: AbstractContextManager[None]
 ) -> tuple[str, str]:
     """Run a task that calls a learner's function. Returns "right", "wrong" or "open", and what is wrong."""
     try:
-        with stopped_after(patience, notice):
+        with limit:
             task()
     except (Wrong, InvariantError) as error:
         return "wrong", str(error)
     except Endless as error:
-        return "wrong", too_long(patience) + _line(_places(error, function))
+        return "wrong", f"{error}{_line(_places(error, function))}"
     except SystemExit as error:
         return "wrong", "it calls exit(): return an answer instead" + _line(_places(error, function))
     except NotImplementedError as error:
@@ -189,13 +190,9 @@ _warm: set[str] = set()  # exercises whose cases have been made in this process
 
 
 def _apart(
-    exercise: Exercise,
-    function: Callable[..., Any],
-    task: Callable[[], None],
-    patience: float,
-    notice: Notice,
+    exercise: Exercise, function: Callable[..., Any], patience: float, notice: Notice
 ) -> tuple[str, str]:
-    """The same in a child process.
+    """The outcome of an exercise's cases, from a child process.
 
     The models and cases that an exercise makes for its first check would be lost with the child. So they are
     made here as well, once, while the child is at work.
@@ -208,7 +205,7 @@ def _apart(
 
     def examined() -> str:
         cases = functools.partial(exercise.examine, function)
-        return json.dumps(_outcome(function, cases, _WITHOUT_END, lambda seconds: None))
+        return json.dumps(_outcome(function, cases, nullcontext()))  # the system keeps the time
 
     try:
         state, why = json.loads(in_child(examined, patience, notice, warm_up))

@@ -80,17 +80,18 @@ def in_child(task: Callable[[], str], seconds: float, notice: Notice, meanwhile:
 
     Args:
         task: function to run; nothing that it changes is changed here.
-        seconds: computing time that it may take; the system counts whole seconds.
+        seconds: computing time that it may take, rounded up to whole seconds.
         notice: is called about twice a second.
         meanwhile: is called here once, if the task has not returned at once.
 
     Raises:
         Lost: it took longer, waited ten times as long, or ended its process.
     """
+    most = math.ceil(seconds)  # the system counts whole seconds
     receiver, sender = multiprocessing.Pipe(duplex=False)
     with tempfile.TemporaryFile() as stack, receiver:
         child = multiprocessing.get_context("fork").Process(
-            target=_work, args=(task, sender, stack, seconds), daemon=True
+            target=_work, args=(task, sender, stack, most), daemon=True
         )
         sys.stdout.flush()
         with warnings.catch_warnings():  # newer Pythons warn of threads, which the child never uses
@@ -100,7 +101,7 @@ def in_child(task: Callable[[], str], seconds: float, notice: Notice, meanwhile:
         try:
             if not receiver.poll(_TICK):
                 meanwhile()
-            text = _received(receiver, time.perf_counter() + _WAITING * seconds, notice)
+            text = _received(receiver, time.perf_counter() + _WAITING * most, notice)
             if text is not None:
                 return text
         finally:
@@ -149,7 +150,7 @@ def _end(code: int, seconds: float, *, waited: bool) -> str:
     return f"it ended its process {name}: return an answer instead"
 
 
-def _work(task: Callable[[], str], sender: Connection, stack: IO[bytes], seconds: float) -> None:
+def _work(task: Callable[[], str], sender: Connection, stack: IO[bytes], most: int) -> None:
     """Run the task in the child, within limits that the system keeps."""
     import resource
 
@@ -158,7 +159,6 @@ def _work(task: Callable[[], str], sender: Connection, stack: IO[bytes], seconds
     torch.set_num_threads(1)  # the threads of a pool are not copied by `fork`
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # nor are those of tokenizers, which would warn of it
     faulthandler.register(signal.SIGXCPU, file=stack, all_threads=False, chain=True)  # then it ends
-    most = math.ceil(seconds)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (most, most + 1))
     with open("/proc/self/statm") as sizes:
@@ -196,13 +196,17 @@ def stopped_after(seconds: float, notice: Notice) -> Iterator[None]:
     clock = _clock_of(thread)
     began, start = clock(), time.perf_counter()
 
+    class Stop(Endless):  # a thread is given a class to raise, not an object
+        def __str__(self) -> str:
+            return too_long(seconds)
+
     def watch() -> None:
         while not done.wait(min(_TICK, seconds / 4)):
             passed = time.perf_counter() - start
             notice(passed)
             with lock:
                 if not done.is_set() and (clock() - began >= seconds or passed >= _WAITING * seconds):
-                    _raise_in(thread, Endless)  # again and again: a bare `except` may swallow it
+                    _raise_in(thread, Stop)  # again and again: a bare `except` may swallow it
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
