@@ -101,30 +101,30 @@ def in_child(task: Callable[[], str], seconds: float, notice: Notice, meanwhile:
         try:
             if not receiver.poll(_TICK):
                 meanwhile()
-            text = _received(receiver, time.perf_counter() + _WAITING * most, notice)
+            text = _received(receiver, child.pid, _WAITING * most, notice)
             if text is not None:
                 return text
+            child.join(_TICK)  # it has closed the pipe: it is at its end
         finally:
-            ended = child.exitcode is not None or not _wait(child, 0.2)
             child.kill()
             child.join()
         stack.seek(0)
         frames = [(file, int(line)) for file, line in _FRAME.findall(stack.read().decode(errors="replace"))]
-        raise Lost(_end(child.exitcode or 0, seconds, waited=not ended), frames)
+        raise Lost(_end(child.exitcode or 0, seconds), frames)
 
 
-def _wait(child: multiprocessing.process.BaseProcess, seconds: float) -> bool:
-    """Whether the child still runs after so many seconds."""
-    child.join(seconds)
-    return child.exitcode is None
+def _received(receiver: Connection, pid: int | None, patience: float, notice: Notice) -> str | None:
+    """Print what the child says until its task returns; None if its process ends before.
 
-
-def _received(receiver: Connection, latest: float, notice: Notice) -> str | None:
-    """Print what the child says until its task returns; None if it never will."""
-    began = time.perf_counter()
-    while time.perf_counter() < latest:
+    Raises:
+        Lost: the child waited so many seconds. One that is ready to compute does not wait: the machine is
+            busy, and the system ends it when it has computed enough.
+    """
+    began, waited = time.perf_counter(), 0.0
+    while waited < patience:
         notice(time.perf_counter() - began)
         if not receiver.poll(_TICK):
+            waited += 0 if _computes(pid) else _TICK
             continue
         try:
             kind, text = receiver.recv()
@@ -133,15 +133,17 @@ def _received(receiver: Connection, latest: float, notice: Notice) -> str | None
         if kind == "returned":
             return text
         print(text, end="")
-    return None
+    raise Lost(f"it had waited for {patience:g} seconds without an end: what does it wait for?", [])
 
 
-def _end(code: int, seconds: float, *, waited: bool) -> str:
+def _computes(pid: int | None) -> bool:
+    """Whether a process computes, or would if the machine had time for it."""
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] == "R"
+
+
+def _end(code: int, seconds: float) -> str:
     """Say how a child came to its end."""
-    if waited:
-        return (
-            f"it had not returned after {_WAITING * seconds:g} seconds on the clock: what does it wait for?"
-        )
     if code == -signal.SIGXCPU:
         return too_long(seconds)
     if code == -signal.SIGKILL:
@@ -158,6 +160,7 @@ def _work(task: Callable[[], str], sender: Connection, stack: IO[bytes], most: i
 
     torch.set_num_threads(1)  # the threads of a pool are not copied by `fork`
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # nor are those of tokenizers, which would warn of it
+    faulthandler.disable()  # a crash is told in the verdict
     faulthandler.register(signal.SIGXCPU, file=stack, all_threads=False, chain=True)  # then it ends
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (most, most + 1))
