@@ -162,6 +162,10 @@ def _examine_many(function: Callable[..., Any]) -> None:
                 "two pages have the same name: use enough bits (64 or more), and mix them all",
                 f"after {len(seen):,} pages, {page} has the name of {seen[name]}: {name!r}",
             )
+    for name, page in list(seen.items())[:3]:
+        again = function(NO_PARENT, page)
+        told = f"block_hash(0, {page}) returned {name!r}, and {again!r} after {len(seen):,} other pages"
+        expect(again == name, "the same tokens after the same page must have the same name, always", told)
     name, names = NO_PARENT, set()
     for place in range(_LONG):  # one text that repeats itself: only the parent tells its pages apart
         name = function(name, (7, 8, 7, 8))
