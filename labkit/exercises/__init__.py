@@ -250,17 +250,18 @@ class _Line:
     """A line that says what is being checked, once that takes long; it is wiped out at the end."""
 
     def __init__(self, title: str) -> None:
-        self._title, self._width = title, 0
+        self._title, self._text = title, ""
 
     def show(self, what: str, seconds: float) -> None:
         if seconds >= _QUIET:
             text = f"... {self._title}: {what} ({seconds:.0f} s)"
-            print("\r" + text.ljust(self._width), end="", flush=True)
-            self._width = len(text)
+            if text != self._text:
+                print("\r" + text.ljust(len(self._text)), end="", flush=True)
+                self._text = text
 
     def wipe(self) -> None:
-        if self._width:
-            print("\r" + " " * self._width + "\r", end="", flush=True)
+        if self._text:
+            print("\r" + " " * len(self._text) + "\r", end="", flush=True)
 
 
 def _cut(text: str) -> str:

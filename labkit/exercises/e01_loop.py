@@ -35,7 +35,7 @@ def without_cache(model: CachedModel, prompt: Sequence[int], max_tokens: int) ->
 
 
 def _examine_loop(function: Callable[..., Any]) -> None:
-    cases = [*enumerate(((3, 1), (3, 2), (1, 5), (15, 24)), start=1)]
+    cases = [*enumerate(((3, 1), (3, 2), (1, 5), (15, 24), (37, 3)), start=1)]
     cases += [cases[3], cases[1]]  # again: an answer that is remembered computes nothing
     for number, (length, max_tokens) in cases:
         prompt = prompt_of(number, length)
