@@ -156,8 +156,8 @@ class _Witness:
             sorted(blocks) == sorted(held),
             "a refused allocate takes nothing: it leaves the block table as it was"
             if name in self.refused
-            else "free returns all pages of the request, whatever became of the lists that allocate "
-            "returned: those are the caller's",
+            else "free returns all pages of the request, no more and no fewer, whatever became of the lists "
+            "that allocate returned: those are the caller's",
         )
         self._expect(
             list(blocks) == held,

@@ -117,9 +117,6 @@ def _merged(
     for state, before in zip(states, kept, strict=True):
         same = all(map(torch.equal, state, before))
         expect(same, "leave the two states as they are: make new tensors", told)
-    theirs = {part.untyped_storage().data_ptr() for state in states for part in state}
-    new = all(part.untyped_storage().data_ptr() not in theirs for part in got)
-    expect(new, "make new tensors: whoever changes what you return must not change what you were given", told)
     want = state_of(torch.cat((one, two), 1).double(), values.double())
     told += f"\nright: {_told(want)}"
     if not all(part.isfinite().all() for part in got[1:]) or got[0].isnan().any():
@@ -127,6 +124,9 @@ def _merged(
     for own, true, name_rule in zip(got, want, (_M, _L, _A), strict=True):
         fine = torch.allclose(own.double(), true, rtol=close, atol=close)
         expect(fine, name_rule if not rule or rule is OVERFLOW else f"{rule}; {name_rule}", told)
+    theirs = {part.untyped_storage().data_ptr() for state in states for part in state}
+    new = all(part.untyped_storage().data_ptr() not in theirs for part in got)
+    expect(new, "make new tensors: whoever changes what you return must not change what you were given", told)
 
 
 def _in_any_order(function: Callable[..., Any]) -> None:

@@ -292,13 +292,6 @@ def _examine_product(function: Callable[..., Any]) -> None:
     _multiplied(function, torch.tensor([[127 / 128, 0.5], [1016.0, 8.0]]), plain, ones, own)
     zero = "a token of zeros gives zeros"
     _multiplied(function, torch.tensor([[0.0, 0.0], [127.0, 64.0]]), plain, ones, zero)
-    sign = "the largest number of a token is the one farthest from 0, whatever its sign"
-    _multiplied(function, torch.tensor([[-127.0, 63.0]]), plain, ones, sign)
-    small = "a token of small numbers has a small scale, and keeps its numbers"
-    _multiplied(function, torch.tensor([[1.27e-6, -5e-7], [6e-15, 2.54e-14]]), plain, ones, small)
-    _multiplied(
-        function, *_LONG_SUM, "sums need 32 bits: fp32 keeps 24 of them, and a long sum loses its last"
-    )
     x, (numbers, scales) = _inputs(9, 96), _numbers(40, 96)
     _multiplied(function, x, numbers, scales, "")
     together = function(x.clone(), numbers.clone(), scales.clone())
@@ -307,6 +300,13 @@ def _examine_product(function: Callable[..., Any]) -> None:
         same = torch.equal(alone[0], together[i])
         rule = "a token must give the same bits alone and beside others: sums of whole numbers are exact"
         expect(same, rule, f"token {i} of {len(x)}: off by {float((alone[0] - together[i]).abs().max()):.2g}")
+    sign = "the largest number of a token is the one farthest from 0, whatever its sign"
+    _multiplied(function, torch.tensor([[-127.0, 63.0]]), plain, ones, sign)
+    small = "a token of small numbers has a small scale, and keeps its numbers"
+    _multiplied(function, torch.tensor([[1.27e-6, -5e-7], [6e-15, 2.54e-14]]), plain, ones, small)
+    _multiplied(
+        function, *_LONG_SUM, "sums need 32 bits: fp32 keeps 24 of them, and a long sum loses its last"
+    )
 
 
 def _multiplied(function: Callable[..., Any], x: Tensor, numbers: Tensor, scales: Tensor, rule: str) -> None:

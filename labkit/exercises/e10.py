@@ -33,8 +33,9 @@ PROMPTS = ("the sea and the sun and the sea and the sun", "once upon a time ther
 def _cases() -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Drafts and what the model chose, shortest first: all cases with two tokens, then some long ones."""
     for length in range(4):
-        for both in itertools.product((0, 7), repeat=2 * length):
+        for both in itertools.product((5, 7), repeat=2 * length):
             yield both[:length], both[length:]
+    yield from (((0,), (0,)), ((0, 7), (0, 7)), ((7, 0), (7, 0)), ((0, 7), (7, 0)))  # 0 is a token
     rng = Random(10)
     for length, step in ((8, 1), (8, 100), (8, 1), (40, 65_536)):
         drafts = tuple(rng.choices(range(300, 50_000), k=length))

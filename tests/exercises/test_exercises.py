@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from labkit import exercises
 from labkit.config import EngineConfig
 from labkit.core.block_pool import InvariantError
 from labkit.engine import Engine
-from labkit.exercises import Exercise, Run, Wrong, check, expect, find, judge
+from labkit.exercises import Exercise, Run, Wrong, check, expect, judge
 from labkit.sampling_params import SamplingParams
 from labkit.views.picture import Picture, bars
 from tests.exercising import assert_accepted, assert_open, assert_refused, boxes, folded, function_from
@@ -371,36 +370,6 @@ def test_what_a_function_prints_in_a_child_is_printed_up_to_a_limit(
     assert_accepted("98.2", function_from(code, "loud"))
     shown = capsys.readouterr().out
     assert 19_900 <= shown.count("x") <= 20_000 and shown.endswith("(it prints more than is shown)\n")
-
-
-# -- names ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["98.3", "98", "98.", "98.10"])
-def test_an_unknown_exercise_of_a_known_notebook_is_told_which_there_are(name: str) -> None:
-    with pytest.raises(ValueError, match=r"no exercise '98.*': notebook 98 has 98\.1, 98\.2$"):
-        check(name, pages)
-
-
-@pytest.mark.parametrize("name", ["97.1", "", "x", "1.1", "../e98.1", "九.1", None, 3.1])
-def test_an_unknown_notebook_is_told_what_a_name_looks_like(name: Any) -> None:
-    with pytest.raises(ValueError, match=r'there is no exercise .*: an id is, for example, "03\.2"$'):
-        find(name)
-
-
-def test_a_module_that_lacks_something_else_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(name: str) -> ModuleType:
-        raise ModuleNotFoundError("No module named 'numpie'", name="numpie")
-
-    monkeypatch.setattr(exercises, "import_module", broken)
-    with pytest.raises(ModuleNotFoundError, match="numpie"):
-        find("98.1")
-
-
-@pytest.mark.parametrize("thing", [None, 3, "pages", [pages]])
-def test_what_cannot_be_called_is_refused(thing: Any) -> None:
-    with pytest.raises(ValueError, match=r"exercise 98\.1 checks a function or a class, not "):
-        check("98.1", thing)
 
 
 # -- what tests of exercises stand on -------------------------------------------------------------
