@@ -12,9 +12,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import gradio as gr
 
+from labkit.page.front import MAX_BODY, Front
 from labkit.page.page_api import Api
 from labkit.page.race.tab import build_race_tab
 from labkit.page.replay_tab import build_replay_tab
@@ -23,11 +25,15 @@ from labkit.page.session import Lab
 from labkit.page.snapshot import Snapshotter
 from labkit.page.sse import PATH, Broadcast
 from labkit.page.submissions import params_of
-from labkit.page.upload import MAX_BYTES
 from labkit.page.visitors import mark
+from labkit.serving.asgi import BodyLimit
 from labkit.serving.async_engine import AsyncEngine, EngineStoppedError
+from labkit.serving.connections import harden
+from labkit.serving.guard import Guard
 from labkit.views.assets import asset, script
 
+SESSIONS = 500  # that gradio keeps a state for: anybody can make up any number, and each costs memory
+QUEUE_SIZE = 100  # events that wait in gradio's queue, where only figures of a race are drawn
 QUEUE_SECONDS = 0.1  # between two looks of gradio at its queue; by default it looks 1,100 times a second
 EXAMPLES = {
     "Why is the sky blue?": "Why is the sky blue? Explain it to a child.",
@@ -66,6 +72,7 @@ class Page(gr.Blocks):
 
     lab: Lab
     broadcast: Broadcast
+    guard: Guard  # before all else, once the page is served
 
     def close(self, verbose: bool = True) -> None:
         self.broadcast.close()
@@ -73,24 +80,38 @@ class Page(gr.Blocks):
         super().close(verbose)
 
 
-def serve(engine: AsyncEngine | Lab, **options: Any) -> Page:
+def serve(
+    engine: AsyncEngine | Lab,
+    *,
+    allowed_hosts: Sequence[str] = (),
+    proxy_headers: bool = False,
+    **options: Any,
+) -> Page:
     """Launch the page in the background, with one broadcast for all who watch.
 
     Args:
         engine: the engine to show, or a lab round one.
+        allowed_hosts: further names by which browsers reach the page, through a proxy for instance.
+        proxy_headers: whether a proxy on this machine is believed when it names the address of a client.
         options: arguments of `gr.Blocks.launch`.
     """
     page = build(engine)
     settings: dict[str, Any] = {
         "ssr_mode": False,
         "footer_links": [],
-        "max_file_size": MAX_BYTES,
+        "enable_monitoring": False,
+        "state_session_capacity": SESSIONS,
         "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     }  # one of the default theme's fonts would come from the net
     app, _, _ = page.launch(**(settings | options | {"prevent_thread_lock": True}))
     page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = QUEUE_SECONDS
+    inner = app.middleware_stack
     if app.auth is None and app.auth_dependency is None:  # else gradio alone knows who may look
-        app.middleware_stack = page.broadcast.before(app.middleware_stack)
+        inner = page.broadcast.before(inner)
+    inner = BodyLimit(Front(inner, page.lab.visitors), MAX_BODY, together=4 * MAX_BODY)
+    public = [urlsplit(page.share_url).hostname or ""] if page.share_url else []
+    page.guard = app.middleware_stack = Guard(inner, page.server_name, [*allowed_hosts, *public])
+    harden(page.server.config, proxy_headers=proxy_headers)
     return page
 
 
@@ -122,12 +143,14 @@ def build(engine: AsyncEngine | Lab) -> Page:
                 build_replay_tab(lab.traces)
         demo.load(arrive, view, view, js=REMEMBERED, queue=False, show_progress="hidden")
         demo.unload(leave)
+    demo.queue(max_size=QUEUE_SIZE)
     return demo
 
 
 def _live_tab(lab: Lab, api: Api) -> gr.HTML:
     """The tab with the running engine; returns the component whose value is the visitor's secret and mark."""
     has_chat = bool(getattr(lab.session.live.engine.model.tokenizer, "chat_template", None))
+    defaults = _defaults(lab)
     with gr.Column(elem_id="lk-page"):
         with gr.Column(elem_id="lk-left", min_width=300):
             _html(asset("submissions.html"), elem_id="lk-what")
@@ -144,11 +167,15 @@ def _live_tab(lab: Lab, api: Api) -> gr.HTML:
                 with gr.Row(elem_id="lk-numbers"):
                     max_tokens = gr.Number(64, label="Max tokens", min_width=100, elem_id="lk-max-tokens")
                     temperature = gr.Number(
-                        0.7, label="Temperature", step=0.1, min_width=100, elem_id="lk-temperature"
+                        defaults.get("temperature", 0.7),
+                        label="Temperature",
+                        step=0.1,
+                        min_width=100,
+                        elem_id="lk-temperature",
                     )
                 with gr.Accordion("More", open=False, elem_id="lk-more"):
                     with gr.Row():
-                        top_p = gr.Number(1.0, label="Top-p", step=0.05, min_width=100)
+                        top_p = gr.Number(defaults.get("top_p", 1.0), label="Top-p", step=0.05, min_width=100)
                         seed = gr.Textbox(label="Seed", placeholder="random", min_width=100)
                     raw = gr.Checkbox(
                         not has_chat, label="Raw text, without the chat template", interactive=has_chat
@@ -198,6 +225,11 @@ def _html(
     )
 
 
+def _defaults(lab: Lab) -> dict[str, Any]:
+    """How requests are sampled that do not say, as far as the model says it."""
+    return lab.session.live.engine.sampling_defaults
+
+
 def _injections(lab: Lab) -> tuple[Callable[..., str], Callable[..., str]]:
     """The functions of the form's two buttons. They return "" if all went well, else what was wrong."""
 
@@ -210,11 +242,11 @@ def _injections(lab: Lab) -> tuple[Callable[..., str], Callable[..., str]]:
         raw: bool,
         request: gr.Request,
     ) -> str:
-        visitor = lab.visitors.of(request.session_hash)
+        visitor = lab.visitors.of(request.session_hash, request.client.host if request.client else "")
         name, submissions = lab.visitors.name(visitor), lab.session.submissions
 
         def act() -> None:
-            params = params_of(max_tokens, temperature, top_p, seed)
+            params = params_of(max_tokens, temperature, top_p, seed, _defaults(lab))
             submissions.inject(visitor, prompt, params, raw=raw, name=name)
 
         return _say(act)
@@ -227,11 +259,11 @@ def _injections(lab: Lab) -> tuple[Callable[..., str], Callable[..., str]]:
         raw: bool,
         request: gr.Request,
     ) -> str:
-        visitor = lab.visitors.of(request.session_hash)
+        visitor = lab.visitors.of(request.session_hash, request.client.host if request.client else "")
         name, submissions = lab.visitors.name(visitor), lab.session.submissions
 
         def act() -> None:
-            params = params_of(max_tokens, temperature, top_p, seed)
+            params = params_of(max_tokens, temperature, top_p, seed, _defaults(lab))
             submissions.check_room(visitor, len(EIGHT))
             for prompt, share in zip(EIGHT, SHARES, strict=True):
                 own = replace(params, max_tokens=max(1, int(params.max_tokens * share)))

@@ -6,6 +6,7 @@ Slow imports come after the options are checked, so that a mistake is answered a
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 from typing import TYPE_CHECKING, NoReturn
 
@@ -54,6 +55,38 @@ def port(text: str) -> int:
     return int(text)
 
 
+def key(text: str) -> str:
+    """An option's value as a key. An empty one is a mistake, of a script for instance, and not no key."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            "must not be empty: leave it out, and LABKIT_API_KEY too, for no key"
+        )
+    return text
+
+
+def add_key(parser: argparse.ArgumentParser, words: str) -> None:
+    """Add the option for the API's key, which the environment may give as well."""
+    default = os.environ.get("LABKIT_API_KEY")
+    parser.add_argument("--api-key", type=key, default=default, help=words)
+
+
+def add_proxies(parser: argparse.ArgumentParser) -> None:
+    """Add the options for a server that browsers reach through a proxy."""
+    add = parser.add_argument
+    add(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name by which browsers reach this server, through a proxy; repeatable",
+    )
+    add(
+        "--proxy-headers",
+        action="store_true",
+        help="believe a proxy on this machine when it names the address of a client (default: no)",
+    )
+
+
 def add_engine(parser: argparse.ArgumentParser, *, num_blocks: int | None) -> None:
     """Add the options that describe an engine.
 
@@ -99,6 +132,13 @@ def add_engine(parser: argparse.ArgumentParser, *, num_blocks: int | None) -> No
         choices=("continuous", "static", "naive"),
         default="continuous",
         help="default: %(default)s",
+    )
+    add(
+        "--generation-config",
+        choices=("auto", "labkit"),
+        default="auto",
+        help="whose defaults hold where a request does not say how to sample: those of the model, if it has "
+        "any, or of labkit (default: %(default)s)",
     )
 
 
@@ -180,6 +220,7 @@ def load(options: argparse.Namespace, *, trace_steps: int) -> AsyncEngine:
             draft_model=_draft_model(options),
             num_speculative_tokens=options.num_speculative_tokens,
             max_trace_steps=trace_steps,
+            generation_config=options.generation_config,
         )
         return Engine(config)
 

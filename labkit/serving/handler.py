@@ -15,10 +15,11 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from labkit.engine import PromptTooLongError
+from labkit.outputs import FinishReason, RequestOutput
 from labkit.sampling_params import SamplingParams
 from labkit.serving.answer import Answer, Piece
 from labkit.serving.asgi import patiently
@@ -30,6 +31,9 @@ from labkit.serving.schema import Body, CompletionBody, field_of
 from labkit.serving.stream import DONE, KEEP_ALIVE, Format, event, usage
 
 logger = logging.getLogger("labkit.server")
+
+MOST_CHARACTERS = 16  # of a prompt for each token that it may have; English has about 4
+_LONGEST_USER = 64  # characters of a user's name in the log
 
 OnRequest = Callable[[str, str, SamplingParams], None]
 
@@ -48,6 +52,9 @@ class Options:
         body_bytes: the size of a body at most.
         cors: the origins whose pages may call; none by default.
         log_prompts: whether the log holds the prompts.
+
+    Raises:
+        ValueError: for a key that is empty.
     """
 
     limits: Limits = field(default_factory=lambda: Limits(requests=1024, queue=1024))
@@ -58,6 +65,10 @@ class Options:
     body_bytes: int = 2 * 2**20
     cors: Sequence[str] = ()
     log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.api_key is not None and not self.api_key.strip():
+            raise ValueError("api_key must not be empty: None asks for none")
 
 
 @dataclass
@@ -77,6 +88,20 @@ class Call:
     request_ids: list[str] = field(default_factory=list)  # one for each prompt
     answers: list[Answer] = field(default_factory=list)  # one for each choice
     status: int = 499  # of HTTP: the client went away, unless it turns out otherwise
+
+    @property
+    def only_echoes(self) -> bool:
+        """Whether the answers are wanted for their prompts alone."""
+        return isinstance(self.body, CompletionBody) and self.body.only_echoes
+
+    @property
+    def outputs(self) -> list[RequestOutput]:
+        """The outputs of the answers. Where nothing but prompts is wanted, nothing else is in them."""
+        outputs = [answer.output for answer in self.answers]
+        if not self.only_echoes:
+            return outputs
+        nothing = {"token_ids": [], "text": "", "logprobs": []}
+        return [replace(output, **nothing, finish_reason=_at_once(output)) for output in outputs]
 
 
 class Handler:
@@ -163,8 +188,14 @@ class Handler:
         prompts = body.prompts()
         if not prompts:
             raise RequestError(400, "prompt is empty: it must have at least one token", param="prompt")
+        room = min(live.engine.max_model_len, limits.prompt_tokens or sys.maxsize)
+        for length in map(body.length, prompts):
+            if length > (most := MOST_CHARACTERS * room):
+                message = f"The prompt has {length:,} characters, and {most:,} is the limit."
+                raise too_long(room, message, field_of(body, "prompt", "prompt"))
         try:
-            params = body.sampling_params(limits.answer_tokens or live.engine.max_model_len)
+            longest = limits.answer_tokens or live.engine.max_model_len
+            params = body.sampling_params(longest, live.engine.sampling_defaults)
             if limits.answer_tokens is not None:
                 limits.check_tokens(0, params.max_tokens)
         except ValueError as error:
@@ -213,10 +244,12 @@ class Handler:
 
     async def events(self, call: Call) -> AsyncGenerator[bytes, None]:
         """The answers of a call as server-sent events. An error is told in the stream."""
-        written, echoes = call.format, call.echoes
+        written, echoes, answers = call.format, call.echoes, call.answers
+        late = call.params.prompt_logprobs is not None  # they are known once the first token has come
+        opened: set[int] = set()
         try:
-            for index, echo in enumerate(echoes):
-                for choice in written.opening(index, echo):
+            for index, echo in () if late else enumerate(echoes):
+                for choice in written.opening(index, echo, answers[index].output):
                     yield written.chunk(choice)
             following = patiently(self.follow(call), self.options.keep_alive_seconds)
             async with contextlib.aclosing(following) as pieces:
@@ -225,10 +258,16 @@ class Handler:
                         yield KEEP_ALIVE
                         continue
                     index, piece = numbered
+                    if late and index not in opened and piece.token_ids:
+                        opened.add(index)
+                        for choice in written.opening(index, echoes[index], answers[index].output):
+                            yield written.chunk(choice)
+                    if call.only_echoes:
+                        piece = piece._replace(text="", logprobs=[], finish_reason=_at_once(piece))
                     for choice in written.growth(index, echoes[index], piece):
                         yield written.chunk(choice)
             if written.promises_usage:
-                yield written.last_chunk([answer.output for answer in call.answers])
+                yield written.last_chunk(call.outputs)
             call.status = 200
         except RequestError as error:
             yield event(error_object(error))
@@ -239,7 +278,7 @@ class Handler:
         async for _ in self.follow(call):
             pass
         call.status = 200
-        return call.format.answer(call.echoes, [answer.output for answer in call.answers])
+        return call.format.answer(call.echoes, call.outputs)
 
     async def follow(self, call: Call) -> AsyncGenerator[tuple[int, Piece], None]:
         """The answers of a call piece by piece, each with the number of its choice, until all are finished.
@@ -267,14 +306,14 @@ class Handler:
         self._let_go(call)
         if not logger.isEnabledFor(logging.INFO):
             return
-        outputs = [answer.output for answer in call.answers]
+        outputs = call.outputs
         used = usage(outputs)
         first = [output.metrics.ttft for output in outputs if output.metrics.ttft is not None]
         line = {
             "id": call.format.head["id"],
             "requests": call.request_ids,
             "client": call.client,
-            "user": call.body.user,
+            "user": call.body.user and call.body.user[:_LONGEST_USER],
             "status": call.status,
             "stream": bool(call.body.stream),
             "prompt_tokens": used["prompt_tokens"],
@@ -292,6 +331,11 @@ class Handler:
             for request_id in call.request_ids:
                 call.live.abort(request_id)
         self._under_way -= Counter({call.client: call.num_answers})  # and forgets a client who has none left
+
+
+def _at_once(answer: Piece | RequestOutput) -> FinishReason | None:
+    """Why an answer of no tokens ended, if it has: it was long enough, whatever the one token was."""
+    return answer.finish_reason and "length"
 
 
 def _failed(piece: Piece) -> RequestError:
