@@ -126,7 +126,12 @@ def _merged(
         expect(fine, name_rule if not rule or rule is OVERFLOW else f"{rule}; {name_rule}", told)
     theirs = {part.untyped_storage().data_ptr() for state in states for part in state}
     new = all(part.untyped_storage().data_ptr() not in theirs for part in got)
-    expect(new, "make new tensors: whoever changes what you return must not change what you were given", told)
+    late = rule is _EMPTY or close < 5e-4  # before, another mistake shows better what is wrong
+    expect(
+        new or not late,
+        "make new tensors: whoever changes what you return must not change what you were given",
+        told,
+    )
 
 
 def _in_any_order(function: Callable[..., Any]) -> None:
