@@ -8,12 +8,14 @@ twentieth of a second older. Nobody ever waits for the engine.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import gradio as gr
+from starlette.types import ASGIApp
 
 from labkit.page.page_api import Api
 from labkit.page.race.tab import build_race_tab
@@ -28,6 +30,7 @@ from labkit.page.visitors import mark
 from labkit.serving.async_engine import AsyncEngine, EngineStoppedError
 from labkit.views.assets import asset, script
 
+FLUSH_SECONDS = 2  # to send what is written, once the page is closed: a reader who does not read ends it not
 QUEUE_SECONDS = 0.1  # between two looks of gradio at its queue; by default it looks 1,100 times a second
 EXAMPLES = {
     "Why is the sky blue?": "Why is the sky blue? Explain it to a child.",
@@ -73,24 +76,37 @@ class Page(gr.Blocks):
         super().close(verbose)
 
 
-def serve(engine: AsyncEngine | Lab, **options: Any) -> Page:
+def serve(
+    engine: AsyncEngine | Lab, *, front: Callable[[ASGIApp], ASGIApp] = lambda app: app, **options: Any
+) -> Page:
     """Launch the page in the background, with one broadcast for all who watch.
 
     Args:
         engine: the engine to show, or a lab round one.
+        front: a function that puts something in front of the page's app, such as another app beside it.
         options: arguments of `gr.Blocks.launch`.
     """
     page = build(engine)
+    private = bool(options.get("auth") or options.get("auth_dependency"))  # gradio alone knows who may look
+
+    @contextlib.asynccontextmanager
+    async def opening(app: gr.routes.App) -> AsyncIterator[None]:
+        """Put all in place before the port is open, so that a page that comes early finds it."""
+        app.middleware_stack = front(
+            app.middleware_stack if private else page.broadcast.before(app.middleware_stack)
+        )
+        yield
+
     settings: dict[str, Any] = {
         "ssr_mode": False,
         "footer_links": [],
         "max_file_size": MAX_BYTES,
         "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     }  # one of the default theme's fonts would come from the net
-    app, _, _ = page.launch(**(settings | options | {"prevent_thread_lock": True}))
+    app_kwargs = {**options.pop("app_kwargs", {}), "lifespan": opening}
+    page.launch(**(settings | options | {"prevent_thread_lock": True, "app_kwargs": app_kwargs}))
     page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = QUEUE_SECONDS
-    if app.auth is None and app.auth_dependency is None:  # else gradio alone knows who may look
-        app.middleware_stack = page.broadcast.before(app.middleware_stack)
+    page.server.config.timeout_graceful_shutdown = FLUSH_SECONDS
     return page
 
 
@@ -232,10 +248,12 @@ def _injections(lab: Lab) -> tuple[Callable[..., str], Callable[..., str]]:
 
         def act() -> None:
             params = params_of(max_tokens, temperature, top_p, seed)
-            submissions.check_room(visitor, len(EIGHT))
-            for prompt, share in zip(EIGHT, SHARES, strict=True):
-                own = replace(params, max_tokens=max(1, int(params.max_tokens * share)))
-                submissions.inject(visitor, prompt, own, raw=raw, name=name)
+            lengths = [max(1, int(params.max_tokens * share)) for share in SHARES]
+            requests = [
+                (prompt, replace(params, max_tokens=length))
+                for prompt, length in zip(EIGHT, lengths, strict=True)
+            ]
+            submissions.inject_all(visitor, requests, raw=raw, name=name)
 
         return _say(act)
 

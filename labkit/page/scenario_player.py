@@ -139,4 +139,5 @@ class ScenarioPlayer:
         params = SamplingParams(
             max_tokens=one.request.max_tokens, temperature=0.0, ignore_eos=not ends_itself
         )
-        return self._submissions.submit(one.visitor, one.request.prompt, one.tokens, params, name=one.name)
+        prompt, tokens = one.request.prompt, one.tokens
+        return self._submissions.submit(one.visitor, prompt, tokens, params, name=one.name, preset=True)

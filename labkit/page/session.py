@@ -48,6 +48,7 @@ CHOICES = {
 }
 FLAGS = ("enable_prefix_caching", "enable_chunked_prefill")
 KEPT_TRACES = 12
+ENDING = "The lab is ending: nothing new is taken in."
 KNOBS = (*CHOICES, *SIZES, *FLAGS)
 
 
@@ -137,6 +138,7 @@ class Lab:
         self._first = live
         self._lock = threading.RLock()  # held while the session is swapped
         self._change: _Change | None = None
+        self._ending = False
         self._played = ""  # the name of the scenario that was played last
         self._kept: dict[str, Trace] = {}
         self._writers = TraceWriters(trace_file) if trace_file else None
@@ -192,6 +194,8 @@ class Lab:
         if running == "keep":
             self._give_up()
             return {"done": True}
+        if self._ending:
+            raise ValueError(ENDING)
         if not self.knobs:
             raise ValueError("The settings of this lab are its host's: they cannot be changed from the page.")
         config = self._config(settings)
@@ -323,6 +327,22 @@ class Lab:
         return {"The engine, live": self.session.live.engine.trace, **dict(reversed(self._kept.items()))}
 
     # -- the end ----------------------------------------------------------------------------------
+
+    def drain(self, seconds: float) -> None:
+        """Take nothing new in, let what runs end within so many seconds, and close the engine.
+
+        What is left then ends with reason "abort". A paused engine is not waited for.
+        """
+        with self._lock:
+            self._ending = True
+            self._give_up()
+            session = self.session
+        session.submissions.refuses = session.submissions.notice = ENDING
+        session.player.close()
+        end = time.monotonic() + seconds
+        while session.live.num_unfinished and not session.live.paused and time.monotonic() < end:
+            time.sleep(0.05)
+        session.live.close()
 
     def _gone(self, visitor: str) -> None:
         session = self.session

@@ -8,6 +8,7 @@ reader.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -68,10 +69,10 @@ class Broadcast:
         return front
 
     def close(self) -> None:
-        """Let go of all readers, from any thread, and serve nobody any more."""
+        """Tell all readers what is new, let go of them, from any thread, and serve nobody any more."""
         self._closed = True
         if self._loop and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._let_go)
+            self._loop.call_soon_threadsafe(self._finish)
 
     async def _serve(self, receive: Receive, send: Send) -> None:
         self._loop = asyncio.get_running_loop()
@@ -101,6 +102,14 @@ class Broadcast:
         while not reader.empty():
             reader.get_nowait()
         reader.put_nowait(b"")
+
+    def _finish(self) -> None:
+        with contextlib.suppress(Exception):  # as it is the last, nobody would come back for it
+            self._tick()
+        for reader in [*self._readers, *self._newcomers]:
+            if reader.full():
+                reader.get_nowait()
+            reader.put_nowait(b"")
 
     def _let_go(self) -> None:
         for reader in [*self._readers, *self._newcomers]:

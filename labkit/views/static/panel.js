@@ -154,8 +154,9 @@ Object.assign(labkit, (() => {
       root.classList.toggle("lk-paused", live.paused);
       if (document.activeElement !== speed) choose(live.speed === null ? "" : String(live.speed));
       const notice = root.querySelector(".lk-failure");
-      notice.hidden = !live.failure;
-      notice.textContent = live.failure ? `The engine stopped: ${live.failure}. Play a preset, or restart it under Engine.` : "";
+      notice.textContent = live.failure ? `The engine stopped: ${live.failure}. Play a preset, or restart it under Engine.`
+        : live.notice || "";
+      notice.hidden = !notice.textContent;
     }
     function choose(value) {
       const known = [...speed.options].some((option) => option.value === value);
