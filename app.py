@@ -61,7 +61,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--grace",
         type=cli.seconds,
-        default=8.0,
+        default=30.0,
         help="seconds after which the requests of a closed tab are cancelled (default: %(default)s)",
     )
     add(
@@ -75,6 +75,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="also write every step there, as JSON Lines",
     )
+    root = os.environ.get("GRADIO_ROOT_PATH")
+    add("--root-path", default=root, metavar="/PATH", help="where a proxy shows the lab, if not at its root")
     cli.add_drain(parser, default=10.0)
     return parser.parse_args(arguments)
 
@@ -159,6 +161,7 @@ def serve(live: AsyncEngine, options: argparse.Namespace) -> None:
 
     lab = lab_of(live, options)
     settings = {"share": options.share, "server_name": options.host, "server_port": options.port}
+    settings["root_path"] = options.root_path
     api = api_of(lab, options.api_key) if options.api else None
     if api:
         settings["front"] = functools.partial(beside, api)

@@ -118,8 +118,9 @@ def build(engine: AsyncEngine | Lab) -> Page:
     lab = engine if isinstance(engine, Lab) else Lab(engine)
 
     def arrive(known: str | None, request: gr.Request) -> str:
-        visitor = lab.visitors.arrive(request.session_hash or "", known or "")
-        return f"{visitor} {mark(visitor)}"
+        tab = request.session_hash or ""
+        visitor = lab.visitors.arrive(tab, known or "")
+        return f"{visitor} {mark(visitor)} {tab}"
 
     def leave(request: gr.Request) -> None:
         lab.visitors.leave(request.session_hash or "")

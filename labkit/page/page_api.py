@@ -12,8 +12,10 @@ from typing import Any
 
 from labkit.page.session import Lab
 from labkit.page.snapshot import ClientState, Snapshotter, text_in
+from labkit.page.visitors import mark
 from labkit.serving.async_engine import EngineStoppedError
 
+MAX_TAB = 64  # characters of the name that gradio gives a page
 MS_PER_VISITOR = 4  # between two questions of a page: fifty pages ask five times a second each
 
 
@@ -30,8 +32,27 @@ class Api:
 
     @property
     def functions(self) -> list[Callable[..., Any]]:
-        methods = (self.pull, self.control, self.cancel, self.look, self.change, self.play, self.rename)
+        methods = (
+            self.arrive,
+            self.pull,
+            self.control,
+            self.cancel,
+            self.look,
+            self.change,
+            self.play,
+            self.rename,
+        )
         return [_plain(method) for method in methods]
+
+    async def arrive(self, order: dict[str, Any]) -> str:
+        """Take note of a page that says again that it is here, and tell it who it is.
+
+        `news` says that the page was unknown: its connection was lost, or this is another lab by now.
+        """
+        tab, visitors = text_in(order, "tab")[:MAX_TAB], self.lab.visitors
+        news = not visitors.has(tab)
+        visitor = visitors.arrive(tab, text_in(order, "visitor"))
+        return json.dumps({"visitor": visitor, "mark": mark(visitor), "news": news})
 
     async def pull(self, question: dict[str, Any]) -> str:
         """Tell a page without a stream what is new since the last answer."""

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from labkit.page.snapshot import ClientState, Snapshotter
+from labkit.serving.asgi import own_path
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ PATH = "/labkit/stream"
 SECONDS = 0.2  # between two snapshots
 FEW, SECONDS_FOR_FEW = 8, 0.08
 BEHIND = 50  # texts: a reader with more of them to read is let go, comes back and gets everything
-HEARTBEAT = 15.0  # seconds of silence: a proxy may take a longer silence for the end
+HEARTBEAT = 5.0  # seconds of silence: a page takes a longer one for a proxy that holds everything back
 BEAT = b"event: beat\ndata: 0\n\n"
 AGAIN = b"retry: 1000\n"  # milliseconds until a browser that has lost us comes back
 HEADERS = [
@@ -161,7 +162,7 @@ class Broadcast:
 def _is_for_us(scope: MutableMapping[str, Any]) -> bool:
     if scope["type"] != "http" or scope["method"] != "GET":
         return False
-    return scope["path"].removeprefix(scope.get("root_path", "")) == PATH
+    return own_path(scope) == PATH
 
 
 def event(update: dict[str, Any]) -> bytes:

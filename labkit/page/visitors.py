@@ -7,11 +7,12 @@ only after a while without any tab.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import secrets
 import threading
 from collections.abc import Callable
 
-GRACE = 8.0  # seconds
+GRACE = 30.0  # seconds: a gap in a network is shorter
 MAX_NAME = 24  # characters
 _KEY = secrets.token_bytes(16)
 
@@ -21,6 +22,22 @@ def mark(visitor: str) -> str:
     if not visitor:
         return ""
     return hashlib.blake2s(visitor.encode(errors="replace"), key=_KEY, digest_size=6).hexdigest()
+
+
+def _new_secret() -> str:
+    nonce = secrets.token_urlsafe(12)
+    return nonce + _signature(nonce)
+
+
+def _signature(nonce: str) -> str:
+    data = nonce.encode(errors="replace")
+    return hashlib.blake2s(data, key=_KEY, digest_size=8, person=b"visitor").hexdigest()
+
+
+def _is_ours(secret: str) -> bool:
+    """Whether we gave somebody this secret, which we do not remember: it is signed."""
+    nonce, signature = secret[:-16], secret[-16:]
+    return hmac.compare_digest(_signature(nonce).encode(), signature.encode(errors="replace"))
 
 
 class Visitors:
@@ -49,14 +66,16 @@ class Visitors:
         return visitor in self._tabs
 
     def arrive(self, tab: str, known_as: str = "") -> str:
-        """Take note of a new tab, and return its visitor's secret, which their browser keeps for the next
-        tab.
+        """Take note of a tab, and return its visitor's secret, which their browser keeps for the next tab.
 
-        `known_as` is the secret that an earlier tab was given. An unknown one, or one given up, counts as
-        new.
+        A tab may arrive again and again: after a gap in the network it was perhaps given up meanwhile.
+        `known_as` is the secret that it was given before, or an earlier tab was. One that nobody was given
+        counts as new.
         """
         with self._lock:
-            visitor = known_as if known_as in self._tabs else secrets.token_urlsafe(12)
+            visitor = known_as if known_as in self._tabs or _is_ours(known_as) else _new_secret()
+            if self._visitor_of.get(tab, visitor) != visitor:
+                self._leave(tab)
             if timer := self._timers.pop(visitor, None):
                 timer.cancel()
             self._visitor_of[tab] = visitor
@@ -64,16 +83,23 @@ class Visitors:
             return visitor
 
     def leave(self, tab: str) -> None:
-        """Take note that a tab was closed, or is being reloaded."""
+        """Take note that a tab was closed, is being reloaded, or has lost its connection."""
         with self._lock:
-            visitor = self._visitor_of.pop(tab, "")
-            if not visitor:
-                return
-            self._tabs[visitor].discard(tab)
-            if not self._tabs[visitor]:
-                timer = self._timers[visitor] = threading.Timer(self.grace, self._forget, (visitor,))
-                timer.daemon = True
-                timer.start()
+            self._leave(tab)
+
+    def _leave(self, tab: str) -> None:
+        visitor = self._visitor_of.pop(tab, "")
+        if not visitor:
+            return
+        self._tabs[visitor].discard(tab)
+        if not self._tabs[visitor]:
+            timer = self._timers[visitor] = threading.Timer(self.grace, self._forget, (visitor,))
+            timer.daemon = True
+            timer.start()
+
+    def has(self, tab: str) -> bool:
+        """Whether a tab is here."""
+        return tab in self._visitor_of
 
     def _forget(self, visitor: str) -> None:
         with self._lock:

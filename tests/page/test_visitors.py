@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from labkit.page.visitors import MAX_NAME, Visitors
+from labkit.page.visitors import MAX_NAME, Visitors, mark
 
 PATIENCE = 30  # seconds until a test gives up; nothing is decided by it
 
@@ -38,7 +38,8 @@ def test_a_visitor_who_closes_the_page_is_gone_after_a_while(visitors: Watched) 
     assert visitors.left == [] and me in visitors and len(visitors) == 1
     assert visitors.gone.wait(PATIENCE)
     assert visitors.left == [me] and me not in visitors and you in visitors
-    assert visitors.arrive("tab 3", me) != me, "given up: a visitor who comes back is new"
+    assert not visitors.has("tab 1") and visitors.has("tab 2")
+    assert visitors.arrive("tab 1", me) == me and visitors.of("tab 1") == me, "back after a gap"
 
 
 def test_a_reload_is_no_farewell(visitors: Watched) -> None:
@@ -51,6 +52,16 @@ def test_a_reload_is_no_farewell(visitors: Watched) -> None:
     assert visitors.left == [] and not visitors._timers and len(visitors) == 1
 
 
+def test_a_tab_may_arrive_again_and_again(visitors: Watched) -> None:
+    visitors.grace = 3600
+    me = visitors.arrive("tab")
+    assert [visitors.arrive("tab", me) for _ in range(3)] == [me] * 3 and len(visitors) == 1
+    you = visitors.arrive("tab")  # it has lost its secret
+    assert you != me and visitors.of("tab") == you and len(visitors) == 1
+    visitors.leave("tab")
+    assert len(visitors) == 0 and visitors._timers.keys() == {me, you}
+
+
 def test_the_new_page_may_come_before_the_old_one_has_gone(visitors: Watched) -> None:
     me = visitors.arrive("before")
     assert visitors.arrive("after", me) == me
@@ -61,7 +72,8 @@ def test_the_new_page_may_come_before_the_old_one_has_gone(visitors: Watched) ->
 
 def test_a_secret_that_nobody_was_told_is_no_way_in(visitors: Watched) -> None:
     me = visitors.arrive("tab 1")
-    assert visitors.arrive("tab 2", "made up") not in (me, "made up")
+    for made_up in ("made up", me[:-1] + "?", "x" + me[1:], me[:-16] + "é" * 16, "\ud800" * 32, mark(me)):
+        assert visitors.arrive(f"tab of {made_up!r}", made_up) not in (me, made_up)
     assert visitors.of(None) == "" and visitors.of("a client without a page") == "a client without a page"
 
 

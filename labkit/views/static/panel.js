@@ -262,6 +262,7 @@ Object.assign(labkit, (() => {
     show.select = hooks.select;
     const line = root.querySelector(".lk-summary"), spoken = root.querySelector(".lk-spoken");
     const numbers = [...root.querySelectorAll("[data-number]")];
+    const returns = []; // who is told when the other side is there again
     let paused = false, said = 0, timer = 0, asking = false, eagerUntil = 0, following = Boolean(stream);
 
     function take(update) {
@@ -315,6 +316,7 @@ Object.assign(labkit, (() => {
       const begin = performance.now(), question = { feed: state.feed, step: state.step, plan: state.plan?.key ?? 0 };
       for (const extra of extras) Object.assign(question, extra.question());
       const update = await ask("pull", question);
+      if (following) return null; // the stream has begun meanwhile, with everything
       lost(!update);
       if (!update) return 1000;
       take(update);
@@ -330,12 +332,16 @@ Object.assign(labkit, (() => {
     }
 
     function lost(whether) {
+      const before = root.classList.contains("lk-lost");
       root.classList.toggle("lk-lost", whether);
+      if (before && !whether) for (const listener of returns) listener();
     }
 
-    function none() {
-      following = false;
-      schedule(0);
+    // With the stream there is nothing to ask; without one, ask.
+    function follows(whether) {
+      following = whether;
+      if (whether) clearTimeout(timer);
+      else schedule(0);
     }
 
     // Something is about to happen: look now, and more often for a while.
@@ -346,9 +352,9 @@ Object.assign(labkit, (() => {
 
     document.addEventListener("visibilitychange", hurry);
     for (const event of ["click", "keydown"]) root.addEventListener(event, hurry);
-    if (following) labkit.follow(root, stream, { take, lost, none });
+    if (following) labkit.follow(root, stream, { take, lost, follows });
     else schedule(0);
-    return { state, live, show, hurry, select: hooks.select };
+    return { state, live, show, hurry, select: hooks.select, onReturn: (listener) => returns.push(listener) };
   }
 
   return { mount };
