@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import gradio as gr
     from fastapi import FastAPI
 
+    from labkit.page.gradio_page import Page
     from labkit.page.session import Lab
     from labkit.serving.async_engine import AsyncEngine
 
@@ -42,6 +43,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     port = os.environ.get("GRADIO_SERVER_PORT", "7860")
     add("--host", default=host, help="address to listen at; 0.0.0.0 for all (default: %(default)s)")
     add("--port", type=cli.port, default=port, help="default: %(default)s")
+    cli.add_proxies(parser)
     add(
         "--share",
         action=argparse.BooleanOptionalAction,
@@ -54,7 +56,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=True,
         help="also speak OpenAI's API, under /v1 (default: yes)",
     )
-    add("--api-key", default=os.environ.get("LABKIT_API_KEY"), help="the key that its clients must bring")
+    cli.add_key(parser, "the key that its clients must bring; the page, /health and /metrics stay open")
     group = parser.add_argument_group("for a class", "what visitors may do")
     cli.add_limits(group, requests=64, queue=512, whose="visitor")
     add = group.add_argument
@@ -71,9 +73,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="let visitors change the engine's settings (default: yes)",
     )
     add(
+        "--clock",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let visitors pause, step, and set the speed, for everyone (default: yes)",
+    )
+    add(
         "--trace-file",
         metavar="FILE",
-        help="also write every step there, as JSON Lines",
+        help="also write every step there, as JSON Lines; a file that is there already gets a neighbour",
     )
     root = os.environ.get("GRADIO_ROOT_PATH")
     add("--root-path", default=root, metavar="/PATH", help="where a proxy shows the lab, if not at its root")
@@ -103,10 +111,17 @@ def lab_of(live: AsyncEngine, options: argparse.Namespace) -> Lab:
     from labkit.page.session import Lab
 
     limits = cli.limits_of(options)
-    return Lab(live, limits=limits, grace=options.grace, knobs=options.knobs, trace_file=options.trace_file)
+    return Lab(
+        live,
+        limits=limits,
+        grace=options.grace,
+        knobs=options.knobs,
+        clock=options.clock,
+        trace_file=options.trace_file,
+    )
 
 
-def launch(engine: AsyncEngine | Lab, *, share: bool | None = None, **options: Any) -> gr.Blocks:
+def launch(engine: AsyncEngine | Lab, *, share: bool | None = None, **options: Any) -> Page:
     """Serve the page in the background, for instance from a notebook. `close()` of what it returns ends it.
 
     Args:
@@ -160,8 +175,14 @@ def serve(live: AsyncEngine, options: argparse.Namespace) -> None:
     from labkit.serving.asgi import beside
 
     lab = lab_of(live, options)
-    settings = {"share": options.share, "server_name": options.host, "server_port": options.port}
-    settings["root_path"] = options.root_path
+    settings: dict[str, Any] = {
+        "share": options.share,
+        "server_name": options.host,
+        "server_port": options.port,
+        "root_path": options.root_path,
+        "allowed_hosts": options.allowed_host,
+        "proxy_headers": options.proxy_headers,
+    }
     api = api_of(lab, options.api_key) if options.api else None
     if api:
         settings["front"] = functools.partial(beside, api)
@@ -175,8 +196,12 @@ def serve(live: AsyncEngine, options: argparse.Namespace) -> None:
     print(f"The lab is at http://{shown}:{options.port}", flush=True)
     if options.api:
         print(f"OpenAI's API is at http://{shown}:{options.port}/v1", flush=True)
+        if options.api_key:
+            print("The key guards /v1 alone: the page, /health and /metrics are open to all who reach them.")
     if options.share:
         print(f"and, for everyone, at {demo.share_url}" if demo.share_url else "There is no public link.")
+    if lab.trace_path:
+        print(f"Every step is written to {lab.trace_path}")
     print("Ctrl-C ends it.", flush=True)
     try:
         threading.Event().wait()

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import gradio as gr
 from starlette.types import ASGIApp
 
+from labkit.page.front import MAX_BODY, Front
 from labkit.page.page_api import Api
 from labkit.page.race.tab import build_race_tab
 from labkit.page.replay_tab import build_replay_tab
@@ -25,12 +28,16 @@ from labkit.page.session import Lab
 from labkit.page.snapshot import Snapshotter
 from labkit.page.sse import PATH, Broadcast
 from labkit.page.submissions import params_of
-from labkit.page.upload import MAX_BYTES
 from labkit.page.visitors import mark
+from labkit.serving.asgi import BodyLimit
 from labkit.serving.async_engine import AsyncEngine, EngineStoppedError
+from labkit.serving.connections import harden
+from labkit.serving.guard import Guard
 from labkit.views.assets import asset, script
 
 FLUSH_SECONDS = 2  # to send what is written, once the page is closed: a reader who does not read ends it not
+SESSIONS = 500  # that gradio keeps a state for: anybody can make up any number, and each costs memory
+QUEUE_SIZE = 100  # events that wait in gradio's queue, where only figures of a race are drawn
 QUEUE_SECONDS = 0.1  # between two looks of gradio at its queue; by default it looks 1,100 times a second
 EXAMPLES = {
     "Why is the sky blue?": "Why is the sky blue? Explain it to a child.",
@@ -69,6 +76,7 @@ class Page(gr.Blocks):
 
     lab: Lab
     broadcast: Broadcast
+    guard: Guard  # before all else, once the page is served
 
     def close(self, verbose: bool = True) -> None:
         self.broadcast.close()
@@ -77,36 +85,48 @@ class Page(gr.Blocks):
 
 
 def serve(
-    engine: AsyncEngine | Lab, *, front: Callable[[ASGIApp], ASGIApp] = lambda app: app, **options: Any
+    engine: AsyncEngine | Lab,
+    *,
+    front: Callable[[ASGIApp], ASGIApp] = lambda app: app,
+    allowed_hosts: Sequence[str] = (),
+    proxy_headers: bool = False,
+    **options: Any,
 ) -> Page:
     """Launch the page in the background, with one broadcast for all who watch.
 
     Args:
         engine: the engine to show, or a lab round one.
         front: a function that puts something in front of the page's app, such as another app beside it.
+        allowed_hosts: further names by which browsers reach the page, through a proxy for instance.
+        proxy_headers: whether a proxy on this machine is believed when it names the address of a client.
         options: arguments of `gr.Blocks.launch`.
     """
     page = build(engine)
+    host = options.get("server_name") or os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
     private = bool(options.get("auth") or options.get("auth_dependency"))  # gradio alone knows who may look
 
     @contextlib.asynccontextmanager
     async def opening(app: gr.routes.App) -> AsyncIterator[None]:
         """Put all in place before the port is open, so that a page that comes early finds it."""
-        app.middleware_stack = front(
-            app.middleware_stack if private else page.broadcast.before(app.middleware_stack)
-        )
+        inner = app.middleware_stack if private else page.broadcast.before(app.middleware_stack)
+        inner = front(BodyLimit(Front(inner, page.lab.visitors), MAX_BODY, together=4 * MAX_BODY))
+        page.guard = app.middleware_stack = Guard(inner, host, allowed_hosts)
         yield
 
     settings: dict[str, Any] = {
         "ssr_mode": False,
         "footer_links": [],
-        "max_file_size": MAX_BYTES,
+        "enable_monitoring": False,
+        "state_session_capacity": SESSIONS,
         "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     }  # one of the default theme's fonts would come from the net
     app_kwargs = {**options.pop("app_kwargs", {}), "lifespan": opening}
     page.launch(**(settings | options | {"prevent_thread_lock": True, "app_kwargs": app_kwargs}))
     page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = QUEUE_SECONDS
+    if page.share_url:
+        page.guard.names.add(urlsplit(page.share_url).hostname or "")
     page.server.config.timeout_graceful_shutdown = FLUSH_SECONDS
+    harden(page.server.config, proxy_headers=proxy_headers)
     return page
 
 
@@ -139,6 +159,7 @@ def build(engine: AsyncEngine | Lab) -> Page:
                 build_replay_tab(lab.traces)
         demo.load(arrive, view, view, js=REMEMBERED, queue=False, show_progress="hidden")
         demo.unload(leave)
+    demo.queue(max_size=QUEUE_SIZE)
     return demo
 
 
@@ -227,7 +248,7 @@ def _injections(lab: Lab) -> tuple[Callable[..., str], Callable[..., str]]:
         raw: bool,
         request: gr.Request,
     ) -> str:
-        visitor = lab.visitors.of(request.session_hash)
+        visitor = lab.visitors.of(request.session_hash, request.client.host if request.client else "")
         name, submissions = lab.visitors.name(visitor), lab.session.submissions
 
         def act() -> None:
@@ -244,7 +265,7 @@ def _injections(lab: Lab) -> tuple[Callable[..., str], Callable[..., str]]:
         raw: bool,
         request: gr.Request,
     ) -> str:
-        visitor = lab.visitors.of(request.session_hash)
+        visitor = lab.visitors.of(request.session_hash, request.client.host if request.client else "")
         name, submissions = lab.visitors.name(visitor), lab.session.submissions
 
         def act() -> None:

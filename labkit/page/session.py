@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from labkit.config import KV_POLICIES, EngineConfig
@@ -112,12 +113,14 @@ class Lab:
         limits: the limits on what visitors may hand in.
         grace: seconds after which the requests of a visitor who closed the page are cancelled.
         knobs: whether visitors may change the settings.
+        clock: whether visitors may pause, step, and set the speed.
         make: a function that builds an engine; pass your own to keep a scheduler or a pool that you wrote.
         trace_file: the file for every step, as JSON Lines, also those that the engine forgets. Each engine
-            after the first has a file of its own: "run.jsonl", "run-2.jsonl", ...
+            after the first has a file of its own: "run.jsonl", "run-2.jsonl", ... A file that is there
+            already is left as it is.
 
     Raises:
-        OSError: if the trace file cannot be written.
+        OSError: if the trace file cannot be made.
     """
 
     def __init__(
@@ -127,12 +130,13 @@ class Lab:
         limits: Limits | None = None,
         grace: float = GRACE,
         knobs: bool = True,
+        clock: bool = True,
         make: Callable[[EngineConfig], Engine] = Engine,
         trace_file: str | os.PathLike[str] | None = None,
     ) -> None:
         check_number("grace", grace, 0, 3600)
         self.limits = limits or Limits()
-        self.knobs = knobs
+        self.knobs, self.clock = knobs, clock
         self.visitors = Visitors(self._gone, grace=grace)
         self._make = make
         self._first = live
@@ -141,11 +145,12 @@ class Lab:
         self._ending = False
         self._played = ""  # the name of the scenario that was played last
         self._kept: dict[str, Trace] = {}
-        self._writers = TraceWriters(trace_file) if trace_file else None
+        self.version = 0  # grows whenever `status` changes, except for its counts
+        self.trace_path: Path | None = None  # of the file that is written now
+        self._writers = TraceWriters(trace_file, self._tell_of_writing) if trace_file else None
         self.session = self._start(live)
         self.base = self.settings  # those that the lab started with
         self._draft_model = live.engine.config.draft_model
-        self.version = 0  # grows whenever `status` changes, except for its counts
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -161,10 +166,29 @@ class Lab:
             "settings": self.settings,
             "base": self.base,
             "knobs": self.knobs,
+            "clock": self.clock,
             "pending": _settings_of(change.config) if change else None,
             "visitors": len(self.visitors),
             "played": self._played,
+            "problem": self._writers.problem if self._writers else "",
         }
+
+    # -- the clock --------------------------------------------------------------------------------
+
+    def may_set_clock(self, visitor: str) -> bool:
+        """Whether a visitor may pause, step, and set the speed, for everyone."""
+        return self.clock
+
+    def control(self, visitor: str, action: str, value: float | None = None) -> dict[str, Any]:
+        """Obey a visitor who may set the clock (see `Submissions.control`), and return the clock's state.
+
+        Raises:
+            ValueError: for a visitor who may not, and for a speed that is impossible.
+        """
+        if not self.may_set_clock(visitor):
+            raise ValueError("The clock of this lab is its host's: it cannot be set from the page.")
+        self.session.submissions.control(visitor, action, value)
+        return self.session.submissions.clock()
 
     # -- settings ---------------------------------------------------------------------------------
 
@@ -240,8 +264,11 @@ class Lab:
 
     def _start(self, live: AsyncEngine) -> Session:
         if self._writers:
-            self._writers.follow(live.engine.trace.meta, live.subscribe)
+            self.trace_path = self._writers.follow(live.engine.trace.meta, live.subscribe)
         return Session.start(live, self.limits)
+
+    def _tell_of_writing(self) -> None:
+        self.version += 1  # its status has a problem
 
     def _wait_for_the_end(self, change: _Change) -> None:
         session, self._change = self.session, change

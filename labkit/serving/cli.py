@@ -6,6 +6,7 @@ Slow imports come after the options are checked, so that a mistake is answered a
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 from typing import TYPE_CHECKING, NoReturn
 
@@ -52,6 +53,38 @@ def port(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"must be a whole number between 1 and 65535, not {text!r}")
     return int(text)
+
+
+def key(text: str) -> str:
+    """An option's value as a key. An empty one is a mistake, of a script for instance, and not no key."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            "must not be empty: leave it out, and LABKIT_API_KEY too, for no key"
+        )
+    return text
+
+
+def add_key(parser: argparse.ArgumentParser, words: str) -> None:
+    """Add the option for the API's key, which the environment may give as well."""
+    default = os.environ.get("LABKIT_API_KEY")
+    parser.add_argument("--api-key", type=key, default=default, help=words)
+
+
+def add_proxies(parser: argparse.ArgumentParser) -> None:
+    """Add the options for a server that browsers reach through a proxy."""
+    add = parser.add_argument
+    add(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name by which browsers reach this server, through a proxy; repeatable",
+    )
+    add(
+        "--proxy-headers",
+        action="store_true",
+        help="believe a proxy on this machine when it names the address of a client (default: no)",
+    )
 
 
 def add_engine(parser: argparse.ArgumentParser, *, num_blocks: int | None) -> None:

@@ -31,6 +31,9 @@ from labkit.serving.stream import DONE, KEEP_ALIVE, Format, event, usage
 
 logger = logging.getLogger("labkit.server")
 
+MOST_CHARACTERS = 16  # of a prompt for each token that it may have; English has about 4
+_LONGEST_USER = 64  # characters of a user's name in the log
+
 OnRequest = Callable[[str, str, SamplingParams], None]
 
 
@@ -163,6 +166,13 @@ class Handler:
         prompts = body.prompts()
         if not prompts:
             raise RequestError(400, "prompt is empty: it must have at least one token", param="prompt")
+        longest = min(live.engine.max_model_len, limits.prompt_tokens or sys.maxsize)
+        for prompt in prompts:
+            if (length := body.length(prompt)) > MOST_CHARACTERS * longest:
+                message = (
+                    f"The prompt has {length:,} characters, and {MOST_CHARACTERS * longest:,} is the limit."
+                )
+                raise too_long(longest, message, field_of(body, "prompt", "prompt"))
         try:
             params = body.sampling_params(limits.answer_tokens or live.engine.max_model_len)
             if limits.answer_tokens is not None:
@@ -274,7 +284,7 @@ class Handler:
             "id": call.format.head["id"],
             "requests": call.request_ids,
             "client": call.client,
-            "user": call.body.user,
+            "user": call.body.user and call.body.user[:_LONGEST_USER],
             "status": call.status,
             "stream": bool(call.body.stream),
             "prompt_tokens": used["prompt_tokens"],

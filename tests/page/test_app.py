@@ -39,6 +39,7 @@ def free_port() -> int:
         (["--grace", "soon"], "argument --grace: must be a number of seconds between 0 and 3600"),
         (["--grace", "nan"], "argument --grace: must be a number of seconds"),
         (["--max-queue", "0"], "argument --max-queue: must be a whole number of at least 1"),
+        (["--api-key", ""], "argument --api-key: must not be empty: leave it out, and LABKIT_API_KEY too"),
         (["--what"], "unrecognized arguments: --what"),
         (["--host", "256.0.0.1"], "cannot listen at 256.0.0.1"),
         (["--model", "tiny-random", "--device", "abacus"], "abacus"),

@@ -127,7 +127,7 @@ def test_after_a_gap_a_page_is_known_again(
         network.mend()
         me.page.wait_for_selector(".lk:not(.lk-lost)")
         wait_for(lambda: len(lab.visitors) == 1)
-        assert me.look("lab.visitor()") == secret and not lab.visitors._timers
+        assert me.look("lab.visitor()") == secret and not lab.visitors._ends
         me.card(mine).locator(".lk-cancel").click()
         me.finished(mine, "abort")
         other = me.inject("hello again", max_tokens=400)

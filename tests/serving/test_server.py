@@ -326,6 +326,7 @@ def test_the_log_has_a_line_for_each_call_and_no_prompt(caplog: pytest.LogCaptur
     assert "\n" not in record.message and "hello" not in record.message
     caplog.clear()
     with served(Options(log_prompts=True)) as site:
-        post(site, ask())
+        post(site, ask(user="x" * 100_000))
         site.until_quiet()
+    assert json.loads(caplog.records[-1].message)["user"] == "x" * 64
     assert json.loads(caplog.records[-1].message)["prompts"] == [HELLO]
