@@ -202,6 +202,7 @@ def serve(live: AsyncEngine, options: argparse.Namespace) -> None:
         print(f"and, for everyone, at {demo.share_url}" if demo.share_url else "There is no public link.")
     if lab.trace_path:
         print(f"Every step is written to {lab.trace_path}")
+    print(f"Its host has http://{shown}:{options.port}/?host={lab.host_key}", flush=True)
     print("Ctrl-C ends it.", flush=True)
     try:
         threading.Event().wait()

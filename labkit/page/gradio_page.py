@@ -20,6 +20,7 @@ import gradio as gr
 from starlette.types import ASGIApp
 
 from labkit.page.front import MAX_BODY, Front
+from labkit.page.hosting import closed_reason
 from labkit.page.page_api import Api
 from labkit.page.race.tab import build_race_tab
 from labkit.page.replay_tab import build_replay_tab
@@ -59,7 +60,7 @@ EIGHT = (
 )
 SHARES = (0.25, 0.1, 0.6, 0.8, 1.0, 0.5, 0.4, 1.0)  # of max tokens, so that answers end at different times
 SCRIPTS = (
-    *("live_feed.js", "meters.js", "words.js", "side.js", "controls.js"),
+    *("live_feed.js", "meters.js", "words.js", "side.js", "controls.js", "host.js"),
     *("panel.js", "follow.js", "cards.js", "questions.js", "glue.js"),
 )
 
@@ -154,7 +155,7 @@ def build(engine: AsyncEngine | Lab) -> Page:
             with gr.Tab("Live", id="live", elem_id="lk-live-tab"):
                 view = _live_tab(lab, Api(lab, snapshotter))
             with gr.Tab("Race", id="race", elem_id="lk-race-tab"):
-                build_race_tab(lab.session.live.engine.model, keep=lab.keep)
+                build_race_tab(lab.session.live.engine.model, keep=lab.keep, closed=closed_reason(lab))
             with gr.Tab("Replay", id="replay", elem_id="lk-replay-tab"):
                 build_replay_tab(lab.traces)
         demo.load(arrive, view, view, js=REMEMBERED, queue=False, show_progress="hidden")
@@ -168,6 +169,7 @@ def _live_tab(lab: Lab, api: Api) -> gr.HTML:
     has_chat = bool(getattr(lab.session.live.engine.model.tokenizer, "chat_template", None))
     with gr.Column(elem_id="lk-page"):
         with gr.Column(elem_id="lk-left", min_width=300):
+            _html(asset("host.html"), elem_id="lk-host")
             _html(asset("submissions.html"), elem_id="lk-what")
             with gr.Column(elem_id="lk-form"):
                 prompt = gr.Textbox(

@@ -10,6 +10,7 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from labkit.page.hosting import Hosting
 from labkit.page.session import Lab
 from labkit.page.snapshot import ClientState, Snapshotter, text_in
 from labkit.page.visitors import mark
@@ -29,6 +30,7 @@ class Api:
 
     def __init__(self, lab: Lab, snapshotter: Snapshotter) -> None:
         self.lab, self._snapshotter = lab, snapshotter
+        self._hosting = Hosting(lab)
 
     @property
     def functions(self) -> list[Callable[..., Any]]:
@@ -41,6 +43,8 @@ class Api:
             self.change,
             self.play,
             self.rename,
+            self.claim,
+            self.host,
         )
         return [_plain(method) for method in methods]
 
@@ -91,7 +95,7 @@ class Api:
     async def change(self, order: dict[str, Any]) -> str:
         """Restart the engine with other settings."""
         settings, running = _mapping(order.get("settings")), text_in(order, "running")
-        return await _answer(lambda: self._known(order) and self.lab.change(settings, running=running))
+        return await _answer(lambda: self._known(order) and self._change(order, settings, running))
 
     async def play(self, order: dict[str, Any]) -> str:
         """Play a scenario."""
@@ -105,6 +109,18 @@ class Api:
         """Take a name that others see."""
         name = self.lab.visitors.rename(text_in(order, "visitor"), text_in(order, "name"))
         return json.dumps({"name": name})
+
+    def _change(self, order: dict[str, Any], settings: dict[str, Any], running: str) -> dict[str, Any]:
+        return self.lab.change(settings, running=running, visitor=text_in(order, "visitor"))
+
+    async def claim(self, order: dict[str, Any]) -> str:
+        """Say whether the page is a host's, which the key in its link makes it."""
+        return json.dumps({"host": self._hosting.claim(text_in(order, "visitor"), text_in(order, "key"))})
+
+    async def host(self, order: dict[str, Any]) -> str:
+        """Do what only a host may."""
+        asked = [text_in(order, name) for name in ("visitor", "action", "name")]
+        return await _answer(lambda: self._hosting.act(*asked))
 
     def _known(self, order: Mapping[str, Any]) -> bool:
         if text_in(order, "visitor") not in self.lab.visitors:

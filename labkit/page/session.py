@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -136,7 +137,9 @@ class Lab:
     ) -> None:
         check_number("grace", grace, 0, 3600)
         self.limits = limits or Limits()
-        self.knobs, self.clock = knobs, clock
+        self._open = {"knobs": knobs, "clock": clock, "races": True}  # to visitors
+        self.host_key = secrets.token_urlsafe(9)  # who brings it is a host
+        self.hosts: set[str] = set()
         self.visitors = Visitors(self._gone, grace=grace)
         self._make = make
         self._first = live
@@ -165,8 +168,8 @@ class Lab:
         return {
             "settings": self.settings,
             "base": self.base,
-            "knobs": self.knobs,
-            "clock": self.clock,
+            "knobs": self.open_to("knobs"),
+            "clock": self.open_to("clock"),
             "pending": _settings_of(change.config) if change else None,
             "visitors": len(self.visitors),
             "played": self._played,
@@ -177,7 +180,30 @@ class Lab:
 
     def may_set_clock(self, visitor: str) -> bool:
         """Whether a visitor may pause, step, and set the speed, for everyone."""
-        return self.clock
+        return self.open_to("clock") or visitor in self.hosts
+
+    def open_to(self, what: str) -> bool:
+        """Whether visitors may use the "clock", the "knobs" or "races"."""
+        return self._open[what]
+
+    def set_open(self, what: str, whether: bool) -> None:
+        """Let visitors use something from now on, or no more."""
+        self._open[what] = whether
+        self.version += 1
+
+    def who(self) -> list[tuple[str, int]]:
+        """The name of each visitor who is here ("" for none), and the number of their requests under way."""
+        submissions = self.session.submissions
+        return sorted((self.visitors.name(one), submissions.under_way(one)) for one in self.visitors.here())
+
+    def end_all(self) -> None:
+        """End everybody's requests, and what a preset has yet to send."""
+        session = self.session
+        session.player.drop_all()
+        for card in session.now().cards:
+            session.live.abort(card.request)
+        if session.live.paused:
+            session.live.single_step()  # in which they end
 
     def control(self, visitor: str, action: str, value: float | None = None) -> dict[str, Any]:
         """Obey a visitor who may set the clock (see `Submissions.control`), and return the clock's state.
@@ -187,7 +213,7 @@ class Lab:
         """
         if not self.may_set_clock(visitor):
             raise ValueError("The clock of this lab is its host's: it cannot be set from the page.")
-        self.session.submissions.control(visitor, action, value)
+        self.session.submissions.control(visitor, action, value, name=self.visitors.name(visitor))
         return self.session.submissions.clock()
 
     # -- settings ---------------------------------------------------------------------------------
@@ -198,6 +224,7 @@ class Lab:
         *,
         running: str = "ask",
         then: Callable[[Session], None] = lambda session: None,
+        visitor: str = "",
     ) -> dict[str, Any]:
         """Run on other settings from now on.
 
@@ -207,6 +234,7 @@ class Lab:
                 "finish": wait for them, and take no new ones meanwhile; "cancel": they are cancelled. And
                 "keep" gives up a change that waits.
             then: a function that is called with the new session.
+            visitor: the visitor who asks; a host may change settings that are locked.
 
         Returns:
             {"done": True}; {"ask": n} if n requests are under way; {"waits": n} if it waits for them.
@@ -220,7 +248,7 @@ class Lab:
             return {"done": True}
         if self._ending:
             raise ValueError(ENDING)
-        if not self.knobs:
+        if not self.open_to("knobs") and visitor not in self.hosts:
             raise ValueError("The settings of this lab are its host's: they cannot be changed from the page.")
         config = self._config(settings)
         with self._lock:
@@ -310,7 +338,8 @@ class Lab:
         between. Sizes and speculation that neither `settings` nor the scenario name go back to those that the
         lab started with.
 
-        Returns what `change` returns, and raises what it and `ScenarioPlayer.play` raise.
+        Returns what `change` returns, with a "note" if it lacks locked settings. Raises what that and
+        `ScenarioPlayer.play` raise.
         """
         scenario = BY_NAME.get(name) if isinstance(name, str) else None
         if scenario is None:
@@ -323,8 +352,11 @@ class Lab:
             budget = wanted["max_num_batched_tokens"]
             if "max_num_seqs" not in (settings or {}):
                 wanted["max_num_seqs"] = min(wanted["max_num_seqs"], budget)
-        if not self.knobs:
+        locked = not self.open_to("knobs") and visitor not in self.hosts
+        if locked:
             wanted = {}  # it plays on the settings that there are
+        lacks = scenario.lacks(self.settings) if locked else ""
+        note = {"note": f"The settings are locked. {lacks}"} if lacks else {}
 
         def begin(session: Session) -> None:
             session.player.play(visitor, scenario, name=self.visitors.name(visitor))
@@ -337,8 +369,8 @@ class Lab:
                 now[knob] == value for knob, value in wanted.items()
             ):
                 begin(self.session)
-                return {"done": True}
-            return self.change(wanted, running=running, then=begin)
+                return {"done": True, **note}
+            return self.change(wanted, running=running, then=begin, visitor=visitor)
 
     # -- traces -----------------------------------------------------------------------------------
 
@@ -375,6 +407,7 @@ class Lab:
         session = self.session
         session.player.drop(visitor)
         session.submissions.leave(visitor)
+        self.hosts.discard(visitor)
 
     def close(self) -> None:
         """Let go of the engine. An engine that was handed in goes on; one that the lab built is closed."""

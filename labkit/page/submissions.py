@@ -59,7 +59,7 @@ class Submissions:
         self._lock = threading.Lock()  # of all that follows: gradio calls from many threads
         self._entries: dict[str, _Entry] = {}
         self._serial = 0
-        self._paused_by = ""
+        self._paused_by = self._paused_by_name = ""
         self._speed_by = ""  # who chose the speed; "" if no visitor did
         self._speed_chosen: float | None = None
         self._speed_before: float | None = None  # what it was before visitors chose
@@ -99,8 +99,12 @@ class Submissions:
         """Raise `ValueError` unless a visitor may hand in so many requests more."""
         if self.refuses:
             raise ValueError(self.refuses)
-        own = sum(entry.visitor == visitor and self._unfinished(entry) for entry in self._all())
+        own = self.under_way(visitor)
         self.limits.check_room(own, self.live.num_unfinished, more)
+
+    def under_way(self, visitor: str) -> int:
+        """The number of a visitor's requests that wait or run."""
+        return sum(entry.visitor == visitor and self._unfinished(entry) for entry in self._all())
 
     def submit(
         self,
@@ -178,8 +182,10 @@ class Submissions:
                 if self.live.speed == self._speed_chosen:  # else the host has set another since
                     self.live.speed = self._speed_before
 
-    def control(self, visitor: str, action: str, value: float | None = None) -> None:
+    def control(self, visitor: str, action: str, value: float | None = None, *, name: str = "") -> None:
         """Pause, resume, step, or set the speed (None: as fast as it goes), for everyone.
+
+        `name` is the visitor's: everybody sees who paused.
 
         A visitor without a name is not obeyed, because nothing could be taken back once they are gone.
 
@@ -201,7 +207,7 @@ class Submissions:
                 self.live.speed = value
             elif action in ("pause", "step"):
                 if not self.live.paused:  # else it remains the pause of the person who made it
-                    self._paused_by = visitor
+                    self._paused_by, self._paused_by_name = visitor, name
                 if action == "pause":
                     self.live.pause()
                 else:
@@ -215,6 +221,7 @@ class Submissions:
             "speed": self.live.speed,
             "failure": f"{type(failure).__name__}: {failure}" if failure else "",
             "notice": self.notice,
+            "by": self._paused_by_name if self._paused_by and self.live.paused else "",
         }
 
     def now(self) -> Now:

@@ -132,6 +132,11 @@ class Visitors:
             if visitor := self._visitor_of.pop(tab, ""):
                 self._part(tab, visitor, self.grace)
 
+    def here(self) -> list[str]:
+        """The visitors who are here and are heard from."""
+        with self._lock:
+            return [visitor for visitor in self._heard if self._tabs.get(visitor)]
+
     def has(self, tab: str) -> bool:
         """Whether a tab is here."""
         return tab in self._visitor_of

@@ -188,7 +188,7 @@ def test_options_reach_the_lab(tmp_path: Path) -> None:
         lab = app.lab_of(live, options)
         limits = lab.limits
         assert (limits.requests, limits.queue, limits.prompt_tokens, limits.answer_tokens) == (3, 9, 50, 20)
-        assert lab.visitors.grace == 1.5 and not lab.knobs and path.exists()
+        assert lab.visitors.grace == 1.5 and not lab.open_to("knobs") and path.exists()
         lab.close()
 
 

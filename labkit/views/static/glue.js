@@ -61,6 +61,7 @@ function start() {
   const [cardsRoot, sideRoot, submitRoot] = roots.map((root) => document.querySelector(root));
   const cards = labkit.cards(cardsRoot, ask, (item) => Boolean(me.mark) && item.owner === me.mark);
   const controls = labkit.controls(submitRoot, SCENARIOS, ask, say);
+  const hostRoot = document.querySelector("#lk-host .lk-host"), host = hostRoot && labkit.host(hostRoot, ask, say);
   let version = -1;
   const lab = {
     question: () => ({ settings: version }),
@@ -81,6 +82,7 @@ function start() {
     try { sessionStorage.setItem("labkit", visitor); } catch { /* a browser that keeps nothing */ }
     cards.recognise();
     cards.rename();
+    host?.claim();
   }
 
   function welcome() {

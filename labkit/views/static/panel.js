@@ -143,6 +143,9 @@ Object.assign(labkit, (() => {
     const [pause, step, speed] = [".lk-pause", ".lk-step", ".lk-speed"].map((name) => root.querySelector(name));
     const order = (action, value = null) => ask("control", { action, value }).then(show);
     const toggle = () => order(live.paused ? "resume" : "pause");
+    const who = document.createElement("span"); // whose pause it is, for everybody to see
+    who.className = "lk-paused-by";
+    pause.after(who);
     pause.addEventListener("click", toggle);
     step.addEventListener("click", () => order("step"));
     speed.addEventListener("change", () => order("speed", speed.value ? Number(speed.value) : null));
@@ -152,6 +155,7 @@ Object.assign(labkit, (() => {
       pause.textContent = live.paused ? pause.dataset.resume || "Resume" : "Pause";
       pause.setAttribute("aria-pressed", String(live.paused));
       root.classList.toggle("lk-paused", live.paused);
+      who.textContent = live.paused && live.by ? `by ${live.by}` : "";
       if (document.activeElement !== speed) choose(live.speed === null ? "" : String(live.speed));
       const notice = root.querySelector(".lk-failure");
       notice.textContent = live.failure ? `The engine stopped: ${live.failure}. Play a preset, or restart it under Engine.`
