@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
+import math
 import secrets
 import threading
 import time
@@ -99,8 +100,8 @@ class Visitors:
             self._visitor_of[tab] = visitor
             self._tabs.setdefault(visitor, set()).add(tab)
             if self._lines[tab]:
-                self._heard.setdefault(visitor, 0.0)
-            self._expect(visitor, self.unheard)
+                self._heard.setdefault(visitor, -math.inf)
+            self._expect(visitor, SILENCE if visitor in self._heard else self.unheard)
             return visitor
 
     @contextlib.contextmanager
@@ -109,7 +110,7 @@ class Visitors:
         with self._lock:
             self._lines[tab] += 1
             if visitor := self._visitor_of.get(tab):
-                self._heard.setdefault(visitor, 0.0)
+                self._heard.setdefault(visitor, -math.inf)
                 self._ends.pop(visitor, None)
         try:
             yield
@@ -142,9 +143,9 @@ class Visitors:
         return tab in self._visitor_of
 
     def _part(self, tab: str, visitor: str, grace: float) -> None:
+        """Take a tab from a visitor, who is gone after the grace if it was the last; under the lock."""
         self._tabs[visitor].discard(tab)
-        if not self._tabs[visitor]:
-            self._expect(visitor, grace)
+        self._expect(visitor, SILENCE if self._tabs[visitor] else grace)
 
     def _expect(self, visitor: str, seconds: float) -> None:
         """Forget a visitor after some seconds, unless they have a line. The lock must be held."""

@@ -206,6 +206,16 @@ def test_options_for_speculation_reach_every_engine_of_the_lab(draft: list[str])
         lab.close()
 
 
+def test_the_clock_may_be_the_hosts() -> None:
+    options = app.parse(["--model", "tiny-random", "--num-blocks", "64", "--no-clock"])
+    with app.load(options) as live:
+        lab = app.lab_of(live, options)
+        with pytest.raises(ValueError, match="its host's"):
+            lab.control("somebody", "speed", 1.0)
+        assert live.speed is None and not lab.status()["clock"]
+        lab.close()
+
+
 def test_openais_api_is_beside_the_page_as_soon_as_its_port_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
     port, launch, early = free_port(), Page.launch, []
 

@@ -157,11 +157,15 @@ def test_a_name_of_somebody_else_reads_nothing(page: Page, path: str) -> None:
     assert answer.status_code == 421 and "--allowed-host" in answer.text
 
 
-def test_no_file_is_ever_on_the_disk(page: Page, tmp_path: Path) -> None:
-    for path in ("/gradio_api/upload", "/gradio_api/upload/", "/some/prefix/gradio_api/upload"):
+def test_no_file_is_ever_on_the_disk(page: Page) -> None:
+    folder = Path(page.app.uploaded_file_dir)
+    before = set(folder.glob("**/*"))
+    paths = ("/gradio_api/upload", "/gradio_api/upload/", "/prefix/gradio_api/upload")
+    for path in (*paths, "/gradio_api/component_server"):
         answer = httpx.post(home(page) + path, files={"files": b"x" * 100}, timeout=PATIENCE)
         assert answer.status_code == 404
-    assert not list(Path(page.app.uploaded_file_dir).glob("**/files"))
+    assert httpx.get(home(page) + "/gradio_api/deep_link?session_hash=x").status_code == 404
+    assert set(folder.glob("**/*")) == before
 
 
 def test_nobody_watches_the_traffic(page: Page) -> None:

@@ -104,6 +104,18 @@ def test_one_tab_is_one_visitor(visitors: Watched) -> None:
     assert [secret in visitors for secret in secrets] == [False] * 9 + [True]
 
 
+def test_a_second_tab_without_a_line_keeps_nobody_here(
+    visitors: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(visitors_module, "SILENCE", 0.05)
+    visitors.unheard = 0.05
+    with visitors.line("first"):
+        me = visitors.arrive("first")
+        assert visitors.arrive("second", me) == me and not visitors._ends
+    visitors.until_gone(me)
+    assert not visitors._visitor_of
+
+
 def test_a_reload_is_no_farewell(visitors: Watched) -> None:
     visitors.grace = 3600
     me = visitors.come("before")

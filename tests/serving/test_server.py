@@ -312,6 +312,12 @@ def test_a_server_that_drains_takes_nothing_new() -> None:
         assert httpx.get(site.url + "/health").json()["status"] == "draining"
 
 
+@pytest.mark.parametrize("key", ["", " "])
+def test_an_empty_key_is_a_mistake_and_not_no_key(key: str) -> None:
+    with pytest.raises(ValueError, match="api_key must not be empty"):
+        Options(api_key=key)
+
+
 # -- the log --------------------------------------------------------------------------------------
 
 

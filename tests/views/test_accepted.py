@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from labkit.page.upload import read_upload
@@ -55,7 +55,6 @@ def everything(lines: list[str]) -> bool:
     return True
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10**9), st.integers(0, len(SOURCES) - 1))
 def test_a_bent_trace_is_refused_or_can_be_shown(seed: int, source: int) -> None:
     everything(bend(SOURCES[source], seed))
