@@ -36,7 +36,7 @@ from labkit.serving.connections import harden
 from labkit.serving.guard import Guard
 from labkit.views.assets import asset, script
 
-FLUSH_SECONDS = 2  # to send what is written, once the page is closed: a reader who does not read ends it not
+FLUSH_SECONDS = 2  # to send what is written, once the page is closed; a client may read nothing
 SESSIONS = 500  # that gradio keeps a state for: anybody can make up any number, and each costs memory
 QUEUE_SIZE = 100  # events that wait in gradio's queue, where only figures of a race are drawn
 QUEUE_SECONDS = 0.1  # between two looks of gradio at its queue; by default it looks 1,100 times a second
