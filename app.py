@@ -6,11 +6,13 @@ Slow imports come after the options are checked, so that a mistake is answered a
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import signal
 import sys
 import threading
 from collections.abc import Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from labkit.serving import cli
@@ -18,6 +20,7 @@ from labkit.serving.cli import StartError, check_address
 
 if TYPE_CHECKING:
     import gradio as gr
+    from fastapi import FastAPI
 
     from labkit.page.gradio_page import Page
     from labkit.page.session import Lab
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before any import of gradio: nobody is told
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
 TRACE_STEPS = 5_000  # the steps that the engine remembers: many times what the page draws
 
 
@@ -59,7 +63,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--grace",
         type=cli.seconds,
-        default=8.0,
+        default=30.0,
         help="seconds after which the requests of a closed tab are cancelled (default: %(default)s)",
     )
     add(
@@ -79,6 +83,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="also write every step there, as JSON Lines; a file that is there already gets a neighbour",
     )
+    root = os.environ.get("GRADIO_ROOT_PATH")
+    add("--root-path", default=root, metavar="/PATH", help="where a proxy shows the lab, if not at its root")
+    cli.add_drain(parser, default=10.0)
     return parser.parse_args(arguments)
 
 
@@ -120,24 +127,22 @@ def launch(engine: AsyncEngine | Lab, *, share: bool | None = None, **options: A
     Args:
         engine: the engine to show; a `Lab` around one has limits for visitors, and more.
         share: whether to open a public link as well (None: on Colab only).
-        options: further arguments of `labkit.page.gradio_page.serve`.
+        options: further arguments of `labkit.page.gradio_page.serve` and of `gr.Blocks.launch`.
     """
     from labkit.page.gradio_page import serve
 
     return serve(engine, share=on_colab() if share is None else share, **options)
 
 
-def add_api(demo: Page, lab: Lab, api_key: str | None) -> None:
-    """Speak OpenAI's API at the address of a page that is served. Each request gets a card on the page."""
-    from labkit.serving.asgi import beside
+def api_of(lab: Lab, api_key: str | None) -> FastAPI:
+    """OpenAI's API on the lab's engine, as an app. Each request gets a card on the page."""
     from labkit.serving.handler import Options
     from labkit.serving.routes import create_app
 
     def card(request_id: str, prompt: str, params: Any) -> None:
         lab.session.submissions.enter("", request_id, prompt, params.max_tokens, name="API")
 
-    api = create_app(lambda: lab.session.live, Options(limits=lab.limits, api_key=api_key), on_request=card)
-    demo.guard.app = beside(api, demo.guard.app)
+    return create_app(lambda: lab.session.live, Options(limits=lab.limits, api_key=api_key), on_request=card)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -162,29 +167,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def serve(live: AsyncEngine, options: argparse.Namespace) -> None:
-    """Serve the page until Ctrl-C or SIGTERM.
+    """Serve the page until Ctrl-C or SIGTERM; then let what is under way end, within bounds.
 
     Raises:
         StartError: if the page cannot be served, for instance because another program took the port.
     """
+    from labkit.serving.asgi import beside
+
+    lab = lab_of(live, options)
+    settings: dict[str, Any] = {
+        "share": options.share,
+        "server_name": options.host,
+        "server_port": options.port,
+        "root_path": options.root_path,
+        "allowed_hosts": options.allowed_host,
+        "proxy_headers": options.proxy_headers,
+    }
+    api = api_of(lab, options.api_key) if options.api else None
+    if api:
+        settings["front"] = functools.partial(beside, api)
     try:
-        lab = lab_of(live, options)
-        demo = launch(
-            lab,
-            share=options.share,
-            server_name=options.host,
-            server_port=options.port,
-            allowed_hosts=options.allowed_host,
-            proxy_headers=options.proxy_headers,
-            quiet=True,
-        )
-        if options.api:
-            add_api(demo, lab, options.api_key)
+        demo = launch(lab, quiet=True, **settings)
     except (OSError, ValueError) as error:  # gradio raises either
         raise StartError(" ".join(str(error).split())) from None
-    # A shell that starts the lab in the background makes it ignore Ctrl-C. Here it listens again.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    for number in STOPS:  # a shell that starts the lab in the background makes it ignore Ctrl-C
+        signal.signal(number, _stop)
     shown = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
     print(f"The lab is at http://{shown}:{options.port}", flush=True)
     if options.api:
@@ -195,11 +202,25 @@ def serve(live: AsyncEngine, options: argparse.Namespace) -> None:
         print(f"and, for everyone, at {demo.share_url}" if demo.share_url else "There is no public link.")
     if lab.trace_path:
         print(f"Every step is written to {lab.trace_path}")
+    print(f"Its host has http://{shown}:{options.port}/?host={lab.host_key}", flush=True)
     print("Ctrl-C ends it.", flush=True)
     try:
         threading.Event().wait()
     finally:
+        if api:
+            api.state.handler.draining = True
+        if under_way := lab.session.live.num_unfinished:
+            left = f"Ending. Requests under way: {under_way}, which have {options.drain_seconds:g} s."
+            print(left, "Ctrl-C ends them now.", flush=True)
+        lab.drain(options.drain_seconds)
         demo.close(verbose=False)
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    """Begin to end. A second signal ends the process at once."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

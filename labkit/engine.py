@@ -6,12 +6,16 @@ both ends of each request: text to tokens, and tokens to text.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import psutil
@@ -346,6 +350,14 @@ class Engine(EngineCore):
 
     # -- at the end of each step ------------------------------------------------------------------
 
+    def step(self) -> StepRecord:
+        """Run one step as `EngineCore.step` does. Ctrl-C, or a notebook's stop button, waits for its end.
+
+        With a scheduler or a pool of your own it ends the step at once, because that may never be over.
+        """
+        with contextlib.nullcontext() if self.auditor else _interrupts_held():
+            return super().step()
+
     def deliver(
         self, plan: StepPlan, result: StepResult, record: StepRecord, begin: float, end: float
     ) -> None:
@@ -403,6 +415,29 @@ class Engine(EngineCore):
         scheduler = copy.deepcopy(self.scheduler, shared)  # and the pool, which it holds
         plan = scheduler.schedule()
         return record_step(self._step, plan, StepResult([()] * len(plan.requests)), scheduler)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let a Ctrl-C wait: books that are left in the middle do not add up. A second one does not wait."""
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if held:
+            usual(number, frame)
+        held.append((number, frame))
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if held:
+        usual(*held[0])
 
 
 def answer_ids(request_id: str, n: int) -> list[str]:

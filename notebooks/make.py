@@ -30,7 +30,7 @@ import sys
 if "google.colab" in sys.modules:
     %pip install -q --no-deps git+{repository} gguf anywidget psygnal
 else:
-    sys.path.insert(0, "..")
+    sys.path[:0] = ["..", "."]  # or here, where a program runs this from the clone's own folder
 
 import labkit
 
@@ -39,7 +39,7 @@ METADATA = {
     "accelerator": "GPU",
     "colab": {"gpuType": "T4", "provenance": []},
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"name": "python"},
+    "language_info": {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"},
 }
 
 
@@ -77,6 +77,8 @@ def tidy(notebook: NotebookNode) -> None:
     notebook.metadata = METADATA
     for cell in notebook.cells:
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        if cell.cell_type == "markdown":
+            cell.metadata["slideshow"] = {"slide_type": "slide"}  # with the code below it
         if cell.cell_type != "code":
             continue
         outputs: list[NotebookNode] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import signal
 
 import pytest
 import torch
@@ -34,6 +35,49 @@ def test_a_nan_ends_its_own_request_and_no_other() -> None:
     for request_id, job in (*zip(ids, jobs, strict=True), (late, ([9] * 7, 12))):
         if request_id != ids[2]:
             assert engine.outputs[request_id].token_ids == greedy("llama", *job)
+
+
+@pytest.mark.parametrize("place", ["schedule", "commit"])
+def test_a_stop_waits_for_the_end_of_the_step_and_loses_nothing(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of()
+    jobs = [([i + 1] * 7, 12) for i in range(4)]
+    ids = [engine.add_request(p, SamplingParams(max_tokens=m)) for p, m in jobs]
+    engine.auditor = None  # as it is with the engine's own parts
+    usual, act, stops = signal.getsignal(signal.SIGINT), getattr(engine.scheduler, place), []
+
+    def stopped(*arguments: object) -> object:
+        signal.raise_signal(signal.SIGINT)
+        result = act(*arguments)
+        stops.append(place)
+        return result
+
+    monkeypatch.setattr(engine.scheduler, place, stopped)
+    while engine.has_unfinished:
+        before = len(engine.trace.records)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+        assert len(engine.trace.records) == before + 1 == len(stops)
+        check_pool(engine.pool)
+        assert signal.getsignal(signal.SIGINT) is usual
+    for request_id, job in zip(ids, jobs, strict=True):
+        assert engine.outputs[request_id].token_ids == greedy("llama", *job)
+
+
+def test_a_second_stop_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of()
+    engine.auditor = None
+    engine.add_request([1, 2, 3], SamplingParams(max_tokens=4))
+
+    def never_ends() -> None:
+        while True:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(engine.scheduler, "schedule", never_ends)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from nbconvert import ScriptExporter
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -34,6 +35,14 @@ def text_of(notebook: NotebookNode) -> str:
 def test_a_notebook_keeps_to_the_rules(path: Path) -> None:
     faults = broken(Book(path.name, path.read_text()))
     assert not faults, "\n".join(f"{rule}: {fault}" for rule, found in faults.items() for fault in found)
+
+
+@each_notebook
+def test_a_notebook_is_a_script_and_a_row_of_slides_too(path: Path) -> None:
+    script, resources = ScriptExporter().from_filename(path)
+    assert resources["output_extension"] == ".py" and "import labkit" in script
+    slides = [cell for cell in nbformat.read(path, as_version=4).cells if "slideshow" in cell.metadata]
+    assert len(slides) > 3
 
 
 # -- a rule notices a fault -------------------------------------------------------------------------------

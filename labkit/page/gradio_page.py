@@ -8,15 +8,19 @@ twentieth of a second older. Nobody ever waits for the engine.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
 import gradio as gr
+from starlette.types import ASGIApp
 
 from labkit.page.front import MAX_BODY, Front
+from labkit.page.hosting import closed_reason
 from labkit.page.page_api import Api
 from labkit.page.race.tab import build_race_tab
 from labkit.page.replay_tab import build_replay_tab
@@ -32,6 +36,7 @@ from labkit.serving.connections import harden
 from labkit.serving.guard import Guard
 from labkit.views.assets import asset, script
 
+FLUSH_SECONDS = 2  # to send what is written, once the page is closed; a client may read nothing
 SESSIONS = 500  # that gradio keeps a state for: anybody can make up any number, and each costs memory
 QUEUE_SIZE = 100  # events that wait in gradio's queue, where only figures of a race are drawn
 QUEUE_SECONDS = 0.1  # between two looks of gradio at its queue; by default it looks 1,100 times a second
@@ -55,7 +60,7 @@ EIGHT = (
 )
 SHARES = (0.25, 0.1, 0.6, 0.8, 1.0, 0.5, 0.4, 1.0)  # of max tokens, so that answers end at different times
 SCRIPTS = (
-    *("live_feed.js", "regions.js", "meters.js", "words.js", "side.js", "controls.js"),
+    *("live_feed.js", "regions.js", "meters.js", "words.js", "side.js", "controls.js", "host.js"),
     *("panel.js", "follow.js", "cards.js", "questions.js", "glue.js"),
 )
 
@@ -83,6 +88,7 @@ class Page(gr.Blocks):
 def serve(
     engine: AsyncEngine | Lab,
     *,
+    front: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     allowed_hosts: Sequence[str] = (),
     proxy_headers: bool = False,
     **options: Any,
@@ -91,11 +97,23 @@ def serve(
 
     Args:
         engine: the engine to show, or a lab round one.
+        front: a function that puts something in front of the page's app, such as another app beside it.
         allowed_hosts: further names by which browsers reach the page, through a proxy for instance.
         proxy_headers: whether a proxy on this machine is believed when it names the address of a client.
         options: arguments of `gr.Blocks.launch`.
     """
     page = build(engine)
+    host = options.get("server_name") or os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
+    private = bool(options.get("auth") or options.get("auth_dependency"))  # gradio alone knows who may look
+
+    @contextlib.asynccontextmanager
+    async def opening(app: gr.routes.App) -> AsyncIterator[None]:
+        """Put all in place before the port is open, so that a page that comes early finds it."""
+        inner = app.middleware_stack if private else page.broadcast.before(app.middleware_stack)
+        inner = front(BodyLimit(Front(inner, page.lab.visitors), MAX_BODY, together=4 * MAX_BODY))
+        page.guard = app.middleware_stack = Guard(inner, host, allowed_hosts)
+        yield
+
     settings: dict[str, Any] = {
         "ssr_mode": False,
         "footer_links": [],
@@ -103,14 +121,12 @@ def serve(
         "state_session_capacity": SESSIONS,
         "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     }  # one of the default theme's fonts would come from the net
-    app, _, _ = page.launch(**(settings | options | {"prevent_thread_lock": True}))
+    app_kwargs = {**options.pop("app_kwargs", {}), "lifespan": opening}
+    page.launch(**(settings | options | {"prevent_thread_lock": True, "app_kwargs": app_kwargs}))
     page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = QUEUE_SECONDS
-    inner = app.middleware_stack
-    if app.auth is None and app.auth_dependency is None:  # else gradio alone knows who may look
-        inner = page.broadcast.before(inner)
-    inner = BodyLimit(Front(inner, page.lab.visitors), MAX_BODY, together=4 * MAX_BODY)
-    public = [urlsplit(page.share_url).hostname or ""] if page.share_url else []
-    page.guard = app.middleware_stack = Guard(inner, page.server_name, [*allowed_hosts, *public])
+    if page.share_url:
+        page.guard.names.add(urlsplit(page.share_url).hostname or "")
+    page.server.config.timeout_graceful_shutdown = FLUSH_SECONDS
     harden(page.server.config, proxy_headers=proxy_headers)
     return page
 
@@ -123,8 +139,9 @@ def build(engine: AsyncEngine | Lab) -> Page:
     lab = engine if isinstance(engine, Lab) else Lab(engine)
 
     def arrive(known: str | None, request: gr.Request) -> str:
-        visitor = lab.visitors.arrive(request.session_hash or "", known or "")
-        return f"{visitor} {mark(visitor)}"
+        tab = request.session_hash or ""
+        visitor = lab.visitors.arrive(tab, known or "")
+        return f"{visitor} {mark(visitor)} {tab}"
 
     def leave(request: gr.Request) -> None:
         lab.visitors.leave(request.session_hash or "")
@@ -138,7 +155,7 @@ def build(engine: AsyncEngine | Lab) -> Page:
             with gr.Tab("Live", id="live", elem_id="lk-live-tab"):
                 view = _live_tab(lab, Api(lab, snapshotter))
             with gr.Tab("Race", id="race", elem_id="lk-race-tab"):
-                build_race_tab(lab.session.live.engine.model, keep=lab.keep)
+                build_race_tab(lab.session.live.engine.model, keep=lab.keep, closed=closed_reason(lab))
             with gr.Tab("Replay", id="replay", elem_id="lk-replay-tab"):
                 build_replay_tab(lab.traces)
         demo.load(arrive, view, view, js=REMEMBERED, queue=False, show_progress="hidden")
@@ -153,6 +170,7 @@ def _live_tab(lab: Lab, api: Api) -> gr.HTML:
     defaults = _defaults(lab)
     with gr.Column(elem_id="lk-page"):
         with gr.Column(elem_id="lk-left", min_width=300):
+            _html(asset("host.html"), elem_id="lk-host")
             _html(asset("submissions.html"), elem_id="lk-what")
             with gr.Column(elem_id="lk-form"):
                 prompt = gr.Textbox(
@@ -264,10 +282,12 @@ def _injections(lab: Lab) -> tuple[Callable[..., str], Callable[..., str]]:
 
         def act() -> None:
             params = params_of(max_tokens, temperature, top_p, seed, _defaults(lab))
-            submissions.check_room(visitor, len(EIGHT))
-            for prompt, share in zip(EIGHT, SHARES, strict=True):
-                own = replace(params, max_tokens=max(1, int(params.max_tokens * share)))
-                submissions.inject(visitor, prompt, own, raw=raw, name=name)
+            lengths = [max(1, int(params.max_tokens * share)) for share in SHARES]
+            requests = [
+                (prompt, replace(params, max_tokens=length))
+                for prompt, length in zip(EIGHT, lengths, strict=True)
+            ]
+            submissions.inject_all(visitor, requests, raw=raw, name=name)
 
         return _say(act)
 

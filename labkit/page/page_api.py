@@ -10,10 +10,13 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from labkit.page.hosting import Hosting
 from labkit.page.session import Lab
 from labkit.page.snapshot import ClientState, Snapshotter, text_in
+from labkit.page.visitors import mark
 from labkit.serving.async_engine import EngineStoppedError
 
+MAX_TAB = 64  # characters of the name that gradio gives a page
 MS_PER_PAGE = 4  # between two questions of a page: fifty pages that ask do so five times a second each
 
 
@@ -27,11 +30,33 @@ class Api:
 
     def __init__(self, lab: Lab, snapshotter: Snapshotter) -> None:
         self.lab, self._snapshotter = lab, snapshotter
+        self._hosting = Hosting(lab)
 
     @property
     def functions(self) -> list[Callable[..., Any]]:
-        methods = (self.pull, self.control, self.cancel, self.look, self.change, self.play, self.rename)
+        methods = (
+            self.arrive,
+            self.pull,
+            self.control,
+            self.cancel,
+            self.look,
+            self.change,
+            self.play,
+            self.rename,
+            self.claim,
+            self.host,
+        )
         return [_plain(method) for method in methods]
+
+    async def arrive(self, order: dict[str, Any]) -> str:
+        """Take note of a page that says again that it is here, and tell it who it is.
+
+        `news` says that the page was unknown: its connection was lost, or this is another lab by now.
+        """
+        tab, visitors = text_in(order, "tab")[:MAX_TAB], self.lab.visitors
+        news = not visitors.has(tab)
+        visitor = visitors.arrive(tab, text_in(order, "visitor"))
+        return json.dumps({"visitor": visitor, "mark": mark(visitor), "news": news})
 
     async def pull(self, question: dict[str, Any]) -> str:
         """Tell a page without a stream what is new since the last answer."""
@@ -70,7 +95,7 @@ class Api:
     async def change(self, order: dict[str, Any]) -> str:
         """Restart the engine with other settings."""
         settings, running = _mapping(order.get("settings")), text_in(order, "running")
-        return await _answer(lambda: self._known(order) and self.lab.change(settings, running=running))
+        return await _answer(lambda: self._known(order) and self._change(order, settings, running))
 
     async def play(self, order: dict[str, Any]) -> str:
         """Play a scenario."""
@@ -84,6 +109,18 @@ class Api:
         """Take a name that others see."""
         name = self.lab.visitors.rename(text_in(order, "visitor"), text_in(order, "name"))
         return json.dumps({"name": name})
+
+    def _change(self, order: dict[str, Any], settings: dict[str, Any], running: str) -> dict[str, Any]:
+        return self.lab.change(settings, running=running, visitor=text_in(order, "visitor"))
+
+    async def claim(self, order: dict[str, Any]) -> str:
+        """Say whether the page is a host's, which the key in its link makes it."""
+        return json.dumps({"host": self._hosting.claim(text_in(order, "visitor"), text_in(order, "key"))})
+
+    async def host(self, order: dict[str, Any]) -> str:
+        """Do what only a host may."""
+        asked = [text_in(order, name) for name in ("visitor", "action", "name")]
+        return await _answer(lambda: self._hosting.act(*asked))
 
     def _known(self, order: Mapping[str, Any]) -> bool:
         if text_in(order, "visitor") not in self.lab.visitors:

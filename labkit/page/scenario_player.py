@@ -84,11 +84,15 @@ class ScenarioPlayer:
         with self._lock:
             self._pending = [one for one in self._pending if one.visitor != visitor]
 
+    def drop_all(self) -> None:
+        """Play nothing more for anybody."""
+        with self._lock:
+            self._pending.clear()
+
     def close(self) -> None:
         """Play nothing more, and listen no more."""
         self._unsubscribe()
-        with self._lock:
-            self._pending.clear()
+        self.drop_all()
 
     def _follow(self, record: StepRecord) -> None:
         """Hand in what is due after a step."""
@@ -139,4 +143,5 @@ class ScenarioPlayer:
         params = SamplingParams(
             max_tokens=one.request.max_tokens, temperature=0.0, ignore_eos=not ends_itself
         )
-        return self._submissions.submit(one.visitor, one.request.prompt, one.tokens, params, name=one.name)
+        prompt, tokens = one.request.prompt, one.tokens
+        return self._submissions.submit(one.visitor, prompt, tokens, params, name=one.name, preset=True)

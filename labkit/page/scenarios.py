@@ -48,6 +48,11 @@ class Scenario:
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     talk: bool = False
 
+    def lacks(self, settings: Mapping[str, Any]) -> str:
+        """What it would need and `settings` do not have, in a sentence; "" if it has all."""
+        needs = [f"{name} {value}" for name, value in self.settings.items() if settings[name] != value]
+        return f"This preset is made for {', '.join(needs)}: it may not show what it says." if needs else ""
+
 
 _QUESTIONS = (
     "What is the capital of France?",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -51,6 +52,7 @@ CHOICES = {
 }
 FLAGS = ("enable_prefix_caching", "enable_chunked_prefill")
 KEPT_TRACES = 12
+ENDING = "The lab is ending: nothing new is taken in."
 KNOBS = (*CHOICES, *SIZES, *FLAGS)
 
 
@@ -137,13 +139,16 @@ class Lab:
     ) -> None:
         check_number("grace", grace, 0, 3600)
         self.limits = limits or Limits()
-        self.knobs, self.clock = knobs, clock
+        self._open = {"knobs": knobs, "clock": clock, "races": True}  # to visitors
+        self.host_key = secrets.token_urlsafe(9)  # who brings it is a host
+        self.hosts: set[str] = set()
         self.visitors = Visitors(self._gone, grace=grace)
         self._make = make
         self._owns = False  # whether the present engine was built here
         self._wish = live.engine.config.num_blocks  # None: the pool was sized by the memory that was free
         self._lock = threading.RLock()  # held while the session is swapped
         self._change: _Change | None = None
+        self._ending = False
         self._played = ""  # the name of the scenario that was played last
         self._kept: dict[str, Trace] = {}
         self.version = 0  # grows whenever `status` changes, except for its counts
@@ -166,8 +171,8 @@ class Lab:
         return {
             "settings": self.settings,
             "base": self.base,
-            "knobs": self.knobs,
-            "clock": self.clock,
+            "knobs": self.open_to("knobs"),
+            "clock": self.open_to("clock"),
             "pending": _settings_of(change.config) if change else None,
             "visitors": len(self.visitors),
             "played": self._played,
@@ -178,7 +183,30 @@ class Lab:
 
     def may_set_clock(self, visitor: str) -> bool:
         """Whether a visitor may pause, step, and set the speed, for everyone."""
-        return self.clock
+        return self.open_to("clock") or visitor in self.hosts
+
+    def open_to(self, what: str) -> bool:
+        """Whether visitors may use the "clock", the "knobs" or "races"."""
+        return self._open[what]
+
+    def set_open(self, what: str, whether: bool) -> None:
+        """Let visitors use something from now on, or no more."""
+        self._open[what] = whether
+        self.version += 1
+
+    def who(self) -> list[tuple[str, int]]:
+        """The name of each visitor who is here ("" for none), and the number of their requests under way."""
+        submissions = self.session.submissions
+        return sorted((self.visitors.name(one), submissions.under_way(one)) for one in self.visitors.here())
+
+    def end_all(self) -> None:
+        """End everybody's requests, and what a preset has yet to send."""
+        session = self.session
+        session.player.drop_all()
+        for card in session.now().cards:
+            session.live.abort(card.request)
+        if session.live.paused:
+            session.live.single_step()  # in which they end
 
     def control(self, visitor: str, action: str, value: float | None = None) -> dict[str, Any]:
         """Obey a visitor who may set the clock (see `Submissions.control`), and return the clock's state.
@@ -188,7 +216,7 @@ class Lab:
         """
         if not self.may_set_clock(visitor):
             raise ValueError("The clock of this lab is its host's: it cannot be set from the page.")
-        self.session.submissions.control(visitor, action, value)
+        self.session.submissions.control(visitor, action, value, name=self.visitors.name(visitor))
         return self.session.submissions.clock()
 
     # -- settings ---------------------------------------------------------------------------------
@@ -199,6 +227,7 @@ class Lab:
         *,
         running: str = "ask",
         then: Callable[[Session], None] = lambda session: None,
+        visitor: str = "",
     ) -> dict[str, Any]:
         """Run on other settings from now on.
 
@@ -208,6 +237,7 @@ class Lab:
                 "finish": wait for them, and take no new ones meanwhile; "cancel": they are cancelled. And
                 "keep" gives up a change that waits.
             then: a function that is called with the new session.
+            visitor: the visitor who asks; a host may change settings that are locked.
 
         Returns:
             {"done": True}; {"ask": n} if n requests are under way; {"waits": n} if it waits for them.
@@ -219,7 +249,9 @@ class Lab:
         if running == "keep":
             self._give_up()
             return {"done": True}
-        if not self.knobs:
+        if self._ending:
+            raise ValueError(ENDING)
+        if not self.open_to("knobs") and visitor not in self.hosts:
             raise ValueError("The settings of this lab are its host's: they cannot be changed from the page.")
         config = self._config(settings)
         with self._lock:
@@ -344,7 +376,8 @@ class Lab:
         between. Sizes and speculation that neither `settings` nor the scenario name go back to those that the
         lab started with.
 
-        Returns what `change` returns, and raises what it and `ScenarioPlayer.play` raise.
+        Returns what `change` returns, with a "note" if it lacks locked settings. Raises what that and
+        `ScenarioPlayer.play` raise.
         """
         scenario = BY_NAME.get(name) if isinstance(name, str) else None
         if scenario is None:
@@ -357,8 +390,11 @@ class Lab:
             budget = wanted["max_num_batched_tokens"]
             if "max_num_seqs" not in (settings or {}):
                 wanted["max_num_seqs"] = min(wanted["max_num_seqs"], budget)
-        if not self.knobs:
+        locked = not self.open_to("knobs") and visitor not in self.hosts
+        if locked:
             wanted = {}  # it plays on the settings that there are
+        lacks = scenario.lacks(self.settings) if locked else ""
+        note = {"note": f"The settings are locked. {lacks}"} if lacks else {}
 
         def begin(session: Session) -> None:
             session.player.play(visitor, scenario, name=self.visitors.name(visitor))
@@ -372,8 +408,8 @@ class Lab:
                 same.add("num_blocks")
             if live.failure is None and same == wanted.keys():
                 begin(self.session)
-                return {"done": True}
-            return self.change(wanted, running=running, then=begin)
+                return {"done": True, **note}
+            return self.change(wanted, running=running, then=begin, visitor=visitor)
 
     # -- traces -----------------------------------------------------------------------------------
 
@@ -390,10 +426,27 @@ class Lab:
 
     # -- the end ----------------------------------------------------------------------------------
 
+    def drain(self, seconds: float) -> None:
+        """Take nothing new in, let what runs end within so many seconds, and close the engine.
+
+        What is left then ends with reason "abort". A paused engine is not waited for.
+        """
+        with self._lock:
+            self._ending = True
+            self._give_up()
+            session = self.session
+        session.submissions.refuses = session.submissions.notice = ENDING
+        session.player.close()
+        end = time.monotonic() + seconds
+        while session.live.num_unfinished and not session.live.paused and time.monotonic() < end:
+            time.sleep(0.05)
+        session.live.close()
+
     def _gone(self, visitor: str) -> None:
         session = self.session
         session.player.drop(visitor)
         session.submissions.leave(visitor)
+        self.hosts.discard(visitor)
 
     def close(self) -> None:
         """Let go of the engine. An engine that was handed in goes on; one that the lab built is closed."""

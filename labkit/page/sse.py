@@ -8,6 +8,7 @@ reader.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -15,6 +16,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from labkit.page.snapshot import ClientState, Snapshotter
+from labkit.serving.asgi import own_path
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ SECONDS = 0.2  # between two snapshots
 FEW, SECONDS_FOR_FEW = 8, 0.08
 BEHIND = 50  # texts: a reader with more of them to read is let go, comes back and gets everything
 PIECE = 64 * 2**10  # bytes of a text that are handed to a connection at once
-HEARTBEAT = 15.0  # seconds of silence: a proxy may take a longer silence for the end
+HEARTBEAT = 5.0  # seconds of silence: a page takes a longer one for a proxy that holds everything back
 BEAT = b"event: beat\ndata: 0\n\n"
 AGAIN = b"retry: 1000\n"  # milliseconds until a browser that has lost us comes back
 HEADERS = [
@@ -69,10 +71,10 @@ class Broadcast:
         return front
 
     def close(self) -> None:
-        """Let go of all readers, from any thread, and serve nobody any more."""
+        """Tell all readers what is new, let go of them, from any thread, and serve nobody any more."""
         self._closed = True
         if self._loop and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._let_go)
+            self._loop.call_soon_threadsafe(self._finish)
 
     async def _serve(self, receive: Receive, send: Send) -> None:
         self._loop = asyncio.get_running_loop()
@@ -104,6 +106,14 @@ class Broadcast:
         while not reader.empty():
             reader.get_nowait()
         reader.put_nowait(b"")
+
+    def _finish(self) -> None:
+        with contextlib.suppress(Exception):  # as it is the last, nobody would come back for it
+            self._tick()
+        for reader in [*self._readers, *self._newcomers]:
+            if reader.full():
+                reader.get_nowait()
+            reader.put_nowait(b"")
 
     def _let_go(self) -> None:
         for reader in [*self._readers, *self._newcomers]:
@@ -155,7 +165,7 @@ class Broadcast:
 def _is_for_us(scope: MutableMapping[str, Any]) -> bool:
     if scope["type"] != "http" or scope["method"] != "GET":
         return False
-    return scope["path"].removeprefix(scope.get("root_path", "")) == PATH
+    return own_path(scope) == PATH
 
 
 def event(update: dict[str, Any]) -> bytes:

@@ -47,17 +47,19 @@ class Submissions:
 
     Attributes:
         refuses: the reason why nothing is taken in at present; "" if everything is.
+        notice: what every page says above its pictures; "" for nothing.
     """
 
     def __init__(self, live: AsyncEngine, limits: Limits | None = None) -> None:
         self.live = live
         self.limits = limits or Limits()
         self.refuses = ""
+        self.notice = ""
         self._door = threading.Lock()  # held while one request is counted and let in: a limit is a limit
         self._lock = threading.Lock()  # of all that follows: gradio calls from many threads
         self._entries: dict[str, _Entry] = {}
         self._serial = 0
-        self._paused_by = ""
+        self._paused_by = self._paused_by_name = ""
         self._speed_by = ""  # who chose the speed; "" if no visitor did
         self._speed_chosen: float | None = None
         self._speed_before: float | None = None  # what it was before visitors chose
@@ -71,18 +73,38 @@ class Submissions:
             ValueError: for a prompt or parameters that cannot be served, or are beyond the limits.
             EngineStoppedError: if the engine has stopped.
         """
-        self.limits.check_prompt(prompt)
+        (request_id,) = self.inject_all(visitor, [(prompt, params)], raw=raw, name=name)
+        return request_id
+
+    def inject_all(
+        self,
+        visitor: str,
+        requests: Sequence[tuple[str, SamplingParams]],
+        *,
+        raw: bool = False,
+        name: str = "",
+    ) -> list[str]:
+        """Hand in several prompts, each with its parameters, as `inject` does with one. Raises as it does."""
+        for prompt, _ in requests:
+            self.limits.check_prompt(prompt)
+        ids = []
         with self._door:
-            self.check_room(visitor)
-            tokens = prompt if raw else as_chat(self.live.engine.model.tokenizer, prompt)
-            return self.submit(visitor, prompt, tokens, params, name=name)
+            self.check_room(visitor, len(requests))
+            for prompt, params in requests:
+                tokens = prompt if raw else as_chat(self.live.engine.model.tokenizer, prompt)
+                ids.append(self.submit(visitor, prompt, tokens, params, name=name))
+        return ids
 
     def check_room(self, visitor: str, more: int = 1) -> None:
         """Raise `ValueError` unless a visitor may hand in so many requests more."""
         if self.refuses:
             raise ValueError(self.refuses)
-        own = sum(entry.visitor == visitor and self._unfinished(entry) for entry in self._all())
+        own = self.under_way(visitor)
         self.limits.check_room(own, self.live.num_unfinished, more)
+
+    def under_way(self, visitor: str) -> int:
+        """The number of a visitor's requests that wait or run."""
+        return sum(entry.visitor == visitor and self._unfinished(entry) for entry in self._all())
 
     def submit(
         self,
@@ -92,14 +114,16 @@ class Submissions:
         params: SamplingParams,
         *,
         name: str = "",
+        preset: bool = False,
     ) -> str:
         """Hand in what `check_room` has let in: `prompt` is for the card, `tokens` for the engine.
 
-        Raises as `inject` does.
+        A request of a `preset` may be longer than those that visitors write. Raises as `inject` does.
         """
-        if isinstance(tokens, str) and self.limits.prompt_tokens is not None:
-            tokens = list(self.live.engine.model.tokenizer.encode(tokens))
-        self.limits.check_tokens(0 if isinstance(tokens, str) else len(tokens), params.max_tokens)
+        if not preset:
+            if isinstance(tokens, str) and self.limits.prompt_tokens is not None:
+                tokens = list(self.live.engine.model.tokenizer.encode(tokens))
+            self.limits.check_tokens(0 if isinstance(tokens, str) else len(tokens), params.max_tokens)
         request_id = self.live.submit(tokens, params)
         self.enter(visitor, request_id, prompt, params.max_tokens, name=name)
         return request_id
@@ -158,8 +182,10 @@ class Submissions:
                 if self.live.speed == self._speed_chosen:  # else the host has set another since
                     self.live.speed = self._speed_before
 
-    def control(self, visitor: str, action: str, value: float | None = None) -> None:
+    def control(self, visitor: str, action: str, value: float | None = None, *, name: str = "") -> None:
         """Pause, resume, step, or set the speed (None: as fast as it goes), for everyone.
+
+        `name` is the visitor's: everybody sees who paused.
 
         A visitor without a name is not obeyed, because nothing could be taken back once they are gone.
 
@@ -181,7 +207,7 @@ class Submissions:
                 self.live.speed = value
             elif action in ("pause", "step"):
                 if not self.live.paused:  # else it remains the pause of the person who made it
-                    self._paused_by = visitor
+                    self._paused_by, self._paused_by_name = visitor, name
                 if action == "pause":
                     self.live.pause()
                 else:
@@ -194,6 +220,8 @@ class Submissions:
             "paused": self.live.paused,
             "speed": self.live.speed,
             "failure": f"{type(failure).__name__}: {failure}" if failure else "",
+            "notice": self.notice,
+            "by": self._paused_by_name if self._paused_by and self.live.paused else "",
         }
 
     def now(self) -> Now:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import hmac
 import math
 import secrets
 import threading
@@ -16,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-GRACE = 8.0  # seconds
+GRACE = 30.0  # seconds: a gap in a network is shorter
 UNHEARD = 20.0  # seconds in which one who has arrived must be heard from
 SILENCE = 90.0  # seconds between two questions of a page without a line: a hidden tab asks once a minute
 ASKING = 15.0  # seconds in which a page that is looked at asks at least once, however busy the machine is
@@ -29,6 +30,22 @@ def mark(visitor: str) -> str:
     if not visitor:
         return ""
     return hashlib.blake2s(visitor.encode(errors="replace"), key=_KEY, digest_size=6).hexdigest()
+
+
+def _new_secret() -> str:
+    nonce = secrets.token_urlsafe(12)
+    return nonce + _signature(nonce)
+
+
+def _signature(nonce: str) -> str:
+    data = nonce.encode(errors="replace")
+    return hashlib.blake2s(data, key=_KEY, digest_size=8, person=b"visitor").hexdigest()
+
+
+def _is_ours(secret: str) -> bool:
+    """Whether we gave somebody this secret, which we do not remember: it is signed."""
+    nonce, signature = secret[:-16], secret[-16:]
+    return hmac.compare_digest(_signature(nonce).encode(), signature.encode(errors="replace"))
 
 
 class Visitors:
@@ -70,21 +87,21 @@ class Visitors:
         return sum(heard > since for heard in list(self._heard.values()))
 
     def arrive(self, tab: str, known_as: str = "") -> str:
-        """Take note of a new tab, and return its visitor's secret, which their browser keeps for the next
-        tab.
+        """Take note of a tab, and return its visitor's secret, which their browser keeps for the next tab.
 
-        `known_as` is the secret that an earlier tab was given. An unknown one, or one given up, counts as
-        new.
+        A tab may arrive again and again: after a gap in the network it was perhaps given up meanwhile.
+        `known_as` is the secret that it was given before, or an earlier tab was. One that nobody was given
+        counts as new.
         """
         with self._lock:
-            visitor = known_as if known_as in self._tabs else secrets.token_urlsafe(12)
+            visitor = known_as if known_as in self._tabs or _is_ours(known_as) else _new_secret()
             if (earlier := self._visitor_of.get(tab, visitor)) != visitor:
                 self._part(tab, earlier, 0.0)  # one tab is one visitor
             self._visitor_of[tab] = visitor
             self._tabs.setdefault(visitor, set()).add(tab)
             if self._lines[tab]:
                 self._heard.setdefault(visitor, -math.inf)
-            self._expect(visitor, self.unheard)
+            self._expect(visitor, SILENCE if visitor in self._heard else self.unheard)
             return visitor
 
     @contextlib.contextmanager
@@ -111,10 +128,19 @@ class Visitors:
                 self._expect(visitor, SILENCE)
 
     def leave(self, tab: str) -> None:
-        """Take note that a tab was closed, or is being reloaded."""
+        """Take note that a tab was closed, is being reloaded, or has lost its connection."""
         with self._lock:
             if visitor := self._visitor_of.pop(tab, ""):
                 self._part(tab, visitor, self.grace)
+
+    def here(self) -> list[str]:
+        """The visitors who are here and are heard from."""
+        with self._lock:
+            return [visitor for visitor in self._heard if self._tabs.get(visitor)]
+
+    def has(self, tab: str) -> bool:
+        """Whether a tab is here."""
+        return tab in self._visitor_of
 
     def _part(self, tab: str, visitor: str, grace: float) -> None:
         """Take a tab from a visitor, who is gone after the grace if it was the last; under the lock."""

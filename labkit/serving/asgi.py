@@ -73,11 +73,17 @@ class BodyLimit:
             hold(-held)
 
 
+def own_path(scope: Scope) -> str:
+    """The path within the app, whether or not a proxy has cut off the prefix under which it shows the app."""
+    path, root = scope.get("path", ""), scope.get("root_path", "").rstrip("/")
+    return path[len(root) :] if path.startswith(root + "/") else path
+
+
 def beside(api: ASGIApp, app: ASGIApp) -> ASGIApp:
     """An ASGI app that serves the API's paths and leaves all others to another app."""
 
     async def front(scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        path = own_path(scope)
         if scope["type"] == "http" and (path.startswith("/v1/") or path in ("/health", "/metrics")):
             await api({**scope, "path": path, "root_path": ""}, receive, send)
         else:

@@ -16,13 +16,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from labkit.outputs import FinishReason, RequestMetrics, RequestOutput
 from labkit.sampling_params import SamplingParams, check_number
 from labkit.serving.answer import Answer, AnswerProgress, Cursor, Piece
+from labkit.serving.aside import aside
 from labkit.trace.records import StepRecord
 
 if TYPE_CHECKING:
@@ -77,8 +77,7 @@ class AsyncEngine:
         On a CPU, a thread that has computed keeps its helper threads. Those of the builder and those of the
         engine's thread together would outnumber the cores, and that costs the engine a third of its speed.
         """
-        with ThreadPoolExecutor(1) as aside:
-            return cls(aside.submit(make).result())
+        return cls(aside(make))
 
     # -- requests ---------------------------------------------------------------------------------
 

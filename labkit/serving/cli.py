@@ -161,6 +161,12 @@ def add_limits(group: argparse._ArgumentGroup, *, requests: int, queue: int, who
     add("--max-answer-tokens", type=positive, help="tokens of an answer (default: what the engine holds)")
 
 
+def add_drain(parser: argparse.ArgumentParser, *, default: float) -> None:
+    """Add the option that bounds the time that a stop may take."""
+    words = "the time that answers under way have to end when the server stops (default: %(default)s)"
+    parser.add_argument("--drain-seconds", type=seconds, default=default, help=words)
+
+
 def limits_of(options: argparse.Namespace) -> Limits:
     """The values of the options that `add_limits` added."""
     from labkit.serving.limits import Limits

@@ -59,14 +59,23 @@ class Limits:
             )
 
     def check_room(self, own: int, everybody: int, more: int = 1) -> None:
-        """Raise as `check_prompt` does unless a visitor with `own` requests under way may add `more`."""
-        if own + more > self.requests:
+        """Raise as `check_prompt` does unless a visitor with `own` requests under way may add `more`.
+
+        Several that come together, such as a preset, may be more than a visitor's limit if nothing else of
+        theirs is under way: else it could never be played.
+        """
+        if more > self.queue:
+            raise ValueError(f"This needs {more} requests, and the lab takes {self.queue} of all at a time.")
+        if own and own + more > self.requests:
+            needs = f"This needs {more} requests. " if more > 1 else ""
+            until = "all of yours have" if more > self.requests else "one has" if more == 1 else "some have"
             raise ValueError(
-                f"You have {own} requests under way, and {self.requests} is the limit: wait until one has "
-                "ended, or cancel some."
+                f"{needs}You have {own} requests under way, and {self.requests} is the limit: wait until "
+                f"{until} ended, or cancel some."
             )
         if everybody + more > self.queue:
+            needs = f"this needs {more}, and " if more > 1 else ""
             raise ValueError(
-                f"The lab is full: {everybody} requests are under way, and {self.queue} is the limit. Wait a "
-                "moment, and inject again."
+                f"The lab is full: {needs}{everybody} requests are under way, and {self.queue} is the limit. "
+                "Wait a moment, and inject again."
             )

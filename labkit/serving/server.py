@@ -73,8 +73,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_limits(parser.add_argument_group("limits"), requests=1024, queue=1024, whose="client")
     longest = "the longest time that an answer may take (default: %(default)s)"
     add("--request-seconds", type=cli.seconds, default=600.0, help=longest)
-    drain = "the time that answers under way have to end when the server stops (default: %(default)s)"
-    add("--drain-seconds", type=cli.seconds, default=30.0, help=drain)
+    cli.add_drain(parser, default=30.0)
     return parser.parse_args(arguments)
 
 

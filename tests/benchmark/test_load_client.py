@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import signal
 import threading
 from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,6 +26,7 @@ from labkit.models.tiny import tiny_tokenizer
 from labkit.sampling_params import SamplingParams
 from tests.analysis.test_client_measures import answered
 from tests.serving.api_server import MODEL, Served, served
+from tests.waiting import wait_for
 
 SHORT = {"prompts": Lengths(10, 0.5, 6, 30), "answers": Lengths(6, 0.5, 3, 12)}
 
@@ -171,6 +173,32 @@ def test_it_runs_where_an_event_loop_runs(site: Served) -> None:
         return load.run(site.url, at_once(tiny_tokenizer(), 2, **SHORT), model=MODEL)
 
     assert [measure.error for measure in asyncio.run(cell())] == ["", ""]
+
+
+def test_a_stop_ends_it_where_an_event_loop_runs_and_the_next_run_works(site: Served) -> None:
+    long = Arrival(0.0, "a long one", 150)
+
+    async def notebook() -> None:
+        site.live.speed = 5  # it would take half a minute
+        stopper = threading.Thread(target=stop)
+        stopper.start()
+        with pytest.raises(KeyboardInterrupt):
+            load.run(site.url, [long])
+        stopper.join()
+        site.until_quiet()
+        site.live.speed = None
+        (measure,) = load.run(site.url, [long])
+        assert measure.tokens == 150 and not measure.error
+
+    def stop() -> None:
+        wait_for(lambda: site.live.num_unfinished)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    loop = asyncio.new_event_loop()  # `asyncio.run` would take the signal for itself
+    try:
+        loop.run_until_complete(notebook())
+    finally:
+        loop.close()
 
 
 def test_a_closed_loop_ends_with_its_time(site: Served) -> None:

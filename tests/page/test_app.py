@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import torch
 
 import app
+from labkit.page.gradio_page import Page
+from labkit.page.sse import PATH
+from labkit.serving.asgi import beside
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120  # seconds until a test gives up; nothing is decided by it
@@ -183,7 +188,7 @@ def test_options_reach_the_lab(tmp_path: Path) -> None:
         lab = app.lab_of(live, options)
         limits = lab.limits
         assert (limits.requests, limits.queue, limits.prompt_tokens, limits.answer_tokens) == (3, 9, 50, 20)
-        assert lab.visitors.grace == 1.5 and not lab.knobs and path.exists()
+        assert lab.visitors.grace == 1.5 and not lab.open_to("knobs") and path.exists()
         lab.close()
 
 
@@ -211,14 +216,25 @@ def test_the_clock_may_be_the_hosts() -> None:
         lab.close()
 
 
-def test_openais_api_is_beside_the_page(capsys: pytest.CaptureFixture[str]) -> None:
-    port = free_port()
+def test_openais_api_is_beside_the_page_as_soon_as_its_port_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    port, launch, early = free_port(), Page.launch, []
+
+    def launch_and_look(page: Page, **options: Any) -> Any:
+        done = launch(page, **options)
+        for path in ("/health", "/v1/models", PATH):
+            key = {"Authorization": "Bearer secret"}
+            with httpx.stream("GET", f"http://127.0.0.1:{port}{path}", headers=key, timeout=60) as answer:
+                early.append(answer.status_code)
+        return done
+
+    monkeypatch.setattr(Page, "launch", launch_and_look)
     options = app.parse(["--model", "tiny-random", "--num-blocks", "64", "--api-key", "secret"])
     with app.load(options) as live:
         lab = app.lab_of(live, options)
-        demo = app.launch(lab, share=False, server_name="127.0.0.1", server_port=port, quiet=True)
+        beside_api = functools.partial(beside, app.api_of(lab, options.api_key))
+        demo = app.launch(lab, share=False, server_port=port, quiet=True, front=beside_api)
         try:
-            app.add_api(demo, lab, options.api_key)
+            assert early == [200, 200, 200]
             url, key = f"http://127.0.0.1:{port}", {"Authorization": "Bearer secret"}
             body = {"model": "tiny-random", "prompt": "from a script", "max_tokens": 5, "ignore_eos": True}
             assert httpx.post(url + "/v1/completions", json=body).status_code == 401

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from labkit.models.load import LoadedModel
 from labkit.page.front import MAX_BODY
 from labkit.page.gradio_page import Page
 from labkit.page.session import Lab
+from labkit.serving.asgi import beside
 from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.limits import Limits
 from tests.visiting import free_port
@@ -30,8 +32,8 @@ def served(model: LoadedModel) -> Iterator[tuple[Page, Lab]]:
     with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=64, max_num_seqs=4))) as live:
         lab = Lab(live, limits=Limits(requests=ALLOWED), clock=False, grace=0.05)
         lab.visitors.unheard = 0.2
-        page = app.launch(lab, share=False, server_name="127.0.0.1", server_port=free_port(), quiet=True)
-        app.add_api(page, lab, None)
+        front = functools.partial(beside, app.api_of(lab, None))
+        page = app.launch(lab, share=False, server_port=free_port(), quiet=True, front=front)
         yield page, lab
         page.close(verbose=False)
 

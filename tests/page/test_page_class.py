@@ -69,6 +69,22 @@ NAMELESS = """[...document.querySelectorAll("#lk-page :is(button, input, select,
     || e.closest("label"))).map((e) => e.outerHTML.slice(0, 120))"""
 
 
+def test_a_narrow_screen_cuts_no_name_and_forced_colours_keep_those_of_requests(
+    come: Callable[..., Visitor], lab: Lab
+) -> None:
+    me = come(width=320, height=700, forced_colors="active")
+    me.page.wait_for_selector(".lk-numbers dt >> visible=true")
+    cut = (
+        "[...document.querySelectorAll('.lk-numbers dt')].filter((e) => e.scrollWidth > e.clientWidth).length"
+    )
+    assert me.look(cut) == 0
+    me.finished(me.inject("hello", max_tokens=2))
+    square = me.look(
+        "getComputedStyle(document.querySelector('.lk-card .lk-name'), '::before').backgroundColor"
+    )
+    assert square not in ("rgb(255, 255, 255)", "rgb(0, 0, 0)", "rgba(0, 0, 0, 0)")
+
+
 def test_nothing_jumps_while_it_runs(come: Callable[..., Visitor], lab: Lab) -> None:
     me = come(width=1280, height=800)
     places = (

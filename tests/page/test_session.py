@@ -16,12 +16,13 @@ from labkit.core.kv_cache import PagedKVCache
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel
 from labkit.page.scenarios import SCENARIOS, Scenario
-from labkit.page.session import KNOBS, Lab
+from labkit.page.session import ENDING, KNOBS, Lab
 from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.limits import Limits
 from tests.waiting import PATIENCE, wait_for
 
+FOUR = SamplingParams(max_tokens=4)
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)
 
 
@@ -285,7 +286,7 @@ def test_a_host_may_keep_the_knobs(model: LoadedModel) -> None:
         lab = Lab(live, knobs=False)
         with pytest.raises(ValueError, match="are its host's"):
             lab.change({"max_num_seqs": 2})
-        assert lab.play("me", "uneven") == {"done": True} and lab.session.live is live
+        assert "made for max_num_seqs 4" in lab.play("me", "uneven")["note"] and lab.session.live is live
         lab.close()
 
 
@@ -310,6 +311,42 @@ def test_the_end_closes_what_the_lab_built_and_no_more(model: LoadedModel) -> No
         lab.close()
         with pytest.raises(RuntimeError, match="closed"):
             lab.session.live.submit("hello")
+
+
+def test_draining_lets_what_runs_end_and_takes_nothing_new(model: LoadedModel) -> None:
+    lab = Lab(AsyncEngine(Engine(EngineConfig(model=model, num_blocks=256))))
+    live, submissions = lab.session.live, lab.session.submissions
+    live.pause()
+    mine = submissions.inject("me", "hello", SamplingParams(max_tokens=50, ignore_eos=True))
+    live.resume()
+    ending = threading.Thread(target=lab.drain, args=(PATIENCE,))
+    ending.start()
+    wait_for(lambda: submissions.refuses)
+    assert submissions.clock()["notice"] == ENDING
+    for act in (
+        lambda: submissions.inject("me", "hello", FOUR),
+        lambda: lab.change({"max_num_seqs": 2}, running="finish"),
+        lambda: lab.play("me", "burst"),
+    ):
+        with pytest.raises(ValueError, match="The lab is ending"):
+            act()
+    ending.join(PATIENCE)
+    assert live.output(mine).finish_reason == "length"
+    lab.close()
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_draining_has_an_end(model: LoadedModel, paused: bool) -> None:
+    lab = Lab(AsyncEngine(Engine(EngineConfig(model=model, num_blocks=256))))
+    live, submissions = lab.session.live, lab.session.submissions
+    live.pause()
+    mine = submissions.inject("me", "hello", LONG)
+    if not paused:
+        live.speed = 0.01  # the next step would be in a minute
+        live.resume()
+    lab.drain(3600 if paused else 0.01)
+    assert live.output(mine).finish_reason == "abort" and submissions.now().cards[0].finish_reason == "abort"
+    lab.close()
 
 
 def test_a_visitor_who_is_gone_takes_their_requests_along(model: LoadedModel) -> None:
@@ -388,14 +425,28 @@ def test_a_scenario_asks_before_it_restarts_what_runs(lab: Lab) -> None:
 
 def test_scenarios_are_bounded_like_everything_else(model: LoadedModel) -> None:
     with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=128))) as live:
-        lab = Lab(live, limits=Limits(requests=8))
-        with pytest.raises(ValueError, match="8 is the limit"):
+        lab = Lab(live, limits=Limits(requests=8, queue=20))
+        with pytest.raises(ValueError, match="needs 32 requests, and the lab takes 20 of all"):
             lab.play("me", "burst")
         for name in ("no such preset", None, 7):
             with pytest.raises(ValueError, match="There is no preset"):
                 lab.play("me", name)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="this engine holds 64 at most"):
             lab.play("me", "long", {"num_blocks": 4})
+        lab.close()
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_each_scenario_plays_under_the_limits_of_a_class(model: LoadedModel, scenario: Scenario) -> None:
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=256))) as live:
+        lab = Lab(live, limits=Limits(requests=2, answer_tokens=4, prompt_tokens=8), knobs=False)
+        lab.session.live.pause()
+        assert lab.play("me", scenario.name)["done"]
+        wait_for(lambda: lab.session.live.num_unfinished)
+        with pytest.raises(ValueError, match=r"2 is the limit: wait until (all of yours|some) have ended"):
+            for _ in range(3):
+                lab.play("me", scenario.name)
+        lab.play("you", scenario.name)
         lab.close()
 
 

@@ -20,11 +20,26 @@ from labkit.page.gradio_page import build, serve
 from labkit.page.session import Lab
 from labkit.page.sse import PATH
 from labkit.sampling_params import SamplingParams
+from labkit.serving.asgi import own_path
 from labkit.serving.async_engine import AsyncEngine
 from tests.page.watching import run, until
 from tests.waiting import PATIENCE, wait_for
 
 FOUR = SamplingParams(max_tokens=4, ignore_eos=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "root", "own"),
+    [
+        ("/v1/models", "", "/v1/models"),
+        ("/lab/v1/models", "/lab", "/v1/models"),
+        ("/lab/v1/models", "/lab/", "/v1/models"),
+        ("/v1/models", "/lab", "/v1/models"),
+        (PATH, "/lab", PATH),  # begins with the same letters
+    ],
+)
+def test_the_path_of_an_app_that_a_proxy_shows_elsewhere(path: str, root: str, own: str) -> None:
+    assert own_path({"type": "http", "path": path, "root_path": root}) == own
 
 
 @pytest.fixture

@@ -100,11 +100,11 @@ def test_the_clock(submissions: Submissions) -> None:
     submissions.control("me", "speed", 5)
     submissions.control("me", "step")
     submissions.control("me", "dance")  # not a word that it knows
-    assert submissions.clock() == {"paused": True, "speed": 5, "failure": ""}
+    assert submissions.clock() == {"paused": True, "speed": 5, "failure": "", "notice": "", "by": ""}
     submissions.control("me", "speed")
     assert submissions.clock()["speed"] is None
     submissions.control("you", "resume")
-    assert submissions.clock() == {"paused": False, "speed": None, "failure": ""}
+    assert submissions.clock() == {"paused": False, "speed": None, "failure": "", "notice": "", "by": ""}
     for speed in (float("nan"), 0.49, 1e9):
         with pytest.raises(ValueError, match="speed must be"):
             submissions.control("me", "speed", speed)
@@ -143,7 +143,7 @@ def test_a_visitor_who_leaves_takes_their_speed_along(submissions: Submissions) 
 def test_a_visitor_without_a_name_decides_nothing(submissions: Submissions) -> None:
     for action in ("pause", "step", "speed"):
         submissions.control("", action, 1)
-    assert submissions.clock() == {"paused": False, "speed": None, "failure": ""}
+    assert submissions.clock() == {"paused": False, "speed": None, "failure": "", "notice": "", "by": ""}
     submissions.live.pause()
     request_id = submissions.inject("", "hello", FOUR)
     submissions.control("", "resume")

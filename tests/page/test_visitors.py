@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from labkit.page import visitors as visitors_module
-from labkit.page.visitors import MAX_NAME, Visitors
+from labkit.page.visitors import MAX_NAME, Visitors, mark
 
 PATIENCE = 30  # seconds until a test gives up; nothing is decided by it
 
@@ -49,7 +49,8 @@ def test_a_visitor_who_closes_the_page_is_gone_after_a_while(visitors: Watched) 
     assert len(visitors) == 1
     visitors.until_gone(me)
     assert me not in visitors and you in visitors
-    assert visitors.arrive("tab 3", me) != me, "given up: a visitor who comes back is new"
+    assert not visitors.has("tab 1") and visitors.has("tab 2")
+    assert visitors.come("tab 1", me) == me and visitors.of("tab 1") == me, "back after a gap"
 
 
 def test_a_page_is_closed_with_its_line(visitors: Watched) -> None:
@@ -125,6 +126,14 @@ def test_a_reload_is_no_farewell(visitors: Watched) -> None:
     assert visitors.left == [] and not visitors._ends and len(visitors) == 1
 
 
+def test_a_tab_may_arrive_again_and_again(visitors: Watched) -> None:
+    visitors.grace = 3600
+    me = visitors.come("tab")
+    assert [visitors.arrive("tab", me) for _ in range(3)] == [me] * 3 and len(visitors) == 1
+    visitors.leave("tab")
+    assert not visitors.has("tab") and visitors.come("tab", me) == me and not visitors.left
+
+
 def test_the_new_page_may_come_before_the_old_one_has_gone(visitors: Watched) -> None:
     me = visitors.come("before")
     assert visitors.come("after", me) == me
@@ -134,7 +143,8 @@ def test_the_new_page_may_come_before_the_old_one_has_gone(visitors: Watched) ->
 
 def test_a_secret_that_nobody_was_told_is_no_way_in(visitors: Watched) -> None:
     me = visitors.come("tab 1")
-    assert visitors.come("tab 2", "made up") not in (me, "made up")
+    for made_up in ("made up", me[:-1] + "?", "x" + me[1:], me[:-16] + "é" * 16, "\ud800" * 32, mark(me)):
+        assert visitors.come(f"tab of {made_up!r}", made_up) not in (me, made_up)
     assert visitors.of(None) == "@" and visitors.of("a client without a page", "::1") == "@::1"
     assert "@::1" not in visitors and visitors.arrive("tab 3", "@::1") != "@::1"
 

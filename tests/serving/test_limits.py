@@ -20,13 +20,17 @@ def test_at_the_bound_and_one_beyond() -> None:
     limits.check_tokens(4, 8)
     limits.check_room(1, 4)
     limits.check_room(0, 3, more=2)
+    limits.check_room(0, 0, more=5)  # together, and alone
     for check, message in (
         (lambda: limits.check_prompt("x" * 11), "it has 11 characters, and the limit is 10"),
         (lambda: limits.check_prompt(" "), "The prompt is empty"),
         (lambda: limits.check_tokens(5, 8), "it has 5 tokens, and the limit is 4"),
         (lambda: limits.check_tokens(4, 9), "Max tokens is 9, and the limit of this lab is 8"),
         (lambda: limits.check_room(2, 4), "You have 2 requests under way, and 2 is the limit"),
-        (lambda: limits.check_room(0, 0, more=3), "2 is the limit"),
+        (lambda: limits.check_room(1, 1, more=2), "needs 2 requests. You have 1 .* 2 is .* until some have"),
+        (lambda: limits.check_room(1, 1, more=3), "This needs 3 requests. .* until all of yours have ended"),
+        (lambda: limits.check_room(0, 0, more=6), "This needs 6 requests, and the lab takes 5 of all"),
+        (lambda: limits.check_room(0, 1, more=5), "The lab is full: this needs 5, and 1 requests"),
         (lambda: limits.check_room(0, 5), "The lab is full: 5 requests are under way"),
     ):
         with pytest.raises(ValueError, match=message):

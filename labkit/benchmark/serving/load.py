@@ -16,7 +16,6 @@ import json
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -24,6 +23,7 @@ import httpx
 from labkit.analysis.client_measures import Measure
 from labkit.benchmark.serving.arrivals import Arrival
 from labkit.sampling_params import check_number
+from labkit.serving.aside import aside
 
 EXTRAS: dict[str, Any] = {"ignore_eos": True, "stream_options": {"include_usage": True}}
 _KEEP_ALIVE = 1.0  # seconds: far below the 5 after which uvicorn closes a connection that we might just take
@@ -255,5 +255,14 @@ def _outside(work: Coroutine[Any, Any, Any]) -> Any:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(work)
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, work).result()
+    begun: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
+
+    async def begin() -> Any:
+        begun.append((asyncio.get_running_loop(), asyncio.current_task()))
+        return await work
+
+    def stop() -> None:
+        for loop, task in begun:
+            loop.call_soon_threadsafe(task.cancel)
+
+    return aside(lambda: asyncio.run(begin()), stop)

@@ -39,7 +39,9 @@ watch("value", say);
 """
 
 
-def build_race_tab(model: LoadedModel, *, keep: Callable[[str, Trace], object]) -> gr.HTML:
+def build_race_tab(
+    model: LoadedModel, *, keep: Callable[[str, Trace], object], closed: Callable[[], str] = lambda: ""
+) -> gr.HTML:
     """Add the race to the Blocks that is being built. The page must have the variables of `live_feed.css`.
 
     Only one race runs at a time, on engines of its own. Everybody sees how far it is and what its result is.
@@ -49,6 +51,7 @@ def build_race_tab(model: LoadedModel, *, keep: Callable[[str, Trace], object]) 
         model: the model to run; its weights are shared.
         keep: a function that is called with a name and the trace of each setting when a race is over, on the
             race's thread.
+        closed: a function that says why no race can be started at present; "" if one can.
 
     Returns:
         The component that shows it.
@@ -66,6 +69,8 @@ def build_race_tab(model: LoadedModel, *, keep: Callable[[str, Trace], object]) 
         return _answer(track.packed(number) if isinstance(number, int) else None)
 
     def start(course: str | None, settings: list[str] | None) -> tuple[str, Any]:
+        if why := closed():
+            return why, gr.skip()
         try:
             return "", track.start(course or "", settings or [])
         except (ValueError, BusyError) as error:

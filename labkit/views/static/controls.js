@@ -70,7 +70,7 @@ Object.assign(labkit, (() => {
       question.hidden = true;
       const answer = await ask(name, { ...argument, running });
       if (!answer) return say("No answer from the lab. Try again.");
-      say(answer.error || "");
+      say(answer.error || answer.note || "");
       if (answer.error) return;
       if (answer.ask) {
         again = (choice) => act(name, argument, choice);

@@ -1,11 +1,14 @@
 // One stream of updates for all who look, where the server of the page has one. Plain Server-Sent Events.
 Object.assign(labkit, (() => {
-  const SILENCE = 40000; // ms, after which the other side is gone: it has a heartbeat every 15 seconds
+  const FIRST = 6000; // ms until the first word of a stream, which comes at once
+  const SILENCE = 12000; // ms between two words: there is a heartbeat every 5 seconds
+  const AGAIN = 60000; // ms after which a stream that did not work is tried once more
 
   // While `root` is looked at, call `take(update)`, with everything first, and `lost(whether)` there is no answer.
-  // Where there is no such stream, call `none()`, once, and give up.
-  function follow(root, address, { take, lost, none }) {
-    let source = null, worked = false, failures = 0, timer = 0;
+  // A connection alone says nothing: a proxy may hold back what comes through it. `follows(whether)` the stream
+  // speaks is called whenever that changes; meanwhile one can ask.
+  function follow(root, address, { take, lost, follows }) {
+    let source = null, speaks = true, worked = false, resting = false, failures = 0, timer = 0;
 
     function open() {
       source = new EventSource(address);
@@ -15,7 +18,7 @@ Object.assign(labkit, (() => {
       };
       source.addEventListener("beat", live);
       source.onerror = fail;
-      wait(fail, SILENCE);
+      wait(silent, FIRST);
     }
 
     function close() {
@@ -29,40 +32,48 @@ Object.assign(labkit, (() => {
       timer = setTimeout(act, ms);
     }
 
+    function turn(whether) {
+      if (speaks === whether) return;
+      speaks = whether;
+      follows(whether);
+    }
+
     function live() {
       [worked, failures] = [true, 0];
       lost(false);
-      wait(fail, SILENCE);
+      turn(true);
+      wait(silent, SILENCE);
+    }
+
+    function silent() {
+      close();
+      turn(false);
+      resting = true;
+      setTimeout(() => {
+        resting = false;
+        tune();
+      }, AGAIN);
     }
 
     function fail() {
-      const { readyState } = source;
-      if (readyState === EventSource.CLOSED && !worked) {
-        stop();
-        return none();
-      }
+      const closed = source.readyState === EventSource.CLOSED;
+      if (!speaks || (closed && !worked)) return silent(); // asking tells whether the other side is there
       lost(true);
-      if (readyState === EventSource.CONNECTING) return; // it tries again by itself
-      close();
-      wait(tune, Math.min(30000, 1000 * 2 ** failures));
+      if (!closed) return; // it tries again by itself
       failures += 1;
+      if (failures > 2) return silent();
+      close();
+      wait(tune, 1000 * failures);
     }
 
     // A tab that is hidden, or behind another tab of the page, is not looked at: it gets everything when it is shown.
     function tune() {
       const looking = root.isConnected && !document.hidden && root.offsetParent;
       if (!looking) close();
-      else if (!source) open();
+      else if (!source && !resting) open();
     }
 
-    function stop() {
-      close();
-      sight.disconnect();
-      document.removeEventListener("visibilitychange", tune);
-    }
-
-    const sight = new ResizeObserver(tune);
-    sight.observe(root); // which calls `tune` for the first time
+    new ResizeObserver(tune).observe(root); // which calls `tune` for the first time
     document.addEventListener("visibilitychange", tune);
   }
 

@@ -1,11 +1,16 @@
 // Puts the parts together once all of them are on the page. `server`, `props`, `watch` and `element` are what
-// gradio gives a component. Its value is told on arrival: one's own secret, and the mark that others see.
-const [secret, mark] = [0, 1].map((place) => () => (props.value || "").split(" ")[place] || "");
+// gradio gives a component. Its value is told on arrival: one's own secret, the mark that others see, and the name
+// that gradio gives this page.
+const me = { visitor: "", mark: "", tab: "" };
+const HERE = 20000, SOON = 3000; // ms between two announcements: as a rule, and while a connection comes back
+const UNSURE = 60000; // ms after a gap
+// Without its root, the page is part of another. Where it is, the browser knows better than a server behind proxies.
+const home = window.gradio_config?.root === undefined ? null : location.origin + location.pathname.replace(/\/$/, "");
 
 const ask = async (name, argument) => {
   const late = new Promise((resolve) => setTimeout(resolve, 10000));
   try {
-    return JSON.parse(await Promise.race([server[name]({ visitor: secret(), ...argument }), late]));
+    return JSON.parse(await Promise.race([server[name]({ visitor: me.visitor, ...argument }), late]));
   } catch (error) {
     return null; // the lab is away: the page says so and asks again
   }
@@ -54,8 +59,9 @@ function start() {
   const roots = ["#lk-requests .lk-cards", "#lk-side .lk-side", "#lk-what .lk-submit", "#lk-message p", "#lk-switch .lk-switch"];
   if (!roots.every((root) => document.querySelector(root))) return requestAnimationFrame(start);
   const [cardsRoot, sideRoot, submitRoot] = roots.map((root) => document.querySelector(root));
-  const cards = labkit.cards(cardsRoot, ask, (item) => Boolean(mark()) && item.owner === mark());
+  const cards = labkit.cards(cardsRoot, ask, (item) => Boolean(me.mark) && item.owner === me.mark);
   const controls = labkit.controls(submitRoot, SCENARIOS, ask, say);
+  const hostRoot = document.querySelector("#lk-host .lk-host"), host = hostRoot && labkit.host(hostRoot, ask, say);
   let version = -1;
   const lab = {
     question: () => ({ settings: version }),
@@ -66,21 +72,71 @@ function start() {
       controls.show(update.lab);
     },
   };
-  const reveal = switcher(), home = window.gradio_config?.root; // without it, the page is part of another
+  const reveal = switcher();
   const panel = labkit.mount(element.querySelector(".lk"), ask, [cards, lab], (state, hooks) => {
     return { ...labkit.side(sideRoot, state, hooks), reveal };
-  }, { stream: home === undefined ? "" : home + STREAM });
-  function greet() {
-    if (!props.value) return;
-    try { sessionStorage.setItem("labkit", secret()); } catch { /* a browser that keeps nothing */ }
+  }, { stream: home === null ? "" : home + STREAM });
+
+  function greet(visitor, mark) {
+    Object.assign(me, { visitor, mark });
+    try { sessionStorage.setItem("labkit", visitor); } catch { /* a browser that keeps nothing */ }
     cards.recognise();
     cards.rename();
+    host?.claim();
   }
-  watch("value", greet);
-  greet();
+
+  function welcome() {
+    if (!props.value) return;
+    const [visitor, mark, tab] = props.value.split(" ");
+    me.tab = tab;
+    greet(visitor, mark);
+  }
+  watch("value", welcome);
+  welcome();
+  attend(panel, greet);
   for (const event of ["click", "keydown"]) document.querySelector("#lk-page").addEventListener(event, panel.hurry);
   const header = document.querySelector(".lk-questions");
   if (header) labkit.questions(header, controls.play);
-  element.labkit = { ...panel, ...labkit, visitor: secret };
+  element.labkit = { ...panel, ...labkit, visitor: () => me.visitor };
+}
+
+// Say that one is here, now and then, and more often after a gap: the lab may have given this page up meanwhile, or be
+// another one. `greet(visitor, mark)` is called if it did not know the page.
+function attend(panel, greet) {
+  let timer = 0, unsure = 0, staying = false;
+
+  async function announce() {
+    clearTimeout(timer);
+    timer = setTimeout(announce, performance.now() < unsure ? SOON : HERE);
+    if (!me.tab || !element.isConnected) return;
+    const answer = await ask("arrive", { tab: me.tab });
+    if (!answer) unsure = performance.now() + UNSURE;
+    if (!answer?.news && answer?.visitor === me.visitor) return;
+    if (answer) greet(answer.visitor, answer.mark);
+    if (answer && home !== null) stay();
+  }
+
+  function doubt() {
+    unsure = performance.now() + UNSURE;
+    announce();
+  }
+
+  // What gradio does on arrival, and not again: the lab knows by this connection when the page is closed.
+  async function stay() {
+    if (staying) return;
+    staying = true;
+    try {
+      const reader = (await fetch(`${home}/gradio_api/heartbeat/${me.tab}`)).body.getReader();
+      while (!(await reader.read()).done);
+    } catch { /* the connection is lost again */ }
+    staying = false;
+    doubt();
+  }
+
+  panel.onReturn(doubt);
+  window.addEventListener("online", doubt);
+  window.addEventListener("pageshow", doubt);
+  document.addEventListener("visibilitychange", () => document.hidden || doubt());
+  timer = setTimeout(announce, HERE);
 }
 start();

@@ -144,6 +144,9 @@ Object.assign(labkit, (() => {
     const [pause, step, speed] = [".lk-pause", ".lk-step", ".lk-speed"].map((name) => root.querySelector(name));
     const order = (action, value = null) => ask("control", { action, value }).then(show);
     const toggle = () => order(live.paused ? "resume" : "pause");
+    const who = document.createElement("span"); // whose pause it is, for everybody to see
+    who.className = "lk-paused-by";
+    pause.after(who);
     pause.addEventListener("click", toggle);
     step.addEventListener("click", () => order("step"));
     speed.addEventListener("change", () => order("speed", speed.value ? Number(speed.value) : null));
@@ -153,10 +156,12 @@ Object.assign(labkit, (() => {
       pause.textContent = live.paused ? pause.dataset.resume || "Resume" : "Pause";
       pause.setAttribute("aria-pressed", String(live.paused));
       root.classList.toggle("lk-paused", live.paused);
+      who.textContent = live.paused && live.by ? `by ${live.by}` : "";
       if (document.activeElement !== speed) choose(live.speed === null ? "" : String(live.speed));
       const notice = root.querySelector(".lk-failure");
-      notice.hidden = !live.failure;
-      notice.textContent = live.failure ? `The engine stopped: ${live.failure}. Play a preset, or restart it under Engine.` : "";
+      notice.textContent = live.failure ? `The engine stopped: ${live.failure}. Play a preset, or restart it under Engine.`
+        : live.notice || "";
+      notice.hidden = !notice.textContent;
     }
     function choose(value) {
       const known = [...speed.options].some((option) => option.value === value);
@@ -262,6 +267,7 @@ Object.assign(labkit, (() => {
     show.select = hooks.select;
     const line = root.querySelector(".lk-summary"), spoken = root.querySelector(".lk-spoken");
     const numbers = [...root.querySelectorAll("[data-number]")];
+    const returns = []; // who is told when the other side is there again
     let paused = false, said = 0, timer = 0, asking = false, eagerUntil = 0, following = Boolean(stream);
 
     function take(update) {
@@ -316,6 +322,7 @@ Object.assign(labkit, (() => {
       const begin = performance.now(), question = { feed: state.feed, step: state.step, plan: state.plan?.key ?? 0 };
       for (const extra of extras) Object.assign(question, extra.question());
       const update = await ask("pull", question);
+      if (following) return null; // the stream has begun meanwhile, with everything
       lost(!update);
       if (!update) return 1000;
       take(update);
@@ -331,12 +338,16 @@ Object.assign(labkit, (() => {
     }
 
     function lost(whether) {
+      const before = root.classList.contains("lk-lost");
       root.classList.toggle("lk-lost", whether);
+      if (before && !whether) for (const listener of returns) listener();
     }
 
-    function none() {
-      following = false;
-      schedule(0);
+    // With the stream there is nothing to ask; without one, ask.
+    function follows(whether) {
+      following = whether;
+      if (whether) clearTimeout(timer);
+      else schedule(0);
     }
 
     // Something is about to happen: look now, and more often for a while.
@@ -347,9 +358,9 @@ Object.assign(labkit, (() => {
 
     document.addEventListener("visibilitychange", hurry);
     for (const event of ["click", "keydown"]) root.addEventListener(event, hurry);
-    if (following) labkit.follow(root, stream, { take, lost, none });
+    if (following) labkit.follow(root, stream, { take, lost, follows });
     else schedule(0);
-    return { state, live, show, hurry, select: hooks.select };
+    return { state, live, show, hurry, select: hooks.select, onReturn: (listener) => returns.push(listener) };
   }
 
   return { mount };
