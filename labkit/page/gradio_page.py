@@ -25,6 +25,7 @@ from labkit.page.sse import PATH, Broadcast
 from labkit.page.submissions import params_of
 from labkit.page.upload import MAX_BYTES
 from labkit.page.visitors import mark
+from labkit.sampling_params import TEMPERATURE
 from labkit.serving.async_engine import AsyncEngine, EngineStoppedError
 from labkit.views.assets import asset, script
 
@@ -144,7 +145,7 @@ def _live_tab(lab: Lab, api: Api) -> gr.HTML:
                 with gr.Row(elem_id="lk-numbers"):
                     max_tokens = gr.Number(64, label="Max tokens", min_width=100, elem_id="lk-max-tokens")
                     temperature = gr.Number(
-                        0.7, label="Temperature", step=0.1, min_width=100, elem_id="lk-temperature"
+                        TEMPERATURE, label="Temperature", step=0.1, min_width=100, elem_id="lk-temperature"
                     )
                 with gr.Accordion("More", open=False, elem_id="lk-more"):
                     with gr.Row():

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 from transformers import PreTrainedTokenizerBase
 
 from labkit.models.chat import as_chat, text_of
-from labkit.sampling_params import MAX_LOGPROBS, SamplingParams
+from labkit.sampling_params import MAX_LOGPROBS, TEMPERATURE, SamplingParams
 from labkit.serving.errors import RequestError
 from labkit.serving.neutral import Where, first_that_asks
 
@@ -114,7 +114,7 @@ class Body(BaseModel):
             del given["stop"]
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,  # OpenAI's default
+            temperature=TEMPERATURE if self.temperature is None else self.temperature,
             logprobs=logprobs,
             **{name: value for name, value in given.items() if value is not None},
         )
