@@ -61,6 +61,9 @@ def build_race_tab(model: LoadedModel, *, keep: Callable[[str, Trace], object]) 
     def stop(question: Any) -> str:
         return _answer(track.stop(_text(question, "owner")))
 
+    def lanes(question: Any) -> str:
+        return _answer(track.lanes())
+
     def race(question: Any) -> str:
         number = question.get("race") if isinstance(question, dict) else None
         return _answer(track.packed(number) if isinstance(number, int) else None)
@@ -110,11 +113,11 @@ def build_race_tab(model: LoadedModel, *, keep: Callable[[str, Trace], object]) 
             look = gr.HTML(COURSES[first].look, elem_id="lkr-look", **line)
             meaning = gr.HTML(_meaning(COURSES[first].settings), elem_id="lkr-meaning", **line)
     refused = gr.HTML(elem_id="lkr-refused", **line | {"html_template": '<p role="alert"></p>'})
-    scripts = ("live_feed.js", "replay_data.js", "race.js")
+    scripts = ("live_feed.js", "replay_data.js", "race_live.js", "race.js")
     view = gr.HTML(
         html_template=f"<style>{asset('replay.css')}</style>{asset('race.html')}",
         js_on_load=script(*scripts) + _GLUE,
-        server_functions=[status, stop, race],
+        server_functions=[status, stop, lanes, race],
         elem_id="lkr-race",
         **bare,
     )
