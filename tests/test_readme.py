@@ -1,4 +1,4 @@
-"""What the README says holds: it is short, it moves, its commands and its code run, its links lead somewhere."""
+"""What the README says holds: it is short, it moves, its code runs and its links lead somewhere."""
 
 from __future__ import annotations
 
