@@ -50,8 +50,8 @@ EIGHT = (
 )
 SHARES = (0.25, 0.1, 0.6, 0.8, 1.0, 0.5, 0.4, 1.0)  # of max tokens, so that answers end at different times
 SCRIPTS = (
-    *("live_feed.js", "meters.js", "words.js", "side.js", "controls.js"),
-    *("panel.js", "follow.js", "cards.js", "questions.js", "glue.js"),
+    *("live_feed.js", "token_flow.js", "meters.js", "words.js", "side.js", "address.js", "controls.js"),
+    *("panel.js", "follow.js", "cards.js", "questions.js", "tour.js", "glue.js"),
 )
 
 SHOW_MESSAGE = """
@@ -86,7 +86,9 @@ def serve(engine: AsyncEngine | Lab, **options: Any) -> Page:
         "ssr_mode": False,
         "footer_links": [],
         "max_file_size": MAX_BYTES,
-        "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        "theme": gr.themes.Default(
+            primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ),
     }  # one of the default theme's fonts would come from the net
     app, _, _ = page.launch(**(settings | options | {"prevent_thread_lock": True}))
     page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = QUEUE_SECONDS

@@ -43,6 +43,7 @@ def race_svg(title: str, runs: Sequence[tuple[str, ReplayData]]) -> str:
 text {{ font: 12px system-ui, sans-serif; fill: {style.FAINT_INK}; }}
 .title {{ font-size: 15px; font-weight: 600; fill: {style.INK}; }}
 .name {{ font-weight: 600; fill: {style.INK}; }}
+.end {{ fill: {style.PAPER}; stroke: {style.INK}; stroke-width: 1.2; }}
 .future {{ display: none; transform: translateX({longest * pitch:g}px); }}
 .future rect {{ fill: {style.PAPER}; opacity: {FAINT}; }}
 .future path {{ stroke: {style.INK}; stroke-width: 1.5; }}
@@ -88,7 +89,8 @@ def _lane(lane: ReplayLane, y: float, pitch: float) -> str:
         width = (span.last - span.first + 1) * pitch
         parts.append(_span(span, color, LEFT + span.first * pitch, y, width))
     for step, _ in lane["ends"]:
-        parts.append(_box(style.INK, LEFT + (step + 1) * pitch - 2, y, 2, LANE - 2))
+        x = LEFT + (step + 1) * pitch - 3
+        parts.append(f'<rect class="end" x="{x:.1f}" y="{y + 1.5:g}" width="6" height="6"/>')
     return "".join(parts)
 
 

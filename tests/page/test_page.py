@@ -156,7 +156,7 @@ def test_hover_names_block_and_request_and_marks_both(
     me.page.mouse.move(*me.look(CELL_OF, blocks[0]))
     tip = me.page.inner_text(".lk-tip")
     assert tip.splitlines()[:3] == [
-        f"Block {blocks[0]}: owned",
+        f"Page {blocks[0]}: owned",
         f"request {request_id}, block 0 of its table",
         f"{min(16, computed)} of 16 tokens filled",
     ]
@@ -201,7 +201,7 @@ def test_pictures_are_drawn_and_follow_the_theme(visit: Callable[..., Visitor], 
     assert (
         me.page.locator('canvas[data-picture="pages"]')
         .get_attribute("aria-label")
-        .startswith("Block heatmap. Step")
+        .startswith("Pages of the KV cache. Step")
     )
 
 

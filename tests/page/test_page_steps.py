@@ -196,7 +196,7 @@ def test_drafts_are_shown_where_an_engine_speculates(come: Callable[..., Visitor
     me.until("lab.state.speculative === 'ngram'")
     assert lab.settings["speculative"] == "ngram"
     assert me.page.locator(".lk-drafts:visible").count() == 2
-    assert me.page.inner_text(".lk-facts").endswith("n-gram drafts")
+    assert "n-gram drafts" in me.page.inner_text(".lk-facts")
     assert me.page.inner_text("[data-number=drafts] dd") == "\u2013"
     me.page.click(".lk-what >> text=Prompt")
     me.finished(me.inject("again and again and again and again and again and again", max_tokens=40))

@@ -89,7 +89,10 @@ def build_race_tab(model: LoadedModel, *, keep: Callable[[str, Trace], object]) 
         chosen = name if name in results else next(iter(results))
         trace = results[chosen].trace
         which = gr.Dropdown(choices=list(results), value=chosen)
-        return which, views.batch_timeline(trace), views.throughput(trace)
+        rates = views.throughput(trace).update_traces(
+            line_shape="hv", selector={"type": "scatter"}
+        )  # a step is one: it has no slope
+        return which, views.batch_timeline(trace), rates
 
     bare: dict[str, Any] = {"apply_default_css": False, "padding": False}
     line = bare | {"html_template": "<p></p>", "js_on_load": _LINE}
@@ -121,7 +124,7 @@ def build_race_tab(model: LoadedModel, *, keep: Callable[[str, Trace], object]) 
         elem_id="lkr-race",
         **bare,
     )
-    with gr.Accordion("Figures to zoom into", open=False, elem_id="lkr-figures"):
+    with gr.Accordion("Figures to zoom into", open=False, elem_id="lkr-figures") as figures:
         with gr.Row(equal_height=False):
             which = gr.Dropdown([], label="Setting", interactive=True, elem_id="lkr-which", min_width=200)
             again = gr.Button("Draw the latest race", elem_id="lkr-draw", min_width=160)
@@ -136,7 +139,7 @@ def build_race_tab(model: LoadedModel, *, keep: Callable[[str, Trace], object]) 
         asked.click(partial(ask, name, names), None, chosen, **quick)
     settings.change(_meaning, settings, meaning, **quick)
     drawn: dict[str, Any] = {"inputs": which, "outputs": [which, timeline, rates], "concurrency_limit": 2}
-    again.click(draw, api_name=False, **drawn)
+    gr.on([figures.expand, again.click], draw, api_name=False, **drawn)
     which.input(draw, api_name=False, **drawn)
     return view
 

@@ -59,10 +59,13 @@ function start() {
   let version = -1;
   const lab = {
     question: () => ({ settings: version }),
-    answer: (update) => {
+    answer: (update, state) => {
       if (!update.lab) return;
       version = update.lab.version;
       controls.show(update.lab);
+      const { settings, base } = update.lab;
+      state.changed = new Set(Object.keys(base).filter((name) => settings[name] !== base[name]));
+      labkit.tellFacts(state);
     },
   };
   const reveal = switcher(), home = window.gradio_config?.root; // without it, the page is part of another
@@ -79,7 +82,10 @@ function start() {
   greet();
   for (const event of ["click", "keydown"]) document.querySelector("#lk-page").addEventListener(event, panel.hurry);
   const header = document.querySelector(".lk-questions");
-  if (header) labkit.questions(header, controls.play);
-  element.labkit = { ...panel, ...labkit, visitor: secret };
+  const questions = header && labkit.questions(header, controls.play);
+  labkit.address.followTabs();
+  const tour = labkit.tour({ panel, cards, controls });
+  controls.onReady(() => questions?.fromAddress());
+  element.labkit = { ...panel, ...labkit, tour, visitor: secret };
 }
 start();

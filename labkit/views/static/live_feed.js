@@ -26,7 +26,7 @@ const labkit = (() => {
   function createState() {
     return { feed: "", step: -1, meta: null, speculative: "", palette: [], window: 200, tables: [], owners: new Map(),
              cached: new Uint8Array(0), lanes: new Map(), steps: [], events: [], queue: [], held: new Map(),
-             numbers: {}, busy: false, plan: null, past: null, mine: new Set(), hover: {}, selected: {}, drawn: -1, frames: 0 };
+             numbers: {}, busy: false, plan: null, past: null, mine: new Set(), pending: [], hover: {}, selected: {}, drawn: -1, frames: 0 };
   }
 
   // Take in all pictures (`full`), or what is new since the last ones. Returns whether there was anything new.
@@ -229,6 +229,7 @@ const labkit = (() => {
         outline(ctx, x - 1, y - 1, box + 2, box + 2, theme.ink, 2);
       }
     }
+    labkit.drawLanded?.(ctx, state, theme, grid); // a replay does without
   }
 
   // What is about to be: a dashed frame.
@@ -285,7 +286,7 @@ const labkit = (() => {
   // -- the clock: steps from left to right, the same in timeline and meters -------------------------
 
   function clock(state, width) {
-    const room = width - GUTTER - RIGHT, last = state.plan ? state.plan.step : state.step;
+    const room = width - GUTTER - RIGHT, last = state.plan ? state.plan.step : state.step + (state.pending.length ? 1 : 0);
     const oldest = state.steps.length ? state.steps[0].step : 0;
     const most = Math.min(state.window, Math.max(60, Math.floor(room / 3.5)));
     const count = Math.max(60, Math.min(most, last - oldest + 1));
@@ -311,7 +312,7 @@ const labkit = (() => {
   // The lanes to show, by arrival. When they are too many, those that only wait give way first.
   function laneRows(state, width, height) {
     const { first } = clock(state, width), room = height - AXIS;
-    const lanes = [...state.lanes.values()].filter((lane) => lane.ended < 0 || lane.ended >= first);
+    const lanes = [...state.lanes.values()].filter((lane) => lane.ended < 0 || lane.ended >= first).concat(pendingLanes(state));
     const most = Math.max(1, Math.floor(room / 6));
     let shown = lanes;
     if (lanes.length > most) {
@@ -321,6 +322,12 @@ const labkit = (() => {
     }
     const pitch = Math.min(18, room / Math.max(1, shown.length));
     return { shown, hidden: lanes.length - shown.length, pitch };
+  }
+
+  // Requests that have been handed in, and that no step has seen yet: they wait for the next one.
+  function pendingLanes(state) {
+    const next = state.step + 1;
+    return state.pending.map((one) => ({ ...one, arrived: next, ended: -1, spans: [{ kind: "w", first: next, last: next, tokens: 0 }] }));
   }
 
   function drawTimeline(ctx, state, theme, width, height) {
@@ -361,7 +368,14 @@ const labkit = (() => {
       const first = Math.max(span.first, time.first), x = time.x(first);
       drawSpan(ctx, theme, span.kind, color, x, y, (span.last - first + 1) * time.pitch, height, shareOf(span));
     }
-    if (lane.ended >= time.first) box(ctx, time.x(lane.ended + 1) - 1, y, 2, height, theme.ink);
+    if (lane.ended >= time.first) drawEnd(ctx, theme, time.x(lane.ended + 1), y, height);
+  }
+
+  // A small square where a request ends, as in the figures.
+  function drawEnd(ctx, theme, x, y, height) {
+    const size = Math.min(7, height), top = y + (height - size) / 2;
+    box(ctx, x - size / 2, top, size, size, theme.ink);
+    if (size > 3) box(ctx, x - size / 2 + 1.25, top + 1.25, size - 2.5, size - 2.5, theme.paper);
   }
 
   // What a request will do in the next step: its shape, pale, in a dashed frame.
@@ -393,7 +407,7 @@ const labkit = (() => {
     } else if (kind === "w") {
       for (let dot = x + 1; dot < x + width - 1; dot += 4) box(ctx, dot, middle - 0.75, 1.5, 1.5, theme.waiting);
     } else if (kind === "e") {
-      box(ctx, x + width / 2 - 1, y, 2, height, theme.ink); // in a legend
+      drawEnd(ctx, theme, x + width / 2, y, height); // in a legend
     } else if (kind === "x") {
       const arm = Math.min(4, height / 2), center = x + width / 2;
       ctx.strokeStyle = theme.ink;
@@ -425,6 +439,6 @@ const labkit = (() => {
   }
 
   return { GUTTER, RIGHT, read, createState, apply, lookBack, lookAhead, themeOf, context, blocksHeight, drawBlocks, drawBlock,
-           drawTimeline, drawSpan, promise, clock, crosshair, box, text, hatch, blockAt, stepAt, laneAt, blockKind, isCached,
+           blockGrid, laneRows, drawTimeline, drawSpan, drawEnd, promise, clock, crosshair, box, text, hatch, blockAt, stepAt, laneAt, blockKind, isCached,
            ownersAt, focusOf, colorOf, latest, shareOf, draftWords };
 })();

@@ -77,7 +77,7 @@ Object.assign(labkit, (() => {
       const left = x(Math.max(begin, view.from)), right = x(Math.min(end, view.to));
       labkit.drawSpan(ctx, theme, kind, color, left, y, Math.max(1, right - left), height, labkit.shareOf(span));
     }
-    for (const { at } of lane.ends) labkit.box(ctx, x(clock.end(at)) - 1, y, 2, height, theme.ink);
+    for (const { at } of lane.ends) labkit.drawEnd(ctx, theme, x(clock.end(at)), y, height);
   }
 
   // Draw memory during each step: solid where tokens lie, hatched where blocks are owned but empty. The area is
