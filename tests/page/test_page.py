@@ -249,7 +249,7 @@ def test_pause_step_resume_and_speed(visit: Callable[..., Visitor], live: AsyncE
     other.page.select_option(".lk-speed", "10")
     me.until("lab.live.speed === 10")
     assert live.speed == 10
-    other.page.click(".lk-pause")  # which says "Resume" now
+    other.page.click(".lk-pause")  # which says "Run" now
     me.finished(request_id)
     assert not live.paused
     other.page.select_option(".lk-speed", "")

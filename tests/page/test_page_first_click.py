@@ -14,6 +14,13 @@ from tests.waiting import wait_for
 pytest_plugins = ["tests.visiting_fixtures"]
 
 PLACE = "lab.tour.place()"
+COUNT = """() => {
+  window.flown = 0;
+  new MutationObserver((changes) => {
+    const added = changes.flatMap(({ addedNodes }) => [...addedNodes]);
+    window.flown += added.filter(({ className }) => className === "lk-flying").length;
+  }).observe(document.body, { childList: true });
+}"""
 
 
 def knob(me: Visitor, name: str, value: Any) -> None:
@@ -80,13 +87,13 @@ def test_the_line_under_the_name_is_whole_and_says_what_was_changed(
 ) -> None:
     lab.change({"max_num_seqs": 3, "scheduler": "static", "kv_policy": "reserved"})
     me = come(width=1280, height=800)
-    me.until(
-        "document.querySelector('.lk-facts').textContent.startsWith('static \\u00b7 reserved memory \\u00b7 3 seats')"
-    )
+    said = "static · reserved memory · 3 seats · "
+    me.until("document.querySelector('.lk-facts').textContent.startsWith(it)", said)
     assert me.page.locator(".lk-facts b").all_inner_texts() == ["static", "reserved memory", "3 seats"]
     for part in (".lk-sentence", ".lk-facts"):
-        whole = "(line) => line.scrollWidth <= line.clientWidth && line.getBoundingClientRect().right <= innerWidth"
-        assert me.page.locator(part).evaluate(whole)
+        line = me.page.locator(part)
+        assert line.evaluate("(line) => line.scrollWidth <= line.clientWidth")
+        assert line.evaluate("(line) => line.getBoundingClientRect().right <= innerWidth")
     line, below = (me.page.locator(part).bounding_box() for part in (".lk-pitch", "#lk-what"))
     assert line["y"] + line["height"] <= below["y"] + 1, "it covers nothing"
     lab.change(lab.base)
@@ -97,7 +104,7 @@ def test_undo_is_there_when_there_is_something_and_reset_goes_back_to_the_start(
     come: Callable[..., Visitor], lab: Lab
 ) -> None:
     me = come()
-    me.page.click("text=Engine")
+    me.page.click("[data-what=knobs]")
     assert me.page.is_hidden(".lk-undo") and me.page.is_hidden(".lk-reset")
     knob(me, "max_num_seqs", 5)
     assert me.page.is_visible(".lk-undo") and me.page.is_hidden(".lk-reset")
@@ -119,7 +126,7 @@ def test_a_preset_that_plays_leaves_half_of_the_column_to_the_answers(
     come: Callable[..., Visitor], lab: Lab
 ) -> None:
     me = come(width=1280, height=800)
-    me.page.click("text=Presets")
+    me.page.click("[data-what=scenarios]")
     me.page.click("[data-scenario=burst] .lk-scenario")
     me.page.click("[data-scenario=burst] .lk-play")
     me.until("document.querySelectorAll('.lk-card').length === 32")
@@ -151,8 +158,7 @@ def test_a_token_is_seen_going_into_its_page(
     come: Callable[..., Visitor], lab: Lab, motion: str, dots: bool
 ) -> None:
     me = come(reduced_motion=motion)
-    me.page.evaluate("""() => { window.flown = 0; new MutationObserver((list) => { for (const { addedNodes } of list)
-      for (const node of addedNodes) if (node.className === "lk-flying") window.flown += 1; }).observe(document.body, { childList: true }); }""")
+    me.page.evaluate(COUNT)
     lab.session.live.pause()
     request_id = me.inject("one two three four", max_tokens=6)
     for _ in range(3):
@@ -190,9 +196,10 @@ def test_the_address_follows_the_tab(come: Callable[..., Visitor]) -> None:
     me = come()
     me.page.click("[role=tab]:has-text('Race')")
     assert me.page.url.endswith("?tab=race")
-    other = come("?tab=race")
-    other.page.wait_for_selector("#lkr-choices:visible")
+    me.page.goto(me.page.url)
+    me.page.wait_for_selector("#lkr-choices:visible")
     me.page.click("[role=tab]:has-text('Live')")
+    me.page.wait_for_selector("#lk-live:visible")
     assert "?" not in me.page.url
 
 
@@ -203,7 +210,7 @@ def test_an_answer_and_a_link_can_be_copied(come: Callable[..., Visitor]) -> Non
     me.card(request_id).locator(".lk-copy").click()
     me.until("document.querySelector('.lk-card .lk-copy').textContent === 'Copied'")
     assert me.page.evaluate("navigator.clipboard.readText()") == answer
-    me.page.click("text=Presets")
+    me.page.click("[data-what=scenarios]")
     me.page.click("[data-scenario=chat] .lk-scenario")
     me.page.click("[data-scenario=chat] .lk-copy")
     me.until("document.querySelector('[data-scenario=chat] .lk-copy').textContent === 'Copied'")

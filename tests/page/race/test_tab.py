@@ -44,9 +44,10 @@ PAINTED = """(canvas) => {
   const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height - 30);
   let some = false, grey = true;
   for (let i = 0; i < data.length; i += 4) {
-    if (!data[i + 3]) continue;
+    if (data[i + 3] < 64) continue; // too faint to have a colour
+    const colour = data.slice(i, i + 3);
     some = true;
-    if (Math.max(data[i], data[i + 1], data[i + 2]) - Math.min(data[i], data[i + 1], data[i + 2]) > 40) grey = false;
+    if (Math.max(...colour) - Math.min(...colour) > 40) grey = false;
   }
   return { some, grey };
 }"""
