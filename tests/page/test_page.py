@@ -157,7 +157,7 @@ def test_hover_names_block_and_request_and_marks_both(
     tip = me.page.inner_text(".lk-tip")
     assert tip.splitlines()[:3] == [
         f"Page {blocks[0]}: owned",
-        f"request {request_id}, block 0 of its table",
+        f"request {request_id}, page 0 of its block table",
         f"{min(16, computed)} of 16 tokens filled",
     ]
     assert me.look("lab.state.hover.request") == request_id
@@ -339,7 +339,7 @@ MANY_CARDS = f"""() => {{
   const items = [item("running", false, null), item("own", true, "length")];
   for (let i = 0; i < 102; i++) items.push(item(String(i), false, "length"));
   const update = {{ reset: false, since: 1, items, gone: [] }};
-  cards.answer({{ cards: update, pictures: {{}} }}, state, {{}});
+  cards.answer({{ cards: update, pictures: {{}} }}, state, {{ redraw() {{}} }});
   const left = [...cards.byId].filter(([, card]) => !card.mine && card.reason);
   return {{
     all: root.querySelectorAll(".lk-card").length,

@@ -117,7 +117,7 @@ def test_a_page_shows_owners_and_tokens(come: Callable[..., Visitor], lab: Lab) 
     me.until("lab.state.owners.size === 0")
     me.page.mouse.click(*me.look(SQUARE, block))
     me.until("document.querySelector('.lk-step-lead').textContent.startsWith('Only cached')")
-    assert f"Held last by request {request_id}, as block 1" in me.page.inner_text(".lk-step-lead")
+    assert f"Held last by request {request_id}, as page 1 of its table" in me.page.inner_text(".lk-step-lead")
 
 
 def test_a_request_that_waits_says_why_with_numbers(come: Callable[..., Visitor], lab: Lab) -> None:
