@@ -14,6 +14,15 @@ from tests.waiting import wait_for
 pytest_plugins = ["tests.visiting_fixtures"]
 
 PLACE = "lab.tour.place()"
+# Clicks the third question as soon as it does something.
+EARLY = """
+const early = setInterval(() => {
+  const page = [...document.querySelectorAll("#lk-live *")].find((e) => e.labkit)?.labkit;
+  if (!page) return;
+  clearInterval(early);
+  document.querySelector("[data-ask=joining]").click();
+}, 1);
+"""
 COUNT = """() => {
   window.flown = 0;
   new MutationObserver((changes) => {
@@ -190,6 +199,23 @@ def test_a_link_asks_a_question_and_a_reload_does_not_ask_it_again(come: Callabl
     me.page.reload()
     me.until(seen)
     assert me.look(f"{found}.shown()") == number and not me.look(f"{found}.status().running")
+
+
+def test_a_link_that_plays_a_preset_waits_until_the_page_is_known(
+    come: Callable[..., Visitor], lab: Lab
+) -> None:
+    me = come("?ask=joining")
+    me.until("document.querySelectorAll('.lk-card.lk-mine').length >= 6")
+    assert not me.page.inner_text("#lk-message").strip() and me.page.url.endswith("?ask=joining")
+    wait_for(lambda: lab.session.submissions._serial == 8 and not lab.session.live.busy)
+
+
+def test_a_click_before_the_page_is_known_is_not_lost(come: Callable[..., Visitor], lab: Lab) -> None:
+    me = come()
+    me.page.add_init_script(EARLY)
+    me.page.reload()
+    me.until("document.querySelectorAll('.lk-card.lk-mine').length >= 6")
+    wait_for(lambda: not lab.session.live.busy)
 
 
 def test_the_address_follows_the_tab(come: Callable[..., Visitor]) -> None:

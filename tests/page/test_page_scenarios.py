@@ -145,6 +145,7 @@ def test_the_third_question_says_what_a_request_costs_the_others(
     me.page.click("[role=tab]:has-text('Race')")
     me.page.click(".lk-questions [data-scenario=long]")
     me.until("document.querySelector('.lk-joined').textContent.includes('Since then each waits')")
+    assert me.page.url.endswith("?ask=joining")
     wait_for(lambda: lab.session.submissions._serial == 8 and not lab.session.live.busy)
     records = lab.session.live.records()
     me.until("lab.state.step === it", records[-1].step)

@@ -39,7 +39,7 @@ Object.assign(labkit, (() => {
     const all = root.querySelector(".lk-all"), undo = root.querySelector(".lk-undo"), reset = root.querySelector(".lk-reset");
     const question = root.querySelector(".lk-question"), apply = root.querySelector(".lk-apply");
     const inputs = new Map(), wanted = fromAddress(location.search);
-    let status = null, chosen = "", again = null, fresh = true, ready = () => {};
+    let status = null, chosen = "", again = null, fresh = true, ready = () => {}, asked = false;
 
     // -- which panel ------------------------------------------------------------------------------
 
@@ -66,9 +66,14 @@ Object.assign(labkit, (() => {
 
     // -- asking the lab ---------------------------------------------------------------------------
 
+    // Who clicks before the lab has welcomed them does not click in vain.
+    let arrived = () => {};
+    const here = new Promise((resolve) => { arrived = resolve; });
+
     // Do it. If requests are under way, ask first what is to become of them.
     async function act(name, argument, running = "ask") {
       question.hidden = true;
+      await here;
       const answer = await ask(name, { ...argument, running });
       if (!answer) return say("No answer from the lab. Try again.");
       say(answer.error || "");
@@ -131,7 +136,7 @@ Object.assign(labkit, (() => {
       choose(name);
       list.classList.add("lk-collapsed");
       all.hidden = false;
-      if (status) labkit.address.show(linkTo(scenarios.find((scenario) => scenario.name === name)));
+      if (status && !asked) labkit.address.show(linkTo(scenarios.find((scenario) => scenario.name === name)));
     }
     all.addEventListener("click", () => {
       list.classList.remove("lk-collapsed");
@@ -148,6 +153,7 @@ Object.assign(labkit, (() => {
 
     // From elsewhere on the page.
     function play(name) {
+      asked = true; // by a question, which the address names
       turn("scenarios");
       choose(name);
       start(name);
@@ -160,7 +166,10 @@ Object.assign(labkit, (() => {
       open.addEventListener("click", () => choose(chosen === scenario.name ? "" : scenario.name));
       const button = part("button", "lk-play", "Play"), link = part("a", "lk-link", "Link to this");
       button.type = "button";
-      button.addEventListener("click", () => start(scenario.name));
+      button.addEventListener("click", () => {
+        asked = false;
+        start(scenario.name);
+      });
       const row = part("div", "lk-scenario-row");
       row.append(button, link, labkit.copyButton("Copy link", () => link.href));
       more.append(part("p", "lk-look", scenario.look), row);
@@ -265,7 +274,7 @@ Object.assign(labkit, (() => {
     }
 
     turn("prompt");
-    return { show, turn, choose, play, onReady: (act) => { ready = act; } };
+    return { show, turn, choose, play, arrived, onReady: (act) => { ready = act; } };
   }
 
   return { controls, fromAddress };

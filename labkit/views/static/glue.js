@@ -77,6 +77,7 @@ function start() {
     try { sessionStorage.setItem("labkit", secret()); } catch { /* a browser that keeps nothing */ }
     cards.recognise();
     cards.rename();
+    controls.arrived();
   }
   watch("value", greet);
   greet();
