@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 MAX_LOGPROBS = 20
 MAX_N = 64
-TEMPERATURE = 0.0  # unless a request says otherwise: in Python, on the page and in the API alike
+TEMPERATURE = 0.0  # unless a request or its model says otherwise: in Python, on the page and in the API
 MIN_TEMPERATURE = 1e-3  # below it, logits divided by it may leave the range of fp32
 
 
@@ -86,6 +86,8 @@ class SamplingParams:
         n: the number of answers to generate for the prompt.
         logprobs: how many of the likeliest tokens to report with their log-probabilities, beside the chosen
             one; None reports none at all.
+        prompt_logprobs: the same for the tokens of the prompt, each after those before it. Such a request
+            computes its whole prompt, and takes nothing from the prefix cache.
         logit_bias: numbers to add to the logits of token ids, before anything else.
         skip_special_tokens: whether special tokens, such as the end of sequence, are left out of the text.
 
@@ -119,6 +121,7 @@ class SamplingParams:
     min_tokens: int = 0
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -144,8 +147,9 @@ class SamplingParams:
             check_number("seed", self.seed, -(2**63), 2**63 - 1, whole=True)
             if self.seed == -1:
                 object.__setattr__(self, "seed", None)
-        if self.logprobs is not None:
-            check_number("logprobs", self.logprobs, 0, MAX_LOGPROBS, whole=True)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0, MAX_LOGPROBS, whole=True)
         if self.n > 1 and self.temperature == 0:
             raise ValueError("n > 1 needs temperature > 0: greedy answers would all be the same")
         object.__setattr__(self, "stop", _strings("stop", self.stop))

@@ -105,5 +105,5 @@ def test_one_temperature_is_the_default_in_python_and_in_the_api() -> None:
 
     chat = ChatBody(model="m", messages=[{"role": "user", "content": "hello"}])
     plain = CompletionBody(model="m", prompt="hello")
-    asked = [body.sampling_params(64).temperature for body in (chat, plain)]
+    asked = [body.sampling_params(64, {}).temperature for body in (chat, plain)]
     assert [SamplingParams().temperature, *asked] == [TEMPERATURE] * 3 == [0.0] * 3

@@ -6,10 +6,10 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from labkit.models import architecture, checkpoint, gguf_fetch
 from labkit.models.checkpoint import Config
 from labkit.models.devices import auto_reason, resolve_device, resolve_dtype
 from labkit.models.errors import ModelError
+from labkit.models.generation_config import not_obeyed
 from labkit.models.hub import TINY, find, is_folder
 from labkit.models.int8_cache import int8_model
 from labkit.models.no_tokenizer import NoTokenizer
@@ -43,6 +44,7 @@ class LoadedModel:
         config: the architecture, with the names of `config.json` as attributes.
         eos_token_ids: every token that ends an answer.
         quantization: None, or "int8".
+        generation: what `generation_config.json` holds; `labkit.models.generation_config` reads it.
     """
 
     name: str
@@ -51,6 +53,7 @@ class LoadedModel:
     config: Config
     eos_token_ids: frozenset[int]
     quantization: str | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,9 +96,6 @@ def load_model(
 ) -> LoadedModel:
     """Load a model, after fetching it if need be.
 
-    Of `generation_config.json` only the tokens that end an answer are taken: how to sample is said with each
-    request, in `SamplingParams`.
-
     Args:
         model: "smollm2-135m", "tiny-random" (made in memory), a Hub id such as "Qwen/Qwen2.5-0.5B-Instruct",
             or a folder that `save_pretrained` wrote. Without a tokenizer in it, prompts are token ids.
@@ -132,7 +132,8 @@ def load_model(
     started = time.perf_counter()
     name = folder.resolve().name if is_folder(model) else str(model)
     config, tokenizer = checkpoint.read_config(folder), checkpoint.read_tokenizer(folder)
-    ends = _eos_token_ids(config, tokenizer, checkpoint.read_generation_config(folder))
+    generation = checkpoint.read_generation_config(folder)
+    ends = _eos_token_ids(config, tokenizer, generation)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder ({config.model_type}), and only decoders run here")
     ours = architecture.supports(config)
@@ -152,7 +153,9 @@ def load_model(
     what = quantization or str(as_type).removeprefix("torch.")
     why = "" if quantization or dtype != "auto" else f" ({auto_reason(to)})"
     tell(say, f"Loaded {name} in {seconds:.1f} s: {what} on {to}{why}.")
-    return LoadedModel(name, module, tokenizer, config, ends, quantization)
+    if ignored := not_obeyed(generation):
+        tell(say, f"Not obeyed of its generation_config.json: {', '.join(ignored)}.")
+    return LoadedModel(name, module, tokenizer, config, ends, quantization, generation)
 
 
 def build_transformer(
