@@ -62,6 +62,7 @@ function start() {
     answer: (update, state) => {
       if (!update.lab) return;
       version = update.lab.version;
+      if (update.lab.problem) say(update.lab.problem);
       controls.show(update.lab);
       const { settings, base } = update.lab;
       state.changed = new Set(Object.keys(base).filter((name) => settings[name] !== base[name]));

@@ -17,6 +17,12 @@ Object.assign(labkit, (() => {
     }
   }
 
+  // Requests that have been handed in, and that no step has seen yet: they wait for the next one.
+  function pendingLanes(state) {
+    const next = state.step + 1;
+    return state.pending.map((one) => ({ ...one, arrived: next, ended: -1, spans: [{ kind: "w", first: next, last: next, tokens: 0 }] }));
+  }
+
   // The mark in a page, which `drawBlocks` asks for.
   function drawLanded(ctx, state, theme, grid) {
     if (state.past) return;
@@ -37,6 +43,7 @@ Object.assign(labkit, (() => {
       before = now;
       if (!slow || still.matches || !state.landed || document.hidden) return;
       const { pages, timeline } = canvases, grid = labkit.blockGrid(state, pages.clientWidth, pages.clientHeight);
+      if (grid.per > 1) return; // a square stands for several pages
       const rows = labkit.laneRows(state, timeline.clientWidth, timeline.clientHeight), time = labkit.clock(state, timeline.clientWidth);
       const [from, to] = [timeline.getBoundingClientRect(), pages.getBoundingClientRect()];
       for (const { request, block, slot } of state.landed.slice(0, MOST)) {
@@ -60,5 +67,5 @@ Object.assign(labkit, (() => {
     dot.animate([at(begin), at(end)], { duration: 420, easing: "ease-in" }).finished.finally(() => dot.remove());
   }
 
-  return { land, drawLanded, flights };
+  return { pendingLanes, land, drawLanded, flights };
 })());
