@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from labkit.sampling_params import check_flag, check_number
+from labkit.sampling_params import check_flag, check_number, suggest_fields
 
 SCHEDULERS = ("continuous", "static", "naive", "uncached")
 KV_POLICIES = ("paged", "reserved")
@@ -28,6 +28,7 @@ class Loaded(Protocol):
     def module(self) -> Any: ...
 
 
+@suggest_fields
 @dataclass(frozen=True)
 class ModelConfig:
     """Which model to load, and how. The arguments of `load_model` are the same.
@@ -58,6 +59,7 @@ class ModelConfig:
             check_flag(name, getattr(self, name))
 
 
+@suggest_fields
 @dataclass(frozen=True)
 class EngineConfig(ModelConfig):
     """How to build an engine: a model, as in `ModelConfig`, and what runs it.
@@ -100,6 +102,7 @@ class EngineConfig(ModelConfig):
 
     Raises:
         ValueError: for a value that cannot work; the message names the field and the limit.
+        TypeError: for a field that does not exist; the message names the one that is closest.
     """
 
     block_size: int = 16

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ from labkit.config import EngineConfig
 from labkit.engine import Engine, Prompt
 from labkit.models.chat import as_chat, check_variables
 from labkit.outputs import RequestOutput
-from labkit.sampling_params import SamplingParams
+from labkit.sampling_params import SamplingParams, unknown
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "Why is the sky blue?"}
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -42,9 +41,7 @@ class LLM:
         known = {field.name for field in dataclasses.fields(EngineConfig)}
         for name in config:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f". Did you mean {close[0]}?" if close else ""
-                raise ValueError(f"{name} is not a setting; known are {', '.join(sorted(known))}{hint}")
+                raise ValueError(unknown(name, known))
         self.engine = Engine(EngineConfig(model=model, **config))
         self._hinted = False  # whether `chat` was hinted at
 

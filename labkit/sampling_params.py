@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 MAX_LOGPROBS = 20
 MAX_N = 64
+TEMPERATURE = 0.0  # unless a request or its model says otherwise: in Python, on the page and in the API
 MIN_TEMPERATURE = 1e-3  # below it, logits divided by it may leave the range of fp32
 
 
@@ -28,6 +34,32 @@ def check_flag(field_name: str, value: object) -> None:
         raise ValueError(f"{field_name} must be True or False, not {value!r}")
 
 
+def unknown(name: str, known: Collection[str]) -> str:
+    """Return a sentence that says that there is no such field, and which one may be meant."""
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f". Did you mean {close[0]}?" if close else ""
+    return f"{name} is not a setting; known are {', '.join(sorted(known))}{hint}"
+
+
+def suggest_fields(cls: type[T]) -> type[T]:
+    """Decorate a dataclass so that a misspelt argument is answered with the field that it is close to.
+
+    Creating one then raises `TypeError` for a field that does not exist, as any dataclass does, in the words
+    of `unknown`.
+    """
+    init, known = cls.__init__, {field.name for field in fields(cls)}  # type: ignore[arg-type, misc]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **values: Any) -> None:
+        for name in values.keys() - known:
+            raise TypeError(f"{cls.__name__}: {unknown(name, known)}")
+        init(self, *args, **values)
+
+    cls.__init__ = checked  # type: ignore[method-assign, assignment, misc]
+    return cls
+
+
+@suggest_fields
 @dataclass(frozen=True)
 class SamplingParams:
     """How to pick the next token, and when to stop.
@@ -37,8 +69,8 @@ class SamplingParams:
             number in its place).
         min_tokens: the least tokens to generate: before so many have come, tokens that would end the answer
             are never picked, and stop strings are not looked for.
-        temperature: the temperature; 0 picks the likeliest token (greedy), and higher values flatten the
-            distribution. What lies below `MIN_TEMPERATURE` is taken as 0.
+        temperature: the temperature; 0, the default everywhere, picks the likeliest token (greedy), and
+            higher values flatten the distribution. What lies below `MIN_TEMPERATURE` is taken as 0.
         top_k: the number of likeliest tokens to keep; 0 or -1 keeps all.
         top_p: the probability that the likeliest tokens must reach together; only these are kept.
         min_p: the share of the likeliest token's probability below which tokens are dropped.
@@ -68,10 +100,11 @@ class SamplingParams:
 
     Raises:
         ValueError: for a value outside its limits; the message names the field and the limit.
+        TypeError: for a field that does not exist; the message names the one that is closest.
     """
 
     max_tokens: int | None = 64
-    temperature: float = 0.0
+    temperature: float = TEMPERATURE
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0

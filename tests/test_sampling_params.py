@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from labkit.sampling_params import SamplingParams
+from labkit.config import EngineConfig, ModelConfig
+from labkit.sampling_params import TEMPERATURE, SamplingParams
 
 NAN = float("nan")
 
@@ -73,3 +76,34 @@ def test_a_seed_of_minus_one_is_no_seed() -> None:
 def test_what_is_off_may_be_said_as_vllm_says_it() -> None:
     assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
     assert SamplingParams(max_tokens=None, min_tokens=1000).max_tokens is None
+
+
+@pytest.mark.parametrize("made", [SamplingParams, ModelConfig, EngineConfig])
+def test_a_misspelt_field_is_answered_with_the_right_one(made: type) -> None:
+    known = {field.name for field in dataclasses.fields(made)}
+    for name in known - {"n"}:  # a name of one letter can be anything
+        for misspelt in {name + "s", name.replace("_", ""), name[:2] + "x" + name[2:]} - known:
+            with pytest.raises(
+                TypeError, match=rf"^{made.__name__}: {misspelt} is not a .*Did you mean \w+\?$"
+            ):
+                made(**{misspelt: 1})
+    with pytest.raises(TypeError, match=r"Did you mean max_tokens\?$"):
+        SamplingParams(max_new_tokens=5)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"^EngineConfig: sky is not a setting; known are [a-z_0-9, ]+$"):
+        EngineConfig(sky="blue")  # type: ignore[call-arg]
+
+
+def test_fields_keep_their_places_and_what_can_be_replaced() -> None:
+    assert SamplingParams(7, temperature=0.5).max_tokens == 7
+    assert dataclasses.replace(SamplingParams(7), seed=3) == SamplingParams(7, seed=3)
+    with pytest.raises(TypeError, match="Did you mean seed"):
+        dataclasses.replace(SamplingParams(7), sed=3)  # type: ignore[call-arg]
+
+
+def test_one_temperature_is_the_default_in_python_and_in_the_api() -> None:
+    from labkit.serving.schema import ChatBody, CompletionBody
+
+    chat = ChatBody(model="m", messages=[{"role": "user", "content": "hello"}])
+    plain = CompletionBody(model="m", prompt="hello")
+    asked = [body.sampling_params(64, {}).temperature for body in (chat, plain)]
+    assert [SamplingParams().temperature, *asked] == [TEMPERATURE] * 3 == [0.0] * 3

@@ -176,7 +176,16 @@ def _job(step: int, prompt: int, answer: int = 30) -> Job:
 _FIRST = _job(0, 5)
 _CASES = (
     _Case("a running request computes the tokens that it knows and has not computed", (_FIRST,), 1),
-    _Case("a step computes no more tokens than its budget", (_job(0, 40),), 1),
+    _Case(
+        "and all of those: it computes one where it knows one more, and ten where it knows ten",
+        (_job(0, 26),),
+        1,
+    ),
+    _Case(
+        "of what it knows, it computes as much as is left of the budget: no more, and no less",
+        (_job(0, 40),),
+        1,
+    ),
     _Case("a waiting request that finds a seat, budget and pages joins the step", (_job(0, 6),), 0),
     _Case(
         "running requests come first, and then as many waiting ones join as there is room for",

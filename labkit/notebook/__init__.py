@@ -31,8 +31,12 @@ __all__ = [
 @functools.cache
 def default_model() -> LoadedModel:
     """Load the model that all engines of a notebook share: SmolLM2-135M, on the best device there is."""
+    from labkit.models.hub import find
     from labkit.models.load import load_model
 
+    find(
+        "smollm2-135m"
+    )  # says what it does, with a bar, where the model has to be fetched; else it is silent
     return load_model(say=None)
 
 

@@ -30,6 +30,7 @@ from labkit.page.snapshot import Snapshotter
 from labkit.page.sse import PATH, Broadcast
 from labkit.page.submissions import params_of
 from labkit.page.visitors import mark
+from labkit.sampling_params import TEMPERATURE
 from labkit.serving.asgi import BodyLimit
 from labkit.serving.async_engine import AsyncEngine, EngineStoppedError
 from labkit.serving.connections import harden
@@ -60,8 +61,8 @@ EIGHT = (
 )
 SHARES = (0.25, 0.1, 0.6, 0.8, 1.0, 0.5, 0.4, 1.0)  # of max tokens, so that answers end at different times
 SCRIPTS = (
-    *("live_feed.js", "regions.js", "meters.js", "words.js", "side.js", "controls.js", "host.js"),
-    *("panel.js", "follow.js", "cards.js", "questions.js", "glue.js"),
+    *("live_feed.js", "regions.js", "token_flow.js", "meters.js", "words.js", "side.js", "address.js"),
+    *("controls.js", "host.js", "panel.js", "follow.js", "cards.js", "questions.js", "tour.js", "glue.js"),
 )
 
 SHOW_MESSAGE = """
@@ -119,7 +120,9 @@ def serve(
         "footer_links": [],
         "enable_monitoring": False,
         "state_session_capacity": SESSIONS,
-        "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        "theme": gr.themes.Default(
+            primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ),
     }  # one of the default theme's fonts would come from the net
     app_kwargs = {**options.pop("app_kwargs", {}), "lifespan": opening}
     page.launch(**(settings | options | {"prevent_thread_lock": True, "app_kwargs": app_kwargs}))
@@ -185,7 +188,7 @@ def _live_tab(lab: Lab, api: Api) -> gr.HTML:
                 with gr.Row(elem_id="lk-numbers"):
                     max_tokens = gr.Number(64, label="Max tokens", min_width=100, elem_id="lk-max-tokens")
                     temperature = gr.Number(
-                        defaults.get("temperature", 0.7),
+                        defaults.get("temperature", TEMPERATURE),
                         label="Temperature",
                         step=0.1,
                         min_width=100,

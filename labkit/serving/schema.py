@@ -129,9 +129,8 @@ class Body(BaseModel):
         if self.stop == "" or self.stop == []:
             del given["stop"]
         given |= {"max_tokens": max_tokens, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
-        openais = {"temperature": 1.0}
         said = {name: value for name, value in given.items() if value is not None}
-        return SamplingParams(**(openais | dict(defaults) | said))
+        return SamplingParams(**(dict(defaults) | said))
 
 
 class CompletionBody(Body):

@@ -72,7 +72,12 @@ WRONG = {
         lambda facts: {r.request_id: r.known for r in facts.running},
         "a running request computes the tokens",
     ),
-    "without a budget": (bent(budget_of=lambda tokens, budget: tokens), "no more tokens than its budget"),
+    "one token each": (bent(budget_of=lambda tokens, budget: min(1, tokens, budget)), "and all of those"),
+    "ten tokens at most": (
+        bent(budget_of=lambda tokens, budget: min(10, tokens, budget)),
+        "no more, and no less",
+    ),
+    "without a budget": (bent(budget_of=lambda tokens, budget: tokens), "no more, and no less"),
     "nobody joins": (bent(waiting=False), "a waiting request that finds a seat"),
     "the last joins first": (bent(in_order=False), "a request that joins in this step takes a seat"),
     "a budget for each": (bent(shared_budget=False), "the budget is one for the whole step"),

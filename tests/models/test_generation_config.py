@@ -121,7 +121,7 @@ def test_fields_that_a_call_leaves_out(site: Served, path: str) -> None:
     assert (said.temperature, said.top_p, said.top_k, said.repetition_penalty) == (0, 0.8, 0, 1)
     site.live.engine.sampling_defaults = {"max_tokens": 3}
     said = sent(site, path)
-    assert (said.max_tokens, said.temperature) == (3, 1.0)
+    assert (said.max_tokens, said.temperature) == (3, 0.0)
     assert sent(site, path, max_tokens=5).max_tokens == 5
     site.live.engine.sampling_defaults = {"max_tokens": 10**6}
     assert sent(site, path, ignore_eos=False).max_tokens == 200  # the longest there is here

@@ -126,10 +126,9 @@ def test_setup_says_in_one_line_what_is_here(
     assert err == ""
 
 
-def test_the_shared_model_is_loaded_once_and_silently(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_shared_model_is_loaded_once_and_only_a_download_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
+    monkeypatch.setattr("labkit.models.hub.find", lambda name, **options: calls.append({name: options}))
     monkeypatch.setattr(
         "labkit.models.load.load_model", lambda *_, **options: calls.append(options) or object()
     )
@@ -138,7 +137,9 @@ def test_the_shared_model_is_loaded_once_and_silently(
         assert notebook.default_model() is notebook.default_model()
     finally:
         notebook.default_model.cache_clear()
-    assert calls == [{"say": None}]
+    assert calls == [{"smollm2-135m": {}}, {"say": None}], (
+        "`find` tells of a download, unless it is asked not to"
+    )
 
 
 def test_source_prints_the_engines_own_lines_under_their_file(capsys: pytest.CaptureFixture[str]) -> None:

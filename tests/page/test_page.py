@@ -156,8 +156,8 @@ def test_hover_names_block_and_request_and_marks_both(
     me.page.mouse.move(*me.look(CELL_OF, blocks[0]))
     tip = me.page.inner_text(".lk-tip")
     assert tip.splitlines()[:3] == [
-        f"Block {blocks[0]}: owned",
-        f"request {request_id}, block 0 of its table",
+        f"Page {blocks[0]}: owned",
+        f"request {request_id}, page 0 of its block table",
         f"{min(16, computed)} of 16 tokens filled",
     ]
     assert me.look("lab.state.hover.request") == request_id
@@ -201,7 +201,7 @@ def test_pictures_are_drawn_and_follow_the_theme(visit: Callable[..., Visitor], 
     assert (
         me.page.locator('canvas[data-picture="pages"]')
         .get_attribute("aria-label")
-        .startswith("Block heatmap. Step")
+        .startswith("Pages of the KV cache. Step")
     )
 
 
@@ -249,7 +249,7 @@ def test_pause_step_resume_and_speed(visit: Callable[..., Visitor], live: AsyncE
     other.page.select_option(".lk-speed", "10")
     me.until("lab.live.speed === 10")
     assert live.speed == 10
-    other.page.click(".lk-pause")  # which says "Resume" now
+    other.page.click(".lk-pause")  # which says "Run" now
     me.finished(request_id)
     assert not live.paused
     other.page.select_option(".lk-speed", "")
@@ -339,7 +339,7 @@ MANY_CARDS = f"""() => {{
   const items = [item("running", false, null), item("own", true, "length")];
   for (let i = 0; i < 102; i++) items.push(item(String(i), false, "length"));
   const update = {{ reset: false, since: 1, items, gone: [] }};
-  cards.answer({{ cards: update, pictures: {{}} }}, state, {{}});
+  cards.answer({{ cards: update, pictures: {{}} }}, state, {{ redraw() {{}} }});
   const left = [...cards.byId].filter(([, card]) => !card.mine && card.reason);
   return {{
     all: root.querySelectorAll(".lk-card").length,

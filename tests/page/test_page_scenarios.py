@@ -115,7 +115,7 @@ def test_a_knob_that_cannot_be_is_answered_by_a_sentence(come: Callable[..., Vis
         knob(me, name, value)
         me.page.click(".lk-apply")
         me.until("document.querySelector('#lk-message p').textContent.includes(it)", message)
-        me.page.click(".lk-reset")
+        me.page.click(".lk-undo")
     assert lab.settings == lab.base
 
 
@@ -128,10 +128,10 @@ def test_two_questions_start_a_race_each(come: Callable[..., Visitor]) -> None:
     labels = "[...document.querySelectorAll('#lkr-choices label:has(:checked)')]"
     chosen = f"{labels}.map((label) => label.innerText.trim()).join()"
     me.page.click("[data-course=uneven]")
-    me.until(seen, "Static batching took ")
+    me.until(seen, "Static batching took 1.5 times as many steps as continuous batching: 62 rather than 42")
     me.until(f"{chosen} === it", "Uneven lengths,static,continuous")
     me.page.click("[data-course=pool]")
-    me.until(seen, "Of the memory that requests held, ")
+    me.until(seen, "Reserved memory took 1.4 times as many steps as paged memory: ")
     me.until(f"{chosen} === it", "A pool too small,continuous,reserved memory")
     box = me.page.locator(".lkr-verdict").bounding_box()
     last = me.page.locator(".lkr-track").last.bounding_box()
@@ -145,6 +145,7 @@ def test_the_third_question_says_what_a_request_costs_the_others(
     me.page.click("[role=tab]:has-text('Race')")
     me.page.click(".lk-questions [data-scenario=long]")
     me.until("document.querySelector('.lk-joined').textContent.includes('Since then each waits')")
+    assert me.page.url.endswith("?ask=joining")
     wait_for(lambda: lab.session.submissions._serial == 8 and not lab.session.live.busy)
     records = lab.session.live.records()
     me.until("lab.state.step === it", records[-1].step)
@@ -153,10 +154,17 @@ def test_the_third_question_says_what_a_request_costs_the_others(
     before = [r for r in records if r.step < read[0].step][-8:]
     assert {r.kinds for r in before} == {"dddddd"} and len(read) == 1
     said = me.page.inner_text(".lk-joined")
-    assert said.startswith(f"Request 6 joined 6 others in step {read[0].step}.")
+    assert said.startswith("One more request: each of the others waits ")
+    assert f"Request 6 joined 6 others in step {read[0].step}." in said
     assert f"Reading its prompt ({tokens} tokens) made that step " in said
     shown = re.search(r"instead of ([0-9.]+) ms", said)
-    usual = sorted(r.seconds for r in before)[4]
+    usual = sum(r.seconds for r in before) / len(before)
     assert shown and float(shown[1]) == pytest.approx(1000 * usual, rel=0.06)
-    me.look("lab.select({ request: '0' })")  # which joined nobody: the latest is told of
-    me.until("document.querySelector('.lk-joined').textContent.startsWith('When a request joins')")
+    gap, rate = re.search(
+        r"\(([0-9.]+) ms before\), and all together get [0-9.,]+ tokens/s \(([0-9.,]+) ", said
+    ).groups()
+    pace = float(rate.replace(",", ""))
+    assert pace * float(gap) / 1000 == pytest.approx(6, rel=0.1), "gap and rate are of the same steps"
+    me.look("lab.select({ request: '0' })")  # which joined nobody: what was said stays
+    me.until("lab.state.selected.request === '0'")
+    assert "joined" in me.page.inner_text(".lk-joined")

@@ -117,7 +117,7 @@ def test_a_page_shows_owners_and_tokens(come: Callable[..., Visitor], lab: Lab) 
     me.until("lab.state.owners.size === 0")
     me.page.mouse.click(*me.look(SQUARE, block))
     me.until("document.querySelector('.lk-step-lead').textContent.startsWith('Only cached')")
-    assert f"Held last by request {request_id}, as block 1" in me.page.inner_text(".lk-step-lead")
+    assert f"Held last by request {request_id}, as page 1 of its table" in me.page.inner_text(".lk-step-lead")
 
 
 def test_a_request_that_waits_says_why_with_numbers(come: Callable[..., Visitor], lab: Lab) -> None:
@@ -196,7 +196,7 @@ def test_drafts_are_shown_where_an_engine_speculates(come: Callable[..., Visitor
     me.until("lab.state.speculative === 'ngram'")
     assert lab.settings["speculative"] == "ngram"
     assert me.page.locator(".lk-drafts:visible").count() == 2
-    assert me.page.inner_text(".lk-facts").endswith("n-gram drafts")
+    assert "n-gram drafts" in me.page.inner_text(".lk-facts")
     assert me.page.inner_text("[data-number=drafts] dd") == "\u2013"
     me.page.click(".lk-what >> text=Prompt")
     me.finished(me.inject("again and again and again and again and again and again", max_tokens=40))

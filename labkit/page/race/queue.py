@@ -15,6 +15,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from labkit.page.race.explain import verdict
+from labkit.page.race.noise import noise
+from labkit.page.race.recorded import recorded
 from labkit.page.race.run import MAX_SETTINGS, Progress, Race, RaceCancelled, RaceError, Result, run_race
 from labkit.page.race.workloads import COURSES, SETTINGS, WORDS
 from labkit.trace.trace import Trace
@@ -49,6 +51,8 @@ class RaceTrack:
         self._heard = self._began = 0.0
         self._stop = False
         self._progress: Progress | None = None
+        self._course, self._settings = "", list[str]()  # of the race under way
+        self._running: dict[str, Trace] = {}  # its traces, by setting; the last one grows
         self._title = ""
         self._failure: tuple[str, str] = ("", "")  # whose race failed, and why
         self._races: OrderedDict[int, tuple[Race, dict[str, Any]]] = OrderedDict()
@@ -77,6 +81,7 @@ class RaceTrack:
             self._owner = owner = secrets.token_hex(8)
             self._heard = self._began = time.monotonic()
             self._stop, self._progress = False, None
+            self._course, self._settings, self._running = course, chosen, {}
             self._title, self._failure = COURSES[course].title, ("", "")
         threading.Thread(target=self._run, args=(owner, course, chosen), name="race", daemon=True).start()
         return owner
@@ -90,6 +95,7 @@ class RaceTrack:
                 [SETTINGS[name] for name in names],
                 progress=self._advance,
                 cancelled=self._stopped,
+                watch=self._running.__setitem__,
             )
             self._finish(race, course)
         except RaceCancelled as error:
@@ -151,6 +157,25 @@ class RaceTrack:
                 "race": self._count if self._count in self._races else 0,
             }
 
+    def lanes(self) -> dict[str, Any]:
+        """What the race under way has drawn so far, for the browser, and who does what in a recorded one.
+
+        Each setting has "data", None before it begins. The "recorded" data are None for a workload that
+        depends on what the model answers, and for settings that nobody has recorded.
+        """
+        with self._lock:
+            if not self._owner:
+                return {"tracks": []}
+            course, settings, traces = self._course, list(self._settings), dict(self._running)
+        known = recorded().get(course, {})
+        tracks = []
+        for name in settings:
+            trace = traces.get(name)
+            data = None if trace is None else replay_data.pack(Trace(trace.meta, list(trace.records)))
+            words = WORDS.get(name, "")
+            tracks.append({"name": name, "words": words, "data": data, "recorded": known.get(name)})
+        return {"title": COURSES[course].title, "tracks": tracks}
+
     def _left(self) -> float | None:
         """Seconds that the race may still take at its speed so far; None while it is too early to say."""
         share = self._progress.share if self._owner and self._progress else 0.0
@@ -203,8 +228,20 @@ _DRAFTS: tuple[tuple[str, Callable[[Result], float | None], str, int, str], ...]
 )
 
 
+_CLOCKED = ("Time", "Throughput", "First token", "First token, longest", "Between tokens", "Longest gap")
+
+
+def _is_best(own: float, known: Sequence[float], better: int, margin: float) -> bool:
+    """Whether a number is the best, and further from all that are not it than the margin, a share."""
+    others = [number for number in known if number != own]
+    if better < 0:
+        return all(own * (1 + margin) < number for number in others)
+    return all(own > number * (1 + margin) for number in others)
+
+
 def pack(race: Race, course: str) -> dict[str, Any]:
     """A race as the browser draws it: replay data, and numbers as text with the best of each marked."""
+    trust = noise(race.results)
     compared = _NUMBERS + (_DRAFTS if any(result.drafted for result in race.results) else ())
     values = [[value(result) for _, value, *_ in compared] for result in race.results]
     results = []
@@ -214,7 +251,8 @@ def pack(race: Race, course: str) -> dict[str, Any]:
             own, all_of_it = values[row][column], [line[column] for line in values]
             known = [number for number in all_of_it if number is not None]
             text = "-" if own is None else shown.format(own)
-            best = bool(better) and own is not None and own == (min(known) if better < 0 else max(known))
+            margin = trust if name in _CLOCKED else 0.0
+            best = bool(better) and own is not None and _is_best(own, known, better, margin)
             tie = len({shown.format(number) for number in known}) == 1
             numbers.append([name, text, best and not tie, hint])
         results.append(

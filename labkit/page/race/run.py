@@ -247,6 +247,7 @@ def run_race(
     *,
     progress: Callable[[Progress], object] | None = None,
     cancelled: Callable[[], bool] | None = None,
+    watch: Callable[[str, Trace], object] | None = None,
 ) -> Race:
     """Run all requests under each setting in turn, greedily, each to its full length.
 
@@ -256,6 +257,7 @@ def run_race(
         settings: two or three settings with different names.
         progress: a function that is called before the first step of each setting and after every step.
         cancelled: a function that is called before every step and says whether to stop.
+        watch: a function that is called when a setting begins, with its name and the trace that grows.
 
     Raises:
         ValueError: for impossible settings.
@@ -276,7 +278,10 @@ def run_race(
                 many = len(workload.entries)
                 progress(Progress(names[number], number, len(names), step, answered, many, min(1.0, share)))
 
-        results.append(_run(model, workload, setting, tell, stop))
+        engine = _engine(model, workload, setting)
+        if watch:
+            watch(setting.name, engine.trace)
+        results.append(_run(engine, workload, setting, tell, stop))
     return Race(workload, tuple(results))
 
 
@@ -316,13 +321,12 @@ def _warm_up(model: LoadedModel, workload: Workload, stop: Callable[[], bool]) -
 
 
 def _run(
-    model: LoadedModel,
+    engine: Engine,
     workload: Workload,
     setting: Setting,
     tell: Callable[[int, int, int], None],
     stop: Callable[[], bool],
 ) -> Result:
-    engine = _engine(model, workload, setting)
     order = sorted(range(len(workload.entries)), key=lambda i: _when(workload.entries[i]))
     due: dict[int, float] = {}
     answered = generated = step = 0

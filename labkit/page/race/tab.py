@@ -64,6 +64,9 @@ def build_race_tab(
     def stop(question: Any) -> str:
         return _answer(track.stop(_text(question, "owner")))
 
+    def lanes(question: Any) -> str:
+        return _answer(track.lanes())
+
     def race(question: Any) -> str:
         number = question.get("race") if isinstance(question, dict) else None
         return _answer(track.packed(number) if isinstance(number, int) else None)
@@ -91,7 +94,10 @@ def build_race_tab(
         chosen = name if name in results else next(iter(results))
         trace = results[chosen].trace
         which = gr.Dropdown(choices=list(results), value=chosen)
-        return which, views.batch_timeline(trace), views.throughput(trace)
+        rates = views.throughput(trace).update_traces(
+            line_shape="hv", selector={"type": "scatter"}
+        )  # a step is one: it has no slope
+        return which, views.batch_timeline(trace), rates
 
     bare: dict[str, Any] = {"apply_default_css": False, "padding": False}
     line = bare | {"html_template": "<p></p>", "js_on_load": _LINE}
@@ -115,15 +121,15 @@ def build_race_tab(
             look = gr.HTML(COURSES[first].look, elem_id="lkr-look", **line)
             meaning = gr.HTML(_meaning(COURSES[first].settings), elem_id="lkr-meaning", **line)
     refused = gr.HTML(elem_id="lkr-refused", **line | {"html_template": '<p role="alert"></p>'})
-    scripts = ("live_feed.js", "replay_data.js", "race.js")
+    scripts = ("live_feed.js", "replay_data.js", "race_live.js", "race.js")
     view = gr.HTML(
         html_template=f"<style>{asset('replay.css')}</style>{asset('race.html')}",
         js_on_load=script(*scripts) + _GLUE,
-        server_functions=[status, stop, race],
+        server_functions=[status, stop, lanes, race],
         elem_id="lkr-race",
         **bare,
     )
-    with gr.Accordion("Figures to zoom into", open=False, elem_id="lkr-figures"):
+    with gr.Accordion("Figures to zoom into", open=False, elem_id="lkr-figures") as figures:
         with gr.Row(equal_height=False):
             which = gr.Dropdown([], label="Setting", interactive=True, elem_id="lkr-which", min_width=200)
             again = gr.Button("Draw the latest race", elem_id="lkr-draw", min_width=160)
@@ -138,7 +144,7 @@ def build_race_tab(
         asked.click(partial(ask, name, names), None, chosen, **quick)
     settings.change(_meaning, settings, meaning, **quick)
     drawn: dict[str, Any] = {"inputs": which, "outputs": [which, timeline, rates], "concurrency_limit": 2}
-    again.click(draw, api_name=False, **drawn)
+    gr.on([figures.expand, again.click], draw, api_name=False, **drawn)
     which.input(draw, api_name=False, **drawn)
     return view
 

@@ -66,8 +66,18 @@ Object.assign(labkit, (() => {
       for (const id of gone) if (byId.has(id)) end(byId.get(id), "gone");
       for (const [id, card] of byId) if (!card.reason) explain(card, state, id);
       none.hidden = byId.size > 0;
+      tellPending(state, show);
       offer();
       evict();
+    }
+
+    // Requests without a row in the batch: no step has run since they came. They get one at once.
+    function tellPending(state, show) {
+      const none = [...byId.values()].filter(({ reason, item }) => !reason && !state.lanes.has(item.id)).reverse();
+      const pending = none.map(({ item }) => ({ request: item.id, label: item.label, color: item.color, prompt_tokens: 0 }));
+      if (pending.length === state.pending.length && pending.every(({ request }, i) => request === state.pending[i].request)) return;
+      state.pending = pending.reverse();
+      show.redraw();
     }
 
     function offer() {
@@ -160,6 +170,7 @@ Object.assign(labkit, (() => {
       card.reason = card.element.dataset.status = reason;
       card.status.textContent = ENDINGS[reason];
       if (card.cancel) card.cancel.remove();
+      if (card.text && !card.copy) card.head.append(card.copy = labkit.copyButton("Copy", () => card.text));
     }
 
     // Now it is known which cards are one's own.

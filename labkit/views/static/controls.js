@@ -36,9 +36,10 @@ Object.assign(labkit, (() => {
   function controls(root, scenarios, ask, say) {
     const left = document.querySelector("#lk-left"), tabs = [...root.querySelectorAll(".lk-what [role=tab]")];
     const list = root.querySelector(".lk-scenarios"), knobs = root.querySelector(".lk-knobs");
+    const all = root.querySelector(".lk-all"), undo = root.querySelector(".lk-undo"), reset = root.querySelector(".lk-reset");
     const question = root.querySelector(".lk-question"), apply = root.querySelector(".lk-apply");
     const inputs = new Map(), wanted = fromAddress(location.search);
-    let status = null, chosen = "", again = null, fresh = true;
+    let status = null, chosen = "", again = null, fresh = true, ready = () => {}, asked = false;
 
     // -- which panel ------------------------------------------------------------------------------
 
@@ -65,13 +66,19 @@ Object.assign(labkit, (() => {
 
     // -- asking the lab ---------------------------------------------------------------------------
 
+    // Who clicks before the lab has welcomed them does not click in vain.
+    let arrived = () => {};
+    const here = new Promise((resolve) => { arrived = resolve; });
+
     // Do it. If requests are under way, ask first what is to become of them.
     async function act(name, argument, running = "ask") {
       question.hidden = true;
+      await here;
       const answer = await ask(name, { ...argument, running });
       if (!answer) return say("No answer from the lab. Try again.");
       say(answer.error || answer.note || "");
       if (answer.error) return;
+      if (name === "play" && !answer.ask) collapse(argument.scenario);
       if (answer.ask) {
         again = (choice) => act(name, argument, choice);
         pose(`${labkit.count(answer.ask, "request")} ${answer.ask === 1 ? "is" : "are"} under way, perhaps of other people ` +
@@ -124,6 +131,20 @@ Object.assign(labkit, (() => {
       }
     }
 
+    // Once it plays, the others make room for the answers.
+    function collapse(name) {
+      choose(name);
+      list.classList.add("lk-collapsed");
+      all.hidden = false;
+      if (status && !asked) labkit.address.show(linkTo(scenarios.find((scenario) => scenario.name === name)));
+    }
+    all.addEventListener("click", () => {
+      list.classList.remove("lk-collapsed");
+      all.hidden = true;
+      choose("");
+      list.querySelector("button").focus();
+    });
+
     function start(name) {
       const settings = wanted.scenario === name ? wanted.settings : {};
       act("play", { scenario: name, settings });
@@ -132,6 +153,7 @@ Object.assign(labkit, (() => {
 
     // From elsewhere on the page.
     function play(name) {
+      asked = true; // by a question, which the address names
       turn("scenarios");
       choose(name);
       start(name);
@@ -144,9 +166,12 @@ Object.assign(labkit, (() => {
       open.addEventListener("click", () => choose(chosen === scenario.name ? "" : scenario.name));
       const button = part("button", "lk-play", "Play"), link = part("a", "lk-link", "Link to this");
       button.type = "button";
-      button.addEventListener("click", () => start(scenario.name));
+      button.addEventListener("click", () => {
+        asked = false;
+        start(scenario.name);
+      });
       const row = part("div", "lk-scenario-row");
-      row.append(button, link);
+      row.append(button, link, labkit.copyButton("Copy link", () => link.href));
       more.append(part("p", "lk-look", scenario.look), row);
       item.append(open, more);
       list.append(item);
@@ -167,7 +192,21 @@ Object.assign(labkit, (() => {
       if (typeof kind === "string") label.append(part("span", "lk-unit", kind));
       inputs.set(name, { input, kind });
       knobs.append(label);
-      input.addEventListener("input", () => { apply.disabled = !Object.keys(changed()).length || !status?.knobs; });
+      input.addEventListener("input", offer);
+    }
+
+    // Which buttons there is a use for.
+    function offer() {
+      const some = Object.keys(changed()).length > 0, moved = Object.keys(fromStart()).length > 0;
+      apply.disabled = !some || !status?.knobs;
+      undo.hidden = !some;
+      reset.hidden = !moved || !status?.knobs;
+    }
+
+    // The settings that the lab started with, where the engine has others.
+    function fromStart() {
+      const entries = Object.entries(status?.base ?? {}).filter(([name, value]) => status.settings[name] !== value);
+      return Object.fromEntries(entries);
     }
 
     function changed() {
@@ -190,14 +229,15 @@ Object.assign(labkit, (() => {
         if (kind === true) input.checked = settings[name];
         else input.value = value;
       }
-      apply.disabled = !Object.keys(changed()).length || !status.knobs;
+      offer();
     }
 
     root.querySelector(".lk-knob-form").addEventListener("submit", (event) => {
       event.preventDefault();
       act("change", { settings: changed() });
     });
-    root.querySelector(".lk-reset").addEventListener("click", () => fill(status.settings));
+    undo.addEventListener("click", () => fill(status.settings));
+    reset.addEventListener("click", () => act("change", { settings: fromStart() }));
 
     // -- what the lab says ------------------------------------------------------------------------
 
@@ -213,8 +253,11 @@ Object.assign(labkit, (() => {
         again = (choice) => act("change", { settings: status.pending }, choice);
         pose("The engine restarts with other settings as soon as what runs has finished.", ["now", "keep"]);
       } else if (question.querySelector('[data-choice="keep"]')) question.hidden = true;
-      if (fresh) followLink();
-      fresh = false;
+      if (fresh) {
+        fresh = false;
+        followLink();
+        ready();
+      }
     }
 
     function followLink() {
@@ -231,7 +274,7 @@ Object.assign(labkit, (() => {
     }
 
     turn("prompt");
-    return { show, turn, choose, play };
+    return { show, turn, choose, play, arrived, onReady: (act) => { ready = act; } };
   }
 
   return { controls, fromAddress };

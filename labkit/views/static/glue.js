@@ -65,11 +65,14 @@ function start() {
   let version = -1;
   const lab = {
     question: () => ({ settings: version }),
-    answer: (update) => {
+    answer: (update, state) => {
       if (!update.lab) return;
       version = update.lab.version;
       if (update.lab.problem) say(update.lab.problem);
       controls.show(update.lab);
+      const { settings, base } = update.lab;
+      state.changed = new Set(Object.keys(base).filter((name) => settings[name] !== base[name]));
+      labkit.tellFacts(state);
     },
   };
   const reveal = switcher();
@@ -83,6 +86,7 @@ function start() {
     cards.recognise();
     cards.rename();
     host?.claim();
+    controls.arrived();
   }
 
   function welcome() {
@@ -96,8 +100,11 @@ function start() {
   attend(panel, greet);
   for (const event of ["click", "keydown"]) document.querySelector("#lk-page").addEventListener(event, panel.hurry);
   const header = document.querySelector(".lk-questions");
-  if (header) labkit.questions(header, controls.play);
-  element.labkit = { ...panel, ...labkit, visitor: () => me.visitor };
+  const questions = header && labkit.questions(header, controls.play);
+  labkit.address.followTabs();
+  const tour = labkit.tour({ panel, cards, controls });
+  controls.onReady(() => questions?.fromAddress());
+  element.labkit = { ...panel, ...labkit, tour, visitor: () => me.visitor };
 }
 
 // Say that one is here, now and then, and more often after a gap: the lab may have given this page up meanwhile, or be

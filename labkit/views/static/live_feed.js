@@ -26,7 +26,7 @@ const labkit = (() => {
   function createState() {
     return { feed: "", step: -1, meta: null, speculative: "", palette: [], window: 200, tables: [], owners: new Map(),
              cached: new Uint8Array(0), lanes: new Map(), steps: [], events: [], queue: [], held: new Map(),
-             numbers: {}, busy: false, plan: null, past: null, mine: new Set(), hover: {}, selected: {}, drawn: -1, frames: 0 };
+             numbers: {}, busy: false, plan: null, past: null, mine: new Set(), pending: [], hover: {}, selected: {}, drawn: -1, frames: 0 };
   }
 
   // Take in all pictures (`full`), or what is new since the last ones. Returns whether there was anything new.
@@ -245,6 +245,7 @@ const labkit = (() => {
         outline(ctx, x - 1, y - 1, box + 2, box + 2, theme.ink, 2);
       }
     }
+    labkit.drawLanded?.(ctx, state, theme, grid); // a replay does without
   }
 
   // What is about to be: a dashed frame.
@@ -302,7 +303,7 @@ const labkit = (() => {
   // -- the clock: steps from left to right, the same in timeline and meters -------------------------
 
   function clock(state, width) {
-    const room = width - GUTTER - RIGHT, last = state.plan ? state.plan.step : state.step;
+    const room = width - GUTTER - RIGHT, last = state.plan ? state.plan.step : state.step + (state.pending.length ? 1 : 0);
     const oldest = state.steps.length ? state.steps[0].step : 0;
     const most = Math.min(state.window, Math.max(60, Math.floor(room / 3.5)));
     const count = Math.max(60, Math.min(most, last - oldest + 1));
@@ -328,7 +329,7 @@ const labkit = (() => {
   // The lanes to show, by arrival. When they are too many, those that only wait give way first.
   function laneRows(state, width, height) {
     const { first } = clock(state, width), room = height - AXIS;
-    const lanes = [...state.lanes.values()].filter((lane) => lane.ended < 0 || lane.ended >= first);
+    const lanes = [...state.lanes.values()].filter((lane) => lane.ended < 0 || lane.ended >= first).concat(labkit.pendingLanes?.(state) ?? []);
     const most = Math.max(1, Math.floor(room / 6));
     let shown = lanes;
     if (lanes.length > most) {
@@ -378,7 +379,14 @@ const labkit = (() => {
       const first = Math.max(span.first, time.first), x = time.x(first);
       drawSpan(ctx, theme, span.kind, color, x, y, (span.last - first + 1) * time.pitch, height, shareOf(span));
     }
-    if (lane.ended >= time.first) box(ctx, time.x(lane.ended + 1) - 1, y, 2, height, theme.ink);
+    if (lane.ended >= time.first) drawEnd(ctx, theme, time.x(lane.ended + 1), y, height);
+  }
+
+  // A small square where a request ends, as in the figures.
+  function drawEnd(ctx, theme, x, y, height) {
+    const size = Math.min(7, height), left = x - size / 2, top = y + (height - size) / 2;
+    box(ctx, left, top, size, size, theme.paper);
+    outline(ctx, left, top, size, size, theme.ink, Math.min(1.25, size / 2));
   }
 
   // What a request will do in the next step: its shape, pale, in a dashed frame.
@@ -391,8 +399,7 @@ const labkit = (() => {
   }
 
   // The shape says what: a block for prefill, hatched for a chunk, a bar for decode, hollow for idle, dots
-  // for waiting, a cross for a preemption, stripes along a bar for drafts, as solid as the share that was `accepted`.
-  // The colour says whose.
+  // for waiting, a cross for a preemption, stripes along a bar for drafts, as solid as the share that was `accepted`; the colour, whose.
   function drawSpan(ctx, theme, kind, color, x, y, width, height, accepted) {
     const middle = y + height / 2;
     if (kind === "p") box(ctx, x, y, Math.max(2, width - 0.5), height, color);
@@ -402,24 +409,20 @@ const labkit = (() => {
     } else if (kind === "d") {
       box(ctx, x, y + height * 0.3, width, Math.max(1.5, height * 0.4), color);
       if (accepted !== undefined) drawDrafts(ctx, color, x, y, width, height, accepted);
-    } else if (kind === "drafts") {
-      drawSpan(ctx, theme, "d", color, x, y, width, height, 0.5); // in a legend
-    } else if (kind === "i") {
+    } else if (kind === "drafts") drawSpan(ctx, theme, "d", color, x, y, width, height, 0.5); // in a legend
+    else if (kind === "i") {
       box(ctx, x, y + height * 0.3, width, 1, color);
       box(ctx, x, y + height * 0.7, width, 1, color);
     } else if (kind === "w") {
       for (let dot = x + 1; dot < x + width - 1; dot += 4) box(ctx, dot, middle - 0.75, 1.5, 1.5, theme.waiting);
-    } else if (kind === "e") {
-      box(ctx, x + width / 2 - 1, y, 2, height, theme.ink); // in a legend
-    } else if (kind === "x") {
+    } else if (kind === "e") drawEnd(ctx, theme, x + width / 2, y, height); // in a legend
+    else if (kind === "x") {
       const arm = Math.min(4, height / 2), center = x + width / 2;
       ctx.strokeStyle = theme.ink;
       ctx.lineWidth = 1.5;
       ctx.beginPath();
-      ctx.moveTo(center - arm, middle - arm);
-      ctx.lineTo(center + arm, middle + arm);
-      ctx.moveTo(center - arm, middle + arm);
-      ctx.lineTo(center + arm, middle - arm);
+      ctx.moveTo(center - arm, middle - arm), ctx.lineTo(center + arm, middle + arm);
+      ctx.moveTo(center - arm, middle + arm), ctx.lineTo(center + arm, middle - arm);
       ctx.stroke();
     }
   }
@@ -441,7 +444,7 @@ const labkit = (() => {
     return y < height - AXIS ? rows.shown[Math.floor(y / rows.pitch)] : undefined;
   }
 
-  return { GUTTER, RIGHT, read, createState, apply, lookBack, lookAhead, themeOf, context, blocksHeight, drawBlocks, drawBlock,
-           drawTimeline, drawSpan, promise, clock, crosshair, box, text, hatch, blockAt, stepAt, laneAt, blockKind, isCached,
-           ownersAt, focusOf, colorOf, latest, shareOf, draftWords, shown, outline };
+  return { GUTTER, RIGHT, read, createState, apply, lookBack, lookAhead, themeOf, context, blocksHeight, drawBlocks, drawBlock, blockGrid, laneRows,
+           drawTimeline, drawSpan, drawEnd, promise, clock, crosshair, box, text, hatch, blockAt, stepAt, laneAt, blockKind, isCached, ownersAt,
+           focusOf, colorOf, latest, shareOf, draftWords, shown, outline };
 })();

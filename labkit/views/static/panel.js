@@ -153,7 +153,7 @@ Object.assign(labkit, (() => {
     function show(clock) {
       if (!clock) return;
       Object.assign(live, clock);
-      pause.textContent = live.paused ? pause.dataset.resume || "Resume" : "Pause";
+      pause.textContent = live.paused ? "Run" : "Pause";
       pause.setAttribute("aria-pressed", String(live.paused));
       root.classList.toggle("lk-paused", live.paused);
       who.textContent = live.paused && live.by ? `by ${live.by}` : "";
@@ -203,10 +203,14 @@ Object.assign(labkit, (() => {
     }
     notice.querySelector("button").addEventListener("click", () => select({}));
 
-    // Say what the selected request, or the latest, cost those that it joined.
+    // Say what the selected request cost those that it joined; else what the latest one cost that joined others. What
+    // was said stays until there is something else to say, or another engine.
+    let told = "";
     function tell() {
-      const words = labkit.joinWords(state, state.selected.request) || effect.dataset.none;
-      if (effect.textContent !== words) effect.textContent = words;
+      if (told !== state.feed) effect.textContent = effect.dataset.none;
+      told = state.feed;
+      const words = (state.selected.request && labkit.joinWords(state, state.selected.request)) || labkit.joinWords(state);
+      if (words && effect.textContent !== words) effect.textContent = words;
     }
 
     // Say the tokens of a block, a moment after the pointer comes to rest on it.
@@ -264,6 +268,7 @@ Object.assign(labkit, (() => {
     Object.assign(live, { toggle: clock.toggle, step: clock.step });
     const side = sidePanel ? sidePanel(state, hooks) : { update() {}, reveal() {} };
     const chosen = selection(root, ask, state, live, show, side, within);
+    const fly = labkit.flights(show.canvases);
     show.select = hooks.select;
     const line = root.querySelector(".lk-summary"), spoken = root.querySelector(".lk-spoken");
     const numbers = [...root.querySelectorAll("[data-number]")];
@@ -271,14 +276,14 @@ Object.assign(labkit, (() => {
     let paused = false, said = 0, timer = 0, asking = false, eagerUntil = 0, following = Boolean(stream);
 
     function take(update) {
-      const { feed } = state, { pictures, plan } = update, before = state.plan?.key ?? 0;
+      const { feed, tables } = state, { pictures, plan } = update, before = state.plan?.key ?? 0;
       const fresh = labkit.apply(state, pictures);
+      if (fresh) labkit.land(state, pictures.full ? [] : tables);
       clock.show(update.live);
       if (plan.key !== before && (plan.plan || !plan.key)) labkit.lookAhead(state, plan.key, plan.plan);
       const planned = (state.plan?.key ?? 0) !== before;
       if (pictures.full) {
-        const settings = labkit.settings(state.meta, state.speculative);
-        for (const facts of within.querySelectorAll(".lk-facts")) facts.textContent = settings;
+        tellFacts(state, within);
         root.querySelector(".lk-squares").textContent = labkit.squareWords(state);
         root.classList.toggle("lk-drafting", Boolean(state.speculative));
         show.restyle();
@@ -302,6 +307,7 @@ Object.assign(labkit, (() => {
         said = Date.now();
       }
       chosen.refresh();
+      if (fresh && !pictures.full) fly(state, state.palette);
     }
 
     // One question at a time. The longer an answer takes, the longer the pause: a busy lab is asked less.
@@ -363,5 +369,15 @@ Object.assign(labkit, (() => {
     return { state, live, show, hurry, select: hooks.select, onReturn: (listener) => returns.push(listener) };
   }
 
-  return { mount };
+  // What the engine runs with, in a line: what was changed since the lab started stands out.
+  function tellFacts(state, within = document) {
+    const parts = labkit.settings(state.meta, state.speculative, state.changed).map(([words, changed]) => {
+      return Object.assign(document.createElement(changed ? "b" : "span"), { textContent: words });
+    });
+    for (const facts of within.querySelectorAll(".lk-facts")) {
+      facts.replaceChildren(...parts.flatMap((made, i) => (i ? [" \u00b7 ", made.cloneNode(true)] : [made.cloneNode(true)])));
+    }
+  }
+
+  return { mount, tellFacts };
 })());

@@ -1,14 +1,14 @@
 // A race on one clock: a track for each setting, and a card with its result. `ask(name, argument)` reaches the lab.
 // The page that starts a race is given a secret, which proves that it did.
 Object.assign(labkit, (() => {
-  const AXIS = 18, MEMORY = 28, LANE = 10;
-  const { el } = labkit;
+  const { axis: AXIS, memory: MEMORY, lane: LANE } = labkit.TRACK, { el } = labkit;
 
   function race(root, ask) {
     const find = (selector) => root.querySelector(selector);
     const scrub = find(".lkr-scrub"), state = labkit.createState();
-    let shown = 0, tracks = [], now = Infinity, playing = 0, theme = null, unit = "seconds", status = null;
+    let shown = 0, tracks = [], now = Infinity, playing = 0, theme = null, unit = "steps", status = null;
     let owner = "", timer = 0, asking = false;
+    const live = labkit.liveRace(root);
 
     // -- the race under way -----------------------------------------------------------------------
 
@@ -47,11 +47,16 @@ Object.assign(labkit, (() => {
         const left = status.left == null ? "" : `, about ${Math.max(1, Math.round(status.left))} s left`;
         find(".lkr-words").textContent = `${whose}${status.title}: ${which || "warming up"}${left}`;
         find(".lkr-progress").value = progress ? progress.share : 0;
+        const drawn = root.clientWidth ? await ask("lanes", {}) : null;
+        if (drawn) live.show(drawn);
       }
+      find(".lkr-live").hidden = !status.running;
       if (status.race && status.race !== shown) {
         const packed = await ask("race", { race: status.race });
-        if (packed?.results) show(packed);
+        if (packed?.results) show(packed, live.end());
       }
+      if (!status.running) live.end();
+      find(".lkr-shown").hidden = !shown || status.running;
       find(".lkr-empty").hidden = Boolean(shown) || status.running;
     }
 
@@ -63,11 +68,12 @@ Object.assign(labkit, (() => {
 
     // -- what came of it --------------------------------------------------------------------------
 
-    function show(packed) {
+    // `watched`: it was drawn while it ran, so that nobody waits to see it played.
+    function show(packed, watched) {
       shown = packed.race;
       tracks = packed.results.map((result) => ({ ...result, data: labkit.unpack(result.data) }));
       Object.assign(state, { meta: tracks[0].data.meta, palette: tracks[0].data.palette });
-      find(".lkr-shown").hidden = false;
+      find(".lkr-shown").hidden = status.running;
       const known = document.querySelector("#lkr-look p")?.textContent === packed.look;
       find(".lkr-title").textContent = known ? packed.title : `${packed.title}. ${packed.look}`;
       const check = find(".lkr-check");
@@ -78,12 +84,12 @@ Object.assign(labkit, (() => {
         return line;
       }));
       check.dataset.check = packed.check.same ? "same" : packed.check.fault ? "fault" : "differs";
-      find(".lkr-tracks").replaceChildren(...tracks.map(trackOf));
+      find(".lkr-shown .lkr-tracks").replaceChildren(...tracks.map(trackOf));
       find(".lkr-cards").replaceChildren(...tracks.map(cardOf));
       root.classList.toggle("lkr-drafting", tracks.some(({ data }) => data.drafting));
       theme = null;
       requestAnimationFrame(again); // the legend, too
-      if (matchMedia("(prefers-reduced-motion: reduce)").matches) go(length());
+      if (watched || matchMedia("(prefers-reduced-motion: reduce)").matches) go(length());
       else play(true);
     }
 
@@ -215,7 +221,7 @@ Object.assign(labkit, (() => {
       }
     }
     const again = () => { if (tracks.length && root.clientWidth) { theme = labkit.themeOf(root, state); swatches(); paint(); } };
-    new ResizeObserver(again).observe(find(".lkr-tracks"));
+    new ResizeObserver(again).observe(find(".lkr-shown .lkr-tracks"));
     const dark = () => document.body.classList.contains("dark");
     let was = dark();
     new MutationObserver(() => { if (dark() !== was) { was = dark(); again(); } })

@@ -49,11 +49,11 @@ Object.assign(labkit, (() => {
     return low - 1;
   }
 
-  // Draw in `area`, in pixels, the part of the clock that `view` names. What is later than `now` is faint.
-  function drawLanes(ctx, data, theme, clock, area, view, { now = Infinity, focus, rows } = {}) {
+  // Draw in `area`, in pixels, the part of the clock that `view` names. What is later than `now` is `faint`.
+  function drawLanes(ctx, data, theme, clock, area, view, { now = Infinity, focus, rows, faint = 0.18 } = {}) {
     const scale = area.width / (view.to - view.from), x = (time) => area.left + (time - view.from) * scale;
     const cut = Math.max(area.left, Math.min(area.left + area.width, x(now)));
-    const parts = [[area.left, cut, 1], [cut, area.left + area.width, 0.18]];
+    const parts = [[area.left, cut, 1], [cut, area.left + area.width, faint]];
     for (const [from, to, alpha] of parts) {
       if (to <= from) continue;
       ctx.save();
@@ -77,12 +77,12 @@ Object.assign(labkit, (() => {
       const left = x(Math.max(begin, view.from)), right = x(Math.min(end, view.to));
       labkit.drawSpan(ctx, theme, kind, color, left, y, Math.max(1, right - left), height, labkit.shareOf(span));
     }
-    for (const { at } of lane.ends) labkit.box(ctx, x(clock.end(at)) - 1, y, 2, height, theme.ink);
+    for (const { at } of lane.ends) labkit.drawEnd(ctx, theme, x(clock.end(at)), y, height);
   }
 
   // Draw memory during each step: solid where tokens lie, hatched where blocks are owned but empty. The area is
   // as high as `top` of the pool.
-  function drawMemory(ctx, data, theme, clock, area, view, { now = Infinity, top = 1 } = {}) {
+  function drawMemory(ctx, data, theme, clock, area, view, { now = Infinity, top = 1, faint = 0.18 } = {}) {
     const { owned, filled } = data.steps, { num_blocks: blocks, block_size: size } = data.meta;
     const scale = area.width / (view.to - view.from), floor = area.top + area.height;
     const first = Math.max(0, stepAtTime(data, clock, view.from)), bars = new Map();
@@ -93,7 +93,7 @@ Object.assign(labkit, (() => {
       bars.set(column, { i, from, to: Math.max(to, from + 1) });
     }
     for (const { i, from, to } of bars.values()) {
-      ctx.globalAlpha = clock.begin(i) > now ? 0.18 : 1;
+      ctx.globalAlpha = clock.begin(i) > now ? faint : 1;
       const tall = area.height / top, solid = (tall * filled[i]) / (blocks * size), all = (tall * owned[i]) / blocks;
       labkit.box(ctx, from, floor - all, to - from, all - solid, labkit.hatch(ctx, theme, theme.muted));
       labkit.box(ctx, from, floor - solid, to - from, solid, theme.usage);
@@ -129,6 +129,8 @@ Object.assign(labkit, (() => {
     return { rows: lanes.filter((lane) => chosen.has(lane)), hidden: lanes.length - chosen.size };
   }
 
+  const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
+
   const el = (name, className, words) => {
     const made = document.createElement(name);
     if (className) made.className = className;
@@ -136,5 +138,5 @@ Object.assign(labkit, (() => {
     return made;
   };
 
-  return { unpack, clockOf, stepAtTime, drawLanes, drawMemory, drawAxis, lanesIn, el };
+  return { unpack, clockOf, stepAtTime, drawLanes, drawMemory, drawAxis, lanesIn, el, count };
 })());

@@ -102,7 +102,7 @@ Object.assign(labkit, (() => {
 
     function showBlock(facts) {
       title.textContent = `Page ${facts.block}`;
-      const owned = facts.owners.length, last = facts.last && `request ${facts.last.request}, as block ${facts.last.position}`;
+      const owned = facts.owners.length, last = facts.last && `request ${facts.last.request}, as page ${facts.last.position} of its table`;
       lead.textContent = owned > 1 ? `Shared by ${owned} requests: they begin with the same tokens.`
         : owned ? `Owned by one request.${facts.cached ? " It is full, and in the prefix cache." : ""}`
         : facts.cached ? `Only cached: free to take, but its tokens are still known. Held last by ${last || "nobody"}.`

@@ -65,7 +65,6 @@ function render({ model, el }) {
 
   find(".lk-clock").setAttribute("aria-label", "Clock of the engine");
   Object.assign(find(".lk-pause"), { title: "Runs until nothing is left to do, or stops before the next step (space)" });
-  find(".lk-pause").dataset.resume = "Run";
   find(".lk-summary").textContent = "Waiting for the kernel …";
   find(".lk-picture .lk-empty").textContent = "Nothing has run yet. Inject a prompt: each request gets a row here, with "
     + "a block while its prompt is read, then a bar with one token in each step.";

@@ -2,14 +2,20 @@
 Object.assign(labkit, (() => {
   const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 
-  // What the engine runs with, in a line.
-  function settings(meta, speculative) {
-    const pool = `${count(meta.num_blocks, "page")} of ${count(meta.block_size, "token")}`;
-    const budget = `${count(meta.max_num_batched_tokens, "token")} a step`;
+  // What the engine runs with: words, and whether that was changed since the lab started. Where the `changed` settings
+  // are known, the scheduler stands first and they come next.
+  function settings(meta, speculative, changed = null) {
     const where = meta.dtype && `${meta.dtype} on ${meta.device}`;
     const drafts = { ngram: "n-gram drafts", draft: "drafts of a model" }[speculative];
-    const facts = [meta.model, where, pool, count(meta.max_num_seqs, "seat"), budget, meta.scheduler, drafts];
-    return facts.filter(Boolean).join(" · ");
+    const facts = [
+      ["", meta.model], ["", where], ["kv_policy", changed?.has("kv_policy") && `${meta.kv_policy} memory`],
+      ["num_blocks", `${count(meta.num_blocks, "page")} of ${count(meta.block_size, "token")}`],
+      ["max_num_seqs", count(meta.max_num_seqs, "seat")], ["max_num_batched_tokens", `${count(meta.max_num_batched_tokens, "token")} a step`],
+      ["scheduler", meta.scheduler], ["speculative", drafts],
+    ].filter(([, words]) => words);
+    const isChanged = ([name]) => Boolean(changed?.has(name) || (name === "num_blocks" && changed?.has("block_size")));
+    const rank = (fact) => (!changed ? 0 : fact[0] === "scheduler" ? 0 : isChanged(fact) ? 1 : 2);
+    return facts.sort((one, other) => rank(one) - rank(other)).map((fact) => [fact[1], isChanged(fact)]);
   }
 
   // The pictures in a sentence or two, for people who do not see them.
@@ -32,9 +38,9 @@ Object.assign(labkit, (() => {
   function blockWords(state, block, tokens = null) {
     const kind = labkit.blockKind(state, block), owners = labkit.ownersAt(state, block);
     const size = state.meta.block_size, next = state.past ? undefined : state.plan?.taken.get(block);
-    const lines = [`Block ${block}: ${kind === "cached" ? "cached and free" : kind}`];
+    const lines = [`Page ${block}: ${kind === "cached" ? "cached and free" : kind}`];
     for (const { request, position } of owners.slice(0, 6)) {
-      lines.push(`request ${request}, block ${position} of its table`);
+      lines.push(`request ${request}, page ${position} of its block table`);
     }
     if (owners.length > 6) lines.push(`and ${count(owners.length - 6, "more request")}`);
     const filled = Math.max(0, ...owners.map((owner) => owner.filled));
@@ -135,8 +141,6 @@ Object.assign(labkit, (() => {
 
   const seconds = (value) => (value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(1)} s`);
 
-  const median = (values) => [...values].sort((a, b) => a - b)[values.length >> 1];
-
   // What it cost the others that a request (without `id`, the latest) joined a running batch: from the steps before it
   // came, those in which its prompt was read, and those since. "" if it joined no others, or too little is known.
   function joinWords(state, id) {
@@ -173,16 +177,24 @@ Object.assign(labkit, (() => {
     if (before.length < 3 || others < 1) return "";
     const during = steps.filter((row) => row.step >= start.first && row.step <= end);
     const after = steps.findIndex((row) => row.step > end), since = after < 0 ? [] : calm(after, 1);
+    // Gap and rate are of the same steps: the mean seconds of a step, and its tokens over that.
+    const total = (rows, field) => rows.reduce((sum, row) => sum + row[field], 0);
+    const gap = (rows) => total(rows, "seconds") / rows.length, rate = (rows) => total(rows, "sampled") / total(rows, "seconds");
     const exact = (value) => (value < 0.01 ? `${(1000 * value).toPrecision(2)} ms` : seconds(value));
-    const length = (rows) => exact(median(rows.map((row) => row.seconds)));
-    const rate = (rows) => labkit.short(rows.reduce((sum, row) => sum + row.sampled, 0) / rows.reduce((sum, row) => sum + row.seconds, 0));
-    const tokens = parts.reduce((sum, span) => sum + span.tokens, 0);
-    const took = during.length > 1 ? `took ${during.length} steps, of ${length(during)} each` : `made that step ${length(during)} long`;
-    const story = `Request ${lane.request} joined ${count(others, "other")} in step ${start.first}. Reading its prompt (${count(tokens, "token")}) `
-      + `${took}, instead of ${length(before)}.`;
+    const tokens = parts.reduce((sum, span) => sum + span.tokens, 0), whose = `its prompt (${count(tokens, "token")})`;
+    const took = during.length > 1 ? `took ${during.length} steps, of ${exact(gap(during))} each` : `made that step ${exact(gap(during))} long`;
+    const story = `Request ${lane.request} joined ${count(others, "other")} in step ${start.first}. Reading ${whose} ${took}, instead of ${exact(gap(before))}.`;
     if (since.length < 3) return story;
-    return `${story} Since then each waits ${length(since)} for a token (${length(before)} before), and all together `
-      + `get ${rate(since)} tokens/s (${rate(before)} before).`;
+    return `${verdict(gap(since) / gap(before), rate(since) / rate(before))} ${story} Since then each waits ${exact(gap(since))} for a token `
+      + `(${exact(gap(before))} before), and all together get ${labkit.short(rate(since))} tokens/s (${labkit.short(rate(before))} before).`;
+  }
+
+  // The cost of one more request in a sentence, from two ratios: of what each waits for a token, and of all tokens.
+  function verdict(wait, pace) {
+    const alike = (ratio) => Math.abs(ratio - 1) < 0.1; // what steps of one size differ by
+    const waits = alike(wait) ? "as long as before" : wait > 1 ? `${wait.toFixed(1)} times as long` : "less than before";
+    const gets = alike(pace) ? "as many tokens a second" : `${pace.toFixed(1)} times as many tokens a second`;
+    return `One more request: each of the others waits ${waits} for a token, and all together get ${gets}.`;
   }
 
   // The numbers beside the pictures, as text by name; "–" where nothing was measured.

@@ -20,7 +20,9 @@ class SlowRace:
         self.error = error or RaceError("static: no")
         monkeypatch.setattr(queue, "run_race", self)
 
-    def __call__(self, *_: Any, progress: Callable[[Progress], None], cancelled: Callable[[], bool]) -> None:
+    def __call__(
+        self, *_: Any, progress: Callable[[Progress], None], cancelled: Callable[[], bool], **__: Any
+    ) -> None:
         progress(Progress("static", 1, 3, 17, 5, 12, 0.4))
         while not self.go.wait(0.01):
             if cancelled():

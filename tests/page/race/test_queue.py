@@ -83,6 +83,36 @@ def test_one_at_a_time_and_the_others_are_told_how_far_it_is(
     assert track.status(me)["race"] == 0 and track.packed(0) is None and track.latest() is None
 
 
+def test_lanes_are_told_from_the_first_step(track: RaceTrack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a race runs, each setting has what it has drawn so far, and what a recorded race has drawn."""
+    seen = []
+    monkeypatch.setattr(
+        track, "_advance", lambda progress: seen.append(json.loads(json.dumps(track.lanes())))
+    )
+    assert track.lanes() == {"tracks": []}
+    me = track.start("uneven", THREE)
+    wait_for(lambda: not track.status(me)["running"])
+    assert track.lanes() == {"tracks": []}
+    steps = [
+        [len(t["data"]["steps"]["step"]) if t["data"] else None for t in told["tracks"]] for told in seen
+    ]
+    race = track.latest()
+    lengths = [result.steps for result in race.results]
+    assert steps[:2] == [[0, None, None], [1, None, None]], "before the first step, and after it"
+    assert (
+        sorted(steps, key=lambda counts: [count or 0 for count in counts]) == steps and steps[-1] == lengths
+    )
+    assert [track["name"] for track in seen[0]["tracks"]] == THREE
+    assert [len(track["recorded"]["steps"]["step"]) for track in seen[0]["tracks"]] == lengths
+    assert all(told["title"] == "Uneven lengths" for told in seen)
+
+
+def test_what_was_not_recorded_is_drawn_without(track: RaceTrack, monkeypatch: pytest.MonkeyPatch) -> None:
+    SlowRace(monkeypatch)
+    track.start("copy", list(COURSES["copy"].settings))
+    assert [told["recorded"] for told in track.lanes()["tracks"]] == [None, None]
+
+
 def test_its_starter_stops_it(track: RaceTrack, monkeypatch: pytest.MonkeyPatch) -> None:
     SlowRace(monkeypatch)
     me = track.start("uneven", THREE)
