@@ -38,7 +38,10 @@ class ModelConfig:
         device: "auto" is cuda if there is one, else the CPU.
         quantization: None, or "int8" for 8-bit weights and activations.
         fused_projections: whether queries, keys and values are one product, and likewise gate and up.
-        packed_weights: whether fp32 weights are laid out for this CPU once, when they are loaded.
+        packed_weights: whether weights are laid out for this CPU once, when they are loaded.
+        cpu_kernels: whether a CPU uses kernels of our own between the products, which a C++ compiler makes
+            once; it has no effect on a GPU, in fp16, on a model that `transformers` runs, or where there is
+            no compiler.
 
     Raises:
         ValueError: for a value that cannot work; the message names the field and the limit.
@@ -50,10 +53,11 @@ class ModelConfig:
     quantization: Literal["int8"] | None = None
     fused_projections: bool = True
     packed_weights: bool = True
+    cpu_kernels: bool = True
 
     def __post_init__(self) -> None:
         _check_choice("quantization", self.quantization, (None, *QUANTIZATIONS))
-        for name in ("fused_projections", "packed_weights"):
+        for name in ("fused_projections", "packed_weights", "cpu_kernels"):
             check_flag(name, getattr(self, name))
 
 
@@ -62,7 +66,8 @@ class EngineConfig(ModelConfig):
     """How to build an engine: a model, as in `ModelConfig`, and what runs it.
 
     Args:
-        model, dtype, device, quantization, fused_projections, packed_weights: what `ModelConfig` says.
+        model, dtype, device, quantization, fused_projections, packed_weights, cpu_kernels: what `ModelConfig`
+            says.
         block_size: the number of tokens in a block of the KV cache.
         num_blocks: the number of blocks in the pool; None sizes it from the memory that is free.
         max_model_len: the longest prompt and answer together, in tokens; None takes the model's own limit,

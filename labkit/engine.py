@@ -396,5 +396,6 @@ def _model_of(config: EngineConfig, say: Say | None) -> LoadedModel:
         quantization=config.quantization,
         fused_projections=config.fused_projections,
         packed_weights=config.packed_weights,
+        cpu_kernels=config.cpu_kernels,
         say=say,
     )

@@ -293,6 +293,7 @@ def _no_twin(config: EngineConfig, out: Command) -> None:
         same["packed_weights"] = "its kernels lay weights out themselves"
     else:
         without["packed_weights"] = "its kernels lay weights out themselves"
+    (same if config.cpu_kernels else without)["cpu_kernels"] = "it has kernels of its own, always"
     if config.num_threads is not None:
         without["num_threads"] = f"set OMP_NUM_THREADS={config.num_threads} for it"
     if config.as_t4:
