@@ -19,7 +19,6 @@ from labkit.config import ModelConfig
 from labkit.core.model import Transformer
 from labkit.kernels import packed_linear
 from labkit.kernels.cpu import layers
-from labkit.kernels.cpu.build import library_path
 from labkit.models import architecture, checkpoint, gguf_fetch
 from labkit.models.cache_dir import cache_dir
 from labkit.models.checkpoint import Config
@@ -191,12 +190,9 @@ def build_transformer(
             packed_linear.split(module)
         if packed_weights and packed_linear.can_pack(module):
             packed_linear.pack(module)
-    if cpu_kernels and device.type == "cpu" and dtype in layers.DTYPES:
-        kept = cache_dir() / "kernels"
-        if not library_path(kept).is_file():
-            tell(say, "Compiling the kernels for this CPU, once.")
-        if lacking := layers.fuse(module, kept):
-            tell(say, f"Without kernels of our own on this CPU, which is slower: {lacking}.")
+    possible = cpu_kernels and device.type == "cpu" and dtype in layers.DTYPES
+    if possible and (lacking := layers.fuse(module, cache_dir() / "kernels", say)):
+        tell(say, f"Without kernels of our own on this CPU, which is slower: {lacking}.")
     return module
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,27 +29,33 @@ _VECTORS = {
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
-_LOCK = threading.Lock()  # a process loads them once, whoever comes first
+_LOCK = threading.Lock()  # whoever comes first loads them, once for the process
 
 
-def why_not(folder: Path) -> str | None:
+def why_not(folder: Path, say: Callable[[str], None] | None = None) -> str | None:
     """Load the operations, after compiling them if need be. Return why that cannot be done, or None.
 
     Args:
         folder: the folder where what was compiled is kept.
+        say: a function that gets a line before the compiler runs, which takes some 15 seconds.
     """
     with _LOCK:
-        return _load(folder)
+        return None if is_loaded() else _load(folder, say)
+
+
+def is_loaded() -> bool:
+    """Whether this process has the operations. They cannot be loaded twice."""
+    return hasattr(torch.ops.labkit_cpu, "paged_attention")
 
 
 @functools.cache
-def _load(folder: Path) -> str | None:
+def _load(folder: Path, say: Callable[[str], None] | None) -> str | None:
     if sys.platform != "linux":
         return f"they are made for Linux, not {sys.platform}"
     library = library_path(folder)
     try:
         if not library.is_file():
-            _compile(library)
+            _compile(library, say)
         torch.ops.load_library(library)
     except (OSError, subprocess.SubprocessError) as error:
         return str(error).strip().splitlines()[-1]
@@ -69,12 +76,14 @@ def _flags() -> list[str]:
     return ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", abi, *vectors, *defines]
 
 
-def _compile(library: Path) -> None:
+def _compile(library: Path, say: Callable[[str], None] | None) -> None:
     """Compile the operations. Raise OSError or SubprocessError, whose last line says why it failed."""
     chosen = os.environ.get("CXX")
     compiler = shutil.which(chosen) if chosen else next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise OSError(f"there is no C++ compiler ({chosen or ', '.join(_COMPILERS)})")
+    if say:
+        say("Compiling the kernels for this CPU, once.")
     home = Path(torch.__file__).parent
     headers = [f"-I{home / part}" for part in ("include", "include/torch/csrc/api/include")]
     libraries = [f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"]

@@ -5,6 +5,7 @@ At one seat a step of the plain layers spends as long on thousands of small oper
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,14 +45,14 @@ class FusedLayer(nn.Module):
         return x + mlp.down_proj(ops.silu_mul(mlp.gate_up_proj(normed)))
 
 
-def fuse(model: Transformer, folder: Path) -> str | None:
+def fuse(model: Transformer, folder: Path, say: Callable[[str], None] | None = None) -> str | None:
     """Replace the layers of a model by fused ones. Return why that cannot be done, or None.
 
     Args:
         model: a model on a CPU, in one of `DTYPES`, plain or quantised.
-        folder: the folder where the compiled operations are kept.
+        folder, say: what `why_not` takes.
     """
-    lacking = why_not(folder)
+    lacking = why_not(folder, say)
     if lacking is None:
         for number, layer in enumerate(model.layers):
             model.layers[number] = FusedLayer(layer)
