@@ -325,14 +325,20 @@ void attend(
   }
   std::fill_n(results, count * dim, 0.f);
   const T* keys = blocks + task.kv_head * strides[2];
-  const auto each_block = [&](const auto& work) {
+  const auto each_block = [&](int64_t part, const auto& work) {
     for (int64_t t = begin; t < end;) {
       const int64_t next = std::min(end, (t / size + 1) * size);
+      if (next < end) {
+        const auto* ahead = reinterpret_cast<const char*>(keys + table[next / size] * strides[0] + part);
+        for (int64_t byte = 0; byte < size * dim * static_cast<int64_t>(sizeof(T)); byte += 64) {
+          __builtin_prefetch(ahead + byte);
+        }
+      }
       work(keys + table[t / size] * strides[0] + t % size * dim, t - begin, next - t);
       t = next;
     }
   };
-  each_block([&](const T* block, int64_t at, int64_t some) {
+  each_block(0, [&](const T* block, int64_t at, int64_t some) {
     score<count>(block, queries, scores + at, some, dim, tokens);
   });
   float totals[count];
@@ -343,7 +349,7 @@ void attend(
     std::fill(own + last, own + tokens, 0.f);
     totals[n] = exponentiate(own + first, last - first);
   }
-  each_block([&](const T* block, int64_t at, int64_t some) {
+  each_block(strides[1], [&](const T* block, int64_t at, int64_t some) {
     gather<count>(block + strides[1], scores + at, results, some, dim, tokens);
   });
   for (int n = 0; n < count; ++n) {
