@@ -89,6 +89,8 @@ class EngineConfig(ModelConfig):
             how often drafts were accepted.
         num_threads: the number of PyTorch's threads on a CPU, in the whole process; None leaves PyTorch's own
             choice (the physical cores, or OMP_NUM_THREADS).
+        adaptive_threads: whether a CPU uses fewer threads while other processes keep its cores busy, since
+            threads that wait for each other lose more than the share that was taken.
         attention_backend: "sdpa" is PyTorch's own attention over gathered blocks, "triton" a kernel that
             reads blocks in place (it needs a CUDA GPU); "auto" is the fastest that there is.
         cuda_graphs: whether decode steps are captured as CUDA graphs; it has no effect without a CUDA GPU,
@@ -117,6 +119,7 @@ class EngineConfig(ModelConfig):
     num_speculative_tokens: int = 8
     speculative_gate: bool = True
     num_threads: int | None = None
+    adaptive_threads: bool = True
     attention_backend: Literal["auto", "sdpa", "triton"] = "auto"
     cuda_graphs: bool = True
     as_t4: bool = False
@@ -132,8 +135,8 @@ class EngineConfig(ModelConfig):
         for name, low in lowest.items():
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low, math.inf, whole=True)
-        flags = ("enable_prefix_caching", "enable_chunked_prefill", "speculative_gate", "cuda_graphs")
-        for name in (*flags, "as_t4", "audit"):
+        flags = ("enable_prefix_caching", "enable_chunked_prefill", "speculative_gate", "adaptive_threads")
+        for name in (*flags, "cuda_graphs", "as_t4", "audit"):
             check_flag(name, getattr(self, name))
         check_number("seed", self.seed, -(2**63), 2**63 - 1, whole=True)
         _check_choice("scheduler", self.scheduler, SCHEDULERS)

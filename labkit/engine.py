@@ -25,6 +25,7 @@ from labkit.core.recorder import record_step
 from labkit.core.request import Request
 from labkit.core.sampler import mix
 from labkit.core.scheduler import Scheduler
+from labkit.kernels.threads import ThreadBudget
 from labkit.kernels.warmup import activation_bytes, backend_for, warm_up
 from labkit.models.detokenizer import IncrementalDetokenizer
 from labkit.models.devices import resolve_device
@@ -65,6 +66,7 @@ class Engine(EngineCore):
 
     Attributes:
         trace: the records of all steps.
+        threads: what adapts the number of threads to what other processes leave; None where nothing does.
         outputs: the output of each request so far, by id. Outputs are updated in place, and stay until you
             take them out.
 
@@ -121,6 +123,9 @@ class Engine(EngineCore):
         self.speculator = make_speculator(config, self.model, self.runner, draft, say)
         if scheduler or pool or config.audit:
             self.auditor = Auditor(policy, blocks, config.max_num_batched_tokens, config.max_num_seqs)
+        threads = torch.get_num_threads()
+        adaptive = config.adaptive_threads and module.device.type == "cpu" and threads > 1
+        self.threads = ThreadBudget(threads) if adaptive else None
         self.outputs: dict[str, RequestOutput] = {}
         self._unfinished: dict[str, Request] = {}
         self._numbers = itertools.count()
@@ -330,6 +335,8 @@ class Engine(EngineCore):
         self, plan: StepPlan, result: StepResult, record: StepRecord, begin: float, end: float
     ) -> None:
         """Update the outputs: those that are still in `outputs`, because a caller may take one out early."""
+        if self.threads:
+            self.threads.after_step(end) if self.has_unfinished else self.threads.rest()
         for admission in record.admitted:
             output = self.outputs.get(admission.request_id)
             if output and output.metrics.first_scheduled_time is None:

@@ -56,9 +56,12 @@ def can_pack(model: Transformer) -> bool:
     """Whether `pack` can be used: oneDNN computes in the model's dtype on this CPU."""
     if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    if model.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return model.dtype == torch.float32
+    return model.dtype == torch.float32 or (model.dtype == torch.bfloat16 and bf16_on_cpu())
+
+
+def bf16_on_cpu() -> bool:
+    """Whether oneDNN computes in bf16 on this CPU."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def pack(model: Transformer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import time
@@ -155,8 +156,10 @@ def load_model(
             module = adapter.load(folder, dtype=as_type, device=to, say=say)
     seconds = time.perf_counter() - started
     what = quantization or str(as_type).removeprefix("torch.")
-    why = "" if quantization or dtype != "auto" else f" ({auto_reason(to)})"
-    tell(say, f"Loaded {name} in {seconds:.1f} s: {what} on {to}{why}.")
+    if say:  # the reason is measured
+        why = "" if quantization or dtype != "auto" else f" ({auto_reason(to)})"
+        say(f"Loaded {name} in {seconds:.1f} s: {what} on {to}{why}.")
+    _give_back()
     return LoadedModel(name, module, tokenizer, config, ends, quantization)
 
 
@@ -194,6 +197,12 @@ def build_transformer(
     if possible and (lacking := layers.fuse(module, cache_dir() / "kernels", say)):
         tell(say, f"Without kernels of our own on this CPU, which is slower: {lacking}.")
     return module
+
+
+def _give_back() -> None:
+    """Give what loading has used, some 200 MB, back to the system: glibc would keep it."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager
