@@ -13,6 +13,7 @@ SCHEDULERS = ("continuous", "static", "naive", "uncached")
 KV_POLICIES = ("paged", "reserved")
 QUANTIZATIONS = ("int8",)
 DRAFTERS = ("ngram", "draft")
+GENERATION_CONFIGS = ("auto", "labkit")
 ATTENTION_BACKENDS = ("auto", "sdpa", "triton")
 T4_DTYPES = ("auto", "float16", "fp16", "half")
 
@@ -100,6 +101,9 @@ class EngineConfig(ModelConfig):
         audit: whether every rule is checked at every step, which is slow; a scheduler or pool of your own is
             always checked.
         seed: the seed of requests that have none of their own.
+        generation_config: whose defaults hold for requests that do not say how to sample: "auto" takes those
+            of the model's `generation_config.json`, where it has any, as vLLM does; "labkit" leaves the file
+            alone. A `SamplingParams` that you give says all of it, and the file nothing.
 
     Raises:
         ValueError: for a value that cannot work; the message names the field and the limit.
@@ -126,6 +130,7 @@ class EngineConfig(ModelConfig):
     max_trace_steps: int | None = None
     audit: bool = False
     seed: int = 0
+    generation_config: Literal["auto", "labkit"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,6 +145,7 @@ class EngineConfig(ModelConfig):
             check_flag(name, getattr(self, name))
         check_number("seed", self.seed, -(2**63), 2**63 - 1, whole=True)
         _check_choice("scheduler", self.scheduler, SCHEDULERS)
+        _check_choice("generation_config", self.generation_config, GENERATION_CONFIGS)
         _check_choice("kv_policy", self.kv_policy, KV_POLICIES)
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         _check_choice("speculative", self.speculative, (None, *DRAFTERS))

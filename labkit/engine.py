@@ -29,6 +29,7 @@ from labkit.kernels.threads import ThreadBudget
 from labkit.kernels.warmup import activation_bytes, backend_for, warm_up
 from labkit.models.detokenizer import IncrementalDetokenizer
 from labkit.models.devices import resolve_device
+from labkit.models.generation_config import sampling_defaults
 from labkit.models.load import LoadedModel, load_model
 from labkit.models.no_tokenizer import NoTokenizer
 from labkit.models.progress import Say
@@ -69,6 +70,7 @@ class Engine(EngineCore):
         threads: what adapts the number of threads to what other processes leave; None where nothing does.
         outputs: the output of each request so far, by id. Outputs are updated in place, and stay until you
             take them out.
+        sampling_defaults: fields of `SamplingParams` that hold for requests that do not say.
 
     Raises:
         ValueError: for a model that cannot be found or run, or sizes that do not fit into memory.
@@ -96,6 +98,8 @@ class Engine(EngineCore):
                 f"max_model_len must be at most {module.max_model_len}, the limit of {self.model.name}, "
                 f"not {config.max_model_len}"
             )
+        asked = config.generation_config == "auto"
+        self.sampling_defaults = sampling_defaults(self.model.generation) if asked else {}
         draft = draft_model(config, self.model, say)
         backend = backend_for(module, config)
         reserve = 0  # bytes for the activations of a step, on a GPU
@@ -201,7 +205,7 @@ class Engine(EngineCore):
         priority: int = 0,
     ) -> Request:
         """Check and tokenise a prompt without queueing it. Any thread may call it; raises as above."""
-        params = SamplingParams() if params is None else params
+        params = SamplingParams(**self.sampling_defaults) if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be SamplingParams, not {type(params).__name__}")
         check_number("priority", priority, -(2**31), 2**31, whole=True)
@@ -225,11 +229,12 @@ class Engine(EngineCore):
         has_text = not isinstance(self.model.tokenizer, NoTokenizer)
         if params.stop and not has_text:
             raise ValueError("stop needs text, and the model has no tokenizer: use stop_token_ids")
+        alike = replace(params, prompt_logprobs=None)  # one of n answers reads the prompt for all of them
         first, *others = (
             Request(
                 name,
                 token_ids,
-                params,
+                alike if i else params,
                 priority=priority,
                 seed=mix(seed, i),
                 max_len=min(len(token_ids) + params.max_tokens, self.max_model_len),
@@ -266,6 +271,8 @@ class Engine(EngineCore):
                 token_ids = list(self.model.tokenizer.encode(prompt))
             except TypeError:
                 raise ValueError("prompt is not text: it holds half a surrogate pair") from None
+            if max(token_ids, default=0) >= self.model.config.vocab_size:  # a tokenizer with tokens added
+                self._check_tokens("prompt", token_ids)
         elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray | memoryview):
             token_ids = list(prompt)
             self._check_tokens("prompt", token_ids)
@@ -322,6 +329,7 @@ class Engine(EngineCore):
                 logprobs=None if member.params.logprobs is None else [],
                 index=index,
                 prompt=member.prompt,
+                prompt_logprobs=None if request.params.prompt_logprobs is None else request.prompt_logprobs,
             )
 
     def set_priority(self, request_id: str, priority: int) -> bool:
@@ -374,7 +382,8 @@ class Engine(EngineCore):
         `waiting` are those after the plan. Call it where `step` may be called; it raises as planning does.
         """
         requests = self.scheduler.requests.values()
-        shared = {id(part): part for request in requests for part in (request.params, request.reader)}
+        kept = [part for r in requests for part in (r.params, r.reader, r.prompt_logprobs)]
+        shared = {id(part): part for part in kept}
         scheduler = copy.deepcopy(self.scheduler, shared)  # and the pool, which it holds
         plan = scheduler.schedule()
         return record_step(self._step, plan, StepResult([()] * len(plan.requests)), scheduler)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from labkit.config import EngineConfig
 from labkit.engine import Engine, Prompt
-from labkit.models.chat import as_chat
+from labkit.models.chat import as_chat, check_variables
 from labkit.outputs import RequestOutput
 from labkit.sampling_params import SamplingParams
 
@@ -56,6 +56,10 @@ class LLM:
         """Return the model's tokenizer, as `transformers` has it."""
         return self.engine.model.tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return how prompts without `params` are sampled (see `EngineConfig.generation_config`)."""
+        return SamplingParams(**self.engine.sampling_defaults)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -70,7 +74,8 @@ class LLM:
         Args:
             prompts: one prompt or many; each is text, token ids, or a dictionary with "prompt" or
                 "prompt_token_ids".
-            params: sampling parameters for all prompts, or a list with those of each.
+            params: sampling parameters for all prompts, or a list with those of each; None takes those of
+                `get_default_sampling_params`.
             progress: whether to show a bar with tokens per second.
             sampling_params, use_tqdm: the names that vLLM has for `params` and `progress`.
 
@@ -97,6 +102,9 @@ class LLM:
         progress: bool = True,
         sampling_params: Params = None,
         use_tqdm: bool | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer all conversations, each in the model's own chat format, and return when the last is done.
 
@@ -106,6 +114,9 @@ class LLM:
             messages: one conversation or many; each is a list of messages {"role", "content"}, or the text of
                 a user's only message.
             params, progress, sampling_params, use_tqdm: what `generate` says.
+            add_generation_prompt: whether prompts end where the model's answer begins.
+            continue_final_message: whether they end in the last message instead, for the model to go on.
+            chat_template_kwargs: more variables for the template, such as {"enable_thinking": False}.
 
         Returns:
             The output of each conversation, in order; with n > 1, n outputs in a row.
@@ -123,10 +134,14 @@ class LLM:
         messages = list(messages)
         if messages and isinstance(messages[0], Mapping):
             messages = [messages]
-        prompts = [self._written(conversation) for conversation in messages]
+        variables = chat_template_kwargs or {}
+        check_variables(self.get_tokenizer(), variables)
+        options = {"add_generation_prompt": add_generation_prompt, "variables": variables}
+        options |= {"continue_final_message": continue_final_message}
+        prompts = [self._written(conversation, options) for conversation in messages]
         return self._answer(prompts, _either(params, sampling_params), _shown(progress, use_tqdm))
 
-    def _written(self, conversation: str | Sequence[Message]) -> Prompt:
+    def _written(self, conversation: str | Sequence[Message], options: Mapping[str, Any]) -> Prompt:
         """Return a conversation as a prompt."""
         if not isinstance(conversation, str):
             if not isinstance(conversation, Sequence) or not conversation:
@@ -136,7 +151,7 @@ class LLM:
                     raise ValueError(f"messages: each must have a role and a content, not {message!r}")
         tokenizer = self.get_tokenizer()
         try:
-            written = as_chat(tokenizer, conversation)
+            written = as_chat(tokenizer, conversation, **options)
         except Exception as error:  # some models' templates refuse some conversations, in their own words
             raise ValueError(f"messages: the chat template says: {error}") from None
         if isinstance(written, str):

@@ -22,6 +22,9 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
+PromptLogprobs = list[TokenLogprobs | None]  # token by token; nothing foretells the first
+
+
 @dataclass
 class RequestMetrics:
     """When things happened to a request, in seconds on the engine's clock (`time.perf_counter`).
@@ -68,7 +71,8 @@ class RequestOutput:
 
     `text` never ends in half a character, and a complete one has no stop string, unless that was to be kept.
     `error` says what went wrong if `finish_reason` is "error". For n > 1, `index` counts the answers to one
-    prompt. `prompt` is the text of the prompt, or None if it came as token ids.
+    prompt. `prompt` is the text of the prompt, or None if it came as token ids. `prompt_logprobs`, if asked
+    for, has an entry for each of its tokens, and None for the first; the answers to one prompt share it.
     """
 
     request_id: str
@@ -81,6 +85,7 @@ class RequestOutput:
     error: str | None = None
     index: int = 0
     prompt: str | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
     @property
     def outputs(self) -> list[RequestOutput]:

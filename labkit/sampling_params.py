@@ -54,6 +54,8 @@ class SamplingParams:
         n: the number of answers to generate for the prompt.
         logprobs: how many of the likeliest tokens to report with their log-probabilities, beside the chosen
             one; None reports none at all.
+        prompt_logprobs: the same for the tokens of the prompt, each after those before it. Such a request
+            computes its whole prompt, and takes nothing from the prefix cache.
         logit_bias: numbers to add to the logits of token ids, before anything else.
         skip_special_tokens: whether special tokens, such as the end of sequence, are left out of the text.
 
@@ -86,6 +88,7 @@ class SamplingParams:
     min_tokens: int = 0
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -111,8 +114,9 @@ class SamplingParams:
             check_number("seed", self.seed, -(2**63), 2**63 - 1, whole=True)
             if self.seed == -1:
                 object.__setattr__(self, "seed", None)
-        if self.logprobs is not None:
-            check_number("logprobs", self.logprobs, 0, MAX_LOGPROBS, whole=True)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0, MAX_LOGPROBS, whole=True)
         if self.n > 1 and self.temperature == 0:
             raise ValueError("n > 1 needs temperature > 0: greedy answers would all be the same")
         object.__setattr__(self, "stop", _strings("stop", self.stop))

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Where there is no GPU, Triton's kernels run on the CPU. To be said before anything imports Triton.
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
@@ -34,6 +35,8 @@ from labkit.models.load import LoadedModel
 from labkit.models.tiny import tiny_tokenizer
 
 torch.set_num_threads(1)
+settings.register_profile("labkit", deadline=None)  # seconds never decide a test
+settings.load_profile("labkit")
 
 VOCAB = 211
 SIZES = dict(

@@ -327,3 +327,12 @@ def test_n_answers_to_a_text_know_the_text() -> None:
     engine = engine_of()
     engine.add_request({"prompt": "ab"}, SamplingParams(n=2, temperature=1.0, max_tokens=2))
     assert [output.prompt for output in engine.outputs.values()] == ["ab", "ab"]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_ends_nobody_elses_request() -> None:
+    engine = Engine(EngineConfig(model=loaded("llama")), say=None)  # 211 tokens; its tokenizer has more
+    other = engine.add_request([5, 6, 7], SamplingParams(max_tokens=3))
+    with pytest.raises(ValueError, match="prompt: a token id must be between 0 and 210"):
+        engine.add_request("hello wide world")
+    engine.run()
+    assert engine.outputs[other].finish_reason == "length"

@@ -191,3 +191,18 @@ def test_the_package_shows_its_names_and_its_version(monkeypatch: pytest.MonkeyP
 
 def test_an_llm_says_what_it_runs() -> None:
     assert repr(LLM(loaded("llama"), num_blocks=60)) == "LLM('llama', torch.float32 on cpu)"
+
+
+def test_a_conversation_ends_where_one_says() -> None:
+    llm = LLM("tiny-random", num_blocks=64)
+    talk = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    prompts = {}
+    for name, options in {
+        "open": {"continue_final_message": True},
+        "ended": {"add_generation_prompt": False},
+    }.items():
+        (output,) = llm.chat(talk, SamplingParams(max_tokens=1), progress=False, **options)
+        prompts[name] = output.prompt
+    assert prompts["open"].endswith("two") and prompts["ended"].startswith(prompts["open"])
+    with pytest.raises(ValueError, match="chat_template_kwargs: the model's chat template has no variable"):
+        llm.chat(talk, chat_template_kwargs={"enable_thinking": False})

@@ -69,16 +69,10 @@ def build_metadata(
 ) -> AttentionMetadata:
     """Describe a batch. `rows` must be in the order of `row_order`; `num_padding` tokens follow them."""
     size = cache.block_size
-    blocks: list[int] = []
-    places: list[int] = []
-    for row in rows:
-        table, tokens = row.table, range(row.start, row.length)
-        blocks += [table[t // size] for t in tokens]
-        places += [t % size for t in tokens]
-    blocks += [cache.null_block] * num_padding
-    places += [i % size for i in range(num_padding)]
-    where = torch.tensor([blocks, places], dtype=torch.long, device=cache.device)
-    return AttentionMetadata(cache.slots(where[0], where[1]), backend.groups(rows, cache, windows))
+    where = [(row.table[t // size], t % size) for row in rows for t in range(row.start, row.length)]
+    where += [(cache.null_block, i % size) for i in range(num_padding)]
+    blocks, places = torch.tensor(where, dtype=torch.long, device=cache.device).view(-1, 2).unbind(1)
+    return AttentionMetadata(cache.slots(blocks, places), backend.groups(rows, cache, windows))
 
 
 def row_order(rows: Sequence[Span], few: int = 16) -> list[int]:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from labkit.core.attention import AttentionMetadata, attend
 from labkit.core.kv_cache import KVShape, PagedKVCache
 
+Rope = tuple[Tensor, Tensor]  # cosines and sines, as `apply_rotary` takes them
+
 
 @dataclass(frozen=True, eq=False)
 class ModelShape:
@@ -72,9 +74,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, shape.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, shape.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: PagedKVCache, metadata: AttentionMetadata
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, cache: PagedKVCache, metadata: AttentionMetadata) -> Tensor:
         qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)  # (T, heads + 2 * kv_heads, head_dim)
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         if self.qk_norm:
@@ -110,9 +110,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.mlp = MLP(shape)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: PagedKVCache, metadata: AttentionMetadata
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, cache: PagedKVCache, metadata: AttentionMetadata) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, cache, metadata)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -126,7 +124,8 @@ class Transformer(nn.Module):
 
     def __init__(self, shape: ModelShape, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.vocab_size = shape, shape.vocab_size
+        self.max_model_len = shape.max_position_embeddings  # how many positions it was made for
         self.windows = tuple(set(shape.windows))  # those that occur, each once
         # Built on "meta", where tensors have no values: to draw random weights only for a checkpoint to
         # overwrite them would take seconds.
@@ -151,15 +150,6 @@ class Transformer(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.norm.weight.device
-
-    @property
-    def vocab_size(self) -> int:
-        return self.shape.vocab_size
-
-    @property
-    def max_model_len(self) -> int:
-        """How many positions the model was made for."""
-        return self.shape.max_position_embeddings
 
     @property
     def kv_shape(self) -> KVShape:

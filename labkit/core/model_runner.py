@@ -14,10 +14,12 @@ from labkit.core.block_pool import BlockPool
 from labkit.core.kv_cache import KVShape, PagedKVCache
 from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import Request
-from labkit.core.sampler import sample
+from labkit.core.sampler import logprobs_of, sample
 from labkit.outputs import TokenLogprobs
 
+_FEW_LOGITS = 64  # positions of a prompt whose logits are in memory at once
 Chosen = tuple[int, TokenLogprobs | None, bool]  # a token, its log-probabilities, and whether they are sound
+Ends = dict[int, int]  # rows of a plan, each with the place of its last token in the flattened batch
 
 
 class PagedModel(Protocol):
@@ -79,20 +81,22 @@ class ModelRunner:
             order = row_order(spans)
             rows, spans = [rows[i] for i in order], [spans[i] for i in order]
             hidden, ends = self._forward(plan, rows, spans)
-            if picked := self._pick(plan, dict(zip(rows, ends, strict=True)), hidden, result):
+            if picked := self._pick(plan, ends, hidden, result):
                 self._sample(plan, picked, hidden, result)
+            for row in [row for row in rows if plan.requests[row].params.prompt_logprobs is not None]:
+                self._read_prompt(plan, row, hidden[ends[row] + 1 - plan.num_tokens[row] :], result)
         return result
 
-    def _forward(self, plan: StepPlan, rows: list[int], spans: list[Span]) -> tuple[Tensor, list[int]]:
+    def _forward(self, plan: StepPlan, rows: list[int], spans: list[Span]) -> tuple[Tensor, Ends]:
         """Return hidden states (T, hidden_size) of the flattened batch, and where in it each row ends."""
         token_ids: list[int] = []
         positions: list[int] = []
-        ends: list[int] = []
+        ends: Ends = {}
         for row, span in zip(rows, spans, strict=True):
             token_ids += plan.requests[row].token_ids[span.start : span.length]
             token_ids += plan.drafts.get(row, ())
             positions += range(span.start, span.length)
-            ends.append(len(token_ids) - 1)
+            ends[row] = len(token_ids) - 1
         padding = sum(plan.padding)
         if self.graphs and not padding and len(token_ids) == len(spans):  # one token for each row
             hidden = self.graphs.run(token_ids, spans)
@@ -106,30 +110,26 @@ class ModelRunner:
         return self.model(inputs[0], inputs[1], self.cache, metadata), ends
 
     # Sampling has three stages: which rows, one call for all of them, and what is kept.
-    def _pick(
-        self, plan: StepPlan, ends: dict[int, int], hidden: Tensor, result: StepResult
-    ) -> list[tuple[int, int]]:
-        """Return the rows that sample, each with the place of its last token in the flattened batch."""
+    def _pick(self, plan: StepPlan, ends: Ends, hidden: Tensor, result: StepResult) -> Ends:
+        """Return the rows that sample."""
         places = {row: ends[plan.forks.get(row, row)] for row in (*ends, *plan.forks)}
         last = hidden[torch.tensor(list(places.values()), device=hidden.device)]  # (rows, hidden_size)
         # A NaN anywhere in a row reaches its last token: later tokens attend to all before them.
         sound = last.isfinite().all(dim=-1).tolist()
-        picked = []
+        picked: Ends = {}
         for (row, place), fine in zip(places.items(), sound, strict=True):
             known = len(plan.requests[row].token_ids) + len(plan.drafts.get(row, ()))
             if not fine:
                 result.errors[row] = "the model gave NaN or infinity for this request"
             elif plan.starts[row] + plan.num_tokens[row] == known:
-                picked.append((row, place))
+                picked[row] = place
         return picked
 
-    def _sample(
-        self, plan: StepPlan, picked: list[tuple[int, int]], hidden: Tensor, result: StepResult
-    ) -> None:
+    def _sample(self, plan: StepPlan, picked: Ends, hidden: Tensor, result: StepResult) -> None:
         """Sample all of these rows in one call: each after its last known token, and after each draft."""
         places: list[int] = []
         requests: list[Request] = []  # as they stand at each place
-        for row, place in picked:
+        for row, place in picked.items():
             request, drafts = plan.requests[row], plan.drafts.get(row, ())
             places += range(place - len(drafts), place + 1)
             requests.append(request)
@@ -137,7 +137,7 @@ class ModelRunner:
         places += range(len(hidden) - plan.num_idle, len(hidden))  # idle seats of a static batch
         logits = self.model.logits(hidden[torch.tensor(places, device=hidden.device)])
         chosen = zip(*self.sample(logits[: len(requests)], requests), strict=True)
-        for row, _ in picked:
+        for row in picked:
             self._keep(plan, row, chosen, result)
 
     def _keep(self, plan: StepPlan, row: int, chosen: Iterable[Chosen], result: StepResult) -> None:
@@ -152,6 +152,17 @@ class ModelRunner:
         if logprobs[0] is not None:
             result.logprobs = result.logprobs or [()] * len(plan.requests)
             result.logprobs[row] = logprobs[: accepted + 1]
+
+    def _read_prompt(self, plan: StepPlan, row: int, hidden: Tensor, result: StepResult) -> None:
+        """Compute log-probabilities of a prompt's tokens. `hidden` begins with the row's own states."""
+        request, start = plan.requests[row], plan.starts[row] + 1
+        end = min(start + plan.num_tokens[row], request.num_prompt_tokens)
+        entries = result.prompt_logprobs[row] = []
+        known = len(request.prompt_logprobs)  # more than `start` when it comes back after a preemption
+        for first in range(max(known, start), end, _FEW_LOGITS):
+            tokens = request.token_ids[first : min(first + _FEW_LOGITS, end)]
+            logits = self.model.logits(hidden[first - start :][: len(tokens)])
+            entries += logprobs_of(logits, tokens, request.params.prompt_logprobs)
 
 
 def accept(drafts: Sequence[int], chosen: Sequence[int]) -> int:

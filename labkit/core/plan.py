@@ -65,6 +65,7 @@ class StepResult:
     sampled: list[tuple[int, ...]]
     logprobs: list[tuple[TokenLogprobs, ...]] = field(default_factory=list)  # empty, or one entry per row
     errors: dict[int, str] = field(default_factory=dict)  # rows that failed, and what went wrong
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # what each row adds
 
 
 @dataclass(slots=True)

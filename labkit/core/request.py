@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from labkit.outputs import FinishReason, in_one_line
+from labkit.outputs import FinishReason, PromptLogprobs, in_one_line
 from labkit.sampling_params import SamplingParams
 
 Status = Literal["waiting", "running", "finished"]
@@ -56,6 +56,7 @@ class Request:
     children: list[Request] = field(default_factory=list)  # the other answers, until the prompt is computed
     shares_tail: bool = False  # whether the n answers may still share the block in which they begin
     drafts: tuple[int, ...] = ()  # tokens that may come next; the next step checks them
+    prompt_logprobs: PromptLogprobs = field(default_factory=lambda: [None])  # as far as asked for and known
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.token_ids)  # it grows, and the caller's list does not

@@ -69,7 +69,7 @@ def sample(
     logprobs: list[TokenLogprobs | None] = [None] * len(requests)
     for i, request in enumerate(requests):
         if request.params.logprobs is not None and sound[i]:
-            logprobs[i] = _logprobs(raw[i], chosen[i], request.params.logprobs)
+            (logprobs[i],) = logprobs_of(raw[i : i + 1], chosen[i : i + 1], request.params.logprobs)
     return chosen, logprobs, sound
 
 
@@ -132,8 +132,10 @@ def _adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     return adjusted
 
 
-def _logprobs(row: Tensor, token: int, count: int) -> TokenLogprobs:
-    logprobs = row.log_softmax(dim=-1)
-    values, ids = logprobs.topk(min(count, len(logprobs)))
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprobs(token, float(logprobs[token]), top)
+def logprobs_of(logits: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprobs]:
+    """Return the log-probabilities of a token for each row (S, vocab_size), and of the `count` likeliest."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    own = logprobs[range(len(tokens)), tokens].tolist()
+    values, ids = logprobs.topk(min(count, logprobs.shape[-1]))  # (S, count)
+    tops = [tuple(zip(*top, strict=True)) for top in zip(ids.tolist(), values.tolist(), strict=True)]
+    return [TokenLogprobs(*entry) for entry in zip(tokens, own, tops, strict=True)]

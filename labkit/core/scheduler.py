@@ -195,10 +195,8 @@ class Scheduler:
 
     def num_needed(self, growing: list[Request]) -> int:
         """Return how many new blocks the next tokens of these requests take."""
-        size, tails = (
-            self.pool.block_size,
-            Counter[int](),
-        )  # a tail is the block that the next token goes into
+        size = self.pool.block_size
+        tails = Counter[int]()  # a tail is the block that the next token goes into
         for request in growing:
             tails.update(self.pool.tables[request.request_id][request.num_computed_tokens // size :][:1])
         # Without a tail, it takes a new block. Of the owners of a shared one, all but the last take a copy.
@@ -248,7 +246,8 @@ class Scheduler:
         attempt = (request, pool.num_free, pool.num_published)
         if self.running and self._stuck and self._stuck[:3] == attempt:
             return self._stuck[3]  # nothing has changed since, so do not look it up again
-        shared = pool.match(request.token_ids) if self.uses_prefix_cache else []
+        all_logits = request.params.prompt_logprobs is not None  # and what is found in the cache has none
+        shared = pool.match(request.token_ids) if self.uses_prefix_cache and not all_logits else []
         tokens = request.max_len - 1 if self.kv_policy == "reserved" else len(request.token_ids)
         count = pool.blocks_for(tokens) - len(shared)
         left = pool.num_free_without(shared)
@@ -262,7 +261,8 @@ class Scheduler:
         self.waiting.remove(request)
         pool.share(request.request_id, shared)
         cached = len(shared) * pool.block_size
-        plan.admitted.append(Admission(request.request_id, cached, tuple(shared), len(request.token_ids)))
+        looked_up = 0 if all_logits else len(request.token_ids)
+        plan.admitted.append(Admission(request.request_id, cached, tuple(shared), looked_up))
         self.seat(request, cached)
         with self._ending_if_out_of_blocks(plan, request):
             self.allocate(plan, request, count)
@@ -301,6 +301,7 @@ class Scheduler:
                 request.error = result.errors[row]
                 self.finish(request, "error")
                 continue
+            request.prompt_logprobs += result.prompt_logprobs.get(row, ())
             kept, reason = [], None
             for token in result.sampled[row]:
                 kept.append(token)

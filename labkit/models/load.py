@@ -7,10 +7,10 @@ import ctypes
 import functools
 import os
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from labkit.models.cache_dir import cache_dir
 from labkit.models.checkpoint import Config
 from labkit.models.devices import auto_reason, resolve_device, resolve_dtype
 from labkit.models.errors import ModelError
+from labkit.models.generation_config import not_obeyed
 from labkit.models.hub import TINY, find, is_folder
 from labkit.models.int8_cache import int8_model
 from labkit.models.no_tokenizer import NoTokenizer
@@ -46,6 +47,7 @@ class LoadedModel:
         config: the architecture, with the names of `config.json` as attributes.
         eos_token_ids: every token that ends an answer.
         quantization: None, or "int8".
+        generation: what `generation_config.json` holds; `labkit.models.generation_config` reads it.
     """
 
     name: str
@@ -54,6 +56,7 @@ class LoadedModel:
     config: Config
     eos_token_ids: frozenset[int]
     quantization: str | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,9 +100,6 @@ def load_model(
 ) -> LoadedModel:
     """Load a model, after fetching it if need be.
 
-    Of `generation_config.json` only the tokens that end an answer are taken: how to sample is said with each
-    request, in `SamplingParams`.
-
     Args:
         model: "smollm2-135m", "tiny-random" (made in memory), a Hub id such as "Qwen/Qwen2.5-0.5B-Instruct",
             or a folder that `save_pretrained` wrote. Without a tokenizer in it, prompts are token ids.
@@ -138,7 +138,8 @@ def load_model(
     started = time.perf_counter()
     name = folder.resolve().name if is_folder(model) else str(model)
     config, tokenizer = checkpoint.read_config(folder), checkpoint.read_tokenizer(folder)
-    ends = _eos_token_ids(config, tokenizer, checkpoint.read_generation_config(folder))
+    generation = checkpoint.read_generation_config(folder)
+    ends = _eos_token_ids(config, tokenizer, generation)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder ({config.model_type}), and only decoders run here")
     ours = architecture.supports(config)
@@ -159,8 +160,10 @@ def load_model(
     if say:  # the reason is measured
         why = "" if quantization or dtype != "auto" else f" ({auto_reason(to)})"
         say(f"Loaded {name} in {seconds:.1f} s: {what} on {to}{why}.")
+    if ignored := not_obeyed(generation):
+        tell(say, f"Not obeyed of its generation_config.json: {', '.join(ignored)}.")
     _give_back()
-    return LoadedModel(name, module, tokenizer, config, ends, quantization)
+    return LoadedModel(name, module, tokenizer, config, ends, quantization, generation)
 
 
 def build_transformer(

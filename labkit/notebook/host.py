@@ -247,7 +247,7 @@ class Host:
         Limits().check_prompt(prompt)
         if not str(most).strip().removeprefix("-").isdecimal():
             raise ValueError(f"Max tokens must be a whole number, not {most!r}.")
-        params = SamplingParams(max_tokens=int(str(most)))
+        params = SamplingParams(**self.engine.sampling_defaults | {"max_tokens": int(str(most))})
         name = self.engine.add_request(as_chat(self.engine.model.tokenizer, prompt), params)
         self.session.typed[name] = prompt
         if not self.stepper.held:

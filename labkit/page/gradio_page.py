@@ -128,6 +128,7 @@ def build(engine: AsyncEngine | Lab) -> Page:
 def _live_tab(lab: Lab, api: Api) -> gr.HTML:
     """The tab with the running engine; returns the component whose value is the visitor's secret and mark."""
     has_chat = bool(getattr(lab.session.live.engine.model.tokenizer, "chat_template", None))
+    defaults = _defaults(lab)
     with gr.Column(elem_id="lk-page"):
         with gr.Column(elem_id="lk-left", min_width=300):
             _html(asset("submissions.html"), elem_id="lk-what")
@@ -144,11 +145,15 @@ def _live_tab(lab: Lab, api: Api) -> gr.HTML:
                 with gr.Row(elem_id="lk-numbers"):
                     max_tokens = gr.Number(64, label="Max tokens", min_width=100, elem_id="lk-max-tokens")
                     temperature = gr.Number(
-                        0.7, label="Temperature", step=0.1, min_width=100, elem_id="lk-temperature"
+                        defaults.get("temperature", 0.7),
+                        label="Temperature",
+                        step=0.1,
+                        min_width=100,
+                        elem_id="lk-temperature",
                     )
                 with gr.Accordion("More", open=False, elem_id="lk-more"):
                     with gr.Row():
-                        top_p = gr.Number(1.0, label="Top-p", step=0.05, min_width=100)
+                        top_p = gr.Number(defaults.get("top_p", 1.0), label="Top-p", step=0.05, min_width=100)
                         seed = gr.Textbox(label="Seed", placeholder="random", min_width=100)
                     raw = gr.Checkbox(
                         not has_chat, label="Raw text, without the chat template", interactive=has_chat
@@ -198,6 +203,11 @@ def _html(
     )
 
 
+def _defaults(lab: Lab) -> dict[str, Any]:
+    """How requests are sampled that do not say, as far as the model says it."""
+    return lab.session.live.engine.sampling_defaults
+
+
 def _injections(lab: Lab) -> tuple[Callable[..., str], Callable[..., str]]:
     """The functions of the form's two buttons. They return "" if all went well, else what was wrong."""
 
@@ -214,7 +224,7 @@ def _injections(lab: Lab) -> tuple[Callable[..., str], Callable[..., str]]:
         name, submissions = lab.visitors.name(visitor), lab.session.submissions
 
         def act() -> None:
-            params = params_of(max_tokens, temperature, top_p, seed)
+            params = params_of(max_tokens, temperature, top_p, seed, _defaults(lab))
             submissions.inject(visitor, prompt, params, raw=raw, name=name)
 
         return _say(act)
@@ -231,7 +241,7 @@ def _injections(lab: Lab) -> tuple[Callable[..., str], Callable[..., str]]:
         name, submissions = lab.visitors.name(visitor), lab.session.submissions
 
         def act() -> None:
-            params = params_of(max_tokens, temperature, top_p, seed)
+            params = params_of(max_tokens, temperature, top_p, seed, _defaults(lab))
             submissions.check_room(visitor, len(EIGHT))
             for prompt, share in zip(EIGHT, SHARES, strict=True):
                 own = replace(params, max_tokens=max(1, int(params.max_tokens * share)))

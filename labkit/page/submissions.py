@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,9 +230,15 @@ class Submissions:
 
 
 def params_of(
-    max_tokens: float | None, temperature: float | None, top_p: float | None, seed: str | float | None = None
+    max_tokens: float | None,
+    temperature: float | None,
+    top_p: float | None,
+    seed: str | float | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> SamplingParams:
     """The form's fields as `SamplingParams`. A blank seed means no seed.
+
+    What the form does not ask for is as `defaults` say (see `Engine.sampling_defaults`).
 
     Raises:
         ValueError: for an impossible value; the message names the field.
@@ -242,12 +248,8 @@ def params_of(
         seed = int(digits) if digits.removeprefix("-").isdecimal() and len(digits) < 20 else digits or None
     most = _whole(max_tokens)
     check_number("max_tokens", most, 1, math.inf, whole=True)  # None too: a form has to say how many
-    return SamplingParams(
-        max_tokens=most,
-        temperature=temperature,  # type: ignore[arg-type]
-        top_p=top_p,  # type: ignore[arg-type]
-        seed=_whole(seed),
-    )
+    asked = {"max_tokens": most, "temperature": temperature, "top_p": top_p, "seed": _whole(seed)}
+    return SamplingParams(**(dict(defaults or {}) | asked))
 
 
 def _whole(number: Any) -> Any:

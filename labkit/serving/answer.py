@@ -55,6 +55,7 @@ class Answer:
     def snapshot(self) -> RequestOutput:
         """A copy that never changes: the state at the end of a step, not in the middle of one."""
         output, count = self.output, self.num_tokens
+        prompts = output.prompt_logprobs if count else None  # until the first token comes, they grow
         return replace(
             output,
             token_ids=output.token_ids[:count],
@@ -62,6 +63,7 @@ class Answer:
             finish_reason=output.finish_reason if self.finished else None,
             metrics=replace(output.metrics, token_times=output.metrics.token_times[:count]),
             logprobs=None if output.logprobs is None else output.logprobs[:count],
+            prompt_logprobs=prompts,
         )
 
     def snapshots(self, changed: threading.Condition) -> Iterator[RequestOutput]:

@@ -100,6 +100,13 @@ def add_engine(parser: argparse.ArgumentParser, *, num_blocks: int | None) -> No
         default="continuous",
         help="default: %(default)s",
     )
+    add(
+        "--generation-config",
+        choices=("auto", "labkit"),
+        default="auto",
+        help="whose defaults hold where a request does not say how to sample: those of the model, if it has "
+        "any, or of labkit (default: %(default)s)",
+    )
 
 
 def add_limits(group: argparse._ArgumentGroup, *, requests: int, queue: int, whose: str) -> None:
@@ -180,6 +187,7 @@ def load(options: argparse.Namespace, *, trace_steps: int) -> AsyncEngine:
             draft_model=_draft_model(options),
             num_speculative_tokens=options.num_speculative_tokens,
             max_trace_steps=trace_steps,
+            generation_config=options.generation_config,
         )
         return Engine(config)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from labkit.models.load import LoadedModel
 
 _SEED = "for requests without a seed of their own; it gives other numbers than here"
+_DEFAULTS = "how to sample where a request does not say: not as the model's file says"
 # The other engines' names of types; a name that is missing here is the same everywhere.
 _DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 
@@ -177,6 +178,8 @@ def _vllm(config: EngineConfig, out: Command) -> None:
     if not config.cuda_graphs:
         out.flag("cuda_graphs", "no CUDA graphs, and no torch.compile either", "--enforce-eager")
     out.flag("seed", _SEED, "--seed", config.seed)
+    if config.generation_config != "auto":
+        out.flag("generation_config", _DEFAULTS, "--generation-config", "vllm")
     if drafter := _drafter(config, out):
         how: dict[str, object] = {"method": "draft_model", "model": drafter}
         if drafter == "ngram":
@@ -235,6 +238,8 @@ def _sglang(config: EngineConfig, out: Command) -> None:
         out.flag("cuda_graphs", "no CUDA graphs of decode steps", "--disable-decode-cuda-graph")
         out.flag("cuda_graphs", "nor of prompts", "--disable-prefill-cuda-graph")
     out.flag("seed", _SEED, "--random-seed", config.seed)
+    if config.generation_config != "auto":
+        out.flag("generation_config", _DEFAULTS, "--sampling-defaults", "openai")
     if not drafter:
         return
     if drafter == "ngram":

@@ -15,10 +15,11 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from labkit.engine import PromptTooLongError
+from labkit.outputs import FinishReason, RequestOutput
 from labkit.sampling_params import SamplingParams
 from labkit.serving.answer import Answer, Piece
 from labkit.serving.asgi import patiently
@@ -77,6 +78,20 @@ class Call:
     request_ids: list[str] = field(default_factory=list)  # one for each prompt
     answers: list[Answer] = field(default_factory=list)  # one for each choice
     status: int = 499  # of HTTP: the client went away, unless it turns out otherwise
+
+    @property
+    def only_echoes(self) -> bool:
+        """Whether the answers are wanted for their prompts alone."""
+        return isinstance(self.body, CompletionBody) and self.body.only_echoes
+
+    @property
+    def outputs(self) -> list[RequestOutput]:
+        """The outputs of the answers. Where nothing but prompts is wanted, nothing else is in them."""
+        outputs = [answer.output for answer in self.answers]
+        if not self.only_echoes:
+            return outputs
+        nothing = {"token_ids": [], "text": "", "logprobs": []}
+        return [replace(output, **nothing, finish_reason=_at_once(output)) for output in outputs]
 
 
 class Handler:
@@ -164,7 +179,8 @@ class Handler:
         if not prompts:
             raise RequestError(400, "prompt is empty: it must have at least one token", param="prompt")
         try:
-            params = body.sampling_params(limits.answer_tokens or live.engine.max_model_len)
+            longest = limits.answer_tokens or live.engine.max_model_len
+            params = body.sampling_params(longest, live.engine.sampling_defaults)
             if limits.answer_tokens is not None:
                 limits.check_tokens(0, params.max_tokens)
         except ValueError as error:
@@ -213,10 +229,12 @@ class Handler:
 
     async def events(self, call: Call) -> AsyncGenerator[bytes, None]:
         """The answers of a call as server-sent events. An error is told in the stream."""
-        written, echoes = call.format, call.echoes
+        written, echoes, answers = call.format, call.echoes, call.answers
+        late = call.params.prompt_logprobs is not None  # they are known once the first token has come
+        opened: set[int] = set()
         try:
-            for index, echo in enumerate(echoes):
-                for choice in written.opening(index, echo):
+            for index, echo in () if late else enumerate(echoes):
+                for choice in written.opening(index, echo, answers[index].output):
                     yield written.chunk(choice)
             following = patiently(self.follow(call), self.options.keep_alive_seconds)
             async with contextlib.aclosing(following) as pieces:
@@ -225,10 +243,16 @@ class Handler:
                         yield KEEP_ALIVE
                         continue
                     index, piece = numbered
+                    if late and index not in opened and piece.token_ids:
+                        opened.add(index)
+                        for choice in written.opening(index, echoes[index], answers[index].output):
+                            yield written.chunk(choice)
+                    if call.only_echoes:
+                        piece = piece._replace(text="", logprobs=[], finish_reason=_at_once(piece))
                     for choice in written.growth(index, echoes[index], piece):
                         yield written.chunk(choice)
             if written.promises_usage:
-                yield written.last_chunk([answer.output for answer in call.answers])
+                yield written.last_chunk(call.outputs)
             call.status = 200
         except RequestError as error:
             yield event(error_object(error))
@@ -239,7 +263,7 @@ class Handler:
         async for _ in self.follow(call):
             pass
         call.status = 200
-        return call.format.answer(call.echoes, [answer.output for answer in call.answers])
+        return call.format.answer(call.echoes, call.outputs)
 
     async def follow(self, call: Call) -> AsyncGenerator[tuple[int, Piece], None]:
         """The answers of a call piece by piece, each with the number of its choice, until all are finished.
@@ -267,7 +291,7 @@ class Handler:
         self._let_go(call)
         if not logger.isEnabledFor(logging.INFO):
             return
-        outputs = [answer.output for answer in call.answers]
+        outputs = call.outputs
         used = usage(outputs)
         first = [output.metrics.ttft for output in outputs if output.metrics.ttft is not None]
         line = {
@@ -292,6 +316,11 @@ class Handler:
             for request_id in call.request_ids:
                 call.live.abort(request_id)
         self._under_way -= Counter({call.client: call.num_answers})  # and forgets a client who has none left
+
+
+def _at_once(answer: Piece | RequestOutput) -> FinishReason | None:
+    """Why an answer of no tokens ended, if it has: it was long enough, whatever the one token was."""
+    return answer.finish_reason and "length"
 
 
 def _failed(piece: Piece) -> RequestError:

@@ -48,10 +48,7 @@ NEUTRAL: dict[Where, dict[str, tuple[Any, ...]]] = {
     "completions": _BOTH | {"add_special_tokens": (True,), "suffix": ("",)},
     "chat": _BOTH
     | {
-        "add_generation_prompt": (True,),
         "add_special_tokens": (False,),
-        "chat_template_kwargs": ({},),
-        "continue_final_message": (False,),
         "documents": ([],),
         "echo": (False,),
         "function_call": ("none", "auto"),  # as with tools: with no function there, all of these are none

@@ -6,12 +6,13 @@ refused by its name, unless its value asks for nothing (`labkit.serving.neutral`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 from transformers import PreTrainedTokenizerBase
 
-from labkit.models.chat import as_chat, text_of
+from labkit.models.chat import as_chat, check_variables, text_of
 from labkit.sampling_params import MAX_LOGPROBS, SamplingParams
 from labkit.serving.errors import RequestError
 from labkit.serving.neutral import Where, first_that_asks
@@ -93,8 +94,12 @@ class Body(BaseModel):
         """A prompt as text for people."""
         raise NotImplementedError
 
-    def sampling_params(self, longest: int) -> SamplingParams:
-        """The fields that say how to sample. `longest` is the length of an answer that names none.
+    def sampling_params(self, longest: int, defaults: Mapping[str, Any]) -> SamplingParams:
+        """The fields that say how to sample.
+
+        Args:
+            longest: the length of an answer for which nobody names one.
+            defaults: what the model says of fields that the call leaves out (`Engine.sampling_defaults`).
 
         Raises:
             ValueError: for a value that cannot be; the message names the field and the limit.
@@ -102,22 +107,26 @@ class Body(BaseModel):
         """
         raise NotImplementedError
 
-    def _params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+    def _params(
+        self,
+        defaults: Mapping[str, Any],
+        max_tokens: int,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+    ) -> SamplingParams:
         names: tuple[str, ...]
-        names = ("top_p", "top_k", "min_p", "n", "stop", "stop_token_ids", "ignore_eos", "seed", "min_tokens")
+        names = ("temperature", "top_p", "top_k", "min_p", "n", "seed", "min_tokens", "ignore_eos")
         names += ("presence_penalty", "frequency_penalty", "repetition_penalty")
-        names += ("include_stop_str_in_output", "skip_special_tokens")
+        names += ("stop", "stop_token_ids", "include_stop_str_in_output", "skip_special_tokens")
         given = {name: getattr(self, name) for name in names}
         if self.logit_bias is not None:
             given["logit_bias"] = {_token("logit_bias", key): bias for key, bias in self.logit_bias.items()}
         if self.stop == "" or self.stop == []:
             del given["stop"]
-        return SamplingParams(
-            max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,  # OpenAI's default
-            logprobs=logprobs,
-            **{name: value for name, value in given.items() if value is not None},
-        )
+        given |= {"max_tokens": max_tokens, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+        openais = {"temperature": 1.0}
+        said = {name: value for name, value in given.items() if value is not None}
+        return SamplingParams(**(openais | dict(defaults) | said))
 
 
 class CompletionBody(Body):
@@ -128,6 +137,11 @@ class CompletionBody(Body):
     prompt: StrictStr | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
     echo: StrictBool | None = None
     logprobs: StrictInt | Literal[False] | None = None  # false is what chat calls none
+
+    @property
+    def only_echoes(self) -> bool:
+        """Whether nothing but the prompt is wanted, which clients score texts with."""
+        return bool(self.echo) and self.max_tokens == 0
 
     def prompts(self) -> list[str | list[int]]:
         """One or many prompts, each text or token ids."""
@@ -148,13 +162,14 @@ class CompletionBody(Body):
         except (OverflowError, IndexError, TypeError):
             return ""
 
-    def sampling_params(self, longest: int) -> SamplingParams:
+    def sampling_params(self, longest: int, defaults: Mapping[str, Any]) -> SamplingParams:
         """See `Body`."""
         logprobs = None if self.logprobs is False else self.logprobs
-        if self.echo and logprobs is not None:
-            raise RequestError(400, "echo with logprobs is not supported here", param="echo")
-        max_tokens = min(_COMPLETION_TOKENS, longest) if self.max_tokens is None else self.max_tokens
-        return self._params(max_tokens, logprobs)
+        usual = min(defaults.get("max_tokens", _COMPLETION_TOKENS), longest)
+        max_tokens = usual if self.max_tokens is None else self.max_tokens
+        if self.only_echoes:
+            max_tokens = 1  # the engine stops at no earlier token, and nobody will see it
+        return self._params(defaults, max_tokens, logprobs, logprobs if self.echo else None)
 
 
 class Part(BaseModel):
@@ -211,17 +226,32 @@ class ChatBody(Body):
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    # Beyond OpenAI, as vLLM names them.
+    add_generation_prompt: StrictBool | None = None
+    continue_final_message: StrictBool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def prompts(self) -> list[Conversation]:
         """One conversation."""
         if not self.messages:
             raise RequestError(400, "messages is empty: it must have at least one message", param="messages")
+        if self.continue_final_message and self.add_generation_prompt:
+            words = "continue_final_message and add_generation_prompt contradict each other: give one of them"
+            raise RequestError(400, words, param="continue_final_message")
         return [[message.plain() for message in self.messages]]
 
     def encode(self, prompt: Conversation, tokenizer: PreTrainedTokenizerBase) -> str | list[int]:
         """A conversation in the model's own chat format."""
+        variables = self.chat_template_kwargs or {}
+        check_variables(tokenizer, variables)
         try:
-            return as_chat(tokenizer, prompt)
+            return as_chat(
+                tokenizer,
+                prompt,
+                add_generation_prompt=self.add_generation_prompt is not False,
+                continue_final_message=bool(self.continue_final_message),
+                variables=variables,
+            )
         except Exception as error:  # some models' templates refuse some conversations, in their own words
             raise RequestError(400, f"messages: the chat template says: {error}", param="messages") from None
 
@@ -229,7 +259,7 @@ class ChatBody(Body):
         """The latest message."""
         return text_of(prompt[-1])
 
-    def sampling_params(self, longest: int) -> SamplingParams:
+    def sampling_params(self, longest: int, defaults: Mapping[str, Any]) -> SamplingParams:
         """See `Body`."""
         if self.top_logprobs and not self.logprobs:
             raise RequestError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
@@ -238,9 +268,9 @@ class ChatBody(Body):
                 400, "max_tokens and max_completion_tokens say the same: give one of them", param="max_tokens"
             )
         max_tokens = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
-        return self._params(
-            longest if max_tokens is None else max_tokens, (self.top_logprobs or 0) if self.logprobs else None
-        )
+        if max_tokens is None:
+            max_tokens = min(defaults.get("max_tokens", longest), longest)
+        return self._params(defaults, max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
 
 
 def field_of(body: Body, message: str, otherwise: str) -> str:

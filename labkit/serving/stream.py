@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -33,7 +33,11 @@ class AnswerTokens:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], *, skip_special_tokens: bool = True
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
     ) -> None:
         self._tokenizer = tokenizer
         self._bytes = TokenBytes(tokenizer, prompt, skip_special_tokens=skip_special_tokens)
@@ -59,13 +63,17 @@ class AnswerTokens:
         self._length += len(self._utf8.decode(data))
         return begin
 
+    def is_special(self, token: int) -> bool:
+        """Whether a token has a name, and is left out of texts."""
+        return self._bytes.is_special(token)
+
 
 def chat_logprobs(entries: Sequence[TokenLogprobs], tokens: AnswerTokens) -> dict[str, Any]:
     """The log-probabilities of the next tokens of an answer as chat writes them."""
 
     def shown(token: int, logprob: float) -> dict[str, Any]:
         text, data = tokens.shown(token)
-        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": data}
+        return {"token": text, "logprob": _sendable(logprob), "bytes": data}
 
     content = []
     for entry in entries:
@@ -76,28 +84,32 @@ def chat_logprobs(entries: Sequence[TokenLogprobs], tokens: AnswerTokens) -> dic
 
 
 def completion_logprobs(
-    entries: Sequence[TokenLogprobs], tokens: AnswerTokens, offset: int
-) -> dict[str, Any]:
-    """The same as completions write them; `offset` is where in the text the answer begins."""
-    texts, tops, offsets = [], [], []
-    for entry in entries:
-        texts.append(tokens.shown(entry.token)[0])
-        tops.append(_by_text(entry, tokens))
-        offsets.append(offset + tokens.push(entry.token))
-    return {
-        "tokens": texts,
-        "token_logprobs": [max(entry.logprob, LEAST_LOGPROB) for entry in entries],
-        "top_logprobs": tops,
-        "text_offset": offsets,
-    }
+    entries: Iterable[tuple[int, TokenLogprobs | None]], tokens: AnswerTokens, offset: int
+) -> dict[str, list[Any]]:
+    """The same as completions write them, token by token; nothing foretells the first of a prompt.
+
+    `offset` is where in the text the first token begins.
+    """
+    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    written: dict[str, list[Any]] = {name: [] for name in names}
+    for token, entry in entries:
+        written["tokens"].append(tokens.shown(token)[0])
+        written["token_logprobs"].append(None if entry is None else _sendable(entry.logprob))
+        written["top_logprobs"].append(None if entry is None else _by_text(entry, tokens))
+        written["text_offset"].append(offset + tokens.push(token))
+    return written
 
 
 def _by_text(entry: TokenLogprobs, tokens: AnswerTokens) -> dict[str, float]:
     """The likeliest tokens and the chosen one; the better of two that have the same text."""
     best: dict[str, float] = {}
     for token, logprob in (*entry.top, (entry.token, entry.logprob)):  # in falling order, the chosen one last
-        best.setdefault(tokens.shown(token)[0], max(logprob, LEAST_LOGPROB))
+        best.setdefault(tokens.shown(token)[0], _sendable(logprob))
     return best
+
+
+def _sendable(logprob: float) -> float:
+    return max(LEAST_LOGPROB, logprob)  # in this order NaN becomes the least, too
 
 
 def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
@@ -161,7 +173,7 @@ class Format:
         """The event with the usage."""
         return event({**self.head, "object": self.part, "choices": [], "usage": usage(outputs)})
 
-    def opening(self, index: int, echo: str) -> list[dict[str, Any]]:
+    def opening(self, index: int, echo: str, output: RequestOutput) -> list[dict[str, Any]]:
         """The choices that open a stream. `echo` is the text with which the answer begins."""
         raise NotImplementedError
 
@@ -179,7 +191,7 @@ class ChatFormat(Format):
 
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def opening(self, index: int, echo: str) -> list[dict[str, Any]]:
+    def opening(self, index: int, echo: str, output: RequestOutput) -> list[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
         return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
 
@@ -208,27 +220,54 @@ class CompletionFormat(Format):
 
     prefix, whole, part = "cmpl", "text_completion", "text_completion"
 
-    def opening(self, index: int, echo: str) -> list[dict[str, Any]]:
-        return [self._choice(index, echo)] if echo else []
+    def opening(self, index: int, echo: str, output: RequestOutput) -> list[dict[str, Any]]:
+        prompt = self._of_prompt(echo, output)
+        return [_completion(index, echo, prompt)] if echo or prompt else []
 
     def growth(self, index: int, echo: str, piece: Piece) -> list[dict[str, Any]]:
         if not (piece.text or piece.logprobs or piece.finish_reason):
             return []
-        tokens = self.streamed.get(index)
-        return [self._choice(index, piece.text, piece.logprobs, piece.finish_reason, tokens, len(echo))]
+        logprobs = _of_answer(piece.logprobs, self.streamed.get(index), echo)
+        return [_completion(index, piece.text, logprobs, piece.finish_reason)]
 
     def choice(self, index: int, echo: str, output: RequestOutput) -> dict[str, Any]:
-        text, entries, tokens = echo + output.text, output.logprobs or (), self.tokens_of(output)
-        return self._choice(index, text, entries, output.finish_reason, tokens, len(echo))
+        prompt = self._of_prompt(echo, output)
+        answer = _of_answer(output.logprobs or (), self.tokens_of(output), echo)
+        both = _joined(prompt, answer) if prompt and answer else prompt or answer
+        return _completion(index, echo + output.text, both, output.finish_reason)
 
-    def _choice(
-        self,
-        index: int,
-        text: str,
-        entries: Sequence[TokenLogprobs] = (),
-        reason: FinishReason | None = None,
-        tokens: AnswerTokens | None = None,
-        offset: int = 0,
-    ) -> dict[str, Any]:
-        logprobs = completion_logprobs(entries, tokens, offset) if tokens and entries else None
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+    def _of_prompt(self, echo: str, output: RequestOutput) -> dict[str, list[Any]] | None:
+        """The log-probabilities of an echoed prompt, if they are asked for.
+
+        Their offsets are places in what the tokens decode to: in the echo, unless a tokenizer changes texts.
+        """
+        if not self.tokenizer or output.prompt_logprobs is None:
+            return None
+        entries = list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True))
+        added = AnswerTokens(self.tokenizer)  # what the tokenizer puts before a text is not in the echo
+        count = 0
+        while count < len(entries) and added.is_special(token := entries[count][0]):
+            if echo.startswith(added.shown(token)[0]):
+                break
+            count += 1
+        text = AnswerTokens(self.tokenizer, skip_special_tokens=False)
+        before, after = completion_logprobs(entries[:count], added, 0), entries[count:]
+        return _joined(before, completion_logprobs(after, text, 0))
+
+
+def _of_answer(
+    entries: Sequence[TokenLogprobs], tokens: AnswerTokens | None, echo: str
+) -> dict[str, list[Any]] | None:
+    if not entries or not tokens:
+        return None
+    return completion_logprobs([(entry.token, entry) for entry in entries], tokens, len(echo))
+
+
+def _joined(one: dict[str, list[Any]], other: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {key: one[key] + other[key] for key in one}
+
+
+def _completion(
+    index: int, text: str, logprobs: dict[str, list[Any]] | None, reason: FinishReason | None = None
+) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}

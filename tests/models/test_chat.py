@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from labkit.models.chat import as_chat, text_of
+from labkit.models.chat import as_chat, check_variables, text_of
 from labkit.models.load import load_model
 
 FROM_TEXT = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }};{% endfor %}"
@@ -77,3 +77,25 @@ def test_names_reach_the_template(loaded: Any) -> None:
 def test_without_a_template_there_are_paragraphs() -> None:
     assert as_chat(object(), PARTS) == "be brief\n\nhi there"
     assert [text_of(message) for message in PARTS] == ["be brief", "hi there"]
+
+
+def test_a_conversation_ends_where_one_says(loaded: Any) -> None:
+    talk = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    text = {key: loaded.decode(as_chat(loaded, talk, **options)) for key, options in {
+        "begun": {},
+        "ended": {"add_generation_prompt": False},
+        "open": {"continue_final_message": True},
+    }.items()}  # fmt: skip
+    assert text["open"].endswith("two") and text["ended"].startswith(text["open"])
+    assert text["begun"].startswith(text["ended"]) and len(text["begun"]) > len(text["ended"])
+
+
+@pytest.mark.parametrize("name", ["colour", "mo", "tokenize", "messages", "chat_template", "mood["])
+def test_variables_that_a_template_does_not_read_are_refused(loaded: Any, name: str) -> None:
+    tokenizer = copy.deepcopy(loaded)
+    tokenizer.chat_template = "{{ mood }}{{ messages[0]['content'] }}"
+    check_variables(tokenizer, {"mood": "calm"})
+    with pytest.raises(ValueError, match="chat_template_kwargs: the model's chat template has no variable"):
+        check_variables(tokenizer, {"mood": "calm", name: 1})
+    with pytest.raises(ValueError, match="no variable 'mood'"):
+        check_variables(object(), {"mood": "calm"})

@@ -46,6 +46,7 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "max_trace_steps": [{"max_trace_steps": 5}],
     "audit": [{"audit": True}],
     "seed": [{"seed": 7}],
+    "generation_config": [{"generation_config": "labkit"}],
 }
 ALL = [(name, values) for name, cases in OTHERS.items() for values in cases]
 

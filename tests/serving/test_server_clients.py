@@ -86,6 +86,42 @@ def test_templates_get_names_and_parts_in_the_form_that_they_read(monkeypatch: p
         assert answer["choices"][0]["message"]["content"] == same["choices"][0]["text"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "prompt"),
+    [
+        ({}, "user: one;assistant: two;assistant:"),
+        ({"add_generation_prompt": False}, "user: one;assistant: two;"),
+        ({"add_generation_prompt": False, "continue_final_message": True}, "user: one;assistant: two"),
+        ({"continue_final_message": True}, "user: one;assistant: two"),
+        ({"chat_template_kwargs": {"mood": "calm"}}, "(calm)user: one;assistant: two;assistant:"),
+        (
+            {"chat_template_kwargs": {"mood": "calm"}, "continue_final_message": True},
+            "(calm)user: one;assistant: two",
+        ),
+    ],
+)
+@pytest.mark.parametrize("as_parts", [False, True])
+def test_a_conversation_ends_where_the_client_says(
+    fields: dict, prompt: str, as_parts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = (
+        "{% if mood %}({{ mood }}){% endif %}"
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }};{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    with served() as site:
+        tokenizer = site.live.engine.model.tokenizer
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        last = [{"type": "text", "text": "two"}] if as_parts else "two"
+        talk = [{"role": "user", "content": "one"}, {"role": "assistant", "content": last}]
+        body = {"model": MODEL, "temperature": 0, "max_tokens": 8}
+        answer = post(site, body | {"messages": talk} | fields, "chat/completions").json()
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
+        same = post(site, body | {"prompt": ids}).json()
+        assert answer["usage"]["prompt_tokens"] == len(ids)
+        assert answer["choices"][0]["message"]["content"] == same["choices"][0]["text"]
+
+
 # -- health checks, and proxies that hurry --------------------------------------------------------
 
 

@@ -253,7 +253,7 @@ def test_a_million_mistakes_are_not_described_one_by_one(fields: dict[str, Any],
     try:
         value = body.model_validate({"model": MODEL} | fields)
         with pytest.raises(ValueError, match="logit_bias"):
-            value.sampling_params(1)
+            value.sampling_params(1, {})
     except ValidationError as error:
         assert error.error_count() <= 8
 

@@ -75,7 +75,6 @@ def test_chat_lets_pass_what_asks_for_nothing(site: Served, fields: dict[str, An
         ({"use_beam_search": 0}, "use_beam_search"),
         ({"best_of": 1, "n": 2, "temperature": 1}, "best_of"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "include_obfuscation"),
-        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
         ({"messages": [{"role": "user", "content": "a", "prefix": True}]}, "prefix"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]}, "x in a part"),
     ],

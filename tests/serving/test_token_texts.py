@@ -10,7 +10,7 @@ import pytest
 
 from labkit.models.tiny import tiny_tokenizer
 from labkit.serving.stream import AnswerTokens
-from tests.models.tokenizers_of_all_kinds import model_with, tokenizer_of
+from tests.models.tokenizers_of_all_kinds import KINDS, model_with, tokenizer_of
 from tests.serving.api_server import Served, served
 
 TOKENIZER = tokenizer_of("llama 2")
@@ -108,3 +108,46 @@ def test_byte_level_tokens_are_what_they_were() -> None:
         text, data = tokens.shown(token)
         assert text == tokenizer.decode([token], clean_up_tokenization_spaces=False)
         assert "\ufffd" in text or data == list(text.encode())
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_are_text_if_so_asked_in_pieces_and_whole(kind: str, skip: bool) -> None:
+    """Text, tokens, bytes and places of a stream are those of the whole answer, and of one another."""
+    tokenizer = tokenizer_of(kind)
+    named = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    words = tokenizer.encode("hello cat a é 日", add_special_tokens=False)
+    halves = [token for token in range(200, 204) if token < len(tokenizer)]  # of characters, in some kinds
+    bias = {str(token): 100 for token in (*named, *words, *halves)}
+    fields = {"model": kind, "logit_bias": bias, "temperature": 1.5, "seed": 5, "max_tokens": 20, "n": 4}
+    more = {"ignore_eos": True, "skip_special_tokens": skip}
+    with served(model=model_with(kind)) as site:
+        client = openai.OpenAI(base_url=site.url + "/v1", api_key="none", max_retries=0)
+        call = fields | {"prompt": words[:2], "logprobs": 2, "extra_body": more}
+        whole = client.completions.create(**call)
+        parts = list(client.completions.create(stream=True, **call))
+        talk = [{"role": "user", "content": "hello"}]
+        chat = fields | {"messages": talk, "logprobs": True, "extra_body": more}
+        said = client.chat.completions.create(**chat)
+        pieces = list(client.chat.completions.create(stream=True, **chat))
+    names = tokenizer.all_special_tokens
+    assert any(name in choice.text for choice in whole.choices for name in names) != skip
+    for choice in whole.choices:
+        mine = [c for part in parts for c in part.choices if c.index == choice.index]
+        assert "".join(c.text for c in mine) == choice.text
+        streamed = [c.logprobs for c in mine if c.logprobs]
+        for key in ("tokens", "text_offset"):
+            assert [value for each in streamed for value in getattr(each, key)] == getattr(
+                choice.logprobs, key
+            )
+        tops = [set(top) for each in streamed for top in each.top_logprobs]
+        assert tops == [set(top) for top in choice.logprobs.top_logprobs]
+        for text, place in zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True):
+            assert "\ufffd" in text or (skip and text.strip() in names) or choice.text.startswith(text, place)
+    for choice in said.choices:
+        mine = [c for piece in pieces for c in piece.choices if c.index == choice.index]
+        assert "".join(c.delta.content or "" for c in mine) == choice.message.content
+        entries = [(entry.token, entry.bytes) for entry in choice.logprobs.content]
+        assert [(e.token, e.bytes) for c in mine if c.logprobs for e in c.logprobs.content] == entries
+        text = "".join(token for token, _ in entries if not (skip and token.strip() in names))
+        assert "\ufffd" in text or text == choice.message.content
