@@ -19,6 +19,7 @@ from labkit.serving.cli import StartError, check_address
 if TYPE_CHECKING:
     import gradio as gr
 
+    from labkit.page.gradio_page import Page
     from labkit.page.session import Lab
     from labkit.serving.async_engine import AsyncEngine
 
@@ -38,6 +39,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     port = os.environ.get("GRADIO_SERVER_PORT", "7860")
     add("--host", default=host, help="address to listen at; 0.0.0.0 for all (default: %(default)s)")
     add("--port", type=cli.port, default=port, help="default: %(default)s")
+    cli.add_proxies(parser)
     add(
         "--share",
         action=argparse.BooleanOptionalAction,
@@ -50,7 +52,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=True,
         help="also speak OpenAI's API, under /v1 (default: yes)",
     )
-    add("--api-key", default=os.environ.get("LABKIT_API_KEY"), help="the key that its clients must bring")
+    cli.add_key(parser, "the key that its clients must bring; the page, /health and /metrics stay open")
     group = parser.add_argument_group("for a class", "what visitors may do")
     cli.add_limits(group, requests=64, queue=512, whose="visitor")
     add = group.add_argument
@@ -67,9 +69,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="let visitors change the engine's settings (default: yes)",
     )
     add(
+        "--clock",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let visitors pause, step, and set the speed, for everyone (default: yes)",
+    )
+    add(
         "--trace-file",
         metavar="FILE",
-        help="also write every step there, as JSON Lines",
+        help="also write every step there, as JSON Lines; a file that is there already gets a neighbour",
     )
     return parser.parse_args(arguments)
 
@@ -96,23 +104,30 @@ def lab_of(live: AsyncEngine, options: argparse.Namespace) -> Lab:
     from labkit.page.session import Lab
 
     limits = cli.limits_of(options)
-    return Lab(live, limits=limits, grace=options.grace, knobs=options.knobs, trace_file=options.trace_file)
+    return Lab(
+        live,
+        limits=limits,
+        grace=options.grace,
+        knobs=options.knobs,
+        clock=options.clock,
+        trace_file=options.trace_file,
+    )
 
 
-def launch(engine: AsyncEngine | Lab, *, share: bool | None = None, **options: Any) -> gr.Blocks:
+def launch(engine: AsyncEngine | Lab, *, share: bool | None = None, **options: Any) -> Page:
     """Serve the page in the background, for instance from a notebook. `close()` of what it returns ends it.
 
     Args:
         engine: the engine to show; a `Lab` around one has limits for visitors, and more.
         share: whether to open a public link as well (None: on Colab only).
-        options: further arguments of `gr.Blocks.launch`.
+        options: further arguments of `labkit.page.gradio_page.serve`.
     """
     from labkit.page.gradio_page import serve
 
     return serve(engine, share=on_colab() if share is None else share, **options)
 
 
-def add_api(demo: gr.Blocks, lab: Lab, api_key: str | None) -> None:
+def add_api(demo: Page, lab: Lab, api_key: str | None) -> None:
     """Speak OpenAI's API at the address of a page that is served. Each request gets a card on the page."""
     from labkit.serving.asgi import beside
     from labkit.serving.handler import Options
@@ -122,7 +137,7 @@ def add_api(demo: gr.Blocks, lab: Lab, api_key: str | None) -> None:
         lab.session.submissions.enter("", request_id, prompt, params.max_tokens, name="API")
 
     api = create_app(lambda: lab.session.live, Options(limits=lab.limits, api_key=api_key), on_request=card)
-    demo.app.middleware_stack = beside(api, demo.app.middleware_stack)
+    demo.guard.app = beside(api, demo.guard.app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -155,7 +170,13 @@ def serve(live: AsyncEngine, options: argparse.Namespace) -> None:
     try:
         lab = lab_of(live, options)
         demo = launch(
-            lab, share=options.share, server_name=options.host, server_port=options.port, quiet=True
+            lab,
+            share=options.share,
+            server_name=options.host,
+            server_port=options.port,
+            allowed_hosts=options.allowed_host,
+            proxy_headers=options.proxy_headers,
+            quiet=True,
         )
         if options.api:
             add_api(demo, lab, options.api_key)
@@ -168,8 +189,12 @@ def serve(live: AsyncEngine, options: argparse.Namespace) -> None:
     print(f"The lab is at http://{shown}:{options.port}", flush=True)
     if options.api:
         print(f"OpenAI's API is at http://{shown}:{options.port}/v1", flush=True)
+        if options.api_key:
+            print("The key guards /v1 alone: the page, /health and /metrics are open to all who reach them.")
     if options.share:
         print(f"and, for everyone, at {demo.share_url}" if demo.share_url else "There is no public link.")
+    if lab.trace_path:
+        print(f"Every step is written to {lab.trace_path}")
     print("Ctrl-C ends it.", flush=True)
     try:
         threading.Event().wait()

@@ -37,7 +37,7 @@ class ModelConfig:
             or a model that is loaded already (many engines can share one copy of the weights).
         dtype: the dtype of weights, activations and KV cache; "auto" is fp32 on a CPU.
         device: "auto" is cuda if there is one, else the CPU.
-        quantization: None, or "int8" for 8-bit weights and activations.
+        quantization: None, or "int8" for 8-bit weights and activations: faster on a CPU, smaller on a GPU.
         fused_projections: whether queries, keys and values are one product, and likewise gate and up.
         packed_weights: whether weights are laid out for this CPU once, when they are loaded.
         cpu_kernels: whether a CPU uses kernels of our own between the products, which a C++ compiler makes

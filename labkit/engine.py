@@ -26,7 +26,8 @@ from labkit.core.request import Request
 from labkit.core.sampler import mix
 from labkit.core.scheduler import Scheduler
 from labkit.kernels.threads import ThreadBudget
-from labkit.kernels.warmup import activation_bytes, backend_for, warm_up
+from labkit.kernels.warmup import free_bytes, tried_backend, warm_up, warm_up_lock
+from labkit.models.cache_dir import keep_compiled
 from labkit.models.detokenizer import IncrementalDetokenizer
 from labkit.models.devices import resolve_device
 from labkit.models.generation_config import sampling_defaults
@@ -46,6 +47,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 _CPU_POOL_BYTES = 384 * 2**20  # the most that the default pool takes on a CPU
 _GPU_POOL_SHARE = 0.8  # of the memory that weights and a step leave free; graphs use the rest
 _MAX_ID = 128  # characters
+_FLAT = ("ref_counts", "free", "cached", "forked", "block_of", "key_of", "node_of")  # of a pool: plain values
 _PROMPT_KEYS = ("prompt", "prompt_token_ids")
 
 
@@ -101,12 +103,28 @@ class Engine(EngineCore):
         asked = config.generation_config == "auto"
         self.sampling_defaults = sampling_defaults(self.model.generation) if asked else {}
         draft = draft_model(config, self.model, say)
-        backend = backend_for(module, config)
-        reserve = 0  # bytes for the activations of a step, on a GPU
+        with warm_up_lock:
+            self._build(scheduler, pool, draft, say)
+        if scheduler or pool or config.audit:
+            self.auditor = Auditor(
+                self.scheduler, self.pool, config.max_num_batched_tokens, config.max_num_seqs
+            )
+        self.outputs: dict[str, RequestOutput] = {}
+        self._unfinished: dict[str, Request] = {}
+        self._numbers = itertools.count()
+
+    def _build(
+        self,
+        scheduler: Callable[..., Scheduler] | None,
+        pool: Callable[..., BlockPool] | None,
+        draft: LoadedModel | None,
+        say: Say | None,
+    ) -> None:
+        """Choose kernels, size the pool, warm up, and put the parts together."""
+        config, module = self.config, self.model.module
         if module.device.type == "cuda":
-            if say:
-                say(f"Attention on {module.device}: {backend.name} ({backend.reason}).")
-            reserve = activation_bytes(module, backend, config)
+            keep_compiled()
+        backend, reserve = tried_backend(module, config, say)
         num_blocks = config.num_blocks or self._fitting_blocks(reserve, draft)
         cache, graphs = warm_up(module, backend, config, num_blocks, reserve=reserve, say=say)
         blocks = (pool or BlockPool)(cache.num_blocks, config.block_size)  # fewer, if memory did not suffice
@@ -125,14 +143,9 @@ class Engine(EngineCore):
         most = cache.num_blocks * config.block_size
         self.max_model_len = config.max_model_len or min(module.max_model_len, most)
         self.speculator = make_speculator(config, self.model, self.runner, draft, say)
-        if scheduler or pool or config.audit:
-            self.auditor = Auditor(policy, blocks, config.max_num_batched_tokens, config.max_num_seqs)
         threads = torch.get_num_threads()
         adaptive = config.adaptive_threads and module.device.type == "cpu" and threads > 1
         self.threads = ThreadBudget(threads) if adaptive else None
-        self.outputs: dict[str, RequestOutput] = {}
-        self._unfinished: dict[str, Request] = {}
-        self._numbers = itertools.count()
 
     def __repr__(self) -> str:
         model, scheduler, pool = self.model, self.scheduler, self.pool
@@ -149,8 +162,7 @@ class Engine(EngineCore):
         modules = [module, draft.module] if draft else [module]
         block = sum(each.kv_shape.bytes_per_token for each in modules) * config.block_size
         if module.device.type == "cuda":
-            torch.cuda.empty_cache()
-            budget = _GPU_POOL_SHARE * (torch.cuda.mem_get_info(module.device)[0] - reserve)
+            budget = _GPU_POOL_SHARE * (free_bytes(module.device) - reserve)
         else:
             budget = min(_CPU_POOL_BYTES, psutil.virtual_memory().available / 2)
         longest = min(config.max_model_len or module.max_model_len, module.max_model_len)
@@ -373,6 +385,13 @@ class Engine(EngineCore):
                 output.finish_reason = reason  # last, so that other threads can trust the rest
             request.reader = None  # a static batch keeps its finished members, and `preview` copies them
 
+    # -- the end ----------------------------------------------------------------------------------
+
+    def release(self) -> None:
+        """Give back the memory of the KV cache and the graphs. The engine can only be read from now on."""
+        self.__dict__.pop("runner", None)  # it may be gone already
+        self.speculator = None  # a model that drafts has a cache of its own
+
     # -- a look ahead -----------------------------------------------------------------------------
 
     def preview(self) -> StepRecord:
@@ -384,6 +403,10 @@ class Engine(EngineCore):
         requests = self.scheduler.requests.values()
         kept = [part for r in requests for part in (r.params, r.reader, r.prompt_logprobs)]
         shared = {id(part): part for part in kept}
+        # A large pool holds a hundred thousand numbers. They are copied at once where they are known to be
+        # numbers, so not in a pool of your own.
+        for flat in (getattr(self.pool, name) for name in _FLAT if type(self.pool) is BlockPool):
+            shared[id(flat)] = copy.copy(flat)
         scheduler = copy.deepcopy(self.scheduler, shared)  # and the pool, which it holds
         plan = scheduler.schedule()
         return record_step(self._step, plan, StepResult([()] * len(plan.requests)), scheduler)

@@ -20,6 +20,8 @@ class Gpu:
         bandwidth: The bandwidth of its memory, in bytes/s.
         memory: The size of its memory, in bytes.
         source: The data sheet that has these numbers.
+        capability: The compute capability, (7, 5) for sm_75.
+        processors: The number of its multiprocessors; 0 is unknown.
     """
 
     name: str
@@ -27,6 +29,8 @@ class Gpu:
     bandwidth: float
     memory: float
     source: str = ""
+    capability: tuple[int, int] = (0, 0)
+    processors: int = 0
 
     def __post_init__(self) -> None:
         for field in ("flops", "bandwidth", "memory"):
@@ -38,15 +42,41 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("T4", 65e12, 300e9, 16e9, "NVIDIA T4, data sheet 951643: 65 TFLOPS mixed precision, 300 GB/s"),
-        Gpu("L4", 121e12, 300e9, 24e9, "NVIDIA L4, data sheet 2595652: 242 TFLOPS with sparsity, 300 GB/s"),
-        Gpu("A100", 312e12, 2039e9, 80e9, "NVIDIA A100 80GB SXM, data sheet 2188504: 312 TFLOPS, 2,039 GB/s"),
+        Gpu(
+            "T4",
+            65e12,
+            300e9,
+            16e9,
+            "NVIDIA T4, data sheet 951643: 65 TFLOPS mixed precision, 300 GB/s",
+            capability=(7, 5),
+            processors=40,
+        ),
+        Gpu(
+            "L4",
+            121e12,
+            300e9,
+            24e9,
+            "NVIDIA L4, data sheet 2595652: 242 TFLOPS with sparsity, 300 GB/s",
+            capability=(8, 9),
+            processors=58,
+        ),
+        Gpu(
+            "A100",
+            312e12,
+            2039e9,
+            80e9,
+            "NVIDIA A100 80GB SXM, data sheet 2188504: 312 TFLOPS, 2,039 GB/s",
+            capability=(8, 0),
+            processors=108,
+        ),
         Gpu(
             "H100",
             989.5e12,
             3350e9,
             80e9,
             "NVIDIA H100 SXM, data sheet 2287922: 1,979 TFLOPS with sparsity, 3.35 TB/s",
+            capability=(9, 0),
+            processors=132,
         ),
     )
 }

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from labkit.analysis.devices import GPUS
 from labkit.analysis.reference import reference_model
 from labkit.analysis.shapes import SEATS, SHAPES, config_of, random_model, random_reference
 from labkit.analysis.workload import Job, make_noise, make_workload
@@ -23,6 +24,8 @@ from labkit.benchmark.engine.schedulers import OURS, measure
 from labkit.benchmark.engine.speculative import SEATS as SPECULATION_SEATS
 from labkit.benchmark.engine.speculative import speculate
 from labkit.benchmark.engine.stream import REQUESTS, stream
+from labkit.benchmark.gpu import kernel_table, predict
+from labkit.benchmark.gpu.check import gpu_check
 from labkit.benchmark.serving import load_report
 from labkit.benchmark.serving.load_sweep import LoadPlan, measure_load
 from labkit.benchmark.serving.watchers import WATCHERS
@@ -145,6 +148,25 @@ def _watched(args: Namespace) -> Result:
     return watched(loaded, jobs, count=args.watched, seats=_seats(args), **_how(args))
 
 
+def _kernels(args: Namespace) -> Result:
+    return kernel_table.kernel_report()
+
+
+def _predict(args: Namespace) -> Result:
+    return predict.predict(args.predict)
+
+
+class _Text(str):
+    """A report that is text alone."""
+
+    def to_json(self) -> str:
+        return str(self)
+
+
+def _gpu_check(args: Namespace) -> Result:
+    return _Text(gpu_check(args.device, say=lambda part: print(part, file=sys.stderr, flush=True)))
+
+
 def _load(args: Namespace) -> LoadedModel:
     return load_model(args.model, dtype=args.dtype, device=args.device)
 
@@ -194,6 +216,14 @@ SUBCOMMANDS = (
         _watched,
         option={"type": int, "nargs": "?", "const": WATCHERS, "metavar": "N"},
     ),
+    Subcommand("kernels", "the kernels in Triton, compiled for GPUs that are not here", _kernels),
+    Subcommand(
+        "predict",
+        f"what decode steps would take on a GPU (T4; of {', '.join(GPUS)}), and why",
+        _predict,
+        option={"nargs": "?", "const": "T4", "metavar": "GPU"},
+    ),
+    Subcommand("gpu_check", "all that only a GPU can tell, in six minutes and one block of text", _gpu_check),
 )
 _DEFAULT = Subcommand("", "the three schedulers and transformers", _schedulers)
 _ONLY_WITH = {  # options that go with one measurement
@@ -227,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m labkit.benchmark", description=__doc__)
     what = parser.add_mutually_exclusive_group()
     for one in SUBCOMMANDS:
-        what.add_argument(f"--{one.name}", help=one.help, **one.option)
+        what.add_argument(_option(one.name), help=one.help, **one.option)
     add = parser.add_argument
     add("--model", default="smollm2-135m")
     add("--device", default="auto")
@@ -280,7 +310,7 @@ def _add_ladder(group: argparse._ArgumentGroup) -> None:
 
 def _drawn(last: str) -> str:
     """The options whose results can be drawn."""
-    *names, end = (f"--{one.name}" for one in SUBCOMMANDS if one.figure)
+    *names, end = (_option(one.name) for one in SUBCOMMANDS if one.figure)
     return ", ".join(names) + last + end
 
 

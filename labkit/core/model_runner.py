@@ -17,6 +17,7 @@ from labkit.core.request import Request
 from labkit.core.sampler import logprobs_of, sample
 from labkit.outputs import TokenLogprobs
 
+_UNSOUND = "the model gave NaN or infinity for this request"
 _FEW_LOGITS = 64  # positions of a prompt whose logits are in memory at once
 Chosen = tuple[int, TokenLogprobs | None, bool]  # a token, its log-probabilities, and whether they are sound
 Ends = dict[int, int]  # rows of a plan, each with the place of its last token in the flattened batch
@@ -112,17 +113,16 @@ class ModelRunner:
     # Sampling has three stages: which rows, one call for all of them, and what is kept.
     def _pick(self, plan: StepPlan, ends: Ends, hidden: Tensor, result: StepResult) -> Ends:
         """Return the rows that sample."""
-        places = {row: ends[plan.forks.get(row, row)] for row in (*ends, *plan.forks)}
-        last = hidden[torch.tensor(list(places.values()), device=hidden.device)]  # (rows, hidden_size)
-        # A NaN anywhere in a row reaches its last token: later tokens attend to all before them.
-        sound = last.isfinite().all(dim=-1).tolist()
-        picked: Ends = {}
-        for (row, place), fine in zip(places.items(), sound, strict=True):
+        picked, others = Ends(), Ends()
+        for row in (*ends, *plan.forks):
             known = len(plan.requests[row].token_ids) + len(plan.drafts.get(row, ()))
-            if not fine:
-                result.errors[row] = "the model gave NaN or infinity for this request"
-            elif plan.starts[row] + plan.num_tokens[row] == known:
-                picked[row] = place
+            at_end = plan.starts[row] + plan.num_tokens[row] == known
+            (picked if at_end else others)[row] = ends[plan.forks.get(row, row)]
+        if others:  # no logits will tell whether these are sound, and to ask here is to wait for a GPU
+            last = hidden[torch.tensor(list(others.values()), device=hidden.device)]  # (rows, hidden_size)
+            # A NaN anywhere in a row reaches its last token: later tokens attend to all before them.
+            sound = last.isfinite().all(dim=-1).tolist()
+            result.errors |= {row: _UNSOUND for row, fine in zip(others, sound, strict=True) if not fine}
         return picked
 
     def _sample(self, plan: StepPlan, picked: Ends, hidden: Tensor, result: StepResult) -> None:
@@ -146,7 +146,7 @@ class ModelRunner:
         tokens, logprobs, sound = zip(*itertools.islice(chosen, 1 + len(drafts)), strict=True)
         accepted = self.accept(drafts, tokens[:-1]) if drafts else 0
         if not all(sound[: accepted + 1]):
-            result.errors[row] = "the logits of this request are not finite"
+            result.errors[row] = _UNSOUND
             return
         result.sampled[row] = (*drafts[:accepted], tokens[accepted])
         if logprobs[0] is not None:

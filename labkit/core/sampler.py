@@ -31,18 +31,18 @@ def mix(seed: int, number: int) -> int:
 
 def gumbel_noise(keys: Sequence[int], token_ids: Tensor) -> Tensor:
     """Return Gumbel noise, fp32 (rows, n), from a key for each row and token ids, int64 (rows, n) or (n,)."""
-    low = torch.tensor([key & 0xFFFFFFFF for key in keys], device=token_ids.device)[:, None]
-    high = torch.tensor([key >> 32 for key in keys], device=token_ids.device)[:, None]
-    h = _mix32(_mix32(token_ids ^ low) ^ high)
-    uniform = (h.double() + 0.5) * 2.0**-32  # in (0, 1), without its ends: their logarithms are infinite
-    return -torch.log(-torch.log(uniform)).float()
+    halves = torch.tensor([[key - 2**63] for key in keys], device=token_ids.device).view(torch.int32)
+    h = _mix32((_mix32(token_ids.int()) ^ halves[:, :1]) * (halves[:, 1:] | 1))
+    # Uniform in (0, 1), without its ends, and finest near 0: there the noise is largest, which decides.
+    uniform = (h & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31 - 2.0**-55)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
 def _mix32(h: Tensor) -> Tensor:
-    """Apply MurmurHash3's 32-bit finaliser to int64 tensors that hold 32-bit values."""
-    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
-    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
-    return h ^ (h >> 16)
+    """Apply MurmurHash3's 32-bit finaliser to int32 tensors, whose products wrap around, as it wants."""
+    h = (h ^ (h >> 16 & 0xFFFF)).mul_(0x85EBCA6B - 2**32)  # `&`: PyTorch's shift repeats the sign
+    h = (h ^ (h >> 13 & 0x7FFFF)).mul_(0xC2B2AE35 - 2**32)
+    return h ^ (h >> 16 & 0xFFFF)
 
 
 def sample(
@@ -65,12 +65,12 @@ def sample(
     for kind, rows in groups.items():
         index = torch.tensor(rows, device=logits.device)
         tokens[index] = _draw(logits[index], [requests[i] for i in rows], kind)
-    sound, chosen = best.isfinite().tolist(), tokens.tolist()
+    chosen, sound = torch.stack((tokens, best.isfinite())).tolist()  # here a greedy step waits for a GPU
     logprobs: list[TokenLogprobs | None] = [None] * len(requests)
     for i, request in enumerate(requests):
         if request.params.logprobs is not None and sound[i]:
             (logprobs[i],) = logprobs_of(raw[i : i + 1], chosen[i : i + 1], request.params.logprobs)
-    return chosen, logprobs, sound
+    return chosen, logprobs, [bool(fine) for fine in sound]
 
 
 def _draw(logits: Tensor, requests: Sequence[Request], kind: str) -> Tensor:

@@ -60,7 +60,8 @@ class CudaCapture:
         self._free = torch.cuda.mem_get_info(device)[0]
 
     def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        with torch.cuda.device(self._device):
+        # The present stream is set again even where the end of a failed capture raises.
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
             compute()  # eagerly first, because the first call compiles kernels and sets up libraries
             graph = torch.cuda.CUDAGraph()
             # "thread_local", because other threads may use the GPU meanwhile.

@@ -43,15 +43,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from labkit.kernels.occupancy import note_registers
+
 _LOG2E = 1.4426950408889634
 _NO_WINDOW = 2**31 - 1
+MOST_SPLITS = 64
 _TILE_ELEMENTS = 8192  # elements of a tile, with all heads of a group: 64 registers a thread
 _MAX_TILE = 64
 # The maximum of no scores. It is finite because infinity minus infinity is NaN.
 _FLOOR = tl.constexpr(-1.0e30)
 
 
-@triton.jit
+# Numbers that change from step to step are not to be specialised: for a width of 1, say, or one that 16
+# divides, Triton would compile anew in the middle of serving.
+@triton.jit(do_not_specialize=["width", "window", "splits"])
 def _split_kernel(
     q,
     blocks,
@@ -137,16 +142,16 @@ def _split_kernel(
     tl.store(parts + part[:, None] * DIM + dim, mean.to(parts.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _unite_kernel(parts, logs, out, SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr):
-    """Unite the splits of one query head of one row."""
+@triton.jit(do_not_specialize=["splits"])
+def _unite_kernel(parts, logs, out, splits, MOST: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr):
+    """Unite the splits, at most MOST, of one query head of one row."""
     row = tl.program_id(0).to(tl.int64)
-    split, dim = tl.arange(0, SPLITS), tl.arange(0, DIM_2)
-    log = tl.load(logs + row * SPLITS + split)
+    split, dim = tl.arange(0, MOST), tl.arange(0, DIM_2)
+    log = tl.load(logs + row * splits + split, mask=split < splits, other=float("-inf"))
     weight = tl.exp2(log - tl.max(log, axis=0))
     weight = weight / tl.sum(weight, axis=0)
-    at = parts + (row * SPLITS + split)[:, None] * DIM + dim[None, :]
-    part = tl.load(at, mask=(dim < DIM)[None, :], other=0.0)
+    at = parts + (row * splits + split)[:, None] * DIM + dim[None, :]
+    part = tl.load(at, mask=(split < splits)[:, None] & (dim < DIM)[None, :], other=0.0)
     mean = tl.sum(part * weight[:, None], axis=0)
     tl.store(out + row * DIM + dim, mean.to(out.dtype.element_ty), mask=dim < DIM)
 
@@ -174,16 +179,16 @@ def paged_decode(
         lengths: the number of tokens of each row (rows,), with the query's own, int32 or int64, at least 1.
         scale: the factor of the scores.
         window: how many tokens a query sees at most, itself included; None is all.
-        splits: the number of programs that share the tokens of a row, a power of two.
+        splits: the number of programs that share the tokens of a row, at most `MOST_SPLITS`.
 
     Returns:
         The result (rows, heads, head_dim), in the dtype of q.
 
     Raises:
-        ValueError: if `splits` is not a power of two, or vectors or tables are not contiguous.
+        ValueError: if `splits` is out of its range, or vectors or tables are not contiguous.
     """
-    if splits < 1 or splits & (splits - 1):
-        raise ValueError(f"splits must be a power of two, not {splits}")
+    if not 1 <= splits <= MOST_SPLITS:
+        raise ValueError(f"splits must be between 1 and {MOST_SPLITS}, not {splits}")
     if blocks.stride(-1) != 1 or not tables.is_contiguous():
         raise ValueError("the vectors of blocks, and tables, must lie in one piece")
     if q.stride(-1) != 1:
@@ -196,7 +201,7 @@ def paged_decode(
     logs = torch.empty((rows, heads, splits), dtype=torch.float32, device=q.device)
     parts = out if splits == 1 else out.new_empty((rows, heads, splits, dim), dtype=torch.float32)
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        _split_kernel[(rows, kv_heads, splits)](
+        kernel = _split_kernel[(rows, kv_heads, splits)](
             q,
             blocks,
             tables,
@@ -222,6 +227,10 @@ def paged_decode(
             DIM_2=dim_2,
             num_warps=4,
         )
+        if registers := getattr(kernel, "n_regs", None):  # the interpreter has none
+            note_registers(blocks, registers)
         if splits > 1:
-            _unite_kernel[(rows * heads,)](parts, logs, out, SPLITS=splits, DIM=dim, DIM_2=dim_2, num_warps=4)
+            _unite_kernel[(rows * heads,)](
+                parts, logs, out, splits, MOST=MOST_SPLITS, DIM=dim, DIM_2=dim_2, num_warps=4
+            )
     return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ class GatheredRows:
     pieces: Tensor
     masks: dict[int | None, Tensor]
     written_out: bool
+    _folded: dict[int | None, Tensor] = field(default_factory=dict)
 
     def attend(self, q: Tensor, blocks: Tensor, *, scale: float, window: int | None) -> Tensor:
         k, v = read_rows(blocks, self.pieces)  # (rows, kv_heads, width * block_size, head_dim)
@@ -48,7 +49,7 @@ class GatheredRows:
         folded = q
         if queries > 1:  # fold them into the heads: first all queries of one head, then those of the next
             folded = q.reshape(rows, queries, -1, dim).transpose(1, 2)
-            mask = mask.repeat(1, 1, q.shape[1] // kv_heads, 1)
+            mask = self._fold(window, q.shape[1] // kv_heads)
         folded = folded.reshape(rows, kv_heads, -1, dim)  # (rows, kv_heads, group * queries, head_dim)
         if self.written_out:
             k, v = k.view(-1, length, dim), v.view(-1, length, dim)
@@ -61,6 +62,16 @@ class GatheredRows:
         if queries > 1:
             out = out.reshape(rows, -1, queries, dim).transpose(1, 2).contiguous()
         return out.reshape(q.shape)
+
+    def _fold(self, window: int | None, group: int) -> Tensor:
+        """Return the mask, repeated for each head of a group; it is made once for all layers."""
+        if window not in self._folded:
+            mask = self.masks[window]
+            rows, heads, queries, length = mask.shape
+            folded = _zeros((rows, heads, group * queries, length), mask)
+            folded.unflatten(2, (group, queries)).copy_(mask[:, :, None])
+            self._folded[window] = folded
+        return self._folded[window]
 
 
 @dataclass
@@ -88,11 +99,16 @@ class Chunk:
 
 def additive(seen: Tensor, like: Tensor) -> Tensor:
     """Return a mask to add to scores: 0 for a key that is seen, else minus infinity."""
-    # PyTorch's memory-efficient kernel needs rows of a multiple of 16, and copies others in every layer. So
-    # the mask is a part of such rows.
-    *shape, length = seen.shape
-    mask = torch.zeros(*shape, -(-length // 16) * 16, dtype=like.dtype, device=seen.device)
-    return mask[..., :length].masked_fill_(~seen, -torch.inf)
+    return _zeros(seen.shape, like).masked_fill_(~seen, -torch.inf)
+
+
+def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Return an empty mask: PyTorch's memory-efficient kernel takes it as it is, in every layer.
+
+    Masks whose rows do not begin at multiples of 16 elements it copies; so this is a part of longer rows.
+    """
+    *others, length = shape
+    return like.new_zeros((*others, -(-length // 16) * 16))[..., :length]
 
 
 def block_table(rows: Sequence[Span], cache: PagedKVCache, width: int) -> Tensor:

@@ -13,6 +13,10 @@ what it did before. The stream between the layers is rotated inside the weights,
 because a rotation changes no length. Only the input of `down_proj`, which comes from a product of two
 activations, is rotated while the model runs, by a small Hadamard matrix.
 
+On a GPU it halves the memory of weights, and is likely to cost time in steps of few rows: round a product
+are a dozen small kernels that find scales, round and scale back, 50 more in a layer than in half precision,
+and in such a step a launch takes as long as the product.
+
 x86 without VNNI adds products of 8 bits in pairs, in 16 bits, and cuts off what does not fit. So each scale
 is chosen such that no pair of neighbouring weights can make that happen. This costs a fraction of a bit, and
 makes the numbers the same on every machine.
@@ -155,6 +159,8 @@ def pick_kernel(device: torch.device) -> tuple[Kernel, str]:
 
     On a CPU the kernels are timed on a product of 16 rows, which takes about a tenth of a second.
     """
+    if device.type == "cuda":
+        return _IntMM, "torch._int_mm (on a GPU for memory: in decode steps, 16 bits are likely to be faster)"
     if device.type != "cpu":
         return _IntMM, "torch._int_mm"
     kernels: dict[str, Kernel] = {"torch._int_mm": _IntMM}

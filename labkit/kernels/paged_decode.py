@@ -12,10 +12,10 @@ from torch import Tensor
 from labkit.core.attention import Span
 from labkit.core.kv_cache import PagedKVCache
 from labkit.kernels.gathered_sdpa import block_table
+from labkit.kernels.occupancy import programs_at_once
 
 _MIN_SPLIT = 64  # tokens that are worth a program of their own
 _MAX_SPLITS = 64
-_PROGRAMS = 4  # how many programs keep a processor of the GPU busy
 
 
 @dataclass
@@ -58,17 +58,19 @@ def static_paged_rows(
 
 def _paged(first: int, tables: Tensor, lengths: Tensor, cache: PagedKVCache) -> PagedDecode:
     rows, width = tables.shape
-    splits = num_splits(rows * cache.num_kv_heads, width * cache.block_size, _processors(tables.device))
+    programs, tokens = rows * cache.num_kv_heads, width * cache.block_size
+    at_once = programs_at_once(cache.layers[0])
+    splits = num_splits(programs, tokens, _processors(tables.device), at_once)
     return PagedDecode(first, first + rows, tables, lengths, splits)
 
 
-def num_splits(programs: int, tokens: int, processors: int) -> int:
+def num_splits(programs: int, tokens: int, processors: int, at_once: int = 4) -> int:
     """Return into how many programs to split each of `programs`, which have at most so many tokens.
 
-    They are enough to keep a GPU with so many processors busy, but each has some tokens to work on. The
-    number is a power of two.
+    They are enough to keep a GPU busy with so many processors, each of which runs `at_once` programs at once,
+    but each has some tokens to work on. The number is a power of two.
     """
-    wanted = min(_PROGRAMS * processors // programs, tokens // _MIN_SPLIT, _MAX_SPLITS)
+    wanted = min(at_once * processors // programs, tokens // _MIN_SPLIT, _MAX_SPLITS)
     return 1 << (max(1, wanted).bit_length() - 1)
 
 

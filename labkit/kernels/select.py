@@ -21,6 +21,7 @@ from labkit.core.kv_cache import PagedKVCache
 from labkit.kernels.backend import Backend, MakeGroups
 from labkit.kernels.gathered_sdpa import SDPA, gathered_chunks, static_rows
 from labkit.kernels.paged_decode import paged_rows, static_paged_rows
+from labkit.kernels.probe import why_not_triton
 from labkit.kernels.varlen import packed_chunks, varlen_attention
 
 _TRITON_SINCE = (7, 5)  # the oldest GPUs that Triton compiles for
@@ -44,6 +45,8 @@ def choose_backend(
         wanted: one of `ATTENTION_BACKENDS`; "auto" is the fastest that is possible.
         as_t4: whether a newer GPU uses only the kernels that a T4 has.
 
+    A kernel of Triton is tried before it is chosen, which compiles it: the first time, that takes seconds.
+
     Raises:
         ValueError: if what is wanted is not possible; the message says why, and what is.
     """
@@ -51,7 +54,7 @@ def choose_backend(
         raise ValueError(f"attention_backend must be one of {', '.join(ATTENTION_BACKENDS)}, not {wanted!r}")
     if as_t4 and device.type != "cuda":
         raise ValueError(f"as_t4 needs a CUDA GPU, and the model is on {device}")
-    lacking = _why_no_triton(device)
+    lacking = None if wanted == "sdpa" else _why_no_triton(device, dtype, head_dim)
     if wanted == "triton" and lacking:
         raise ValueError(f"attention_backend must be auto or sdpa here, not 'triton': {lacking}")
     if wanted == "sdpa" or lacking:
@@ -70,7 +73,7 @@ def choose_backend(
     return Backend("triton", reason, paged_rows, chunks, static_paged_rows)
 
 
-def _why_no_triton(device: torch.device) -> str | None:
+def _why_no_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if device.type != "cuda":
         return f"Triton kernels need a CUDA GPU, not {device.type}"
     if importlib.util.find_spec("triton") is None:
@@ -78,7 +81,7 @@ def _why_no_triton(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < _TRITON_SINCE:
         return f"Triton makes no code for sm_{capability[0]}{capability[1]}"
-    return None
+    return why_not_triton(device, dtype, head_dim)
 
 
 def _why_no_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -1,19 +1,23 @@
 """Warm-up: before the first request, make the KV cache and, on a GPU, measure memory and capture graphs.
 
-On a CPU there is nothing to measure and nothing to capture.
+On a CPU there is nothing to measure and nothing to capture. On a GPU, much can be missing: where Triton or
+the capture of graphs fails, the engine goes on without it and says why.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
+import threading
+import weakref
 from collections.abc import Callable
 
 import psutil
 import torch
 
 from labkit.config import EngineConfig
-from labkit.core.attention import Span, build_metadata
+from labkit.core.attention import Span, build_metadata, row_order
 from labkit.core.kv_cache import KVShape, PagedKVCache
 from labkit.core.model import Transformer
 from labkit.core.model_runner import PagedModel
@@ -23,8 +27,54 @@ from labkit.kernels.cpu.layers import is_fused
 from labkit.kernels.cuda_graphs import Capture, DecodeGraphs
 from labkit.kernels.gathered_sdpa import SDPA
 from labkit.kernels.select import choose_backend
+from labkit.outputs import in_one_line
 
+# In a process, one engine at a time warms up: captures share a stream, and break if another thread waits for
+# the whole device; two engines that size their pools count the same memory; and timed steps must be alone.
+warm_up_lock = threading.RLock()
 _GRAPH_SHARE = 0.5  # of the memory that the KV cache and the activations of a step leave free
+_told: weakref.WeakKeyDictionary[PagedModel, set[str]] = weakref.WeakKeyDictionary()  # what was said once
+
+
+def once(model: PagedModel, what: str, say: Callable[[str], None] | None) -> Callable[[str], None]:
+    """Return `say` for the first engine of a model that tells of `what`; for others, silence."""
+    told = _told.setdefault(model, set())
+    if say is None or what in told:
+        return lambda line: None
+    told.add(what)
+    return say
+
+
+def tried_backend(
+    model: PagedModel, config: EngineConfig, say: Callable[[str], None] | None
+) -> tuple[Backend, int]:
+    """Choose the attention backend, and try it with the widest step on a GPU.
+
+    Returns:
+        The backend, and how many bytes a step takes beside weights and KV cache; 0 if it is not on a GPU.
+
+    Raises:
+        ValueError: if the backend that the configuration names does not work, or memory does not suffice.
+    """
+    device = model.device
+    if device.type != "cuda":
+        return backend_for(model, config), 0
+    tell = once(model, f"attention {config.attention_backend}", say)
+    tell(f"Trying attention on {device}: kernels that are new here are compiled, which takes some seconds.")
+    backend = backend_for(model, config)
+    try:
+        reserve = activation_bytes(model, backend, config)
+    except Exception as error:
+        if backend.name != "triton" or isinstance(error, ValueError):
+            raise
+        why = f"Triton's kernel does not run here ({in_one_line(error)})"
+        if config.attention_backend == "triton":
+            raise ValueError(f"attention_backend must be auto or sdpa here, not 'triton': {why}") from error
+        backend = backend_for(model, dataclasses.replace(config, attention_backend="sdpa"))
+        backend = dataclasses.replace(backend, reason=f"{SDPA.reason}; {why}")
+        reserve = activation_bytes(model, backend, config)
+    tell(f"Attention on {device}: {backend.name} ({backend.reason}).")
+    return backend, reserve
 
 
 def backend_for(model: PagedModel, config: EngineConfig) -> Backend:
@@ -54,9 +104,9 @@ def backend_for(model: PagedModel, config: EngineConfig) -> Backend:
 def activation_bytes(model: PagedModel, backend: Backend, config: EngineConfig) -> int:
     """Measure how many bytes the widest step takes beside weights and KV cache, with a step on a GPU.
 
-    The step computes a chunk of the whole token budget at the end of the longest request, over a cache of a
-    single block, which its table lists again and again. Then every seat gets logits, which are sorted:
-    sampling takes about as much.
+    The step decodes a token at the end of the longest request, and the rest of the token budget is a chunk at
+    the end of another one, over a cache of a single block, which their tables list again and again: so the
+    kernels of both are compiled. Then every seat gets logits, which are sorted: sampling takes about as much.
 
     Raises:
         ValueError: if the step does not fit into memory.
@@ -68,10 +118,15 @@ def activation_bytes(model: PagedModel, backend: Backend, config: EngineConfig) 
         cache = model.kv_shape.new_cache(1, size)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        row = Span(longest - tokens, tokens, [0] * -(-longest // size))
-        metadata = build_metadata([row], cache, windows=model.windows, backend=backend)
+        table = [0] * -(-longest // size)
+        rows = [Span(longest - 1, 1, table)]
+        if tokens > 1:
+            rows.append(Span(longest - tokens + 1, tokens - 1, table))
+            rows = [rows[i] for i in row_order(rows)]
+        metadata = build_metadata(rows, cache, windows=model.windows, backend=backend)
         ids = torch.zeros(tokens, dtype=torch.long, device=device)
-        hidden = model(ids, torch.arange(row.start, row.length, device=device), cache, metadata)
+        positions = torch.cat([torch.arange(row.start, row.length) for row in rows]).to(device)
+        hidden = model(ids, positions, cache, metadata)
         seats = hidden[:1].expand(config.max_num_seqs, -1).contiguous()
         model.logits(seats).float().sort(dim=-1)
         return torch.cuda.max_memory_allocated(device) - before
@@ -81,13 +136,19 @@ def activation_bytes(model: PagedModel, backend: Backend, config: EngineConfig) 
         ) from error
 
 
+def free_bytes(device: torch.device) -> int:
+    """Return how much memory of a GPU can be had. PyTorch's allocator gives back what it holds unused."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
 def check_memory(shape: KVShape, num_blocks: int, block_size: int) -> None:
     """Raise `ValueError` unless the device has room for a cache of this size."""
     needed, device = (num_blocks + 1) * block_size * shape.bytes_per_token, shape.device
     if device.type == "cpu":  # the system lets us allocate more than it has
         available = psutil.virtual_memory().available
     else:
-        available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+        available = free_bytes(device) if device.type == "cuda" else math.inf
     if needed > available:
         raise ValueError(
             f"num_blocks={num_blocks} needs {needed / 2**30:.1f} GiB for the KV cache, but {device} has "
@@ -106,6 +167,8 @@ def warm_up(
     capture: Capture | None = None,
 ) -> tuple[PagedKVCache, DecodeGraphs | None]:
     """Make the KV cache and, on a GPU, the graphs of decode steps. If memory is short, the cache is smaller.
+
+    Where graphs cannot be captured, there are none, and a line says why.
 
     Args:
         model, backend: the model and its attention backend.
@@ -127,7 +190,7 @@ def warm_up(
             cache = model.kv_shape.new_cache(num_blocks, config.block_size)
             if not graphed or (device.type != "cuda" and capture is None):
                 return cache, None
-            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2**30
+            free = free_bytes(device) if device.type == "cuda" else 2**30
             graphs = DecodeGraphs(
                 model,
                 cache,
@@ -137,7 +200,7 @@ def warm_up(
                     config.max_model_len or model.max_model_len, num_blocks * config.block_size
                 ),
                 memory_limit=max(0, int(_GRAPH_SHARE * (free - reserve))),
-                say=say,
+                say=once(model, f"graphs {backend.name}", say),
                 capture=capture,
             )
             graphs.warm_up()
@@ -146,6 +209,14 @@ def warm_up(
             fewer = num_blocks * 3 // 4
             if fewer < 1:
                 raise ValueError(f"too little memory on {device} for a decode step") from error
+        except Exception as error:  # a kernel, a driver or a library that cannot be captured
+            if cache is None:
+                raise
+            first = error.__context__ or error  # the end of a capture that failed is an error, too
+            once(model, "no graphs", say)(
+                f"CUDA graphs cannot be captured here, so every step runs eagerly ({in_one_line(first)})."
+            )
+            return cache, None
         if say:
             say(f"Out of memory in warm-up: num_blocks is lowered from {num_blocks} to {fewer}.")
         num_blocks = fewer

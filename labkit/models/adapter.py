@@ -36,7 +36,7 @@ from labkit.core.kv_cache import KVShape, PagedKVCache, read_rows
 from labkit.kernels.gathered_sdpa import SDPA, additive
 from labkit.models.architecture import FLOATS
 from labkit.models.checkpoint import FROM_FILES, read_tensors
-from labkit.models.errors import ModelError, first_line
+from labkit.models.errors import ModelError, first_line, is_out_of_memory
 from labkit.models.progress import Say, tell
 
 # Two names for our attention function in the registry. For "paged" no mask function is registered, and so
@@ -115,6 +115,8 @@ class AdaptedModel(nn.Module):
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (S, vocab_size) of hidden states (S, hidden_size)."""
+        # A soft cap makes a finite number of an infinite one, but not of a NaN, and logits say what is sound.
+        hidden = hidden.masked_fill(~hidden.isfinite().all(dim=-1, keepdim=True), torch.nan)
         return self.head(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
 
@@ -170,7 +172,7 @@ def load(folder: Path, *, dtype: torch.dtype, device: torch.device, say: Say | N
         )
         wrong = sorted(str(name) for key in ("missing_keys", "mismatched_keys") for name in found[key])
     except Exception as error:
-        if "memory" in str(error):
+        if is_out_of_memory(error):
             raise
         why = first_line(error)
         raise ModelError(f"transformers cannot load {folder} as a causal language model: {why}") from error

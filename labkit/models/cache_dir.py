@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 
+def keep_compiled() -> None:
+    """Have Triton keep what it compiles in this place too, unless `$TRITON_CACHE_DIR` names another."""
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir() / "triton"))
+
+
 def cache_dir() -> Path:
     """Return `$LABKIT_CACHE`, or `labkit` in the place that the operating system has for caches."""
     if chosen := os.environ.get("LABKIT_CACHE"):

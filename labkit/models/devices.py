@@ -47,18 +47,27 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     """Return the dtype of a name, or what "auto" means on a device (see `auto_reason`).
 
     Raises:
-        ModelError: if there is no such dtype; the message lists the names.
+        ModelError: if there is no such dtype, and the message lists the names; or if it is bf16, and the GPU
+            does not have that.
     """
     if dtype == "auto":
         if device.type != "cuda":
             return torch.float32
-        # Older GPUs, such as a T4, only emulate bf16, which is far slower than their fp16.
-        in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if in_hardware else torch.float16
+        return torch.bfloat16 if _has_bf16(device) else torch.float16
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found is None or found not in DTYPES.values():
         raise ModelError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
+    if found == torch.bfloat16 and device.type == "cuda" and not _has_bf16(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        raise ModelError(
+            f"dtype bfloat16 needs a GPU of sm_80 or newer, not sm_{major}{minor} as {device}: take float16"
+        )
     return found
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether a GPU computes in bf16. Older ones, such as a T4, emulate it, far slower than their fp16."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def auto_reason(device: torch.device) -> str:

@@ -24,7 +24,7 @@ from labkit.models import architecture, checkpoint, gguf_fetch
 from labkit.models.cache_dir import cache_dir
 from labkit.models.checkpoint import Config
 from labkit.models.devices import auto_reason, resolve_device, resolve_dtype
-from labkit.models.errors import ModelError
+from labkit.models.errors import ModelError, is_out_of_memory
 from labkit.models.generation_config import not_obeyed
 from labkit.models.hub import TINY, find, is_folder
 from labkit.models.int8_cache import int8_model
@@ -218,7 +218,7 @@ def _explained(name: str, folder: Path, device: torch.device) -> Iterator[None]:
     except ValueError as error:
         raise ModelError(f"the weights in {folder} do not fit its config.json: {error}") from error
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error):  # a GPU is "out of memory", a CPU "can't allocate memory"
+        if not is_out_of_memory(error):
             raise
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9
         raise ModelError(

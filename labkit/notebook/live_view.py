@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 KEEP_OPEN = 4  # pictures that hold on to their engine, whose KV cache is large
-SCRIPTS = ("live_feed.js", "meters.js", "words.js", "side.js", "panel.js", "cards.js", "widget.js")
+SCRIPTS = (
+    *("live_feed.js", "regions.js", "meters.js", "words.js", "side.js", "panel.js"),
+    *("cards.js", "widget.js"),
+)
 HOW_TO = 'Inject: engine.add_request("The sea is", labkit.SamplingParams(max_tokens=16)), then engine.step()'
 GONE = "This picture has let go of its engine, because others were opened since. Run its cell again."
 

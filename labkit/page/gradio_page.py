@@ -12,9 +12,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import gradio as gr
 
+from labkit.page.front import MAX_BODY, Front
 from labkit.page.page_api import Api
 from labkit.page.race.tab import build_race_tab
 from labkit.page.replay_tab import build_replay_tab
@@ -23,11 +25,15 @@ from labkit.page.session import Lab
 from labkit.page.snapshot import Snapshotter
 from labkit.page.sse import PATH, Broadcast
 from labkit.page.submissions import params_of
-from labkit.page.upload import MAX_BYTES
 from labkit.page.visitors import mark
+from labkit.serving.asgi import BodyLimit
 from labkit.serving.async_engine import AsyncEngine, EngineStoppedError
+from labkit.serving.connections import harden
+from labkit.serving.guard import Guard
 from labkit.views.assets import asset, script
 
+SESSIONS = 500  # that gradio keeps a state for: anybody can make up any number, and each costs memory
+QUEUE_SIZE = 100  # events that wait in gradio's queue, where only figures of a race are drawn
 QUEUE_SECONDS = 0.1  # between two looks of gradio at its queue; by default it looks 1,100 times a second
 EXAMPLES = {
     "Why is the sky blue?": "Why is the sky blue? Explain it to a child.",
@@ -49,7 +55,7 @@ EIGHT = (
 )
 SHARES = (0.25, 0.1, 0.6, 0.8, 1.0, 0.5, 0.4, 1.0)  # of max tokens, so that answers end at different times
 SCRIPTS = (
-    *("live_feed.js", "meters.js", "words.js", "side.js", "controls.js"),
+    *("live_feed.js", "regions.js", "meters.js", "words.js", "side.js", "controls.js"),
     *("panel.js", "follow.js", "cards.js", "questions.js", "glue.js"),
 )
 
@@ -66,6 +72,7 @@ class Page(gr.Blocks):
 
     lab: Lab
     broadcast: Broadcast
+    guard: Guard  # before all else, once the page is served
 
     def close(self, verbose: bool = True) -> None:
         self.broadcast.close()
@@ -73,24 +80,38 @@ class Page(gr.Blocks):
         super().close(verbose)
 
 
-def serve(engine: AsyncEngine | Lab, **options: Any) -> Page:
+def serve(
+    engine: AsyncEngine | Lab,
+    *,
+    allowed_hosts: Sequence[str] = (),
+    proxy_headers: bool = False,
+    **options: Any,
+) -> Page:
     """Launch the page in the background, with one broadcast for all who watch.
 
     Args:
         engine: the engine to show, or a lab round one.
+        allowed_hosts: further names by which browsers reach the page, through a proxy for instance.
+        proxy_headers: whether a proxy on this machine is believed when it names the address of a client.
         options: arguments of `gr.Blocks.launch`.
     """
     page = build(engine)
     settings: dict[str, Any] = {
         "ssr_mode": False,
         "footer_links": [],
-        "max_file_size": MAX_BYTES,
+        "enable_monitoring": False,
+        "state_session_capacity": SESSIONS,
         "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     }  # one of the default theme's fonts would come from the net
     app, _, _ = page.launch(**(settings | options | {"prevent_thread_lock": True}))
     page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = QUEUE_SECONDS
+    inner = app.middleware_stack
     if app.auth is None and app.auth_dependency is None:  # else gradio alone knows who may look
-        app.middleware_stack = page.broadcast.before(app.middleware_stack)
+        inner = page.broadcast.before(inner)
+    inner = BodyLimit(Front(inner, page.lab.visitors), MAX_BODY, together=4 * MAX_BODY)
+    public = [urlsplit(page.share_url).hostname or ""] if page.share_url else []
+    page.guard = app.middleware_stack = Guard(inner, page.server_name, [*allowed_hosts, *public])
+    harden(page.server.config, proxy_headers=proxy_headers)
     return page
 
 
@@ -122,6 +143,7 @@ def build(engine: AsyncEngine | Lab) -> Page:
                 build_replay_tab(lab.traces)
         demo.load(arrive, view, view, js=REMEMBERED, queue=False, show_progress="hidden")
         demo.unload(leave)
+    demo.queue(max_size=QUEUE_SIZE)
     return demo
 
 
@@ -220,7 +242,7 @@ def _injections(lab: Lab) -> tuple[Callable[..., str], Callable[..., str]]:
         raw: bool,
         request: gr.Request,
     ) -> str:
-        visitor = lab.visitors.of(request.session_hash)
+        visitor = lab.visitors.of(request.session_hash, request.client.host if request.client else "")
         name, submissions = lab.visitors.name(visitor), lab.session.submissions
 
         def act() -> None:
@@ -237,7 +259,7 @@ def _injections(lab: Lab) -> tuple[Callable[..., str], Callable[..., str]]:
         raw: bool,
         request: gr.Request,
     ) -> str:
-        visitor = lab.visitors.of(request.session_hash)
+        visitor = lab.visitors.of(request.session_hash, request.client.host if request.client else "")
         name, submissions = lab.visitors.name(visitor), lab.session.submissions
 
         def act() -> None:

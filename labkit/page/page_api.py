@@ -14,7 +14,7 @@ from labkit.page.session import Lab
 from labkit.page.snapshot import ClientState, Snapshotter, text_in
 from labkit.serving.async_engine import EngineStoppedError
 
-MS_PER_VISITOR = 4  # between two questions of a page: fifty pages ask five times a second each
+MS_PER_PAGE = 4  # between two questions of a page: fifty pages that ask do so five times a second each
 
 
 class Api:
@@ -35,25 +35,28 @@ class Api:
 
     async def pull(self, question: dict[str, Any]) -> str:
         """Tell a page without a stream what is new since the last answer."""
+        self.lab.visitors.hear(text_in(question, "visitor"))
         update = self._snapshotter.take().tell(ClientState.read(question))
-        every = MS_PER_VISITOR * len(self.lab.visitors)
+        every = MS_PER_PAGE * self.lab.visitors.num_asking
         return json.dumps(update | {"every": every}, separators=(",", ":"))
 
     async def control(self, order: dict[str, Any]) -> str:
         """Pause, resume, step, or set the speed."""
-        submissions = self.lab.session.submissions
         visitor = text_in(order, "visitor")
-        if visitor in self.lab.visitors:
-            try:
-                submissions.control(visitor, text_in(order, "action"), order.get("value"))
-            except ValueError as error:
-                return json.dumps(submissions.clock() | {"error": str(error)})
-        return json.dumps(submissions.clock())
+        if visitor not in self.lab.visitors:
+            return json.dumps(self.lab.session.submissions.clock())
+        try:
+            clock = self.lab.control(visitor, text_in(order, "action"), order.get("value"))
+        except ValueError as error:
+            return json.dumps(self.lab.session.submissions.clock() | {"error": str(error)})
+        return json.dumps(clock)
 
     async def cancel(self, order: dict[str, Any]) -> str:
         """Cancel one of the visitor's requests, or all."""
         request = None if order.get("request") is None else text_in(order, "request")
-        self.lab.session.submissions.cancel(text_in(order, "visitor"), request)
+        visitor = text_in(order, "visitor")
+        if visitor in self.lab.visitors:
+            self.lab.session.submissions.cancel(visitor, request)
         return "true"
 
     async def look(self, question: dict[str, Any]) -> str:

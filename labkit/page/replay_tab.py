@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
+import base64
 import json
-import os
 import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 import gradio as gr
 
-from labkit.page.upload import MAX_BYTES, read_upload
-from labkit.trace.records import TraceError
+from labkit.page.upload import MAX_BYTES, BusyError, Uploads, check_size
 from labkit.trace.trace import Trace
 from labkit.views import perfetto, replay_data, style
 from labkit.views.assets import asset, script
@@ -25,6 +22,7 @@ MAX_UPLOADS = 16
 MAX_OPENED = 32  # traces that visitors look at, each as it was when it was opened
 _GONE = "This trace is no longer kept: choose another, or hand it in again."
 
+_SCRIPTS = ("live_feed.js", "regions.js", "replay_data.js", "replay.js", "hand_in.js")
 _GLUE = """
 const ask = async (name, argument) => {
   const late = new Promise((resolve) => setTimeout(resolve, 60000));
@@ -34,16 +32,8 @@ const ask = async (name, argument) => {
     return null;
   }
 };
-const root = element.querySelector(".lkr");
-element.replay = labkit.replay(root, ask);
-watch("value", () => {
-  const handed = props.value && JSON.parse(props.value);
-  if (handed) element.replay.add(handed.key, handed.name);
-});
-"""
-_MESSAGE = """
-const line = element.querySelector("p");
-watch("value", () => { line.textContent = props.value || ""; });
+element.replay = labkit.replay(element.querySelector(".lkr"), ask);
+labkit.handIn(element, MAX_BYTES, ask, element.replay.add);
 """
 
 
@@ -66,43 +56,59 @@ class Traces:
     def __init__(self, sources: Callable[[], Mapping[str, Trace]]) -> None:
         self._sources = sources
         self._lock = threading.Lock()
-        self._heavy = threading.Lock()  # one long trace is packed at a time, because the engine runs on
+        self._reading = Uploads()
         self._uploads: OrderedDict[str, tuple[Trace, int]] = OrderedDict()
         self._opened: OrderedDict[str, _Opened] = OrderedDict()
+        self._packing: dict[str, threading.Lock] = {}  # by the key of a trace that is being packed
+        self._saving = threading.Semaphore(2)  # a saved file is large, and none is waited for for long
 
     def names(self) -> list[str]:
         """The lab's own traces."""
         return list(self._sources())
 
-    def hand_in(self, path: str | os.PathLike[str]) -> str:
-        """Keep the trace in a file, and return a key under which it is found, which nobody can guess.
+    def hand_in(self, data: bytes, sender: str = "") -> tuple[str, Trace]:
+        """Keep the trace in the bytes of a file; return a key for it, which nobody can guess, and the trace.
 
         Raises:
             TraceError: if the file is no trace, or too large.
+            BusyError: if it cannot be read yet (see `Uploads.read`).
         """
-        trace, size = read_upload(path), os.path.getsize(path)
+        trace = self._reading.read(data, sender)
         key = secrets.token_hex(16)
         with self._lock:
-            self._uploads[key] = (trace, size)
+            self._uploads[key] = (trace, len(data))
             while len(self._uploads) > 1 and (
                 len(self._uploads) > MAX_UPLOADS or sum(s for _, s in self._uploads.values()) > 2 * MAX_BYTES
             ):
                 self._uploads.popitem(last=False)
-        return key
+        return key, trace
 
     def open(self, key: str) -> tuple[str, _Opened]:
-        """A trace as it is now, and a name to ask more about it. Raises KeyError if it is no longer kept."""
+        """A trace as it is now, and a name to ask more about it. Raises KeyError if it is no longer kept.
+
+        Those who open the same trace at once wait for one another and share what is made; nobody waits for
+        another trace.
+        """
         trace = self._find(key)
-        records = list(trace.records)
-        with self._heavy:
+        with self._lock:
+            packing = self._packing.setdefault(key, threading.Lock())
+        try:
+            with packing:
+                return self._open(trace)
+        finally:
             with self._lock:
-                for name, opened in self._opened.items():
-                    seen = opened.trace.records
-                    if len(seen) == len(records) and all(a is b for a, b in zip(seen, records, strict=True)):
-                        self._opened.move_to_end(name)
-                        return name, opened
-            still = Trace(trace.meta, records)
-            opened = _Opened(still, replay_data.lanes_of(still), replay_data.pack(still))
+                self._packing.pop(key, None)
+
+    def _open(self, trace: Trace) -> tuple[str, _Opened]:
+        records = list(trace.records)
+        with self._lock:
+            for name, opened in self._opened.items():
+                seen = opened.trace.records
+                if len(seen) == len(records) and all(a is b for a, b in zip(seen, records, strict=True)):
+                    self._opened.move_to_end(name)
+                    return name, opened
+        still = Trace(trace.meta, records)
+        opened = _Opened(still, replay_data.lanes_of(still), replay_data.pack(still))
         name = secrets.token_hex(16)
         with self._lock:
             self._opened[name] = opened
@@ -125,7 +131,7 @@ class Traces:
     def save(self, name: str, kind: str) -> tuple[str, str]:
         """A file's name and text, of kind "trace" or "perfetto". Raises KeyError as `opened` does."""
         trace = self.opened(name).trace
-        with self._heavy:
+        with self._saving:
             if kind == "perfetto":
                 return "labkit.perfetto.json", "".join(perfetto.lines(trace))
             return "labkit.trace.jsonl", "".join(line + "\n" for line in trace.lines())
@@ -169,44 +175,33 @@ def build_replay_tab(sources: Callable[[], Mapping[str, Trace]]) -> gr.HTML:
             return _answer({"error": _GONE})
         return _answer({"name": name, "text": text})
 
-    def hand_in(path: str | None) -> tuple[str, Any]:
-        if not path:
-            return "", gr.skip()
+    def hand_in(question: Any, request: gr.Request) -> str:
+        size = _number(question, "size")
         try:
-            key = traces.hand_in(path)
-        except TraceError as error:
-            return f"This file cannot be replayed. {style.label(str(error), 400)}", gr.skip()
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(path)  # gradio's copy: what we need of it is in memory
-        return "", _answer({"key": key, "name": f"File: {style.label(PurePath(path).name, 40)}"})
+            check_size(size)
+            data = base64.b64decode(_text(question, "data"), validate=True)
+            key, trace = traces.hand_in(data, request.client.host if request.client else "")
+        except BusyError as error:
+            return _answer({"busy": str(error)})
+        except ValueError as error:  # of the trace, or of what should be its bytes
+            return _answer({"error": f"This file cannot be replayed. {style.label(str(error), 400)}"})
+        return _answer(
+            {"key": key, "name": f"File: {style.label(_text(question, 'name'), 40)}", "note": trace.note}
+        )
 
     bare: dict[str, Any] = {"apply_default_css": False, "padding": False}
     # The browser knows server functions by their names.
-    named = {"traces": names, "open": open_trace, "frames": frames_of, "save": save}
+    named = {"traces": names, "open": open_trace, "frames": frames_of, "save": save, "hand_in": hand_in}
     for name, function in named.items():
         function.__name__ = name
-    with gr.Row(elem_id="lkr-hand-in", equal_height=False):
-        button = gr.UploadButton(
-            "Open a trace file", file_types=[".jsonl", ".json", ".txt"], size="sm", scale=0, min_width=160
-        )
-    message = gr.HTML(
-        html_template='<p role="alert"></p>',
-        js_on_load=_MESSAGE,
-        elem_id="lkr-message",
-        **bare,
-    )
-    view = gr.HTML(
-        html_template=f"<style>{asset('replay.css')}</style>{asset('replay.html')}",
-        js_on_load=script("live_feed.js", "replay_data.js", "replay.js") + _GLUE,
+    facts = f"const MAX_BYTES = {MAX_BYTES};\n"
+    return gr.HTML(
+        html_template=f"<style>{asset('replay.css')}</style>{asset('hand_in.html')}{asset('replay.html')}",
+        js_on_load=facts + script(*_SCRIPTS) + _GLUE,
         server_functions=list(named.values()),
         elem_id="lkr-replay",
         **bare,
     )
-    button.upload(
-        hand_in, button, [message, view], show_progress="hidden", concurrency_limit=2, api_name=False
-    )
-    return view
 
 
 def _real_key(traces: Traces, key: str) -> str:

@@ -14,11 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from labkit.config import KV_POLICIES, EngineConfig
 from labkit.engine import Engine
+from labkit.models.errors import is_out_of_memory
 from labkit.models.token_bytes import decode_inside
+from labkit.outputs import in_one_line
 from labkit.page.scenario_player import ScenarioPlayer
 from labkit.page.scenarios import BY_NAME
 from labkit.page.snapshot import Now
@@ -111,12 +114,14 @@ class Lab:
         limits: the limits on what visitors may hand in.
         grace: seconds after which the requests of a visitor who closed the page are cancelled.
         knobs: whether visitors may change the settings.
+        clock: whether visitors may pause, step, and set the speed.
         make: a function that builds an engine; pass your own to keep a scheduler or a pool that you wrote.
         trace_file: the file for every step, as JSON Lines, also those that the engine forgets. Each engine
-            after the first has a file of its own: "run.jsonl", "run-2.jsonl", ...
+            after the first has a file of its own: "run.jsonl", "run-2.jsonl", ... A file that is there
+            already is left as it is.
 
     Raises:
-        OSError: if the trace file cannot be written.
+        OSError: if the trace file cannot be made.
     """
 
     def __init__(
@@ -126,24 +131,27 @@ class Lab:
         limits: Limits | None = None,
         grace: float = GRACE,
         knobs: bool = True,
+        clock: bool = True,
         make: Callable[[EngineConfig], Engine] = Engine,
         trace_file: str | os.PathLike[str] | None = None,
     ) -> None:
         check_number("grace", grace, 0, 3600)
         self.limits = limits or Limits()
-        self.knobs = knobs
+        self.knobs, self.clock = knobs, clock
         self.visitors = Visitors(self._gone, grace=grace)
         self._make = make
-        self._first = live
+        self._owns = False  # whether the present engine was built here
+        self._wish = live.engine.config.num_blocks  # None: the pool was sized by the memory that was free
         self._lock = threading.RLock()  # held while the session is swapped
         self._change: _Change | None = None
         self._played = ""  # the name of the scenario that was played last
         self._kept: dict[str, Trace] = {}
-        self._writers = TraceWriters(trace_file) if trace_file else None
+        self.version = 0  # grows whenever `status` changes, except for its counts
+        self.trace_path: Path | None = None  # of the file that is written now
+        self._writers = TraceWriters(trace_file, self._tell_of_writing) if trace_file else None
         self.session = self._start(live)
         self.base = self.settings  # those that the lab started with
         self._draft_model = live.engine.config.draft_model
-        self.version = 0  # grows whenever `status` changes, except for its counts
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -159,10 +167,29 @@ class Lab:
             "settings": self.settings,
             "base": self.base,
             "knobs": self.knobs,
+            "clock": self.clock,
             "pending": _settings_of(change.config) if change else None,
             "visitors": len(self.visitors),
             "played": self._played,
+            "problem": self._writers.problem if self._writers else "",
         }
+
+    # -- the clock --------------------------------------------------------------------------------
+
+    def may_set_clock(self, visitor: str) -> bool:
+        """Whether a visitor may pause, step, and set the speed, for everyone."""
+        return self.clock
+
+    def control(self, visitor: str, action: str, value: float | None = None) -> dict[str, Any]:
+        """Obey a visitor who may set the clock (see `Submissions.control`), and return the clock's state.
+
+        Raises:
+            ValueError: for a visitor who may not, and for a speed that is impossible.
+        """
+        if not self.may_set_clock(visitor):
+            raise ValueError("The clock of this lab is its host's: it cannot be set from the page.")
+        self.session.submissions.control(visitor, action, value)
+        return self.session.submissions.clock()
 
     # -- settings ---------------------------------------------------------------------------------
 
@@ -215,29 +242,67 @@ class Lab:
         of_the_model |= dict.fromkeys(("fused_projections", "packed_weights", "cpu_kernels"), True)  # loaded
         values = self.settings | dict(settings)
         of_the_model["draft_model"] = self._draft_model if values["speculative"] == "draft" else None
+        values["num_blocks"] = self._wished(values["num_blocks"])
         return dataclasses.replace(live.engine.config, model=live.engine.model, **of_the_model, **values)
 
+    def _wished(self, num_blocks: int) -> int | None:
+        """Return what to ask for to have so many pages: None for a number that nobody chose."""
+        if num_blocks == self.settings["num_blocks"]:
+            return self.session.live.engine.config.num_blocks
+        return self._wish if num_blocks == self.base["num_blocks"] else num_blocks
+
     def _swap(self, config: EngineConfig, then: Callable[[Session], None]) -> None:
-        """Build the new engine, and only then let go of the old one."""
+        """Build the new engine, and only then let go of the old one.
+
+        On a GPU one pool takes most of the memory. So there the old engine ends first, and if the new one
+        cannot be built, another with its settings takes its place.
+        """
         old = self.session
+        beside = old.live.engine.model.device.type != "cuda"
+        if not beside:
+            self._let_go(old)
         try:
-            live = AsyncEngine.build(lambda: self._make(config))
+            live = self._built(config)
+        except ValueError:
+            if not beside:
+                self._replace(self._built(old.live.engine.config), old)
+            raise
+        self._replace(live, old)
+        if beside:
+            self._let_go(old)
+        then(self.session)
+
+    def _built(self, config: EngineConfig) -> AsyncEngine:
+        try:
+            return AsyncEngine.build(lambda: self._make(config))
         except (MemoryError, RuntimeError) as error:
             logger.warning("no engine with these settings", exc_info=True)
-            raise ValueError(
-                "There is too little memory for that: lower the number of pages or the page size."
-            ) from error
+            why = "There is too little memory for that: lower the number of pages or the page size."
+            if not is_out_of_memory(error):
+                why = f"No engine could be built with these settings: {in_one_line(error)}"
+            raise ValueError(why) from error
+
+    def _replace(self, live: AsyncEngine, old: Session) -> None:
         live.speed = old.live.speed
         self.session = self._start(live)
+        self._owns = True
         self.version += 1
+
+    @staticmethod
+    def _let_go(old: Session) -> None:
+        """End an engine, and free its memory now: it would wait for the garbage collector."""
+        old.submissions.refuses = "The engine restarts with other settings: wait a moment."
         old.end()
         old.live.close()
-        then(self.session)
+        old.live.engine.release()
 
     def _start(self, live: AsyncEngine) -> Session:
         if self._writers:
-            self._writers.follow(live.engine.trace.meta, live.subscribe)
+            self.trace_path = self._writers.follow(live.engine.trace.meta, live.subscribe)
         return Session.start(live, self.limits)
+
+    def _tell_of_writing(self) -> None:
+        self.version += 1  # its status has a problem
 
     def _wait_for_the_end(self, change: _Change) -> None:
         session, self._change = self.session, change
@@ -301,10 +366,11 @@ class Lab:
             self.version += 1
 
         with self._lock:
-            now = self.settings
-            if self.session.live.failure is None and all(
-                now[knob] == value for knob, value in wanted.items()
-            ):
+            now, live = self.settings, self.session.live
+            same = {knob for knob, value in wanted.items() if now[knob] == value}
+            if "num_blocks" in wanted and self._wished(wanted["num_blocks"]) == live.engine.config.num_blocks:
+                same.add("num_blocks")
+            if live.failure is None and same == wanted.keys():
                 begin(self.session)
                 return {"done": True}
             return self.change(wanted, running=running, then=begin)
@@ -337,7 +403,7 @@ class Lab:
             self.session.end()
             if self._writers:
                 self._writers.close()
-            if self.session.live is not self._first:
+            if self._owns:
                 self.session.live.close()
 
 

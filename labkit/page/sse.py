@@ -28,6 +28,7 @@ PATH = "/labkit/stream"
 SECONDS = 0.2  # between two snapshots
 FEW, SECONDS_FOR_FEW = 8, 0.08
 BEHIND = 50  # texts: a reader with more of them to read is let go, comes back and gets everything
+PIECE = 64 * 2**10  # bytes of a text that are handed to a connection at once
 HEARTBEAT = 15.0  # seconds of silence: a proxy may take a longer silence for the end
 BEAT = b"event: beat\ndata: 0\n\n"
 AGAIN = b"retry: 1000\n"  # milliseconds until a browser that has lost us comes back
@@ -83,7 +84,9 @@ class Broadcast:
         leaving = asyncio.create_task(self._wait_for_the_end(reader, receive))
         try:
             while text := await reader.get():
-                await send({"type": "http.response.body", "body": text, "more_body": True})
+                for start in range(0, len(text), PIECE):  # a reader who does not read has no more pending
+                    piece = text[start : start + PIECE]
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
         finally:
             leaving.cancel()

@@ -20,6 +20,7 @@ from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.limits import Limits
 
 KEEP = 200  # cards that the lab remembers; it remembers more only while more requests are unfinished
+MAX_SHOWN = 1000  # characters of a prompt on a card: everybody gets all cards
 MIN_SPEED = 0.5  # steps a second: at a lower speed, the shared engine seems to hang
 
 
@@ -105,6 +106,8 @@ class Submissions:
 
     def enter(self, visitor: str, request_id: str, prompt: str, max_tokens: int, *, name: str = "") -> None:
         """Make a card for a request that the engine has. Without a visitor it belongs to nobody."""
+        if len(prompt) > MAX_SHOWN:
+            prompt = prompt[: MAX_SHOWN - 1] + "…"
         with self._lock:
             self._serial += 1
             self._entries[request_id] = _Entry(

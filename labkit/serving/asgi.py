@@ -24,16 +24,33 @@ class ClientGone(Exception):
 
 
 class BodyLimit:
-    """Refuses a body over a size while it arrives, so that it never lies in memory as a whole."""
+    """Refuses a body over a size while it arrives, so that it never lies in memory as a whole.
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app, self.limit = app, limit
+    Many large ones at once are refused as well, because one client could send them all.
+
+    Args:
+        app: the app that gets the bodies.
+        limit: the bytes of one body.
+        together: the bytes of all that arrive at once. The first `SMALL` of each do not count, so that small
+            bodies are always let in.
+    """
+
+    SMALL = 64 * 2**10
+
+    def __init__(self, app: ASGIApp, limit: int, together: int = 64 * 2**20) -> None:
+        self.app, self.limit, self.together = app, limit, together
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        size = 0
+        size = held = 0
+
+        def hold(more: int) -> None:
+            nonlocal held
+            held += more
+            self._held += more
 
         async def receive_limited() -> Message:
             nonlocal size
@@ -41,9 +58,19 @@ class BodyLimit:
             size += len(message.get("body", b""))
             if size > self.limit:
                 raise HTTPException(413, f"the body is too large: the limit is {self.limit:,} bytes")
+            hold(max(0, size - self.SMALL) - held)
+            if held and self._held > self.together:
+                raise HTTPException(503, "too many large bodies at once: try again in a moment")
             return message
 
-        await self.app(scope, receive_limited, send)
+        async def send_and_let_go(message: Message) -> None:
+            hold(-held)  # it has been read
+            await send(message)
+
+        try:
+            await self.app(scope, receive_limited, send_and_let_go)
+        finally:
+            hold(-held)
 
 
 def beside(api: ASGIApp, app: ASGIApp) -> ASGIApp:

@@ -6,6 +6,7 @@ Slow imports come after the options are checked, so that a mistake is answered a
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 from typing import TYPE_CHECKING, NoReturn
 
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
     from labkit.models.load import LoadedModel
     from labkit.serving.async_engine import AsyncEngine
     from labkit.serving.limits import Limits
-
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch's words, in lower case
 
 
 class StartError(Exception):
@@ -52,6 +51,38 @@ def port(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"must be a whole number between 1 and 65535, not {text!r}")
     return int(text)
+
+
+def key(text: str) -> str:
+    """An option's value as a key. An empty one is a mistake, of a script for instance, and not no key."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            "must not be empty: leave it out, and LABKIT_API_KEY too, for no key"
+        )
+    return text
+
+
+def add_key(parser: argparse.ArgumentParser, words: str) -> None:
+    """Add the option for the API's key, which the environment may give as well."""
+    default = os.environ.get("LABKIT_API_KEY")
+    parser.add_argument("--api-key", type=key, default=default, help=words)
+
+
+def add_proxies(parser: argparse.ArgumentParser) -> None:
+    """Add the options for a server that browsers reach through a proxy."""
+    add = parser.add_argument
+    add(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name by which browsers reach this server, through a proxy; repeatable",
+    )
+    add(
+        "--proxy-headers",
+        action="store_true",
+        help="believe a proxy on this machine when it names the address of a client (default: no)",
+    )
 
 
 def add_engine(parser: argparse.ArgumentParser, *, num_blocks: int | None) -> None:
@@ -166,10 +197,9 @@ def load(options: argparse.Namespace, *, trace_steps: int) -> AsyncEngine:
     Raises:
         StartError: if the engine cannot start.
     """
-    import torch
-
     from labkit.config import EngineConfig
     from labkit.engine import Engine
+    from labkit.models.errors import is_out_of_memory
     from labkit.serving.async_engine import AsyncEngine
 
     def build() -> Engine:
@@ -194,9 +224,7 @@ def load(options: argparse.Namespace, *, trace_steps: int) -> AsyncEngine:
     try:
         return AsyncEngine.build(build)
     except (MemoryError, RuntimeError) as error:
-        # On a CPU, and on some accelerators, torch raises a plain RuntimeError with these words.
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and not any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
         raise StartError("too little memory: lower --num-blocks, or take a smaller --model") from None
     except ValueError as error:

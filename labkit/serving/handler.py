@@ -32,6 +32,9 @@ from labkit.serving.stream import DONE, KEEP_ALIVE, Format, event, usage
 
 logger = logging.getLogger("labkit.server")
 
+MOST_CHARACTERS = 16  # of a prompt for each token that it may have; English has about 4
+_LONGEST_USER = 64  # characters of a user's name in the log
+
 OnRequest = Callable[[str, str, SamplingParams], None]
 
 
@@ -49,6 +52,9 @@ class Options:
         body_bytes: the size of a body at most.
         cors: the origins whose pages may call; none by default.
         log_prompts: whether the log holds the prompts.
+
+    Raises:
+        ValueError: for a key that is empty.
     """
 
     limits: Limits = field(default_factory=lambda: Limits(requests=1024, queue=1024))
@@ -59,6 +65,10 @@ class Options:
     body_bytes: int = 2 * 2**20
     cors: Sequence[str] = ()
     log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.api_key is not None and not self.api_key.strip():
+            raise ValueError("api_key must not be empty: None asks for none")
 
 
 @dataclass
@@ -178,6 +188,11 @@ class Handler:
         prompts = body.prompts()
         if not prompts:
             raise RequestError(400, "prompt is empty: it must have at least one token", param="prompt")
+        room = min(live.engine.max_model_len, limits.prompt_tokens or sys.maxsize)
+        for length in map(body.length, prompts):
+            if length > (most := MOST_CHARACTERS * room):
+                message = f"The prompt has {length:,} characters, and {most:,} is the limit."
+                raise too_long(room, message, field_of(body, "prompt", "prompt"))
         try:
             longest = limits.answer_tokens or live.engine.max_model_len
             params = body.sampling_params(longest, live.engine.sampling_defaults)
@@ -298,7 +313,7 @@ class Handler:
             "id": call.format.head["id"],
             "requests": call.request_ids,
             "client": call.client,
-            "user": call.body.user,
+            "user": call.body.user and call.body.user[:_LONGEST_USER],
             "status": call.status,
             "stream": bool(call.body.stream),
             "prompt_tokens": used["prompt_tokens"],

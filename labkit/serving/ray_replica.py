@@ -24,8 +24,9 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from labkit.serving import cli
 from labkit.serving.async_engine import EngineStoppedError
+from labkit.serving.guard import Guard
 from labkit.serving.routes import create_app
-from labkit.serving.server import options_of
+from labkit.serving.server import guarded, options_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -84,7 +85,9 @@ def application(given: argparse.Namespace, replicas: Replicas) -> serve.Applicat
         import torch
 
         torch.set_num_threads(replicas.threads)
-        return create_app(cli.load(given, trace_steps=1), options_of(given))
+        app = create_app(cli.load(given, trace_steps=1), options_of(given))
+        app.add_middleware(Guard, **guarded(given))
+        return app
 
     many: dict[str, Any] = {"num_replicas": replicas.fewest}
     if replicas.most > replicas.fewest:

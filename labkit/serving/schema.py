@@ -28,6 +28,7 @@ Stops = Annotated[list[Stop], Field(fail_fast=True, max_length=16)]
 
 ROLES = ("system", "developer", "user", "assistant")
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; chat goes on until the model ends
+_MARKS = 16  # characters that a chat template writes round a message, at least
 
 Conversation = list[dict[str, Any]]  # messages, as `as_chat` takes them
 
@@ -84,6 +85,10 @@ class Body(BaseModel):
 
     def prompts(self) -> list[Any]:
         """One or many prompts, as `encode` and `shown` take them. Raises `RequestError` naming the field."""
+        raise NotImplementedError
+
+    def length(self, prompt: Any) -> int:
+        """The characters of a prompt that have yet to be made into tokens."""
         raise NotImplementedError
 
     def encode(self, prompt: Any, tokenizer: PreTrainedTokenizerBase) -> str | list[int]:
@@ -148,6 +153,10 @@ class CompletionBody(Body):
         if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
             return [self.prompt]  # type: ignore[list-item]
         return list(self.prompt)  # type: ignore[arg-type]
+
+    def length(self, prompt: str | list[int]) -> int:
+        """The characters of a text; token ids have none."""
+        return len(prompt) if isinstance(prompt, str) else 0
 
     def encode(self, prompt: str | list[int], tokenizer: PreTrainedTokenizerBase) -> str | list[int]:
         """A prompt as it is: the engine takes both kinds."""
@@ -239,6 +248,10 @@ class ChatBody(Body):
             words = "continue_final_message and add_generation_prompt contradict each other: give one of them"
             raise RequestError(400, words, param="continue_final_message")
         return [[message.plain() for message in self.messages]]
+
+    def length(self, prompt: Conversation) -> int:
+        """The characters of all messages and names, and those that the template adds to each."""
+        return sum(len(text_of(message)) + len(message.get("name", "")) + _MARKS for message in prompt)
 
     def encode(self, prompt: Conversation, tokenizer: PreTrainedTokenizerBase) -> str | list[int]:
         """A conversation in the model's own chat format."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ from typing import Any
 import uvicorn
 
 from labkit.serving import cli
+from labkit.serving.connections import harden
+from labkit.serving.guard import Guard
 from labkit.serving.handler import Handler, Options
 from labkit.serving.routes import create_app
 
@@ -59,8 +60,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all (default: %(default)s)")
     add("--port", type=cli.port, default=8000, help="default: %(default)s")
     add("--served-model-name", help="the name that clients must give (default: that of --model)")
-    key = os.environ.get("LABKIT_API_KEY")
-    add("--api-key", default=key, help="the key that clients must bring (default: none)")
+    cli.add_proxies(parser)
+    cli.add_key(parser, "the key that clients must bring (default: none); /health and /metrics stay open")
     add(
         "--cors",
         action="append",
@@ -89,6 +90,11 @@ def options_of(given: argparse.Namespace) -> Options:
     )
 
 
+def guarded(given: argparse.Namespace) -> dict[str, Any]:
+    """What the command line lets a `Guard` let in."""
+    return {"host": given.host, "names": given.allowed_host, "origins": given.cors}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C. Returns the exit status."""
     given = parse(arguments)
@@ -102,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     with live:
         app = create_app(live, options_of(given))
+        app.add_middleware(Guard, **guarded(given))
         config = uvicorn.Config(
             app,
             host=given.host,
@@ -110,5 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             access_log=False,
             timeout_graceful_shutdown=_FLUSH_SECONDS,
         )
+        config.load()
+        harden(config, proxy_headers=given.proxy_headers)
         _DrainingServer(config, app.state.handler, given.drain_seconds).run()
     return 0

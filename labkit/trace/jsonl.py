@@ -1,13 +1,16 @@
-"""A trace as JSON Lines: a header, then one step a line. Every line that is read is checked and replayed."""
+"""A trace as JSON Lines: a header, then one step a line. Every line that is read is checked and replayed.
+
+What is accepted can be drawn and exported: all numbers are within the limits below.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
+from labkit.trace.foreign import HEAD, what_bytes_are, what_text_is
 from labkit.trace.pool_state import PoolState
 from labkit.trace.records import (
     KINDS,
@@ -36,6 +39,9 @@ _NESTED: dict[str, type] = {
 }
 _SECONDS_DIGITS = 6
 _MAX_INT = 2**53  # a browser cannot represent every whole number beyond it
+_MAX_SIZE = 2**20  # blocks of a pool, and tokens of a block
+_MAX_SECONDS = 4e9  # 127 years, which as microseconds stay below `_MAX_INT`
+TORN = "The last line is torn off, as it is when a run is killed. It is left out."
 
 Watch = Callable[[TraceMeta, PoolState, StepRecord | None], None]
 
@@ -75,11 +81,28 @@ def _to_json(record: StepRecord | TraceMeta) -> dict[str, Any]:
 # -- reading --------------------------------------------------------------------------------------
 
 
-def read_lines(lines: Iterable[str], *, watch: Watch | None = None) -> tuple[TraceMeta, list[StepRecord]]:
-    """The header and the records in the lines of a file.
+def decode(file: Iterable[bytes]) -> Iterator[str]:
+    """The lines of a file as text, without the mark with which some programs begin UTF-8.
+
+    Raises:
+        TraceError: If they are not UTF-8.
+    """
+    for number, line in enumerate(file, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            kind = what_bytes_are(line[:HEAD]) if number == 1 else ""
+            why = f"the file is {kind}" if kind else f"the file is not UTF-8 text ({error.reason})"
+            raise TraceError(f"not a trace: {why}") from None
+
+
+def read_lines(
+    lines: Iterable[str], *, watch: Watch | None = None
+) -> tuple[TraceMeta, list[StepRecord], str]:
+    """The header and the records in the lines of a file, and a note on what is missing ("" if nothing is).
 
     Args:
-        lines: The lines of the file; empty ones are skipped.
+        lines: The lines of the file; empty ones are skipped. A last line that is torn off is left out.
         watch: A function that is called after the header (without a record) and after each step, with the
             pool's state at that moment. It may raise `TraceError` to refuse the file.
 
@@ -92,29 +115,48 @@ def read_lines(lines: Iterable[str], *, watch: Watch | None = None) -> tuple[Tra
     if watch:
         watch(meta, state, None)
     records: list[StepRecord] = []
-    last = -1
-    for number, line in numbered:
-        record = _build(StepRecord, _parse_line(number, line), number)
+    last, coming = -1, next(numbered, None)
+    while coming:
+        (number, line), coming = coming, next(numbered, None)
+        try:
+            values = _parse_line(number, line)
+        except TraceError:
+            if coming or line.endswith("\n") or not line.startswith("{"):
+                raise
+            return meta, records, TORN
+        if "format" in values:
+            raise TraceError(f"line {number}: another run begins here, and a file holds one: cut it in two")
+        record = _build(StepRecord, values, number)
         _check_record(record, meta, last, number)
         _check_replay(state, record, meta, number)
         last = record.step
         records.append(record)
         if watch:
             watch(meta, state, record)
-    return meta, records
+    return meta, records, ""
 
 
 def _read_header(number: int, line: str) -> TraceMeta:
-    head = _parse_line(number, line)
+    kind = what_text_is(line.removeprefix("\ufeff"))
+    if line.strip() in ("{", "["):  # the first line of a value that goes on
+        kind = kind or "JSON over several lines, a notebook for instance"
+    if kind:
+        raise TraceError(f"not a trace: the file is {kind}")
+    head = _parse_line(number, line.removeprefix("\ufeff"))
     if head.pop("format", None) != FORMAT:
         raise TraceError(f'line {number}: not a trace: the first line must say "format": "{FORMAT}"')
     version = head.pop("version", None)
-    if version != VERSION:
+    if type(version) is not int or version != VERSION:
         raise TraceError(f"line {number}: version {version!r} is not one this labkit reads ({VERSION})")
     meta = _build(TraceMeta, head, number)
     for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
         if getattr(meta, name) < 1:
             raise TraceError(f"line {number}: {name} must be at least 1, not {getattr(meta, name)}")
+    for name in ("num_blocks", "block_size"):
+        if getattr(meta, name) > _MAX_SIZE:
+            raise TraceError(
+                f"line {number}: {name} must be at most {_MAX_SIZE:,}, not {getattr(meta, name)}"
+            )
     return meta
 
 
@@ -132,7 +174,8 @@ def _build(cls: type, values: dict[str, Any], number: int) -> Any:
     known = {f.name: f for f in fields(cls)}
     unknown = values.keys() - known.keys()
     if unknown:
-        raise TraceError(f"line {number}: unknown field {sorted(unknown)[0]!r}")
+        name = sorted(unknown)[0]
+        raise TraceError(f"line {number}: unknown field {name!r}: a newer labkit may have written the file")
     try:
         built = {name: _convert(name, value, str(known[name].type)) for name, value in values.items()}
         return cls(**built)
@@ -155,7 +198,7 @@ def _convert(name: str, value: Any, kind: str) -> Any:
         return _ints(name, value)
     if kind == "float":
         number = float(_typed(name, value, (int, float)))
-        if not math.isfinite(number):
+        if not 0 <= number <= _MAX_SECONDS:  # NaN neither
             raise ValueError(f"{name}: {number} is no time")
         return number
     return _typed(name, value, int if kind == "int" else str)
@@ -219,7 +262,12 @@ def _check_record(record: StepRecord, meta: TraceMeta, last: int, number: int) -
     for block in (*blocks, *record.published, *record.evicted):
         if not 0 <= block < meta.num_blocks:
             fail(f"block {block} is outside the pool of {meta.num_blocks}")
-    if min((*record.starts, *record.num_tokens, *record.padding, record.waiting, 0)) < 0:
+    if not 0 <= record.free_blocks <= meta.num_blocks:
+        fail(f"free_blocks must be between 0 and {meta.num_blocks}, not {record.free_blocks}")
+    counts = [*record.starts, *record.num_tokens, *record.padding, record.waiting]
+    counts += [count for arrival in record.arrived for count in arrival[1:3]]
+    counts += [count for _, cached, _, looked_up in record.admitted for count in (cached, looked_up)]
+    if min(counts, default=0) < 0:
         fail("a count is negative")
 
 

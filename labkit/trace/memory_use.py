@@ -61,17 +61,23 @@ def wasted_slots(state: PoolState) -> int:
     return sum(empty.values())
 
 
-def memory_uses(trace: Trace, *, every: int = 1) -> list[MemoryUse]:
+def memory_uses(trace: Trace, *, most: int | None = None) -> list[MemoryUse]:
     """The use of the pool during each step of a trace.
 
     Args:
         trace: The trace of a run.
-        every: Look at one step in so many. Those after it get the same entry.
+        most: About how many entries of block tables may be looked at, over all steps (None: all). A trace
+            with more than half as many has steps that are not looked at: they get the use of the one before.
     """
     state, uses = PoolState(trace.meta.block_size), []
+    spent = 0
     for place, record in enumerate(trace.records):
         state.begin(record)
-        uses.append(memory_use(state) if place % every == 0 else uses[-1])
+        if most is None or 2 * spent <= most * (1 + place / len(trace)):
+            spent += state.num_entries
+            uses.append(memory_use(state))
+        else:
+            uses.append(uses[-1])
         state.end(record)
     return uses
 

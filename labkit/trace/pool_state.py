@@ -44,10 +44,10 @@ class PoolState:
             for known in (self.arrivals, self.waiting):
                 if request_id in known:
                     known[request_id] = known[request_id]._replace(priority=priority)
-        for finish in record.finished:
-            if finish.reason == "abort":  # an abort takes effect before the step
-                self._release(finish.request_id)
-                self._let_go(finish.request_id)
+        aborted = [finish.request_id for finish in record.finished if finish.reason == "abort"]
+        for request_id in aborted:  # an abort takes effect before the step
+            self._release(request_id)
+        self._let_go(aborted)
         for request_id, _ in record.preempted:
             self._release(request_id)
             if request_id in self.arrivals:
@@ -62,6 +62,7 @@ class PoolState:
         for request_id, old, new in record.copied:
             table = self.tables[request_id]
             table[table.index(old)] = new
+        ready = []
         for request_id, start, num_tokens in zip(
             record.requests, record.starts, record.num_tokens, strict=True
         ):
@@ -69,7 +70,8 @@ class PoolState:
                 self.computed[request_id] = start + num_tokens
                 arrival = self.arrivals.get(request_id) if self.held else None
                 if arrival and start + num_tokens >= arrival.num_prompt_tokens:
-                    self._let_go(request_id)
+                    ready.append(request_id)
+        self._let_go(ready)
         self.cached.update(record.published)
 
     def end(self, record: StepRecord) -> None:
@@ -84,11 +86,13 @@ class PoolState:
             self.waiting.pop(request_id, None)
             self.arrivals.pop(request_id, None)
             self.held.pop(request_id, None)
-            self._let_go(request_id)
+        self._let_go([finish.request_id for finish in record.finished])
 
-    def _let_go(self, parent: str) -> None:
-        """The prompt of `parent` is computed: its other answers are admitted, or queue like any request."""
-        self.held = {child: of for child, of in self.held.items() if of != parent} if self.held else self.held
+    def _let_go(self, parents: list[str]) -> None:
+        """The prompts of `parents` are computed: their other answers are admitted, or queue like others."""
+        if self.held and parents:  # all at once: a step may end as many as there are
+            gone = set(parents)
+            self.held = {child: of for child, of in self.held.items() if of not in gone}
 
     def as_record(self, last: StepRecord) -> StepRecord:
         """One record that leads from an empty pool to this state. It replaces all records up to `last`."""
@@ -108,6 +112,11 @@ class PoolState:
     def _release(self, request_id: str) -> None:
         self.tables.pop(request_id, None)
         self.computed.pop(request_id, None)
+
+    @property
+    def num_entries(self) -> int:
+        """The entries of all block tables: a block counts for each request that shares it."""
+        return sum(map(len, self.tables.values()))
 
     @property
     def queue(self) -> list[str]:

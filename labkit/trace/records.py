@@ -15,6 +15,11 @@ class TraceError(ValueError):
     """A trace file cannot be read. The message says which line is wrong and why."""
 
 
+def printable(text: str) -> str:
+    """A name or a reason for display, on one line: a terminal obeys what is not printable."""
+    return "".join(char if char.isprintable() else "�" for char in text)
+
+
 class Arrival(NamedTuple):
     """A request joins the queue."""
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from labkit.trace import jsonl
 from labkit.trace.lookups import Lookups
 from labkit.trace.pool_state import PoolState
-from labkit.trace.records import StepRecord, TraceError, TraceMeta
+from labkit.trace.records import StepRecord, TraceMeta, printable
 
 _KEYFRAME_EVERY = 256
 
@@ -26,6 +26,9 @@ class Trace:
         records: The records to start with, for instance those of a file.
         max_steps: The number of latest steps that are always kept (None: all are). Older ones are replaced by
             one record, the first, which only says who held which block at that time.
+
+    Attributes:
+        note: What is missing of the file that the trace was read from; "" if nothing is.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class Trace:
     ) -> None:
         self.meta = meta
         self.max_steps = max_steps
+        self.note = ""
         # The records, and the pool's state after some of them (keyframes). Both are replaced in one
         # assignment, because other threads read while the engine writes.
         self._kept: tuple[list[StepRecord], dict[int, PoolState]] = ([], {})
@@ -122,18 +126,20 @@ class Trace:
             ValueError: If the trace does not hold that step.
         """
         record, state = self.at(step), self.state(step, after=True)
+        who = f"request {printable(request_id)}"
         if request_id in state.tables:
-            return f"request {request_id} is running"
+            return f"{who} is running"
         if request_id not in state.waiting:
-            return f"request {request_id} is not in the engine"
+            return f"{who} is not in the engine"
         if request_id in state.held:
-            return f"request {request_id} waits for the prompt of request {state.held[request_id]}"
+            return f"{who} waits for the prompt of request {printable(state.held[request_id])}"
         queue = state.queue
         head, reason = record.blocked or (queue[0], "it has just arrived")
+        why = f"is next, but {printable(reason)}"
         if request_id == head:
-            return f"request {request_id} is next, but {reason}"
+            return f"{who} {why}"
         place = f"number {queue.index(request_id) + 1} of {len(queue)}"
-        return f"request {request_id} is {place}; request {head} is next, but {reason}"
+        return f"{who} is {place}; request {printable(head)} {why}"
 
     # -- files ------------------------------------------------------------------------------------
 
@@ -148,16 +154,13 @@ class Trace:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
-        """Read a trace from a file.
+        """Read a trace from a file. One whose last line is torn off is read up to there; `note` says so.
 
         Raises:
             TraceError: If the file is no trace. The message says which line is wrong and why.
         """
-        try:
-            with open(path, encoding="utf-8") as file:
-                return cls.from_lines(file)
-        except UnicodeDecodeError as error:
-            raise TraceError(f"not a trace: the file is not UTF-8 text ({error.reason})") from None
+        with open(path, "rb") as file:
+            return cls.from_lines(jsonl.decode(file))
 
     @classmethod
     def from_lines(cls, lines: Iterable[str], *, watch: jsonl.Watch | None = None) -> Trace:
@@ -166,7 +169,10 @@ class Trace:
         Raises:
             TraceError: As `load` does, and as `watch` does.
         """
-        return cls(*jsonl.read_lines(lines, watch=watch))
+        meta, records, note = jsonl.read_lines(lines, watch=watch)
+        trace = cls(meta, records)
+        trace.note = note
+        return trace
 
 
 def _index(records: list[StepRecord], step: int) -> int:

@@ -110,6 +110,7 @@ class Feed:
         self._min_interval = min_interval
         self._lock = threading.Lock()  # of all that follows, but for the frame
         self._state = PoolState(meta.block_size)
+        self._cached = bytearray(-(-meta.num_blocks // 8))  # of the state: a bit for each block
         self._lanes: dict[str, _GrowingLane] = {}
         self._ended: deque[_GrowingLane] = deque()
         self._steps: deque[Step] = deque(maxlen=WINDOW)
@@ -126,6 +127,10 @@ class Feed:
         with self._lock:
             self._state.begin(record)
             self._state.end(record)
+            for block in record.evicted:
+                self._cached[block >> 3] &= ~(1 << (block & 7))
+            for block in record.published:
+                self._cached[block >> 3] |= 1 << (block & 7)
             self._extend_lanes(record)
             self._forget(record.step - WINDOW)
             self._steps.append(self._count(record))
@@ -206,7 +211,7 @@ class Feed:
                     Table(name, state.computed.get(name, 0), tuple(table))
                     for name, table in state.tables.items()
                 ),
-                cached=pack_bits(state.cached, self.meta.num_blocks),
+                cached=base64.b64encode(self._cached).decode("ascii"),
                 lanes=tuple(lane.row() for lane in self._lanes.values()),
                 steps=tuple(self._steps),
                 events=tuple(self._events),

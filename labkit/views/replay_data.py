@@ -31,7 +31,10 @@ MAX_FRAMES = 32  # in one answer
 MAX_LISTED = 60  # members of the queue, and events, that a frame names
 _LETTERS = {"prefill": "p", "chunk": "c", "decode": "d", "idle": "i", "waiting": "w"}
 _NAME, _WORDS = 32, 160  # columns
-_MAX_WORK = 20_000_000  # steps times blocks; beyond it, memory is read in every second step, or third, ...
+_MAX_WORK = (
+    5_000_000  # entries of block tables; beyond it, memory is read in every second step, or third, ...
+)
+_MAX_ENTRIES = 200_000  # of block tables in one answer: what is beyond it is asked for again
 
 
 def pack(trace: Trace) -> ReplayData:
@@ -44,7 +47,7 @@ def pack(trace: Trace) -> ReplayData:
     """
     timeline, rates = timeline_of(trace), rates_of(trace)
     records = trace.records
-    uses = memory_uses(trace, every=1 + len(records) * trace.meta.num_blocks // _MAX_WORK)
+    uses = memory_uses(trace, most=_MAX_WORK)
     columns: dict[str, Any] = {
         "step": [record.step for record in records],
         "sampled": [record.total_sampled for record in records],
@@ -100,16 +103,21 @@ def frames(trace: Trace, lanes: dict[str, int], first: int, count: int) -> list[
         trace: the trace that was packed.
         lanes: each request's place among its lanes; see `lanes_of`.
         first: the place in the trace of the first step wanted, from 0.
-        count: the number of steps; at most `MAX_FRAMES` are given, and none that the trace does not hold.
+        count: the number of steps; at most `MAX_FRAMES` are given, fewer where many blocks are owned, and
+            none that the trace does not hold.
     """
     records = trace.records[max(0, first) : max(0, first) + min(count, MAX_FRAMES)]
     if not records:
         return []
     state = trace.state(records[0].step)
-    found = []
+    found: list[ReplayFrame] = []
+    entries = 0
     for place, record in enumerate(records):
         if place:
             state.begin(record)
+        entries += state.num_entries
+        if found and entries > _MAX_ENTRIES:
+            break
         found.append(_frame(trace, lanes, state, record))
         state.end(record)
     return found

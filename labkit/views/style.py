@@ -12,6 +12,8 @@ import unicodedata
 import zlib
 from typing import Any
 
+from labkit.trace.records import printable
+
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7B6FD0", "#8F7A00")
 FREE = "#E7E9EE"
 CACHED = "#B8BECB"
@@ -105,7 +107,7 @@ def width_of(text: str) -> int:
 
 def label(request_id: str, width: int = 16) -> str:
     """Return a name for display: one printable line of at most `width` columns, cut in the middle."""
-    text = "".join(char if char.isprintable() else "�" for char in request_id) or '""'
+    text = printable(request_id) or '""'
     if width_of(text) <= width:
         return text
     head, tail = "", ""

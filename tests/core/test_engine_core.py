@@ -273,7 +273,7 @@ def test_a_fault_of_one_row_leaves_the_blocks_that_it_shares_to_the_others() -> 
     core.runner.sample = unsound
     core.step()
     core.runner.sample = sample
-    assert second.error == "the logits of this request are not finite"
+    assert second.error == "the model gave NaN or infinity for this request"
     assert second.status == "finished"
     assert not core.runner.cache.blocks[:, own].any()
     assert core.runner.cache.blocks[:, shared].any()

@@ -163,3 +163,47 @@ def test_logprobs_come_for_those_that_asked(runner: ModelRunner) -> None:
     result = runner.run(plan_of((silent, 1), (asks, len(PROMPT))))
     assert result.logprobs[0] == ()
     assert [entry.token for entry in result.logprobs[1]] == list(result.sampled[1])
+
+
+def test_a_chunk_that_is_not_finite_fails_before_others_can_share_it(runner: ModelRunner) -> None:
+    first, second = seated(runner, "a", PROMPT), seated(runner, "b", PROMPT[::-1])
+    first.num_computed_tokens = 1
+    runner.cache.v[0, runner.pool.tables["a"][0], 0] = torch.nan
+    result = runner.run(plan_of((first, 2), (second, 2)))
+    assert result.errors == {0: "the model gave NaN or infinity for this request"}
+
+
+class Waits:
+    """Counts how often Python reads a value of a tensor, for which it has to wait for a GPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy"):
+            monkeypatch.setattr(torch.Tensor, name, self._counted(getattr(torch.Tensor, name)))
+
+    def _counted(self, method: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return method(*args, **kwargs)
+
+        return call
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_step_waits_for_the_device_once(
+    runner: ModelRunner, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [seated(runner, str(i), PROMPT[i:]) for i in range(4)]
+    for request in requests:
+        request.params = SamplingParams(temperature=temperature)
+    prompts, waits = plan_of(*((r, len(r.token_ids)) for r in requests)), Waits(monkeypatch)
+    for request, tokens in zip(requests, runner.run(prompts).sampled, strict=True):
+        request.num_computed_tokens = len(request.token_ids)
+        request.token_ids += tokens
+    assert waits.count == 1
+    runner.run(plan_of(*((r, 1) for r in requests)))
+    assert waits.count == 2
+    drafts = plan_of(*((r, 1) for r in requests))
+    drafts.draft(0, (4, 5))
+    runner.run(drafts)
+    assert waits.count == 3

@@ -110,7 +110,79 @@ def test_noise_is_standard_gumbel_and_without_pattern() -> None:
     assert abs(float(noise.var()) - math.pi**2 / 6) < 0.05
     for shifted in (noise[1:, :] * noise[:-1, :], noise[:, 1:] * noise[:, :-1]):
         assert abs(float(shifted.mean()) - 0.5772**2) < 0.03
-    assert torch.equal(gumbel_noise([5, 6], torch.arange(9))[1], gumbel_noise([6], torch.arange(9))[0])
+
+
+def uniforms(keys: list[int], tokens: torch.Tensor) -> torch.Tensor:
+    """The numbers in (0, 1) that noise is made of."""
+    return -torch.expm1(-torch.exp(-gumbel_noise(keys, tokens).double()))
+
+
+# Keys as they come, which are hashes themselves (a seed at consecutive positions, consecutive seeds), and
+# such as would give a weak hash away.
+KEYS = {
+    "positions": [mix(7, i) for i in range(64)],
+    "seeds": [mix(i, 9) for i in range(64)],
+    "low": list(range(64)),
+    "high": [i << 33 for i in range(64)],
+    "both": [i << 33 | i for i in range(64)],
+}
+
+
+@pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS)
+def test_noise_is_uniform_and_independent_over_keys_and_tokens(keys: list[int]) -> None:
+    count = 4096
+    u = uniforms(keys, torch.arange(count))
+    assert float(u.min()) > 0 and float(u.max()) < 1
+    for cells in (u, u[:, ::7], u.flip(1)[:, :512]):  # and for some of the tokens alone
+        counts = (cells * 64).long().flatten().bincount(minlength=64)
+        wanted = cells.numel() / 64
+        assert float(((counts - wanted) ** 2).sum()) / wanted < 63 + 6 * math.sqrt(2 * 63)
+    normal = (u - 0.5) * math.sqrt(12)
+    limit = 6 / math.sqrt(count)  # six sigma
+    rows = normal @ normal.T / count
+    assert float((rows - rows.diag().diag()).abs().max()) < limit
+    for lag in (1, 2, 16, 1024):  # tokens beside each other, and rows beside each other for them
+        assert abs(float((normal[:, lag:] * normal[:, :-lag]).mean())) < limit
+        assert abs(float((normal[1:, lag:] * normal[:-1, :-lag]).mean())) < limit
+    signs = (u > 0.5).double() * 2 - 1
+    assert float((signs @ signs.T / count).fill_diagonal_(0).abs().max()) < limit
+
+
+def test_the_largest_noise_is_as_large_and_as_fine_as_it_should_be() -> None:
+    """The upper tail decides, where 24 bits of a uniform number near 1 would be coarse."""
+    most = gumbel_noise([mix(3, i) for i in range(256)], torch.arange(49152)).max(dim=1).values.double()
+    # The maximum of n is Gumbel again, shifted by log(n).
+    assert abs(float(most.mean()) - 0.5772 - math.log(49152)) < 0.4
+    assert abs(float(most.var()) - math.pi**2 / 6) < 0.8
+    assert len(set(most.tolist())) > 250
+    assert float(most.max()) > 14
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=4), st.integers(1, 70), st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_noise_depends_on_its_own_key_and_token_alone(keys: list[int], count: int, first: int) -> None:
+    """To the last bit, wherever they lie in a tensor: a row alone, and the tokens that a filter leaves."""
+    tokens = torch.arange(first, first + count)
+    noise = gumbel_noise(keys, tokens)
+    assert noise.dtype == torch.float32 and noise.isfinite().all()
+    some = torch.randperm(count)[: count // 2 + 1]
+    for key, row in zip(keys, noise, strict=True):
+        assert torch.equal(gumbel_noise([key], tokens)[0], row)
+        assert torch.equal(gumbel_noise([key], tokens[some][None])[0], row[some])
+        assert gumbel_noise([key], tokens[:1]).item() == pytest.approx(gumbel(key, first), rel=1e-5, abs=1e-5)
+
+
+def gumbel(key: int, token: int) -> float:
+    """The same noise in Python's numbers."""
+
+    def mix32(h: int) -> int:
+        h = ((h ^ (h >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+        h = ((h ^ (h >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+        return h ^ (h >> 16)
+
+    key = (key - 2**63) % 2**64
+    h = mix32(((mix32(token) ^ (key & 0xFFFFFFFF)) * (key >> 32 | 1)) & 0xFFFFFFFF) & 0x7FFFFFFF
+    return -math.log(-math.log1p(-(h + 0.5) * (2.0**-31 - 2.0**-55)))
 
 
 def test_seed_and_position_both_count() -> None:

@@ -186,9 +186,12 @@ def test_an_engine_as_t4_computes_in_fp16_without_the_kernels_of_newer_gpus() ->
 
 
 def test_blocks_come_from_the_memory_that_a_step_leaves_free(capsys: pytest.CaptureFixture[str]) -> None:
+    on_gpu.cache_clear()  # for a model of which nothing was told yet
     config = EngineConfig(on_gpu("llama", torch.float16), max_num_seqs=3, block_size=16)
     engine = Engine(config)
     assert engine.pool.num_blocks == 3 * 32  # of 512 positions each: there is room for all
     said = capsys.readouterr().out
     assert "Attention on cuda:0: triton (decode reads pages in place" in said
     assert "Capturing" in said and "Captured" in said
+    Engine(config)
+    assert capsys.readouterr().out == "", "each model is told of once"

@@ -39,6 +39,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(select, "varlen_attention", lambda: object())
+    monkeypatch.setattr(select, "why_not_triton", lambda *args: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     return monkeypatch
 
@@ -76,6 +77,20 @@ def test_where_triton_cannot_be_had_the_reason_says_so(gpu: pytest.MonkeyPatch) 
     assert backend.name == "sdpa" and "triton is not installed" in backend.reason
     with pytest.raises(ValueError, match="not 'triton': the package triton is not installed"):
         choose_backend(CUDA, torch.float16, 64, wanted="triton")
+
+
+def test_where_a_kernel_of_triton_fails_pytorchs_own_take_over(gpu: pytest.MonkeyPatch) -> None:
+    why, tried = "Triton's kernel does not run here (RuntimeError: Failed to find C compiler.)", []
+    gpu.setattr(select, "why_not_triton", lambda *args: tried.append(args) or why)
+    backend = choose_backend(CUDA, torch.float16, 64)
+    assert (backend.name, backend.decode) == ("sdpa", SDPA.decode)
+    assert backend.reason == f"{SDPA.reason}; {why}"
+    assert "as on a T4" in choose_backend(CUDA, torch.float16, 64, as_t4=True).reason
+    with pytest.raises(ValueError, match="must be auto or sdpa here, not 'triton': Triton's kernel does not"):
+        choose_backend(CUDA, torch.float16, 64, wanted="triton")
+    assert tried == [(CUDA, torch.float16, 64)] * 3
+    assert choose_backend(CUDA, torch.float16, 64, wanted="sdpa").name == "sdpa"
+    assert len(tried) == 3, "who wants PyTorch's own waits for no compiler"
 
 
 def test_groups_limited_to_the_kernels_of_sm_75_compute_the_same() -> None:

@@ -386,3 +386,10 @@ def test_folder_of_something_else_than_a_language_model(folder: Path) -> None:
     AutoConfig.for_model("vit").save_pretrained(folder)
     with pytest.raises(ModelError, match=r"cannot load .* as a causal language model"):
         load_model(folder, say=None)
+
+
+def test_states_that_are_not_finite_give_no_finite_logits_in_spite_of_a_soft_cap() -> None:
+    adapted = adapt(build("gemma2", seed=3, **MORE_FAMILIES["gemma2"]))
+    hidden = torch.ones(3, SIZES["hidden_size"])
+    hidden[0, 5], hidden[1, 7] = torch.inf, torch.nan
+    assert adapted.logits(hidden).isfinite().any(dim=-1).tolist() == [False, False, True]

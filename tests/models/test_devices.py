@@ -26,16 +26,32 @@ def test_unknown_dtype_lists_the_known_ones(name: object) -> None:
         load_model("tiny-random", dtype=name)
 
 
-@pytest.mark.parametrize("hardware", [True, False])
-def test_auto_dtype_on_a_gpu_is_bf16_only_in_hardware(
-    hardware: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(params=[(7, 0), (7, 5), (8, 0), (9, 0)], ids=str)
+def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """That of the GPU cuda:1, beside another one that has everything."""
+    found = {None: (10, 0), 0: (10, 0), 1: request.param}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found[device.index])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    return request.param
+
+
+def test_auto_dtype_on_a_gpu_is_bf16_only_in_hardware(capability: tuple[int, int]) -> None:
+    found = resolve_dtype("auto", torch.device("cuda:1"))
+    assert found is (torch.bfloat16 if capability >= (8, 0) else torch.float16)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "bf16", torch.bfloat16], ids=str)
+def test_bf16_is_refused_where_a_gpu_only_emulates_it(
+    capability: tuple[int, int], name: str | torch.dtype
 ) -> None:
-    # As on a T4: bf16 is there, but emulated.
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or hardware
-    )
-    found = resolve_dtype("auto", torch.device("cuda"))
-    assert found is (torch.bfloat16 if hardware else torch.float16)
+    if capability >= (8, 0):
+        assert resolve_dtype(name, torch.device("cuda:1")) is torch.bfloat16
+        return
+    told = f"bfloat16 needs a GPU of sm_80 or newer, not sm_7{capability[1]} as cuda:1: take float16"
+    with pytest.raises(ModelError, match=told):
+        load_model("tiny-random", dtype=name, device="cuda:1", say=None)
+    assert resolve_dtype("float16", torch.device("cuda:1")) is torch.float16
 
 
 def test_the_reason_for_fp32_claims_no_speed_that_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:

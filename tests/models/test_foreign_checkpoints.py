@@ -222,7 +222,7 @@ def test_a_setting_means_what_it_means_to_transformers(setting: str, family: str
     check_tokens(tmp_path)
 
 
-# What the modelling code of the four families reads, in transformers 5.0 as in 5.24.
+# What the modelling code of the four families reads, in transformers 5.3 as in 5.24.
 READ = {
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "hidden_act"),

@@ -224,6 +224,7 @@ def test_too_little_memory_is_said_plainly(
     monkeypatch.setattr(architecture, "build", fail)
     with pytest.raises(ModelError, match=r"does not fit into the memory of cpu: its files have 0.\d GB"):
         load_model(folder, say=None)
-    error.args = ("something else is wrong",)
-    with pytest.raises(type(error), match="something else"):
-        load_model(folder, say=None)
+    error.args = ("an illegal memory access was encountered",)  # which is something else
+    if isinstance(error, RuntimeError):
+        with pytest.raises(type(error), match="an illegal memory access"):
+            load_model(folder, say=None)

@@ -92,7 +92,7 @@ def test_on_colab_the_widget_shows_itself(
 
 def test_the_page_and_the_notebook_draw_with_the_same_files(kernel: None, engine: Engine) -> None:
     script, styles = labkit.lab(engine).widget._esm, labkit.lab(engine).widget._css
-    for name in ("live_feed.js", "meters.js", "words.js", "side.js", "panel.js", "cards.js"):
+    for name in ("live_feed.js", "regions.js", "meters.js", "words.js", "side.js", "panel.js", "cards.js"):
         assert asset(name) in script
     assert json.dumps(asset("live_feed.html")) in script and asset("live_feed.css") in styles
     assert len(script) + len(styles) < 120_000

@@ -34,6 +34,7 @@ def free_port() -> int:
         (["--grace", "soon"], "argument --grace: must be a number of seconds between 0 and 3600"),
         (["--grace", "nan"], "argument --grace: must be a number of seconds"),
         (["--max-queue", "0"], "argument --max-queue: must be a whole number of at least 1"),
+        (["--api-key", ""], "argument --api-key: must not be empty: leave it out, and LABKIT_API_KEY too"),
         (["--what"], "unrecognized arguments: --what"),
         (["--host", "256.0.0.1"], "cannot listen at 256.0.0.1"),
         (["--model", "tiny-random", "--device", "abacus"], "abacus"),
@@ -197,6 +198,16 @@ def test_options_for_speculation_reach_every_engine_of_the_lab(draft: list[str])
         lab.change({"max_num_seqs": 2})
         second = lab.session.live.engine.config
         assert second.draft_model is first.draft_model and second.num_speculative_tokens == 3
+        lab.close()
+
+
+def test_the_clock_may_be_the_hosts() -> None:
+    options = app.parse(["--model", "tiny-random", "--num-blocks", "64", "--no-clock"])
+    with app.load(options) as live:
+        lab = app.lab_of(live, options)
+        with pytest.raises(ValueError, match="its host's"):
+            lab.control("somebody", "speed", 1.0)
+        assert live.speed is None and not lab.status()["clock"]
         lab.close()
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -201,10 +203,10 @@ def test_saved_files_come_back(visit: Callable[..., Looker], tmp_path: Path) -> 
 def test_a_bad_file_gets_a_sentence_and_changes_nothing(visit: Callable[..., Looker], tmp_path: Path) -> None:
     me = visit()
     cases = {
-        "picture.json": (b"\x89PNG\xff\xfe", "not UTF-8 text"),
-        "page.json": (HOSTILE.encode(), "line 1: not JSON"),
+        "picture.json": (b"\x89PNG\xff\xfe", "the file is a picture"),
+        "page.json": (HOSTILE.encode(), "the file is a web page"),
         "empty.jsonl": (b"", "The file is empty."),
-        "cut.jsonl": ("\n".join(story().lines())[:-9].encode(), "line 5: not JSON"),
+        "bent.jsonl": ("\n".join(story().lines())[:-9].encode() + b"\n", "line 5: not JSON"),
         "large.jsonl": (b" " * (MAX_BYTES + 1), "and the limit is 16 MiB"),
     }
     for name, (data, said) in cases.items():
@@ -216,6 +218,25 @@ def test_a_bad_file_gets_a_sentence_and_changes_nothing(visit: Callable[..., Loo
     me.page.click(".lkr-forward")
     agrees(me, TRACES["A busy one"], 1)
     me.no_markup()
+
+
+def test_a_file_whose_last_line_is_torn_off_is_shown_with_a_note(
+    visit: Callable[..., Looker], tmp_path: Path
+) -> None:
+    me = visit()
+    (tmp_path / "torn.jsonl").write_text("\n".join(story().lines())[:-9])
+    me.page.set_input_files("#lkr-hand-in input[type=file]", tmp_path / "torn.jsonl")
+    me.until("it.data().count === 3 && document.querySelector('#lkr-message p').textContent.includes('torn')")
+
+
+def test_two_people_hand_in_the_same_file(visit: Callable[..., Looker], tmp_path: Path) -> None:
+    people = [visit(), visit()]
+    story().save(tmp_path / "same.jsonl")
+    for me in people:
+        me.page.set_input_files("#lkr-hand-in input[type=file]", tmp_path / "same.jsonl")
+    for me in people:
+        me.until("document.querySelector('.lkr-source').selectedOptions[0]?.text === 'File: same.jsonl'")
+        agrees(me, story(), 3)
 
 
 def test_a_good_file_with_hostile_names(visit: Callable[..., Looker], tmp_path: Path) -> None:
@@ -245,15 +266,17 @@ def test_a_growing_trace_stands_still_while_it_is_looked_at() -> None:
     assert opened.packed["steps"]["step"] == [0, 1, 2, 3, 4]
 
 
-def test_what_is_remembered_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def written(trace: Trace) -> bytes:
+    return "\n".join(trace.lines()).encode()
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay_tab, "MAX_OPENED", 2)
     monkeypatch.setattr(replay_tab, "MAX_UPLOADS", 2)
     traces = Traces(dict)
     keys, names = [], []
     for seed in range(3):
-        path = tmp_path / "x.jsonl"
-        timed(run([(0, str(seed), 5, 3)])).save(path)
-        keys.append(traces.hand_in(path))
+        keys.append(traces.hand_in(written(timed(run([(0, str(seed), 5, 3)]))))[0])
         names.append(traces.open(keys[-1])[0])
     assert len(set(keys)) == 3 and all(len(key) == 32 for key in keys)
     with pytest.raises(KeyError):
@@ -262,16 +285,38 @@ def test_what_is_remembered_is_bounded(tmp_path: Path, monkeypatch: pytest.Monke
         traces.open(keys[0])
     assert traces.opened(names[2]) and traces.open(keys[1])
     monkeypatch.setattr(replay_tab, "MAX_BYTES", 1)
-    traces.hand_in(path)
-    assert len(traces._uploads) == 1
+    traces.hand_in(written(story()))
+    assert len(traces._uploads) == 1 and not traces._packing
 
 
-def test_a_bad_file_leaves_nothing(tmp_path: Path) -> None:
+def test_a_bad_file_leaves_nothing() -> None:
     traces = Traces(dict)
-    (tmp_path / "x").write_text("{}")
     with pytest.raises(TraceError):
-        traces.hand_in(tmp_path / "x")
+        traces.hand_in(b"{}")
     assert not traces._uploads
+
+
+def test_nobody_waits_for_the_trace_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    traces = Traces(lambda: TRACES)
+    begun, go_on = threading.Event(), threading.Event()
+    pack = replay_tab.replay_data.pack
+
+    def slow(trace: Trace) -> Any:
+        if len(trace) == len(TRACES["The story"]):
+            begun.set()
+            assert go_on.wait(60)
+        return pack(trace)
+
+    monkeypatch.setattr(replay_tab.replay_data, "pack", slow)
+    found: list[str] = []
+    same = [threading.Thread(target=lambda: found.append(traces.open("s:The story")[0])) for _ in range(2)]
+    for thread in same:
+        thread.start()
+    assert begun.wait(60) and traces.open("s:A busy one") and not found
+    go_on.set()
+    for thread in same:
+        thread.join()
+    assert len(found) == 2 and len(set(found)) == 1, "those who want the same share it"
 
 
 @pytest.mark.parametrize(
@@ -285,10 +330,14 @@ def test_nonsense_is_answered(junk: Any) -> None:
     answers = [json.loads(getattr(view, name)(junk)) for name in ("open", "frames", "save")]
     assert ["error" in answers[0], answers[1] == {"gone": True}, "error" in answers[2]] == [True] * 3
     assert len(json.loads(view.traces(junk))) == len(TRACES)
+    sender = SimpleNamespace(client=None)
+    assert "cannot be replayed" in json.loads(view.hand_in(junk, sender))["error"]
+    assert "cannot be replayed" in json.loads(view.hand_in({"size": 4, "data": "=é"}, sender))["error"]
 
 
 def test_the_files_of_both_tabs_are_safe_to_put_into_a_template() -> None:
-    for name in ("replay_data.js", "race.js", "replay.js", "race.html", "replay.html", "replay.css"):
+    names = ("replay_data.js", "race.js", "replay.js", "hand_in.js", "race.html", "replay.html", "replay.css")
+    for name in (*names, "hand_in.html"):
         text = asset(name)
         if name.endswith(".js"):
             assert not any(mark in text for mark in ("innerHTML", "outerHTML", "insertAdjacentHTML", "eval("))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from labkit.config import EngineConfig
+from labkit.core.kv_cache import PagedKVCache
 from labkit.engine import Engine
 from labkit.models.load import LoadedModel
 from labkit.page.scenarios import SCENARIOS, Scenario
@@ -153,6 +157,127 @@ def test_without_room_the_old_engine_goes_on(lab: Lab) -> None:
     with pytest.raises(ValueError, match="too little memory"):
         lab.change({"num_blocks": 4000})
     assert lab.session is session and session.submissions.inject("me", "hello", SamplingParams(max_tokens=1))
+
+
+def test_memory_is_said_of_memory_alone(lab: Lab) -> None:
+    def fail(config: EngineConfig) -> Engine:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+
+    lab._make = fail
+    with pytest.raises(ValueError) as caught:
+        lab.change({"num_blocks": 100})
+    assert str(caught.value) == (
+        "No engine could be built with these settings: "
+        "RuntimeError: CUDA error: an illegal memory access was encountered"
+    )
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU, as far as the lab asks: there one pool takes most of the memory."""
+    monkeypatch.setattr(LoadedModel, "device", property(lambda model: torch.device("cuda")))
+
+
+def cache_of(lab: Lab) -> weakref.ref[PagedKVCache]:
+    return weakref.ref(lab.session.live.engine.runner.cache)
+
+
+@pytest.mark.parametrize("speculative", [None, "draft"])
+def test_a_pool_is_freed_when_another_takes_its_place(
+    model: LoadedModel, speculative: str | None, no_collector: None
+) -> None:
+    draft = model if speculative else None
+    config = EngineConfig(model, num_blocks=128, speculative=speculative, draft_model=draft)
+    with AsyncEngine(Engine(config)) as live:
+        lab = Lab(live)
+        for seats in (3, 4, 5):
+            lab.session.submissions.inject("me", "hello", SamplingParams(max_tokens=3))
+            wait_for(lambda: not lab.session.live.num_unfinished)
+            old, engine = cache_of(lab), lab.session.live.engine
+            lab.change({"max_num_seqs": seats})
+            assert old() is None and engine.speculator is None
+            assert len(engine.trace) and repr(engine), "what it did can be read"
+        lab.close()
+
+
+def test_on_a_gpu_the_old_pool_is_freed_before_the_new_one_is_made(
+    lab: Lab, on_gpu: None, no_collector: None
+) -> None:
+    make, alive = lab._make, []
+    lab._make = lambda config: alive.append(old()) or make(config)
+    for seats in (3, 4):
+        old = cache_of(lab)
+        assert lab.change({"max_num_seqs": seats}) == {"done": True}
+        assert lab.session.submissions.inject("me", "hello", SamplingParams(max_tokens=1))
+        wait_for(lambda: not lab.session.live.num_unfinished)
+    assert alive == [None, None]
+
+
+def test_on_a_gpu_an_engine_that_cannot_be_built_leaves_one_with_the_old_settings(
+    lab: Lab, on_gpu: None
+) -> None:
+    make, old, version = lab._make, lab.session, lab.version
+
+    def fail(config: EngineConfig) -> Engine:
+        if config.num_blocks == 4000:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return make(config)
+
+    lab._make, before = fail, lab.settings
+    with pytest.raises(ValueError, match="too little memory"):
+        lab.change({"num_blocks": 4000})
+    assert lab.session is not old and lab.settings == before and lab.version > version
+    assert "restarts" in old.submissions.refuses
+    assert lab.session.submissions.inject("me", "hello", SamplingParams(max_tokens=1))
+
+
+def test_on_a_gpu_a_lab_without_any_engine_left_can_be_given_one(lab: Lab, on_gpu: None) -> None:
+    make, full = lab._make, [True, True]
+
+    def fail(config: EngineConfig) -> Engine:
+        if full:
+            full.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return make(config)
+
+    lab._make = fail
+    with pytest.raises(ValueError, match="too little memory"):
+        lab.change({"num_blocks": 4000})
+    with pytest.raises(ValueError, match="restarts"):
+        lab.session.submissions.inject("me", "hello", LONG)
+    assert lab.change({"num_blocks": 100}) == {"done": True}
+    assert lab.session.submissions.inject("me", "hello", SamplingParams(max_tokens=1))
+
+
+def test_a_size_that_nobody_chose_is_measured_again(model: LoadedModel) -> None:
+    with AsyncEngine(Engine(EngineConfig(model, max_num_seqs=4))) as live:
+        lab = Lab(live)
+        base = lab.base["num_blocks"]
+
+        def chosen() -> int | None:
+            return lab.session.live.engine.config.num_blocks
+
+        lab.change({"max_num_seqs": 5})
+        assert chosen() is None and lab.settings["num_blocks"] == base * 5 // 4, "more seats, more pages"
+        lab.change(lab.settings | {"block_size": 32})
+        assert chosen() is None and lab.settings["num_blocks"] == base * 5 // 8
+        lab.change({"num_blocks": 40})
+        lab.change({"block_size": 16})
+        assert chosen() == lab.settings["num_blocks"] == 40, "what a visitor chose is kept"
+        lab.change({"num_blocks": base, "max_num_seqs": 4})
+        assert chosen() is None and lab.settings["num_blocks"] == base, "as the lab began"
+        lab.close()
 
 
 def test_a_host_may_keep_the_knobs(model: LoadedModel) -> None:

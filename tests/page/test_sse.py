@@ -19,7 +19,7 @@ from labkit.models.load import LoadedModel
 from labkit.page import sse
 from labkit.page.session import Lab
 from labkit.page.snapshot import ClientState, Snapshotter
-from labkit.page.sse import BEAT, BEHIND, PATH, Broadcast
+from labkit.page.sse import AGAIN, BEAT, BEHIND, PATH, PIECE, Broadcast
 from labkit.page.submissions import KEEP
 from labkit.page.visitors import mark
 from labkit.sampling_params import SamplingParams
@@ -171,6 +171,23 @@ def test_nobody_is_told_the_secret_of_another(lab: Lab) -> None:
 
 
 # -- nobody holds up anybody ----------------------------------------------------------------------
+
+
+def test_a_long_text_is_handed_on_piece_by_piece(lab: Lab) -> None:
+    """A server keeps what it was handed until it is read: of a reader who does not read, a piece."""
+    told, submissions = Broadcast(Snapshotter(lab)), lab.session.submissions
+    ids = [submissions.live.submit("hello", FOUR) for _ in range(90)]
+    for request_id in ids:
+        submissions.enter("", request_id, "x" * 1000, 4)
+
+    async def test() -> None:
+        async with watching(told) as watcher:
+            await until(lambda: b"".join(watcher.texts).endswith(b"\n\n"))
+            assert max(map(len, watcher.texts)) == PIECE < len(b"".join(watcher.texts))
+            items = json.loads(b"".join(watcher.texts).removeprefix(AGAIN + b"data: ").split(b"\n")[0])
+            assert len(items["cards"]["items"]) == 90
+
+    run(test)
 
 
 def test_a_reader_who_is_too_slow_is_let_go(lab: Lab) -> None:

@@ -19,7 +19,6 @@ from labkit.models.load import LoadedModel
 from labkit.page.gradio_page import build, serve
 from labkit.page.session import Lab
 from labkit.page.sse import PATH
-from labkit.page.upload import MAX_BYTES
 from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine
 from tests.page.watching import run, until
@@ -53,7 +52,6 @@ def events(address: str, count: int = 1) -> tuple[httpx.Response, list[dict[str,
 def test_the_route_of_a_page_that_is_served(lab: Lab) -> None:
     page = serve(lab, share=False, quiet=True, root_path="/some/where", server_name="127.0.0.1")
     try:
-        assert page.max_file_size == MAX_BYTES
         home = f"http://127.0.0.1:{page.server_port}"
         request_id = lab.session.submissions.inject("me", "hello", FOUR)
         wait_for(lambda: not lab.session.live.busy)

@@ -12,7 +12,7 @@ from labkit.engine import Engine
 from labkit.models.chat import as_chat
 from labkit.models.load import LoadedModel
 from labkit.page.snapshot import ClientState, new_cards
-from labkit.page.submissions import KEEP, Submissions, params_of
+from labkit.page.submissions import KEEP, MAX_SHOWN, Submissions, params_of
 from labkit.page.visitors import mark
 from labkit.sampling_params import SamplingParams
 from labkit.serving.async_engine import AsyncEngine
@@ -195,6 +195,13 @@ def test_a_prompt_beyond_measure_is_refused_unread(
         submissions.inject("me", "x" * (Limits.prompt_chars + 1), FOUR)
     with pytest.raises(AssertionError):
         submissions.inject("me", "x" * Limits.prompt_chars, FOUR)
+
+
+@pytest.mark.parametrize("length", [MAX_SHOWN, MAX_SHOWN + 1, 100_000])
+def test_a_card_shows_the_beginning_of_a_long_prompt(submissions: Submissions, length: int) -> None:
+    submissions.enter("", submissions.live.submit("hello", FOUR), "x" * length, 4, name="API")
+    (card,) = told(submissions)["items"]
+    assert card["prompt"] == ("x" * length if length == MAX_SHOWN else "x" * (MAX_SHOWN - 1) + "…")
 
 
 def test_a_visitor_has_so_many_requests_under_way_and_no_more(submissions: Submissions) -> None:

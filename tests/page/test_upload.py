@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import random
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from labkit.page import upload
-from labkit.page.upload import read_upload
+from labkit.page.upload import BusyError, Uploads, read_upload
+from labkit.trace.pool_state import PoolState
 from labkit.trace.records import TraceError
 from labkit.trace.trace import Trace
 from tests.views.stories import run
@@ -26,10 +27,9 @@ HEAD = {
 }
 
 
-def written(tmp_path: Path, *lines: Any, head: dict[str, Any] = HEAD) -> Path:
-    path = tmp_path / "trace.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in (head, *lines)))
-    return path
+def written(*lines: Any, head: dict[str, Any] = HEAD) -> bytes:
+    texts = (line if isinstance(line, str) else json.dumps(line) for line in (head, *lines))
+    return "".join(text + "\n" for text in texts).encode()
 
 
 def step(number: int = 0, **fields: Any) -> dict[str, Any]:
@@ -39,14 +39,15 @@ def step(number: int = 0, **fields: Any) -> dict[str, Any]:
 def test_a_good_file_comes_back(tmp_path: Path) -> None:
     trace = run([(i, str(i), 5 + i, 9) for i in range(6)])
     trace.save(tmp_path / "run.jsonl")
-    assert read_upload(tmp_path / "run.jsonl") == trace
+    assert read_upload((tmp_path / "run.jsonl").read_bytes()) == trace
 
 
 BAD: dict[str, tuple[Any, str]] = {
     "empty": (b"", "The file is empty."),
-    "a picture": (b"\x89PNG\r\n\x1a\n\xff\xfe", "not UTF-8"),
+    "a picture": (b"\x89PNG\r\n\x1a\n\xff\xfe", "not a trace: the file is a picture"),
+    "latin-1": (b"caf\xe9", "not UTF-8"),
     "zeros": (b"\0" * 1000, "line 1: not JSON"),
-    "a page": (b"<!doctype html><script>alert(1)</script>", "line 1: not JSON"),
+    "a page": (b"<!doctype html><script>alert(1)</script>", "not a trace: the file is a web page"),
     "another format": (b'{"format": "other"}', 'the first line must say "format": "labkit-trace"'),
     "a list": (b"[1, 2]", "expected an object"),
     "deep": (b"[" * 100_000, "line 1: not JSON"),
@@ -56,11 +57,10 @@ BAD: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_file_that_is_no_trace(tmp_path: Path, name: str) -> None:
+def test_a_file_that_is_no_trace(name: str) -> None:
     data, said = BAD[name]
-    (tmp_path / "x").write_bytes(data)
     with pytest.raises(TraceError) as caught:
-        read_upload(tmp_path / "x")
+        read_upload(data)
     assert said in str(caught.value)
 
 
@@ -90,38 +90,32 @@ LINES: dict[str, tuple[list[Any], str]] = {
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_a_trace_with_a_broken_step(tmp_path: Path, name: str) -> None:
+def test_a_trace_with_a_broken_step(name: str) -> None:
     lines, said = LINES[name]
     with pytest.raises(TraceError) as caught:
-        read_upload(written(tmp_path, *lines))
+        read_upload(written(*lines))
     assert said in str(caught.value)
 
 
-def test_a_complaint_is_short_whatever_it_quotes(tmp_path: Path) -> None:
+def test_a_complaint_is_short_whatever_it_quotes() -> None:
     with pytest.raises(TraceError) as caught:
-        read_upload(written(tmp_path, step("x" * 100_000)))
+        read_upload(written(step("x" * 100_000)))
     assert len(str(caught.value)) == 300
 
 
-def test_a_pool_beyond_all_measure(tmp_path: Path) -> None:
+def test_a_pool_beyond_all_measure() -> None:
     with pytest.raises(TraceError, match="16,384 pages"):
-        read_upload(written(tmp_path, step(), head={**HEAD, "num_blocks": 10**12}))
+        read_upload(written(step(), head={**HEAD, "num_blocks": 10**6}))
 
 
-def test_a_large_file_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "large"
-    with path.open("wb") as file:
-        file.truncate(upload.MAX_BYTES + 2**20)
-    monkeypatch.setattr(upload, "_read", lambda path: pytest.fail("it was read"))
+def test_a_large_file_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upload, "_read", lambda data: pytest.fail("it was read"))
     with pytest.raises(TraceError, match=r"The file has 17.0 MiB, and the limit is 16 MiB"):
-        read_upload(path)
+        read_upload(bytes(upload.MAX_BYTES + 2**20))
 
 
-def test_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(TraceError, match="cannot be read"):
-        read_upload(tmp_path / "nothing")
-    with pytest.raises(TraceError, match="cannot be read"):
-        read_upload(tmp_path)
+SHARED = [["a", 0, [0] * 4]]
+COPIES = [["a", 0, 0]] * 2
 
 
 @pytest.mark.parametrize(
@@ -130,47 +124,76 @@ def test_no_such_file(tmp_path: Path) -> None:
         ("MAX_STEPS", [step(i) for i in range(4)], "more than 3 steps"),
         ("MAX_REQUESTS", [step(arrived=[[str(i), 1, 1] for i in range(4)])], "more than 3 requests"),
         ("MAX_AT_ONCE", [step(arrived=[[str(i), 1, 1] for i in range(4)])], "or 3 at once"),
+        ("MAX_ENTRIES", [step(admitted=SHARED)], "share more pages than"),
+        ("MAX_WORK", [step(i, admitted=[[str(i), 0, [0]]]) for i in range(3)], "share more pages than"),
+        ("MAX_WORK", [step(taken=[["a", [0]]], copied=COPIES)], "share more pages than"),
         ("MAX_SECONDS", [step()], "takes more than -1 seconds"),
     ],
 )
-def test_limits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, lines: list[Any], said: str
-) -> None:
-    path = written(tmp_path, *lines)
-    read_upload(path)
+def test_limits(monkeypatch: pytest.MonkeyPatch, limit: str, lines: list[Any], said: str) -> None:
+    data = written(*lines)
+    read_upload(data)
     monkeypatch.setattr(upload, limit, -1.0 if limit == "MAX_SECONDS" else 3)
     with pytest.raises(TraceError, match=said):
-        read_upload(path)
+        read_upload(data)
 
 
-def test_the_worst_line_that_we_can_think_of_is_read_in_bounded_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_pool_that_is_full_in_every_step_is_within_the_limits() -> None:
+    assert upload.MAX_WORK >= upload.MAX_STEPS * upload.MAX_PAGES
+
+
+def test_copies_that_each_look_through_a_full_table_are_counted_before_they_add_up(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Copies at the end of a full block table: each has to look through all of it."""
-    monkeypatch.setattr(upload, "MAX_SECONDS", 1.0)
-    head = {**HEAD, "num_blocks": upload.MAX_PAGES}
-    table = [0] * (upload.MAX_PAGES - 1)
-    taken = [step(0, taken=[["a", table]]), step(1, taken=[["a", [1]]])]
-    copies = [["a", 1 + i % 2, 2 - i % 2] for i in range(9_000)]
-    path = written(tmp_path, *taken, *(step(2 + i, copied=copies) for i in range(100)), head=head)
-    begin = time.monotonic()
-    with pytest.raises(TraceError, match="seconds to check"):
-        read_upload(path)
-    assert time.monotonic() - begin < 20  # a line at most beyond the second
+    steps: list[int] = []
+    count = PoolState.begin
+    monkeypatch.setattr(PoolState, "begin", lambda state, record: (steps.append(1), count(state, record))[1])
+    monkeypatch.setattr(upload, "MAX_WORK", 100_000)
+    taken = [step(0, taken=[["a", [0] * 500]]), step(1, taken=[["a", [1]]])]
+    copies = [["a", 1 + i % 2, 2 - i % 2] for i in range(20)]
+    head = {**HEAD, "num_blocks": 512}
+    data = written(*taken, *(step(2 + i, copied=copies) for i in range(100)), head=head)
+    with pytest.raises(TraceError, match="share more pages"):
+        read_upload(data)
+    assert len(steps) == 2 + 100_000 // (501 + 4 * 20 * 501) + 1
 
 
-def test_cut_and_bent_files_never_raise_anything_else(tmp_path: Path) -> None:
+def test_a_file_of_one_sender_is_read_at_a_time_and_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads, begun, go_on = Uploads(), threading.Event(), threading.Event()
+    trace = run([(0, "a", 5, 3)])
+
+    def read(data: bytes) -> Trace:
+        begun.set()
+        assert not data or go_on.wait(60)
+        return trace
+
+    monkeypatch.setattr(upload, "read_upload", read)
+    first = threading.Thread(target=uploads.read, args=(b"slow", "one"))
+    first.start()
+    assert begun.wait(60)
+    with pytest.raises(BusyError, match="try again"):
+        uploads.read(b"", "one")
+    assert uploads.read(b"", "another") is trace
+    monkeypatch.setattr(upload, "MAX_READERS", 1)
+    with pytest.raises(BusyError):
+        uploads.read(b"", "another")
+    go_on.set()
+    first.join()
+    assert uploads.read(b"", "one") is trace and not uploads._senders
+
+
+def test_cut_and_bent_files_never_raise_anything_else() -> None:
     rng = random.Random(5)
     text = "\n".join(run([(i, str(i), 5, 6) for i in range(4)], num_blocks=9).lines())
-    path = tmp_path / "bent"
     outcomes = []
     for _ in range(150):
         data = bytearray(text.encode())
         for _ in range(rng.randint(1, 4)):
             data[rng.randrange(len(data))] = rng.choice(b'0129[]{}",:x\n-')
-        path.write_bytes(data[: rng.randrange(len(data))] if rng.random() < 0.3 else data)
         try:
-            outcomes.append(isinstance(read_upload(path), Trace))
+            cut = data[: rng.randrange(len(data))] if rng.random() < 0.3 else data
+            outcomes.append(isinstance(read_upload(bytes(cut)), Trace))
         except TraceError as error:
             outcomes.append(False)
             assert str(error)

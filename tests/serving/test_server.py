@@ -312,6 +312,12 @@ def test_a_server_that_drains_takes_nothing_new() -> None:
         assert httpx.get(site.url + "/health").json()["status"] == "draining"
 
 
+@pytest.mark.parametrize("key", ["", " "])
+def test_an_empty_key_is_a_mistake_and_not_no_key(key: str) -> None:
+    with pytest.raises(ValueError, match="api_key must not be empty"):
+        Options(api_key=key)
+
+
 # -- the log --------------------------------------------------------------------------------------
 
 
@@ -326,6 +332,7 @@ def test_the_log_has_a_line_for_each_call_and_no_prompt(caplog: pytest.LogCaptur
     assert "\n" not in record.message and "hello" not in record.message
     caplog.clear()
     with served(Options(log_prompts=True)) as site:
-        post(site, ask())
+        post(site, ask(user="x" * 100_000))
         site.until_quiet()
+    assert json.loads(caplog.records[-1].message)["user"] == "x" * 64
     assert json.loads(caplog.records[-1].message)["prompts"] == [HELLO]

@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx
 import pytest
 
+from labkit.serving import handler
+from labkit.serving.asgi import BodyLimit
 from labkit.serving.handler import Options
 from labkit.serving.limits import Limits
 from tests.serving.api_server import (  # noqa: F401
@@ -198,3 +201,62 @@ def test_half_a_surrogate_pair_is_no_text(site: Served) -> None:
     )
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("completions", ask(prompt="x" * 10_000)),
+        ("completions", ask(prompt=["hello", "x" * 10_000])),
+        ("chat/completions", {"model": MODEL, "messages": [{"role": "user", "content": "x" * 10_000}]}),
+        ("chat/completions", {"model": MODEL, "messages": [{**TALK[0], "name": "x" * 10_000}]}),
+        ("chat/completions", {"model": MODEL, "messages": [{"role": "user", "content": ""}] * 1_000}),
+    ],
+)
+def test_a_prompt_beyond_measure_is_refused_before_it_is_tokenised(
+    site: Served, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(handler.Handler, "_submit", lambda *_: pytest.fail("it was tokenised"))
+    answer = post(site, body, path)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
+    assert error["param"] == ("prompt" if path == "completions" else "messages")
+    assert " characters, and 3,200 is the limit." in error["message"]
+
+
+def test_large_bodies_are_refused_where_there_are_too_many() -> None:
+    """One client could send them all. Small ones are let in meanwhile."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            await asyncio.sleep(0)
+        await go_on.wait()
+        await send({"type": "http.response.start"})
+
+    async def test() -> list[object]:
+        def call(size: int) -> Any:
+            pieces = [{"body": bytes(50), "more_body": True}] * (size // 50) + [{"body": b""}]
+            messages = iter(pieces)
+
+            async def receive() -> Any:
+                return next(messages)
+
+            async def send(message: Any) -> None:
+                held.append(limit._held)
+
+            return asyncio.create_task(limit({"type": "http"}, receive, send))
+
+        calls = []
+        for size in (500, 500, 500, 100):
+            calls.append(call(size))
+            for _ in range(50):  # more than it takes
+                await asyncio.sleep(0)
+        go_on.set()
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    held: list[int] = []
+    limit = BodyLimit(app, 1000, together=900)
+    limit.SMALL, go_on = 100, asyncio.Event()  # type: ignore[misc]
+    ended = asyncio.run(test())
+    statuses = [getattr(error, "status_code", 200) for error in ended]
+    assert statuses == [200, 200, 503, 200] and limit._held == held[-1] == 0

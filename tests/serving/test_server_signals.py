@@ -74,7 +74,7 @@ def test_told_to_stop_it_ends_what_it_has_begun_and_takes_nothing_new() -> None:
         content = json.dumps(
             body(stream=True, n=4, temperature=1, max_tokens=1000, ignore_eos=True, logprobs=5)
         )
-        head = "POST /v1/completions HTTP/1.0\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         slow.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n{content}".encode())
         received = slow.recv(1024)
         assert received.startswith(b"HTTP/1.1 200")

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from labkit.trace import memory_use as memory_use_module
 from labkit.trace.memory_use import MemoryUse, kv_usage, memory_use, memory_uses, waste, wasted_slots
 from labkit.trace.pool_state import PoolState
-from labkit.trace.records import TraceMeta
+from labkit.trace.records import Admission, StepRecord, TraceMeta
 from labkit.trace.trace import Trace
 from tests.trace.test_trace import played
 
@@ -68,8 +69,28 @@ def test_during_each_step_of_a_run(kind: str) -> None:
         usage = kv_usage(record.free_blocks, trace.meta.num_blocks)
         assert after.owned / trace.meta.num_blocks == pytest.approx(usage)
         assert after.owned <= use.owned
-    few = memory_uses(trace, every=3)
-    assert few == [uses[place - place % 3] for place in range(len(trace))]
+    assert memory_uses(trace, most=10**9) == uses
+
+
+def test_no_more_is_looked_at_than_is_allowed_and_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that share all blocks: the sum over block tables is many times the pool."""
+    steps = [StepRecord(i, admitted=(Admission(str(i), 0, tuple(range(16))),)) for i in range(40)]
+    trace, seen = Trace(TraceMeta(16, 1, 1, 1), steps), []
+    exact = memory_uses(trace)
+    look = memory_use_module.memory_use
+
+    def counted_look(state: PoolState) -> MemoryUse:
+        seen.append(state.num_entries)
+        return look(state)
+
+    monkeypatch.setattr(memory_use_module, "memory_use", counted_look)
+    few = memory_uses(trace, most=3000)
+    assert sum(exact_entries(trace)) > 4 * 3000 >= 4 * (sum(seen) - max(seen))
+    assert few[0] == exact[0] and len(few) == len(trace) and set(few) <= set(exact)
+
+
+def exact_entries(trace: Trace) -> list[int]:
+    return [trace.state(record.step).num_entries for record in trace]
 
 
 def test_waste_is_of_all_that_was_reserved() -> None:

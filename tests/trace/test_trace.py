@@ -248,7 +248,7 @@ def test_a_broken_file_says_which_line_and_why(lines: list[str], message: str) -
 
 def test_a_file_that_is_not_text_is_no_trace(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
-    path.write_bytes(b"\xff\xfe\x00")
+    path.write_bytes(b"\xe9\xfe\x00")
     with pytest.raises(TraceError, match="not UTF-8"):
         Trace.load(path)
 

@@ -111,10 +111,19 @@ def test_never_more_frames_than_asked_or_held() -> None:
 
 def test_a_huge_trace_is_looked_at_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = busy()
-    exact = memory_uses(trace)
-    monkeypatch.setattr(replay_data, "_MAX_WORK", len(trace) * trace.meta.num_blocks // 2)
+    exact = [use.owned for use in memory_uses(trace)]
+    monkeypatch.setattr(replay_data, "_MAX_WORK", sum(exact) // 4)
     owned = replay_data.pack(trace)["steps"]["owned"]
-    assert owned == [exact[place - place % 3].owned for place in range(len(trace))]
+    assert len(owned) == len(exact) and owned != exact and owned[0] == exact[0]
+    assert owned == [use.owned for use in memory_uses(trace, most=sum(exact) // 4)]
+
+
+def test_an_answer_has_fewer_frames_where_many_blocks_are_owned(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = busy()
+    lanes = replay_data.lanes_of(trace)
+    whole = replay_data.frames(trace, lanes, 0, 9)
+    monkeypatch.setattr(replay_data, "_MAX_ENTRIES", 0)
+    assert [replay_data.frames(trace, lanes, place, 9) for place in range(9)] == [[frame] for frame in whole]
 
 
 def test_an_empty_trace() -> None:

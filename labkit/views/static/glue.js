@@ -62,6 +62,7 @@ function start() {
     answer: (update) => {
       if (!update.lab) return;
       version = update.lab.version;
+      if (update.lab.problem) say(update.lab.problem);
       controls.show(update.lab);
     },
   };

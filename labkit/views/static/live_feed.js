@@ -40,7 +40,8 @@ const labkit = (() => {
     state.step = pictures.step;
     if (!pictures.steps) return false;
     const { cached, queue, held, numbers, tables } = pictures;
-    Object.assign(state, { queue, numbers, tables, cached: bitsOf(cached), owners: ownersOf(tables, state.meta.block_size) });
+    const owners = ownersOf(tables, state.meta.block_size, pictures.full ? undefined : state);
+    Object.assign(state, { queue, numbers, tables, cached: bitsOf(cached), owners });
     state.held = new Map(held.map(({ request, parent }) => [request, parent]));
     state.events.push(...pictures.events);
     state.events.splice(0, state.events.length - EVENTS);
@@ -68,16 +69,30 @@ const labkit = (() => {
     for (const row of state.plan?.rows ?? []) for (const block of row.taken) state.plan.taken.set(block, row);
   }
 
-  // Which request has which block, where in its block table, and how many tokens lie in it.
-  function ownersOf(tables, blockSize) {
-    const owners = new Map();
+  // Which request has which block, where in its block table, and how many tokens lie in it. The owners of a moment
+  // `before`, with its tables, are brought up to date: most blocks stay as they were.
+  function ownersOf(tables, blockSize, { owners, tables: old } = { owners: new Map(), tables: [] }) {
+    const gone = new Map(old.map((table) => [table.request, table]));
+    const leave = (request, block) => {
+      const left = owners.get(block).filter((owner) => owner.request !== request);
+      if (left.length) owners.set(block, left);
+      else owners.delete(block);
+    };
     for (const { request, computed, blocks } of tables) {
-      blocks.forEach((block, position) => {
-        const filled = Math.max(0, Math.min(blockSize, computed - position * blockSize));
-        if (!owners.has(block)) owners.set(block, []);
-        owners.get(block).push({ request, position, filled });
-      });
+      const before = gone.get(request) ?? { computed: 0, blocks: [] };
+      let same = 0;
+      while (same < blocks.length && before.blocks[same] === blocks[same]) same += 1;
+      for (let i = same; i < before.blocks.length; i++) leave(request, before.blocks[i]);
+      const full = Math.floor(Math.min(computed, before.computed) / blockSize); // so many blocks were and are full
+      for (let position = Math.min(same, full); position < blocks.length; position++) {
+        const filled = Math.max(0, Math.min(blockSize, computed - position * blockSize)), block = blocks[position];
+        if (position < same) owners.get(block).find((owner) => owner.request === request).filled = filled;
+        else if (owners.has(block)) owners.get(block).push({ request, position, filled });
+        else owners.set(block, [{ request, position, filled }]);
+      }
+      gone.delete(request);
     }
+    for (const [request, { blocks }] of gone) for (const block of blocks) leave(request, block);
     return owners;
   }
 
@@ -188,9 +203,9 @@ const labkit = (() => {
 
   // -- blocks -------------------------------------------------------------------------------------
 
-  // The largest square cells with which the whole pool fits.
+  // The largest square cells with which the whole pool fits; each is a page, or `per` of a large pool.
   function blockGrid(state, width, height) {
-    const total = state.meta.num_blocks, room = width - GUTTER - RIGHT;
+    const per = labkit.perCell(state), total = Math.ceil(state.meta.num_blocks / per), room = width - GUTTER - RIGHT;
     const fits = [];
     for (let columns = 8; columns <= 1024; columns += columns < 64 ? 8 : 16) {
       const rows = Math.ceil(total / columns);
@@ -199,7 +214,7 @@ const labkit = (() => {
     const most = Math.max(...fits.map((fit) => fit.size));
     const best = fits.findLast((fit) => fit.size > 0.85 * most); // a little smaller, to use the whole width
     if (best.size > 4) best.size = Math.floor(best.size);
-    return { ...best, gap: best.size >= 12 ? 2 : best.size >= 5 ? 1 : 0, left: GUTTER, top: 1 };
+    return { ...best, per, cells: total, gap: best.size >= 12 ? 2 : best.size >= 5 ? 1 : 0, left: GUTTER, top: 1 };
   }
 
   // How high the picture is when it may be `most` high.
@@ -213,8 +228,9 @@ const labkit = (() => {
     ctx.font = theme.font;
     const every = Math.max(1, Math.ceil(14 / grid.size));
     for (let row = 0; row < grid.rows; row += every) {
-      text(ctx, row * grid.columns, GUTTER - 8, grid.top + row * grid.size + box / 2, theme.muted, "right");
+      text(ctx, row * grid.columns * grid.per, GUTTER - 8, grid.top + row * grid.size + box / 2, theme.muted, "right");
     }
+    if (grid.per > 1) return labkit.drawRegions(ctx, state, theme, grid);
     const focus = shown(state).tables.find(({ request }) => request === focusOf(state))?.request;
     for (let block = 0; block < state.meta.num_blocks; block++) {
       const x = grid.left + (block % grid.columns) * grid.size;
@@ -278,8 +294,9 @@ const labkit = (() => {
   function blockAt(state, width, height, x, y) {
     const grid = blockGrid(state, width, height);
     const column = Math.floor((x - grid.left) / grid.size), row = Math.floor((y - grid.top) / grid.size);
-    const block = row * grid.columns + column;
-    return column >= 0 && column < grid.columns && row >= 0 && block < state.meta.num_blocks ? block : undefined;
+    const cell = row * grid.columns + column;
+    if (column < 0 || column >= grid.columns || row < 0 || cell >= grid.cells) return undefined;
+    return grid.per > 1 ? labkit.pageOf(state, cell * grid.per, grid.per) : cell;
   }
 
   // -- the clock: steps from left to right, the same in timeline and meters -------------------------
@@ -426,5 +443,5 @@ const labkit = (() => {
 
   return { GUTTER, RIGHT, read, createState, apply, lookBack, lookAhead, themeOf, context, blocksHeight, drawBlocks, drawBlock,
            drawTimeline, drawSpan, promise, clock, crosshair, box, text, hatch, blockAt, stepAt, laneAt, blockKind, isCached,
-           ownersAt, focusOf, colorOf, latest, shareOf, draftWords };
+           ownersAt, focusOf, colorOf, latest, shareOf, draftWords, shown, outline };
 })();

@@ -49,7 +49,7 @@ Object.assign(labkit, (() => {
       if (!changed) return;
       redraw();
       for (const listener of listeners) listener(labkit.focusOf(state));
-      if (next.block !== undefined) hooks.peek(next.block, x, y);
+      if (next.block !== undefined && labkit.perCell(state) === 1) hooks.peek(next.block, x, y);
     }
 
     // Words beside the pointer.
@@ -63,7 +63,8 @@ Object.assign(labkit, (() => {
       pages: (width, height, x, y) => {
         const block = labkit.blockAt(state, width, height, x, y);
         if (block === undefined) return [{}, []];
-        return [{ block, request: labkit.ownersAt(state, block)[0]?.request }, labkit.blockWords(state, block)];
+        const per = labkit.perCell(state), { request } = labkit.ownersAt(state, block)[0] ?? {};
+        return [{ block, request }, per > 1 ? labkit.regionWords(state, block, per) : labkit.blockWords(state, block)];
       },
       timeline: (width, height, x, y) => {
         const lane = labkit.laneAt(state, width, height, y), step = labkit.stepAt(state, width, x);
@@ -272,6 +273,7 @@ Object.assign(labkit, (() => {
       if (pictures.full) {
         const settings = labkit.settings(state.meta, state.speculative);
         for (const facts of within.querySelectorAll(".lk-facts")) facts.textContent = settings;
+        root.querySelector(".lk-squares").textContent = labkit.squareWords(state);
         root.classList.toggle("lk-drafting", Boolean(state.speculative));
         show.restyle();
         if (state.feed !== feed) chosen.select({});

@@ -46,6 +46,7 @@ Object.assign(labkit, (() => {
                              lanes: new Map(data.lanes.map((lane) => [lane.id, lane])) });
       theme = null;
       find(".lkr-headline").textContent = data.headline.filter(Boolean).join(". ");
+      find(".lk-squares").textContent = labkit.squareWords(data);
       scrub.max = Math.max(0, data.count - 1);
       drawn = -1;
       root.classList.toggle("lkr-nothing", !data.count);

@@ -19,8 +19,7 @@ Object.assign(labkit, (() => {
     const size = count(meta.block_size, "token"), seats = count(meta.max_num_seqs, "seat");
     if (!now && state.busy) return `The first step is being computed. ${pool} of ${size}; ${seats}.`;
     if (!now) return `Idle. ${pool} of ${size}, all free; ${seats}.`;
-    const counts = { free: 0, cached: 0, owned: 0, shared: 0 };
-    for (let block = 0; block < meta.num_blocks; block++) counts[labkit.blockKind(state, block)] += 1;
+    const counts = labkit.kinds(state);
     const used = counts.owned + counts.shared;
     const people = `${state.tables.length} running, ${now.waiting} waiting`;
     const parts = [`Step ${now.step}: ${people}, ${used} of ${pool} in use`];
