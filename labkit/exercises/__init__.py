@@ -7,26 +7,26 @@ find out, and how the engine runs with it.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
+import json
 import linecache
-import signal
 import textwrap
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
 from labkit.core.block_pool import InvariantError
+from labkit.exercises.trial import Endless, Lost, Notice, can_fork, in_child, stopped_after
 from labkit.views.picture import Picture, show
 
-_PATIENCE = 60.0  # seconds of computing; a function that has not returned by then never will
-_WAITING = 10  # times as long on the clock: a function may wait, or the machine may be busy
-_TICK = 0.5  # seconds between two looks at the clock
+_PATIENCE = 10.0  # seconds of computing; a function that has not returned by then never will
+_ENGINE = 6  # times as long for the engine, which runs more than the function
 _FIRST_LINES = 3  # of the text of an exception
+_MOST_LINES, _MOST_LETTERS = 60, 1000  # of a verdict, and of each of its lines
+_QUIET = 2.0  # seconds after which a check says what it is doing
 _UNTIL_RIGHT = "Until it is right, the cells below use the reference."
 
 
@@ -44,13 +44,6 @@ class Wrong(Exception):
 
     def __str__(self) -> str:
         return f"{self.rule}\n{textwrap.indent(self.example, '  ')}" if self.example else self.rule
-
-
-class _Endless(BaseException):
-    """Time is up.
-
-    It is not an `Exception`: neither a learner's `except Exception` nor the engine may catch it and go on.
-    """
 
 
 @dataclass(frozen=True)
@@ -121,14 +114,24 @@ def find(exercise_id: str) -> Exercise:
     raise ValueError(f"there is no exercise {exercise_id!r}: {there}")
 
 
-def judge(exercise_id: str, function: Callable[..., Any], *, patience: float = _PATIENCE) -> Verdict:
-    """Examine a function, and run it in the engine if it is right. Prints nothing and draws nothing.
+def judge(
+    exercise_id: str,
+    function: Callable[..., Any],
+    *,
+    patience: float = _PATIENCE,
+    notice: Callable[[str, float], None] = lambda what, seconds: None,
+) -> Verdict:
+    """Examine a function, and run it in the engine if it is right. Prints and draws nothing of its own.
+
+    On Linux the function is examined in a child process, so it changes nothing in the notebook (see
+    `trial.py`). What passes then runs in the engine, here.
 
     Args:
         exercise_id: notebook and number, such as "03.2".
         function: the function or class that the learner wrote.
         patience: seconds of computing after which a function that has not returned is stopped, where the
             system can do that.
+        notice: is called now and then with what is being checked, and for how many seconds.
 
     Raises:
         ValueError: there is no such exercise, or `function` cannot be called.
@@ -137,26 +140,79 @@ def judge(exercise_id: str, function: Callable[..., Any], *, patience: float = _
     title = f"{exercise.id} {exercise.title}"
     if not callable(function):
         raise ValueError(f"exercise {exercise_id} checks a function or a class, not {function!r}")
-    try:
-        with _stopped_after(patience):
-            exercise.examine(function)
-            run = exercise.run(function) if exercise.run else Run("")
-    except (Wrong, InvariantError) as error:
-        why = str(error)
-    except _Endless as error:
-        why = f"it had not returned after {patience:g} seconds of computing: is there a loop that never ends?"
-        why += _line(_places(error, function))
-    except NotImplementedError as error:
-        if _is_stub(error, function):
-            # One fixed line: a notebook shows it before its reader has begun.
-            return Verdict(exercise, "open", f"○ {title}: yours to write. Until then the reference is used.")
-        why = _raised(error, function)
-    except Exception as error:
-        why = _raised(error, function)
+    run = Run("")
+
+    def in_engine() -> None:
+        nonlocal run
+        run = exercise.run(function) if exercise.run else run
+
+    def say(what: str) -> Notice:
+        return functools.partial(notice, what)
+
+    if can_fork() and not _untouched(function):
+        state, why = _apart(exercise, function, patience, say("its rules, case by case"))
     else:
+        examine = functools.partial(exercise.examine, function)
+        state, why = _outcome(function, examine, stopped_after(patience, say("its rules, case by case")))
+    if state == "right":
+        limit = stopped_after(_ENGINE * patience, say("the engine runs with it"))
+        state, why = _outcome(function, in_engine, limit)
+    if state == "open":
+        # One fixed line: a notebook shows it before its reader has begun.
+        return Verdict(exercise, state, f"○ {title}: yours to write. Until then the reference is used.")
+    if state == "right":
         sentence = f" {run.sentence}" if run.sentence else ""
-        return Verdict(exercise, "right", f"✓ {title}.{sentence}", run.pictures)
-    return Verdict(exercise, "wrong", f"✗ {title}: {why}\n  {_UNTIL_RIGHT}")
+        return Verdict(exercise, state, f"✓ {title}.{sentence}", run.pictures)
+    return Verdict(exercise, "wrong", f"✗ {title}: {_cut(why)}\n  {_UNTIL_RIGHT}")
+
+
+def _outcome(
+    function: Callable[..., Any], task: Callable[[], None], limit: AbstractContextManager[None]
+) -> tuple[str, str]:
+    """Run a task that calls a learner's function. Returns "right", "wrong" or "open", and what is wrong."""
+    try:
+        with limit:
+            task()
+    except (Wrong, InvariantError) as error:
+        return "wrong", str(error)
+    except Endless as error:
+        return "wrong", f"{error}{_line(_places(error, function))}"
+    except SystemExit as error:
+        return "wrong", "it calls exit(): return an answer instead" + _line(_places(error, function))
+    except NotImplementedError as error:
+        return ("open", "") if _is_stub(error, function) else ("wrong", _raised(error, function))
+    except Exception as error:
+        return "wrong", _raised(error, function)
+    return "right", ""
+
+
+_warm: set[str] = set()  # exercises whose cases have been made in this process
+
+
+def _apart(
+    exercise: Exercise, function: Callable[..., Any], patience: float, notice: Notice
+) -> tuple[str, str]:
+    """The outcome of an exercise's cases, from a child process.
+
+    The models and cases that an exercise makes for its first check would be lost with the child. So they are
+    made here as well, once, while the child is at work.
+    """
+
+    def warm_up() -> None:
+        if exercise.id not in _warm:
+            _warm.add(exercise.id)
+            exercise.examine(exercise.reference)
+
+    def examined() -> str:
+        cases = functools.partial(exercise.examine, function)
+        return json.dumps(_outcome(function, cases, nullcontext()))  # the system keeps the time
+
+    try:
+        state, why = json.loads(in_child(examined, patience, notice, warm_up))
+    except Lost as error:
+        files = _files(function)
+        return "wrong", error.why + _line([place for place in error.places if place[0] in files][:1])
+    return state, why
 
 
 def check(exercise_id: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -178,12 +234,44 @@ def check(exercise_id: str, function: Callable[..., Any]) -> Callable[..., Any]:
             f"○ {exercise.id} {exercise.title}: this is the reference. Run the cell with your own code again."
         )
         return function
-    verdict = judge(exercise_id, function)
+    line = _Line(f"{exercise.id} {exercise.title}")
+    try:
+        verdict = judge(exercise_id, function, notice=line.show)
+    finally:
+        line.wipe()
     print("\n".join(map(_wrapped, verdict.text.splitlines())))
     for caption, picture in verdict.pictures:
         print(f"\n{caption}")
         show(picture)
     return function if verdict.state == "right" else exercise.reference
+
+
+class _Line:
+    """A line that says what is being checked, once that takes long; it is wiped out at the end."""
+
+    def __init__(self, title: str) -> None:
+        self._title, self._text = title, ""
+
+    def show(self, what: str, seconds: float) -> None:
+        if seconds >= _QUIET:
+            text = f"... {self._title}: {what} ({seconds:.0f} s)"
+            if text != self._text:
+                print("\r" + text.ljust(len(self._text)), end="", flush=True)
+                self._text = text
+
+    def wipe(self) -> None:
+        if self._text:
+            print("\r" + " " * len(self._text) + "\r", end="", flush=True)
+
+
+def _cut(text: str) -> str:
+    """A text without the middle of lines that are too long, and without lines that are too many."""
+    half = _MOST_LETTERS // 2
+    lines = [
+        line if len(line) <= _MOST_LETTERS else f"{line[:half]} ... {line[-half:]}"
+        for line in text.split("\n")
+    ]
+    return "\n".join(lines if len(lines) <= _MOST_LINES else [*lines[: _MOST_LINES - 1], "  ..."])
 
 
 def _wrapped(line: str) -> str:
@@ -203,10 +291,14 @@ def expect(condition: bool, rule: str, example: str = "") -> None:
 def _raised(error: Exception, function: Callable[..., Any]) -> str:
     """Say what was raised, whether the learner's own code raised it, and in which line."""
     name = type(error).__name__
-    said = "\n  ".join((f"{name}: {error}" if str(error) else name).splitlines()[:_FIRST_LINES])
+    try:
+        text = str(error)
+    except Exception:
+        text = "(an exception that cannot be put into words)"
+    said = "\n  ".join((f"{name}: {text}" if text else name).splitlines()[:_FIRST_LINES])
     if places := _places(error, function):
         return f"it raised {said}{_line(places)}"
-    if isinstance(error, TypeError) and str(error).startswith(f"{getattr(function, '__qualname__', '')}("):
+    if isinstance(error, TypeError) and text.startswith(f"{getattr(function, '__qualname__', '')}("):
         return f"it cannot be called as the exercise calls it\n  {said}"
     return f"the engine cannot go on with what it returned or did\n  {said}"
 
@@ -230,6 +322,11 @@ def _line(places: list[tuple[str, int]]) -> str:
     return f"\n  in line {number}: {source}" if source else f"\n  in line {number}"
 
 
+def _untouched(function: Callable[..., Any]) -> bool:
+    """Whether a function does nothing but raise `NotImplementedError`: there is nothing to stop then."""
+    return getattr(getattr(function, "__code__", None), "co_names", None) == ("NotImplementedError",)
+
+
 def _is_stub(error: NotImplementedError, function: Callable[..., Any]) -> bool:
     """Whether the learner's own code raised it, and not torch or the engine."""
     trace = error.__traceback__
@@ -250,26 +347,3 @@ def _files(function: Callable[..., Any]) -> set[str]:
     bare = [getattr(part, "__func__", None) or getattr(part, "fget", None) or part for part in parts]
     codes = [getattr(inspect.unwrap(part), "__code__", None) for part in bare if callable(part)]
     return {code.co_filename for code in codes if code is not None}
-
-
-@contextlib.contextmanager
-def _stopped_after(seconds: float) -> Iterator[None]:
-    """Stop a function that never returns, where the system can: a loop without an end is a wrong answer."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    began, latest = time.thread_time(), time.perf_counter() + _WAITING * seconds
-
-    def look(*_: Any) -> None:
-        if time.thread_time() - began >= seconds or time.perf_counter() >= latest:
-            raise _Endless
-
-    handler = signal.signal(signal.SIGALRM, look)
-    tick = min(_TICK, seconds / 4)
-    timer = signal.setitimer(signal.ITIMER_REAL, tick, tick)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, *timer)
-        signal.signal(signal.SIGALRM, handler)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from labkit import notebook
 from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
+from labkit.core.plan import StepPlan, StepResult
 from labkit.core.scheduler import Scheduler
 from labkit.engine import Engine
 from labkit.exercises import Wrong
@@ -106,11 +108,47 @@ def arrivals(engine: Engine, jobs: Sequence[Job]) -> Iterator[int]:
         step += 1
 
 
+def without_model(plan: StepPlan) -> StepResult:
+    """What a step brings if every token is 0: a scheduler alone never sees its tokens, and needs no model."""
+    rows = zip(plan.requests, plan.starts, plan.num_tokens, strict=True)
+    return StepResult([(0,) if start + count == len(r.token_ids) else () for r, start, count in rows])
+
+
 def serve(engine: Engine, jobs: Sequence[Job]) -> Engine:
     """Add each job before its step, and step until all are done."""
     for _ in arrivals(engine, jobs):
         engine.step()
     return engine
+
+
+# -- what a learner returned -----------------------------------------------------------------------
+
+
+def whole(value: Any) -> int | None:
+    """A whole number of any kind (numpy's, or a tensor of one number) as an int; None for anything else."""
+    try:
+        return int(operator.index(value))
+    except (TypeError, ValueError):
+        return None
+
+
+def real(value: Any) -> float | None:
+    """A number of any kind (numpy's, a fraction, a tensor of one) as a float; None for anything else."""
+    if isinstance(value, str | bytes | bool):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+
+
+def truth(value: Any) -> bool | None:
+    """True or False of any kind (numpy's, or a tensor of one) as a bool; None for anything else."""
+    kind = str(getattr(value, "dtype", type(value).__name__))
+    try:
+        return bool(value) if kind.removeprefix("torch.") == "bool" else None
+    except (ValueError, RuntimeError):  # several of them
+        return None
 
 
 # -- comparing and drawing -------------------------------------------------------------------------

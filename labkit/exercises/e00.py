@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from labkit.core.block_pool import InvariantError
+from labkit.core.block_pool import BlockPool, InvariantError
 from labkit.core.plan import StepPlan
 from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.exercises.common import Job, arrivals, expect_same_answers, serve, timelines, tiny_engine
+from labkit.exercises.common import (
+    Job,
+    arrivals,
+    exactly,
+    expect_same_answers,
+    serve,
+    timelines,
+    tiny_engine,
+    whole,
+    without_model,
+)
 from labkit.trace.records import StepRecord
 from labkit.views.style import plural
 
@@ -73,8 +85,8 @@ class Facts:
         seats: most requests that run at once.
     """
 
-    running: tuple[Running, ...]
-    waiting: tuple[Waiting, ...]
+    running: list[Running]
+    waiting: list[Waiting]
     free_pages: int
     page_size: int
     budget: int
@@ -99,11 +111,11 @@ def facts_of(engine: Engine | Scheduler) -> Facts:
     pool = scheduler.pool
     running = sorted(scheduler.running, key=_is_prompt)  # the sort keeps the order of equals
     return Facts(
-        tuple(
+        [
             Running(r.request_id, len(r.token_ids), r.num_computed_tokens, len(pool.tables[r.request_id]))
             for r in running
-        ),
-        tuple(Waiting(r.request_id, len(r.token_ids)) for r in scheduler.waiting),
+        ],
+        [Waiting(r.request_id, len(r.token_ids)) for r in scheduler.waiting],
         pool.num_free,
         pool.block_size,
         scheduler.max_num_batched_tokens,
@@ -125,14 +137,15 @@ def plan_of(record: StepRecord) -> Plan:
 
 
 def next_step(facts: Facts) -> Plan:
-    """How many tokens each request computes in the next step. Requests that compute none may be left out."""
+    """How many tokens each request computes in the next step, without those that compute none."""
     plan: Plan = {}
     budget, free = facts.budget, facts.free_pages
     for request in facts.running:
         if request.computed == request.pages * facts.page_size:  # its next token begins a page
             free -= 1
-        plan[request.request_id] = min(request.known - request.computed, budget)
-        budget -= plan[request.request_id]
+        if tokens := min(request.known - request.computed, budget):
+            plan[request.request_id] = tokens
+        budget -= tokens
     for request in facts.waiting:
         pages = -(-request.known // facts.page_size)
         kept = 1 if plan else 0
@@ -289,24 +302,67 @@ def _whole_run() -> tuple[tuple[Facts, Plan], ...]:
     return tuple(states)
 
 
+# States that no run comes to, or seldom: prompts that have begun, at the end of a page and of the budget.
+_BY_HAND = (
+    Facts([Running("A", 30, 16, 8)], [Waiting("B", 3)], 2, 4, 16, 4),
+    Facts([Running("A", 30, 4, 8), Running("B", 9, 4, 3)], [Waiting("C", 3)], 20, 4, 16, 4),
+)
+
+
+@functools.cache
+def _other_sizes() -> tuple[tuple[Facts, Plan], ...]:
+    """The facts before every step of short runs with pages, budgets and seats of all sizes, and the plans.
+
+    The scheduler needs no model for that: here every token is 0. Where those who run find too few pages it
+    preempts, and such a state is no question of this exercise.
+    """
+    rng, states = random.Random(0), []
+    for size in (1, 2, 3, 4, 5, 8, 16) * 2:
+        pool = BlockPool(rng.randrange(36 // size + 2, 70 // size + 4), size, enable_prefix_caching=False)
+        limits = {"max_num_seqs": rng.randrange(1, 7), "max_num_batched_tokens": rng.randrange(6, 40)}
+        scheduler = Scheduler(pool, **limits)
+        for number in range(9):
+            prompt = [0] * rng.randrange(1, 24)
+            scheduler.add(Request(f"{size}.{number}", prompt, exactly(rng.randrange(1, 12))))
+        while scheduler.requests:
+            facts, plan = facts_of(scheduler), scheduler.schedule()
+            if not plan.preempted:
+                rows = zip(plan.requests, plan.num_tokens, strict=True)
+                states.append((facts, {request.request_id: count for request, count in rows}))
+            scheduler.commit(plan, without_model(plan))
+    return tuple(states)
+
+
 def _examine(function: Callable[..., Any]) -> None:
     for case in _CASES:
         _compare(function, *_state(case), case.rule)
     for facts, plan in _whole_run():
         _compare(function, facts, plan, _WHOLE_RUN.rule)
+    for facts in _BY_HAND:
+        rule = "a prompt that is half computed holds its pages already, and may use up the whole budget"
+        _compare(function, facts, next_step(facts), rule)
+    for facts, plan in _other_sizes():
+        rule = "it must be right for pages of any size, any budget and any number of seats"
+        _compare(function, facts, plan, rule)
 
 
 def _compare(function: Callable[..., Any], facts: Facts, plan: Plan, rule: str) -> None:
-    answer = _checked(function(facts))
+    given = copy.deepcopy(facts)
+    returned = function(given)
+    expect(given == facts, "leave the facts as they are: work on copies of the lists", f"{facts}")
+    answer = _checked(returned)
     expect(answer == plan, rule, f"{facts}\nyours:  {_words(answer)}\nengine: {_words(plan)}")
+    idle = [name for name in returned if name not in answer]
+    expect(not idle, "leave out those who compute nothing", f"{facts}\nyours:  {returned!r}")
 
 
 def _checked(answer: object) -> Plan:
     """A learner's answer, without the requests that compute nothing."""
-    if not isinstance(answer, Mapping) or any(type(count) is not int for count in answer.values()):
+    counts = {name: whole(count) for name, count in answer.items()} if isinstance(answer, Mapping) else None
+    if counts is None or None in counts.values():
         rule = 'return a dictionary from request id to a whole number, such as {"A": 1}'
         raise Wrong(rule, f"it returned {answer!r}")
-    return {request_id: count for request_id, count in answer.items() if count}
+    return {name: count for name, count in counts.items() if count}
 
 
 def _words(plan: Plan) -> str:

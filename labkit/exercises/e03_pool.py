@@ -11,7 +11,7 @@ from labkit import notebook
 from labkit.core.block_pool import BlockPool, InvariantError, OutOfBlocks
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.exercises.common import expect_same_answers, inject, tiny_engine
+from labkit.exercises.common import expect_same_answers, inject, tiny_engine, whole
 from labkit.views.style import plural
 
 NUM_BLOCKS, BLOCK_SIZE, SEATS = 32, 4, 6
@@ -105,10 +105,12 @@ class _Witness:
             self._expect(False, "when too few pages are free, allocate raises OutOfBlocks and no other error")
         self.calls.append(f"{call} returned {blocks!r}")
         self._expect(
-            isinstance(blocks, list | tuple) and all(type(block) is int for block in blocks),
+            isinstance(blocks, list | tuple) and all(whole(block) is not None for block in blocks),
             "allocate returns a list of page numbers",
         )
-        blocks = list(blocks)
+        blocks, returned = [int(block) for block in blocks], blocks
+        if isinstance(returned, list):
+            returned.clear()  # it is the caller's: a pool that keeps it as its own table has lost that now
         held = self.books.get(name, [])
         self._expect(
             enough,
@@ -145,16 +147,17 @@ class _Witness:
             return
         self.calls.append(f"{call} returned {blocks!r}")
         if held is None:
-            raise Wrong(
-                "a double free is an error: free raises one for a request that holds no pages",
-                self.story,
-            )
+            rule = "a double free is an error: free raises one for a request that holds no pages"
+            if name in self.refused:
+                rule = "a refused allocate leaves nothing behind: the request still holds no pages"
+            raise Wrong(rule, self.story)
         self._expect(isinstance(blocks, list | tuple), "free returns the request's block table as a list")
         self._expect(
             sorted(blocks) == sorted(held),
             "a refused allocate takes nothing: it leaves the block table as it was"
             if name in self.refused
-            else "free returns all pages of the request, no more and no fewer",
+            else "free returns all pages of the request, no more and no fewer, whatever became of the lists "
+            "that allocate returned: those are the caller's",
         )
         self._expect(
             list(blocks) == held,
@@ -176,6 +179,8 @@ _SCRIPTS: tuple[tuple[int, tuple[tuple[str, int] | tuple[str], ...]], ...] = (
     (3, (("a", 2), ("a",), ("a", 1), ("a",))),
     (4, (("a", 2), ("a",), ("a",), ("b", 2), ("c", 2))),
     (4, (("a", 2), ("b",), ("b", 2))),
+    (2, (("a", 3), ("a",))),
+    (150, (("a", 90), ("b", 60), ("a",), ("c", 90))),
 )
 
 
@@ -233,7 +238,7 @@ def engine_pool(make: Callable[[int], Any]) -> Callable[[int, int], BlockPool]:
             self.asked = make(num_blocks)
 
         def allocate(self, request_id: str, count: int) -> list[int]:
-            blocks = list(self.asked.allocate(request_id, count))
+            blocks = [int(block) for block in self.asked.allocate(request_id, count)]
             for block in blocks:
                 if block not in self.free:
                     raise InvariantError(
@@ -245,7 +250,7 @@ def engine_pool(make: Callable[[int], Any]) -> Callable[[int, int], BlockPool]:
             return blocks
 
         def release(self, request_id: str) -> list[int]:
-            blocks = list(self.asked.free(request_id))
+            blocks = [int(block) for block in self.asked.free(request_id)]
             table = super().release(request_id)
             if blocks != table:
                 raise InvariantError(

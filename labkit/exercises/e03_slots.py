@@ -16,7 +16,7 @@ from labkit.core.model_runner import ModelRunner
 from labkit.core.plan import StepPlan, StepResult
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.exercises.common import expect_same_answers
+from labkit.exercises.common import expect_same_answers, whole
 from labkit.exercises.e03_pool import NUM_BLOCKS, fullest_step, make_engine, reference_run
 from labkit.views.style import plural
 
@@ -76,6 +76,9 @@ def _examine(function: Callable[..., Any]) -> None:
         except Exception as error:
             raise Wrong(rule, f"{call} raised {type(error).__name__}") from None
         raise Wrong(rule, f"{call} returned {slots!r}")
+    for table, start in (([2], 9), ([], 3)):
+        rule = "for a count of 0, return an empty list, however short the table is"
+        _compare(function, rule, table, 4, start, 0)
     rng = random.Random(32)
     for _ in range(60):
         size = rng.choice((1, 2, 3, 4, 8, 16, 32))
@@ -96,10 +99,11 @@ def _compare(
     except (ValueError, IndexError) as error:
         raise Wrong(rule, f"{call} raised {type(error).__name__}, although its pages are enough") from error
     expect(given == table, "leave the block table as it is", f"{call} changed it to {given}")
-    if not isinstance(slots, list | tuple) or any(type(slot) is not int for slot in slots):
+    if not isinstance(slots, list | tuple) or any(whole(slot) is None for slot in slots):
         raise Wrong("return a list of slot numbers", f"{call} returned {slots!r}")
     expected = slot_mapping(table, size, start, count)
-    expect(list(slots) == expected, rule, f"{call} returned {list(slots)}, not {expected}")
+    found = [int(slot) for slot in slots]
+    expect(found == expected, rule, f"{call} returned {found}, not {expected}")
 
 
 class _LearnersCache(PagedKVCache):
@@ -140,7 +144,8 @@ class _LearnersRunner(ModelRunner):
         ]
         slots: list[int] = []
         for span in [spans[i] for i in row_order(spans)]:
-            slots += self.function(list(span.table), self.cache.block_size, span.start, span.num_queries)
+            found = self.function(list(span.table), self.cache.block_size, span.start, span.num_queries)
+            slots += [int(slot) for slot in found]
         return slots
 
 

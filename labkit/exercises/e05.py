@@ -14,7 +14,7 @@ from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, expect
-from labkit.exercises.common import Job, expect_same_answers, rails, serve, tiny_engine
+from labkit.exercises.common import Job, expect_same_answers, rails, serve, tiny_engine, whole
 from labkit.views.facts.token_timeline import token_timeline_of
 
 Split = Callable[[int, list[int], list[int]], tuple[Sequence[int], Sequence[int]]]
@@ -59,7 +59,11 @@ def split_budget(budget: int, running: list[int], waiting: list[int]) -> tuple[l
 
 def _examine(function: Callable[..., Any]) -> None:
     for budget, running, waiting in _cases():
-        _judge(budget, running, waiting, function(budget, list(running), list(waiting)))
+        given = list(running), list(waiting)
+        answer = function(budget, *given)
+        told = f"split_budget({budget}, {running}, {waiting})"
+        expect(given == (running, waiting), "leave the two lists as they are: work on copies", told)
+        _judge(budget, running, waiting, answer)
 
 
 def _cases() -> Iterator[tuple[int, list[int], list[int]]]:
@@ -87,7 +91,7 @@ def _judge(budget: int, running: list[int], waiting: list[int], answer: Any) -> 
         and len(answer) == 2
         and all(isinstance(part, list | tuple) for part in answer)
         and [len(part) for part in answer] == [len(running), len(waiting)]
-        and all(type(number) is int for part in answer for number in part)
+        and all(whole(number) is not None for part in answer for number in part)
     )
     expect(
         shaped,
@@ -140,6 +144,7 @@ def scheduler_of(split: Split) -> type[Scheduler]:
             given, offered = split(
                 self.max_num_batched_tokens, [_missing(r) for r in rows], [_missing(r) for r in queue]
             )
+            given, offered = ([int(number) for number in part] for part in (given, offered))
             for request, num_tokens in zip(rows, given, strict=True):
                 if num_tokens:
                     self.plan_row(plan, request, num_tokens)

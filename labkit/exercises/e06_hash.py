@@ -18,7 +18,7 @@ from labkit.trace.trace import Trace
 
 BLOCK_SIZE = 4
 NO_PARENT = 0  # the parent of every first page
-_MANY = 200_000
+_MANY, _LONG = 200_000, 5_000  # pages, and those of one long text
 
 
 def block_hash(parent_hash: int, tokens: tuple[int, ...]) -> int:
@@ -70,7 +70,10 @@ _PAIRS: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = (
     ("other tokens must have another name, even if their sum is the same", (1, 4, 2, 2), (2, 3, 2, 2)),
     ("the order of the tokens counts", (1, 2, 3, 4), (4, 3, 2, 1)),
     ("the order of the tokens counts", (1, 2, 3, 4), (2, 1, 3, 4)),
+    ("the order of the tokens counts", (5, 6, 7, 8), (5, 7, 6, 8)),
     ("how often a token occurs counts", (5, 5, 6, 7), (5, 6, 6, 7)),
+    ("token 0 is a token like any other", (0, 5, 6, 7), (5, 0, 6, 7)),
+    ("token 0 is a token like any other", (0, 0, 0, 5), (0, 0, 5, 0)),
     (
         "it counts where one token ends and the next begins: (1, 23) is not (12, 3)",
         (1, 23, 4, 5),
@@ -84,6 +87,15 @@ _PAIRS: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = (
     ("every bit of a token counts: token ids go far above 255", (1, 2, 3, 4), (257, 2, 3, 4)),
     ("every bit of a token counts: token ids go far above 65,535", (1, 2, 3, 4), (65537, 2, 3, 4)),
     ("a weighted sum is not enough: other tokens easily give the same sum", (10, 41, 3, 4), (11, 10, 3, 4)),
+    ("every token id must do: vocabularies go beyond 100,000", (55_300, 57_000, 3, 4), (151_000, 7, 3, 4)),
+    *(
+        (
+            "a page may have any number of tokens, and each of them counts",
+            (*range(n - 1), 5),
+            (*range(n - 1), 7),
+        )
+        for n in (1, 2, 8, 16, 32, 64)
+    ),
 )
 
 
@@ -103,6 +115,10 @@ def _examine(function: Callable[..., Any]) -> None:
     names = [function(NO_PARENT, page) for page in pages]
     told = f"block_hash(0, {pages[0]}) returned {names[0]!r}, then {names[1]!r} for an equal tuple"
     expect(names[0] == names[1], "the same tokens after the same page must have the same name", told)
+    whole_or_text = not isinstance(first, float)
+    expect(
+        whole_or_text, "return a whole number, text or bytes: a float has 53 bits", f"it returned {first!r}"
+    )
     for rule, one, other in _PAIRS:
         names = [function(NO_PARENT, page) for page in (one, other)]
         told = f"{one} and {other}, both with parent 0, are both {names[0]!r}"
@@ -149,6 +165,17 @@ def _examine_many(function: Callable[..., Any]) -> None:
                 "two pages have the same name: use enough bits (64 or more), and mix them all",
                 f"after {len(seen):,} pages, {page} has the name of {seen[name]}: {name!r}",
             )
+    for name, page in list(seen.items())[:3]:
+        again = function(NO_PARENT, page)
+        told = f"block_hash(0, {page}) returned {name!r}, and {again!r} after {len(seen):,} other pages"
+        expect(again == name, "the same tokens after the same page must have the same name, always", told)
+    name, names = NO_PARENT, set()
+    for place in range(_LONG):  # one text that repeats itself: only the parent tells its pages apart
+        name = function(name, (7, 8, 7, 8))
+        if name in names:
+            told = f"page {place} of a text of equal pages has the name of a page before it"
+            raise Wrong("every bit of the parent counts: keep all of it", told)
+        names.add(name)
 
 
 def _examine_elsewhere(function: Callable[..., Any]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from labkit.core.request import Request
@@ -86,10 +87,22 @@ _LISTS: tuple[tuple[tuple[str, int, int, int], ...], ...] = (
 )
 
 
+def _by_chance() -> Iterator[tuple[tuple[str, int, int, int], ...]]:
+    """Lists of requests whose names, arrivals, seats and tokens are in no order."""
+    rng = random.Random(61)
+    for _ in range(200):
+        count = rng.randrange(2, 7)
+        names, arrivals = rng.sample("abcdefghij", count), rng.sample(range(120), count)
+        levels = rng.sample(range(-3, 14), rng.randrange(1, 4))
+        columns = zip(names, arrivals, strict=True)
+        yield tuple((name, rng.choice(levels), arrival, rng.randrange(1, 60)) for name, arrival in columns)
+
+
 def _examine(function: Callable[..., Any]) -> None:
-    for facts in _LISTS:
+    for facts in [*_LISTS, *_by_chance()]:
         running = _candidates(*facts)
-        victim = function(list(running))
+        given = list(running)
+        victim = function(given)
         told = "\n".join(
             f"{name}: priority {priority}, arrival {arrival}, {computed} tokens computed"
             for name, priority, arrival, computed in facts
@@ -102,6 +115,8 @@ def _examine(function: Callable[..., Any]) -> None:
             if field != "params"
         )
         expect(same, "only choose: leave the requests as they are", told)
+        kept = len(given) == len(running) and all(a is b for a, b in zip(given, running, strict=True))
+        expect(kept, "only choose: leave the list as it is", told)
         _check_victim(victim, running, told)
 
 

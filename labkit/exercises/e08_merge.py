@@ -94,11 +94,21 @@ def _examine(function: Callable[..., Any]) -> None:
     for n in (1, 3, 100):  # sets of unequal size, with several heads
         scores, values = _ramp(3, n + 2), made_up_values(n + 2, 4)
         _merged(function, scores[:, :n], scores[:, n:], values, "")
+    for gap in (6.0, 12.0, 25.0):  # in double precision even a small weight is seen
+        small, large = torch.tensor([[0.0, -gap]]).double(), torch.tensor([[-gap, 0.5 - gap]]).double()
+        _merged(function, small.T, large.T, torch.tensor([[1.0], [-3.0]]).double(), "", close=1e-12)
     _in_any_order(function)
 
 
-def _merged(function: Callable[..., Any], one: Tensor, two: Tensor, values: Tensor, rule: str) -> None:
-    """Compare the united state of two sets with the state of all their tokens."""
+def _merged(
+    function: Callable[..., Any], one: Tensor, two: Tensor, values: Tensor, rule: str, close: float = 5e-4
+) -> None:
+    """Compare the united state of two sets with the state of all their tokens.
+
+    Args:
+        close: most that it may be off, smaller than any mistake; an answer that uses logarithms loses digits
+            in fp32 at scores of 1000.
+    """
     n = one.shape[1]
     states = state_of(one, values[:n]), state_of(two, values[n:])
     kept = [tuple(part.clone() for part in state) for state in states]
@@ -109,12 +119,19 @@ def _merged(function: Callable[..., Any], one: Tensor, two: Tensor, values: Tens
         expect(same, "leave the two states as they are: make new tensors", told)
     want = state_of(torch.cat((one, two), 1).double(), values.double())
     told += f"\nright: {_told(want)}"
-    close = 5e-4  # smaller than any mistake; an answer that uses logarithms loses digits at 1000
     if not all(part.isfinite().all() for part in got[1:]) or got[0].isnan().any():
         raise Wrong(rule or OVERFLOW, told)
     for own, true, name_rule in zip(got, want, (_M, _L, _A), strict=True):
         fine = torch.allclose(own.double(), true, rtol=close, atol=close)
         expect(fine, name_rule if not rule or rule is OVERFLOW else f"{rule}; {name_rule}", told)
+    theirs = {part.untyped_storage().data_ptr() for state in states for part in state}
+    new = all(part.untyped_storage().data_ptr() not in theirs for part in got)
+    late = rule is _EMPTY or close < 5e-4  # before, another mistake shows better what is wrong
+    expect(
+        new or not late,
+        "make new tensors: whoever changes what you return must not change what you were given",
+        told,
+    )
 
 
 def _in_any_order(function: Callable[..., Any]) -> None:

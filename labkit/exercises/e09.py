@@ -166,6 +166,9 @@ _WEIGHTS: tuple[tuple[list[list[float]], int, str], ...] = (
     ([[1.0, 0.5], [100.0, -30.0]], 127, "each row needs a scale of its own"),
     ([[0.0, 0.0], [1.0, 0.7]], 127, "a row of zeros becomes zeros, with a scale that is finite and above 0"),
     ([[0.9, -0.34, 0.08, -0.9]], 7, "with `levels` = 7, the numbers go from -7 to 7"),
+    ([[1e-4, -3e-5]], 127, ""),
+    ([[2e-9, 7e-10], [3e-17, -8e-17]], 127, ""),
+    ([[40_000.0, -7.0, 90_000.0]], 127, ""),
 )
 
 
@@ -266,6 +269,15 @@ def _numbers(out: int, columns: int) -> tuple[Tensor, Tensor]:
     return (at * 31 % 255 - 127).to(torch.int8), torch.tensor([[0.001 * (i + 1)] for i in range(out)])
 
 
+_SUM = 1 << 17
+# A large sum that is taken away again, and the little that is left of it.
+_LONG_SUM = (
+    torch.cat((torch.full((_SUM,), 127.0), torch.full((_SUM,), -127.0), torch.tensor([127.0]))).view(1, -1),
+    torch.full((1, 2 * _SUM + 1), 127, dtype=torch.int8),
+    torch.ones(1, 1),
+)
+
+
 def _examine_product(function: Callable[..., Any]) -> None:
     # These inputs are whole numbers after scaling, so that each case shows one mistake.
     plain, ones = torch.tensor([[1, 0], [0, 1]], dtype=torch.int8), torch.ones(2, 1)
@@ -288,6 +300,13 @@ def _examine_product(function: Callable[..., Any]) -> None:
         same = torch.equal(alone[0], together[i])
         rule = "a token must give the same bits alone and beside others: sums of whole numbers are exact"
         expect(same, rule, f"token {i} of {len(x)}: off by {float((alone[0] - together[i]).abs().max()):.2g}")
+    sign = "the largest number of a token is the one farthest from 0, whatever its sign"
+    _multiplied(function, torch.tensor([[-127.0, 63.0]]), plain, ones, sign)
+    small = "a token of small numbers has a small scale, and keeps its numbers"
+    _multiplied(function, torch.tensor([[1.27e-6, -5e-7], [6e-15, 2.54e-14]]), plain, ones, small)
+    _multiplied(
+        function, *_LONG_SUM, "sums need 32 bits: fp32 keeps 24 of them, and a long sum loses its last"
+    )
 
 
 def _multiplied(function: Callable[..., Any], x: Tensor, numbers: Tensor, scales: Tensor, rule: str) -> None:
@@ -332,7 +351,7 @@ class _Learners(nn.Module):
         self.numbers, self.scales = quantize_rows(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, self.numbers, self.scales)
+        return self.function(x, self.numbers, self.scales).contiguous()
 
 
 def _with_product(function: Product) -> LoadedModel:

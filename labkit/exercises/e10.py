@@ -16,7 +16,7 @@ from labkit.core.model_runner import accept
 from labkit.core.sampler import gumbel_noise, mix
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
-from labkit.exercises.common import TEXT, expect_same_answers, timelines, tiny_engine, tiny_model
+from labkit.exercises.common import TEXT, expect_same_answers, timelines, tiny_engine, tiny_model, whole
 from labkit.models.teacher_forcing import teacher_forced
 from labkit.sampling_params import SamplingParams
 
@@ -35,14 +35,15 @@ def _cases() -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     for length in range(4):
         for both in itertools.product((5, 7), repeat=2 * length):
             yield both[:length], both[length:]
+    yield from (((0,), (0,)), ((0, 7), (0, 7)), ((7, 0), (7, 0)), ((0, 7), (7, 0)))  # 0 is a token
     rng = Random(10)
-    for length in (8, 8, 8, 40):
+    for length, step in ((8, 1), (8, 100), (8, 1), (40, 65_536)):
         drafts = tuple(rng.choices(range(300, 50_000), k=length))
         for wrong in (length, length // 2, 0):
             # Equal numbers that are different objects. Python keeps small numbers only once: use large ones.
             chosen = [int(str(draft)) for draft in drafts]
             if wrong < length:
-                chosen[wrong] += 1
+                chosen[wrong] += step
             yield drafts, tuple(chosen)
 
 
@@ -55,7 +56,10 @@ def _check_count(got: Any, drafts: Sequence[int], chosen: Sequence[int]) -> None
     """Raise `Wrong` if a count breaks a rule."""
     want = accept(drafts, chosen)
     told = f"drafts {drafts}, chosen {chosen}\nyours: {got!r}\nright: {want}"
-    expect(type(got) is int, "return a whole number: how many drafts become part of the answer", told)
+    count = whole(got)
+    if count is None or isinstance(got, bool):
+        raise Wrong("return a whole number: how many drafts become part of the answer", told)
+    got = count
     expect(
         0 <= got <= len(drafts),
         "count only drafts: the token after the last right one is added by the engine",
@@ -81,7 +85,7 @@ def circles(speculative: str | None, rule: Accept | None = None) -> Engine:
     """
     engine = tiny_engine(num_blocks=80, block_size=4, speculative=speculative, speculative_gate=False)
     if rule:
-        engine.runner.accept = rule
+        engine.runner.accept = lambda drafts, chosen: int(rule(drafts, chosen))
     for prompt in PROMPTS:
         engine.add_request(prompt, CIRCLES)
     engine.run()
@@ -180,9 +184,10 @@ def _draw(
     rng, tokens = Random(seed), []
     mine, theirs = list(p), list(q)
     for draft in drafts:
-        token = function(mine, theirs, draft, rng)
-        if type(token) is not int or not 0 <= token < len(p):
-            told = f"p {list(p)}, q {list(q)}, draft {draft}: it returned {token!r}"
+        returned = function(mine, theirs, draft, rng)
+        token = whole(returned)
+        if token is None or not 0 <= token < len(p):
+            told = f"p {list(p)}, q {list(q)}, draft {draft}: it returned {returned!r}"
             raise Wrong("always return a token: a place in p, from 0 on", told)
         tokens.append(token)
     expect(mine == list(p) and theirs == list(q), "leave p and q as they are", f"p is {mine}, q is {theirs}")
@@ -261,7 +266,7 @@ def _run_rule(function: Callable[..., Any]) -> Run:
     most = 0.0
     for p, q in zip(mine.exp().tolist(), drafters.exp().tolist(), strict=True):
         draft = rng.choices(range(len(q)), weights=q)[0]
-        taken += function(p, q, draft, rng) == draft
+        taken += int(function(p, q, draft, rng)) == draft
         most += overlap(p, q)
     noise = gumbel_noise([mix(0, place) for place in range(len(mine))], torch.arange(mine.shape[1]))
     together = int(((mine + noise).argmax(-1) == (drafters + noise).argmax(-1)).sum())

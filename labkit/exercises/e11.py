@@ -16,7 +16,7 @@ from labkit.analysis.capacity import Clock, Demand, FittedClock, Replica, Settin
 from labkit.analysis.client_measures import Measure, Slo, summary
 from labkit.core.request import Request
 from labkit.exercises import Exercise, Run, expect
-from labkit.exercises.common import rails
+from labkit.exercises.common import rails, whole
 from labkit.sampling_params import SamplingParams, check_number
 from labkit.trace.trace import Trace
 
@@ -151,7 +151,10 @@ def measured_at(budget: int) -> Measured:
 
 def _examine(function: Callable[..., Any]) -> None:
     for measured, slo in _cases():
-        _judge(measured, slo, function(list(measured), slo))
+        given = list(measured)
+        answer = function(given, slo)
+        expect(given == measured, "leave the list as it is: work on a copy", f"measured: {measured}")
+        _judge(measured, slo, answer if whole(answer) is None else int(answer))
 
 
 def _cases() -> Iterator[tuple[list[Measured], Slo]]:
@@ -181,7 +184,18 @@ def _cases() -> Iterator[tuple[list[Measured], Slo]]:
         slo,
     )  # the fastest is not the one to choose
     yield [Measured(32, 1.01, 0.01, 200.0), Measured(64, 0.99, 0.099, 100.0)], slo
+    near = good._replace(ttft=1.0004, tokens=110.0), good._replace(itl=0.1004, tokens=110.0)
+    for row in near:
+        yield [good, row._replace(budget=100)], slo
+    yield [good, good._replace(budget=48, tokens=99.6)], slo
+    yield [good, good._replace(budget=100, tokens=100.3)], slo
     rng = random.Random(11)
+    for _ in range(100):
+        budgets = rng.sample(range(1, 2000), rng.randrange(1, 12))
+        slo = Slo(ttft=rng.uniform(0.5, 2.5), itl=rng.uniform(0.05, 0.2))
+        rows = [(rng.uniform(0.3, 2), rng.uniform(0.03, 0.2), rng.uniform(99, 101)) for _ in budgets]
+        yield [Measured(budget, *row) for budget, row in zip(budgets, rows, strict=True)], slo
+    slo = Slo(ttft=1.0, itl=0.1)
     for _ in range(300):
         budgets = rng.sample(BUDGETS, rng.randrange(1, len(BUDGETS)))
         ttft, itl, tokens = (0.5, 1.0, 2.0), (0.05, 0.1, 0.2), (90.0, 100.0, 110.0)

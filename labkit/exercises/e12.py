@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from labkit.analysis.capacity import GPUS, MODELS, Replay, Roofline, Settings, d
 from labkit.analysis.capacity.replay import SLACK, prefix_aware
 from labkit.core.request import Request
 from labkit.exercises import Exercise, Run, Wrong, expect
+from labkit.exercises.common import whole
 from labkit.sampling_params import SamplingParams
 
 Route = Callable[[Request, Sequence[Any]], int]
@@ -82,19 +84,29 @@ def _examine(function: Callable[..., Any]) -> None:
             ((turn * 7 + i * 5) % 9, (turn + i) % 4, (turn * 3 + i * 11) % 5 * _PAGE) for i in range(5)
         )
         _ask(function, f"{_CACHED}; {_FAR}", sizes)
+    rng = random.Random(12)
+    for _ in range(200):
+        most = rng.randrange(1, 14)
+        sizes = tuple(
+            (rng.randrange(most), rng.randrange(most), rng.randrange(80)) for _ in range(rng.randrange(1, 9))
+        )
+        _ask(function, f"{_CACHED}; {_FAR}", sizes)
 
 
 def _ask(function: Callable[..., Any], rule: str, sizes: tuple[tuple[int, int, int], ...]) -> None:
     replicas = [StandIn(*size) for size in sizes]
     request = Request("7", [5] * 80, SamplingParams(max_tokens=16))
     given = list(replicas)
-    index = function(request, given)
+    returned = function(request, given)
     told = "\n".join(f"replica {i}: {replica}" for i, replica in enumerate(replicas))
-    told += f"\nyours: {index!r}"
+    told += f"\nyours: {returned!r}"
+    same = [(replica.num_running, replica.num_waiting, replica.num_unfinished) for replica in replicas]
     untouched = given == replicas and request.token_ids == [5] * 80
+    untouched = untouched and same == [(running, waiting, running + waiting) for running, waiting, _ in sizes]
     expect(untouched, "leave the request and the list of replicas as they are", told)
-    whole = type(index) is int and 0 <= index < len(replicas)
-    expect(whole, "return the index of a replica, from 0 on", told)
+    index = whole(returned)
+    if index is None or not 0 <= index < len(replicas):
+        raise Wrong("return the index of a replica, from 0 on", told)
     right = _right(sizes)
     expect(index in right, rule, f"{told}\nright: {' or '.join(map(str, right))}")
 
@@ -128,7 +140,7 @@ def serve(routing: str | Route, replicas: int = 4, rate: float = 36.0) -> Replay
 
 def _run(function: Callable[..., Any]) -> Run:
     ways: dict[str, str | Route] = {
-        "yours": function,
+        "yours": lambda request, replicas: int(function(request, replicas)),
         "reference": prefix_aware,
         "least loaded": "least-loaded",
         "round robin": "round-robin",

@@ -57,7 +57,7 @@ def predict(
         budget -= tokens
         taken += seats_of_newcomers
         free -= pages(newcomer.known, tokens, facts.page_size) if takes else 0
-    return plan
+    return {name: tokens for name, tokens in plan.items() if tokens}
 
 
 def bent(**bend: Any) -> Callable[[Facts], Plan]:
@@ -116,18 +116,22 @@ def by_head_count(facts: Facts) -> Plan:
         name, known = queue.pop(0)
         need = (known + size - 1) // size
         if need + bool(plan) > free:
-            return plan
+            break
         plan[name] = min(known, left)
         left, free = left - plan[name], free - need
-    return plan
+    return {name: tokens for name, tokens in plan.items() if tokens}
 
 
 def with_zeros(facts: Facts) -> Plan:
-    """It may name requests that compute nothing."""
+    """It names requests that compute nothing."""
     return {w.request_id: 0 for w in facts.waiting} | next_step(facts)
 
 
-@pytest.mark.parametrize("right", [predict, by_head_count, with_zeros])
+def test_who_computes_nothing_is_left_out() -> None:
+    assert_refused("00.1", with_zeros, "leave out those who compute nothing")
+
+
+@pytest.mark.parametrize("right", [predict, by_head_count])
 def test_right_ones_are_accepted_and_plan_a_real_run(right: Callable[[Facts], Plan]) -> None:
     verdict = assert_accepted("00.1", right)
     assert "served 12 requests in 27 steps; the engine's own scheduler takes 27" in verdict.text
@@ -168,10 +172,10 @@ def test_no_state_of_the_exercise_is_short_of_pages() -> None:
 def test_facts_are_those_of_the_engine() -> None:
     case = next(case for case in e00._CASES if case.rule.startswith("the budget is one"))
     facts, plan = e00._state(case)
-    assert facts.running == (Running("A", 7, 6, 2), Running("B", 45, 15, 12))
-    assert facts.waiting == () and facts.free_pages == 18 and plan == {"A": 1, "B": 15}
+    assert facts.running == [Running("A", 7, 6, 2), Running("B", 45, 15, 12)]
+    assert facts.waiting == [] and facts.free_pages == 18 and plan == {"A": 1, "B": 15}
     engine = e00._engine(case)
     next(arrivals(engine, e00._jobs(case)))
-    assert facts_of(engine).waiting == (Waiting("A", 5),)
+    assert facts_of(engine).waiting == [Waiting("A", 5)]
     predicted = next_step(facts_of(engine))
     assert predicted == plan_of(engine.preview()) == plan_of(engine.step()) == {"A": 5}

@@ -56,10 +56,6 @@ def eats_the_prompt(model: CachedModel, prompt: list[int], max_tokens: int) -> l
     return answer
 
 
-def tensors(model: CachedModel, prompt: list[int], max_tokens: int) -> list[Any]:
-    return [torch.tensor(token) for token in generate(model, prompt, max_tokens)]
-
-
 def one_token_again(model: CachedModel, prompt: list[int], max_tokens: int) -> list[int]:
     """Computes the prompt's last token a second time."""
     model.forward(prompt, 0)
@@ -78,7 +74,6 @@ WRONG_LOOPS = {
     "prompt and answer": (lambda m, p, n: p + generate(m, p, n), "none of the prompt"),
     "one too few": (lambda m, p, n: generate(m, p, n)[:-1], "the answer has max_tokens tokens"),
     "a tensor": (lambda m, p, n: torch.tensor(generate(m, p, n)), "return a list of token ids"),
-    "tensors": (tensors, "return a list of token ids"),
     "the caller's prompt": (eats_the_prompt, "the prompt is the caller's"),
     "position one too far": (lambda m, p, n: loop(m, p, n, off=1), "counted from 0: leave none out"),
     "position one too low": (lambda m, p, n: loop(m, p, n, off=-1), "counted from 0: leave none out"),

@@ -78,7 +78,7 @@ class Owners:
 
 
 class Alias(Pool):
-    """Returns the table of a new request itself, which grows later; that is right, if it is read at once."""
+    """Returns the table of a new request itself: whoever empties that list has emptied the table."""
 
     def allocate(self, request_id: str, count: int) -> list[int]:
         blocks = super().allocate(request_id, count)
@@ -87,7 +87,11 @@ class Alias(Pool):
         return blocks
 
 
-@pytest.mark.parametrize("pool", [Pool, Queue, Owners, Alias])
+def test_a_pool_that_hands_out_its_own_table_is_refused() -> None:
+    assert_refused("03.1", Alias, "those are the caller's")
+
+
+@pytest.mark.parametrize("pool", [Pool, Queue, Owners])
 def test_a_right_pool_is_accepted_whatever_pages_it_takes(pool: type) -> None:
     verdict = assert_accepted("03.1", pool)
     assert "30 steps (reference 30)" in verdict.text
@@ -281,6 +285,8 @@ def stub(block_table: list[int], block_size: int, start: int, count: int) -> lis
 
 def by_steps(table: Sequence[int], size: int, start: int, count: int) -> list[int]:
     """Walks through all slots of the request, and takes a piece out."""
+    if not count:
+        return []
     slots = [page * size + place for page in table for place in range(size)]
     if start + count > len(slots):
         raise ValueError("too short")
@@ -288,7 +294,7 @@ def by_steps(table: Sequence[int], size: int, start: int, count: int) -> list[in
 
 
 def as_tuple(table: Sequence[int], size: int, start: int, count: int) -> tuple[int, ...]:
-    if len(table) * size < start + count:
+    if count and len(table) * size < start + count:
         raise ValueError
     return tuple(table[p] * size + o for p, o in (divmod(t, size) for t in range(start, start + count)))
 

@@ -110,7 +110,7 @@ def test_wrong_schedules_are_refused_each_for_its_own_reason(
 
 def test_right_schedules_are_accepted_with_their_score() -> None:
     def takes_lists_apart(running, waiting, seats, budget, free_pages, page_size):
-        plan = {}
+        plan, running, waiting = {}, list(running), list(waiting)
         for ticket in list(running):
             if ticket.missing == 1:
                 plan[ticket.name] = 1

@@ -174,7 +174,7 @@ def test_what_is_handed_in_stays_as_it_was() -> None:
         waiting.clear()
         return answer
 
-    assert_accepted("05.1", uses_up)
+    assert_refused("05.1", uses_up, "leave the two lists as they are")
 
 
 # -- in the engine --------------------------------------------------------------------------------

@@ -26,8 +26,7 @@ def keeping(rows: Sequence[Measured], slo: Slo) -> Rows:
 
 def loop(measured: Rows, slo: Slo) -> int | None:
     best = None
-    while measured:  # and uses up what it was given
-        row = measured.pop()
+    for row in measured:
         if row.ttft > slo.ttft or row.itl > slo.itl:
             continue
         if best is None or row.tokens > best.tokens or (row.tokens == best.tokens and row < best):
