@@ -40,7 +40,10 @@ class ModelConfig:
         device: "auto" is cuda if there is one, else the CPU.
         quantization: None, or "int8" for 8-bit weights and activations: faster on a CPU, smaller on a GPU.
         fused_projections: whether queries, keys and values are one product, and likewise gate and up.
-        packed_weights: whether fp32 weights are laid out for this CPU once, when they are loaded.
+        packed_weights: whether weights are laid out for this CPU once, when they are loaded.
+        cpu_kernels: whether a CPU uses kernels of our own between the products, which a C++ compiler makes
+            once; it has no effect on a GPU, in fp16, on a model that `transformers` runs, or where there is
+            no compiler.
 
     Raises:
         ValueError: for a value that cannot work; the message names the field and the limit.
@@ -52,10 +55,11 @@ class ModelConfig:
     quantization: Literal["int8"] | None = None
     fused_projections: bool = True
     packed_weights: bool = True
+    cpu_kernels: bool = True
 
     def __post_init__(self) -> None:
         _check_choice("quantization", self.quantization, (None, *QUANTIZATIONS))
-        for name in ("fused_projections", "packed_weights"):
+        for name in ("fused_projections", "packed_weights", "cpu_kernels"):
             check_flag(name, getattr(self, name))
 
 
@@ -65,7 +69,8 @@ class EngineConfig(ModelConfig):
     """How to build an engine: a model, as in `ModelConfig`, and what runs it.
 
     Args:
-        model, dtype, device, quantization, fused_projections, packed_weights: what `ModelConfig` says.
+        model, dtype, device, quantization, fused_projections, packed_weights, cpu_kernels: what `ModelConfig`
+            says.
         block_size: the number of tokens in a block of the KV cache.
         num_blocks: the number of blocks in the pool; None sizes it from the memory that is free.
         max_model_len: the longest prompt and answer together, in tokens; None takes the model's own limit,
@@ -87,6 +92,8 @@ class EngineConfig(ModelConfig):
             how often drafts were accepted.
         num_threads: the number of PyTorch's threads on a CPU, in the whole process; None leaves PyTorch's own
             choice (the physical cores, or OMP_NUM_THREADS).
+        adaptive_threads: whether a CPU uses fewer threads while other processes keep its cores busy, since
+            threads that wait for each other lose more than the share that was taken.
         attention_backend: "sdpa" is PyTorch's own attention over gathered blocks, "triton" a kernel that
             reads blocks in place (it needs a CUDA GPU); "auto" is the fastest that there is.
         cuda_graphs: whether decode steps are captured as CUDA graphs; it has no effect without a CUDA GPU,
@@ -119,6 +126,7 @@ class EngineConfig(ModelConfig):
     num_speculative_tokens: int = 8
     speculative_gate: bool = True
     num_threads: int | None = None
+    adaptive_threads: bool = True
     attention_backend: Literal["auto", "sdpa", "triton"] = "auto"
     cuda_graphs: bool = True
     as_t4: bool = False
@@ -135,8 +143,8 @@ class EngineConfig(ModelConfig):
         for name, low in lowest.items():
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low, math.inf, whole=True)
-        flags = ("enable_prefix_caching", "enable_chunked_prefill", "speculative_gate", "cuda_graphs")
-        for name in (*flags, "as_t4", "audit"):
+        flags = ("enable_prefix_caching", "enable_chunked_prefill", "speculative_gate", "adaptive_threads")
+        for name in (*flags, "cuda_graphs", "as_t4", "audit"):
             check_flag(name, getattr(self, name))
         check_number("seed", self.seed, -(2**63), 2**63 - 1, whole=True)
         _check_choice("scheduler", self.scheduler, SCHEDULERS)

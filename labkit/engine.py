@@ -29,6 +29,7 @@ from labkit.core.recorder import record_step
 from labkit.core.request import Request
 from labkit.core.sampler import mix
 from labkit.core.scheduler import Scheduler
+from labkit.kernels.threads import ThreadBudget
 from labkit.kernels.warmup import free_bytes, tried_backend, warm_up, warm_up_lock
 from labkit.models.cache_dir import keep_compiled
 from labkit.models.detokenizer import IncrementalDetokenizer
@@ -72,6 +73,7 @@ class Engine(EngineCore):
 
     Attributes:
         trace: the records of all steps.
+        threads: what adapts the number of threads to what other processes leave; None where nothing does.
         outputs: the output of each request so far, by id. Outputs are updated in place, and stay until you
             take them out.
         sampling_defaults: fields of `SamplingParams` that hold for requests that do not say.
@@ -145,6 +147,9 @@ class Engine(EngineCore):
         most = cache.num_blocks * config.block_size
         self.max_model_len = config.max_model_len or min(module.max_model_len, most)
         self.speculator = make_speculator(config, self.model, self.runner, draft, say)
+        threads = torch.get_num_threads()
+        adaptive = config.adaptive_threads and module.device.type == "cpu" and threads > 1
+        self.threads = ThreadBudget(threads) if adaptive else None
 
     def __repr__(self) -> str:
         model, scheduler, pool = self.model, self.scheduler, self.pool
@@ -362,6 +367,8 @@ class Engine(EngineCore):
         self, plan: StepPlan, result: StepResult, record: StepRecord, begin: float, end: float
     ) -> None:
         """Update the outputs: those that are still in `outputs`, because a caller may take one out early."""
+        if self.threads:
+            self.threads.after_step(end) if self.has_unfinished else self.threads.rest()
         for admission in record.admitted:
             output = self.outputs.get(admission.request_id)
             if output and output.metrics.first_scheduled_time is None:
@@ -463,5 +470,6 @@ def _model_of(config: EngineConfig, say: Say | None) -> LoadedModel:
         quantization=config.quantization,
         fused_projections=config.fused_projections,
         packed_weights=config.packed_weights,
+        cpu_kernels=config.cpu_kernels,
         say=say,
     )

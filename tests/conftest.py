@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from labkit.kernels.cpu.layers import fuse
 from labkit.models.architecture import build
+from labkit.models.cache_dir import cache_dir
 from labkit.models.load import LoadedModel
 from labkit.models.tiny import tiny_tokenizer
 
@@ -72,6 +75,15 @@ def loaded(family: str) -> LoadedModel:
     model = reference(family)
     module = build(model.config, model.state_dict().items(), dtype=torch.float32, device=torch.device("cpu"))
     return LoadedModel(family, module, tiny_tokenizer(), model.config, frozenset())
+
+
+@functools.cache
+def fused(family: str) -> LoadedModel:
+    """The same with the kernels for a CPU, where they can be compiled."""
+    model = reference(family)
+    module = build(model.config, model.state_dict().items(), dtype=torch.float32, device=torch.device("cpu"))
+    fuse(module, cache_dir() / "kernels")
+    return replace(loaded(family), module=module)
 
 
 def generate(model: PreTrainedModel, prompt: Sequence[int], max_tokens: int) -> list[int]:

@@ -10,7 +10,7 @@ from tests.conftest import VOCAB, loaded
 
 def engine_of(family: str = "llama", **config) -> Engine:
     defaults = dict(block_size=4, num_blocks=60, max_num_seqs=6, max_num_batched_tokens=64, audit=True)
-    return Engine(EngineConfig(model=loaded(family), **{**defaults, **config}))
+    return Engine(EngineConfig(**{"model": loaded(family), **defaults, **config}))
 
 
 def random_prompt(rng: random.Random, length: int) -> list[int]:

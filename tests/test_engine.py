@@ -14,7 +14,7 @@ from labkit import Engine, EngineConfig, SamplingParams
 from labkit.core.request import Request
 from labkit.engine import answer_ids
 from labkit.trace.trace import Trace
-from tests.conftest import FAMILIES, VOCAB, greedy, loaded
+from tests.conftest import FAMILIES, VOCAB, fused, greedy, loaded
 from tests.engines import drain, engine_of, play, random_prompt
 
 # -- tokens ---------------------------------------------------------------------------------------
@@ -46,8 +46,9 @@ def test_tokens_equal_transformers(
     jobs.append((common, 12))
     unmixed = scheduler == "unmixed"
     for arrival in (1.0, 0.4):
+        model = fused if (arrival == 1.0) == caching else loaded  # each way with each kind of layer
         engine = engine_of(
-            family,
+            model=model(family),
             scheduler="continuous" if unmixed else scheduler,
             enable_chunked_prefill=not unmixed,
             block_size=block_size,

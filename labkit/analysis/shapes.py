@@ -96,6 +96,7 @@ def random_model(
     quantization: str | None = None,
     fused_projections: bool = True,
     packed_weights: bool = True,
+    cpu_kernels: bool = True,
     say: Say | None = None,
 ) -> LoadedModel:
     """Make a model of a shape. The arguments are those of `load_model`.
@@ -115,6 +116,7 @@ def random_model(
         quantization=quantization,
         fused_projections=fused_projections,
         packed_weights=packed_weights,
+        cpu_kernels=cpu_kernels,
         say=say,
     )
     return LoadedModel(f"{shape} (random)", module, tiny_tokenizer(), config, frozenset(), quantization)

@@ -11,6 +11,8 @@ to it, and it fills block tables up to a common width.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,7 +48,11 @@ class PagedKVCache:
         # (layers, blocks, 2, kv_heads, block_size, head_dim)
         sizes = shape.num_layers, num_blocks + 1, 2, shape.num_kv_heads, block_size, shape.head_dim
         # Zeros, not garbage: a masked score still multiplies its value, and 0 * NaN is NaN.
-        self.blocks = torch.zeros(sizes, dtype=shape.dtype, device=shape.device)
+        if shape.device.type == "cpu":  # the system zeroes such memory, and takes it, when it is touched
+            memory = mmap.mmap(-1, math.prod(sizes) * shape.dtype.itemsize)
+            self.blocks = torch.frombuffer(memory, dtype=shape.dtype).view(sizes)
+        else:
+            self.blocks = torch.zeros(sizes, dtype=shape.dtype, device=shape.device)
         # The same memory, seen by token: (layers, blocks, block_size, kv_heads, head_dim).
         self.k, self.v = self.blocks.transpose(3, 4).unbind(2)
         self.device = self.blocks.device
@@ -90,20 +96,14 @@ def read_tokens(blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def head_pieces(tables: Tensor, kv_heads: int) -> Tensor:
-    """Return where the keys and values of each head lie in the blocks of tables (rows, width).
-
-    The result, int64 (2, rows, kv_heads, width), numbers pieces of (block_size, head_dim) for `read_rows`.
-    """
+    """Number the pieces (block_size, head_dim) of tables (rows, width): (2, rows, kv_heads, width)."""
     heads = torch.arange(kv_heads, device=tables.device)[:, None]
     keys = tables[:, None] * (2 * kv_heads) + heads  # (rows, kv_heads, width)
     return torch.stack((keys, keys + kv_heads))
 
 
 def read_rows(blocks: Tensor, pieces: Tensor) -> tuple[Tensor, Tensor]:
-    """Return keys and values of whole tables in one layer, (rows, kv_heads, width * block_size, head_dim).
-
-    Both are contiguous, as fast kernels need them; `pieces` comes from `head_pieces`.
-    """
+    """Return keys and values (rows, kv_heads, width * block_size, head_dim) of whole tables, contiguous."""
     found = blocks.flatten(0, 2).index_select(0, pieces.flatten())
     k, v = found.view(*pieces.shape[:3], -1, blocks.shape[-1]).unbind(0)
     return k, v

@@ -21,7 +21,7 @@ from labkit.kernels.backend import Backend
 
 _MAX_GROUPS = 4  # groups of decode rows with similar lengths
 _MIN_GROUP = 4  # rows that are worth a call of their own
-_FEW = 16  # rows with at most so many queries, for instance drafts, share a call
+FEW = 16  # rows with at most so many queries, for instance drafts, share a call
 
 
 @dataclass
@@ -175,7 +175,7 @@ def gathered_chunks(
     """Make groups of rows with more than one query: those with equally few together, others one by one."""
     groups: list[GatheredRows | Chunk] = []
     for queries, some in itertools.groupby(rows, lambda row: row.num_queries):
-        if queries <= _FEW:
+        if queries <= FEW:
             groups.append(_gathered(first, list(some), cache, windows))
         else:
             groups += _single_chunks(first, list(some), cache, windows)

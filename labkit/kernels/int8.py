@@ -183,6 +183,13 @@ def pick_kernel(device: torch.device) -> tuple[Kernel, str]:
     return kernels[best], f"{best} (16 rows by 512 x 768: {what})"
 
 
+def scale_rows(x: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """Divide each row (rows, in) by the largest size of a number in it; return that (rows, 1), too."""
+    # An infinite or NaN row stays one, because its largest number is.
+    largest = x.abs().amax(dim=-1, keepdim=True).clamp_(min=least)
+    return x / largest, largest
+
+
 class Int8Linear(nn.Module):
     """A linear layer on whole numbers.
 
@@ -199,15 +206,15 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.multiply = kernel(weight, scales)
         self.bias, self.turn = bias, turn
+        self.scale_rows = scale_rows
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype
         x = x.float()
         if self.turn is not None:
             x = (x.reshape(-1, len(self.turn)) @ self.turn).view(x.shape)
-        # An infinite or NaN row stays one, because its largest number is.
-        largest = x.abs().amax(dim=-1, keepdim=True).clamp_(min=_TINY)
-        out = self.multiply(x / largest).mul_(largest)
+        x, largest = self.scale_rows(x, _TINY)
+        out = self.multiply(x).mul_(largest)
         return (out if self.bias is None else out.add_(self.bias)).to(dtype)
 
 

@@ -16,7 +16,7 @@ _PACKED_ROWS = 32  # a hint for the layout; the product may have any number of r
 
 
 class PackedLinear(nn.Module):
-    """A linear layer in fp32 on a CPU whose weight lies in the order in which oneDNN reads it.
+    """A linear layer on a CPU whose weight lies in the order in which oneDNN reads it.
 
     The plain layer rearranges its weight in every product, which for few rows takes longer than the product.
     """
@@ -53,9 +53,15 @@ def split(model: Transformer) -> None:
 
 
 def can_pack(model: Transformer) -> bool:
-    """Whether `pack` can be used: the model is in fp32 on a CPU, and PyTorch was built with oneDNN."""
-    in_fp32_on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
-    return in_fp32_on_cpu and torch.backends.mkldnn.is_available()
+    """Whether `pack` can be used: oneDNN computes in the model's dtype on this CPU."""
+    if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return model.dtype == torch.float32 or (model.dtype == torch.bfloat16 and bf16_on_cpu())
+
+
+def bf16_on_cpu() -> bool:
+    """Whether oneDNN computes in bf16 on this CPU."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def pack(model: Transformer) -> None:

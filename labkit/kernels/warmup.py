@@ -22,6 +22,8 @@ from labkit.core.kv_cache import KVShape, PagedKVCache
 from labkit.core.model import Transformer
 from labkit.core.model_runner import PagedModel
 from labkit.kernels.backend import Backend
+from labkit.kernels.cpu.attention import IN_PLACE
+from labkit.kernels.cpu.layers import is_fused
 from labkit.kernels.cuda_graphs import Capture, DecodeGraphs
 from labkit.kernels.gathered_sdpa import SDPA
 from labkit.kernels.select import choose_backend
@@ -81,6 +83,8 @@ def backend_for(model: PagedModel, config: EngineConfig) -> Backend:
     Raises:
         ValueError: if the configuration names one that is not possible.
     """
+    if is_fused(model) and config.attention_backend == "auto":
+        return IN_PLACE
     if isinstance(model, Transformer):
         shape = model.kv_shape
         return choose_backend(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import time
@@ -18,7 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from labkit.config import ModelConfig
 from labkit.core.model import Transformer
 from labkit.kernels import packed_linear
+from labkit.kernels.cpu import layers
 from labkit.models import architecture, checkpoint, gguf_fetch
+from labkit.models.cache_dir import cache_dir
 from labkit.models.checkpoint import Config
 from labkit.models.devices import auto_reason, resolve_device, resolve_dtype
 from labkit.models.errors import ModelError, is_out_of_memory
@@ -79,7 +82,7 @@ class LoadedModel:
                 raise ValueError(
                     f"{name} must be {default} for a loaded model: it is {has[name]}, not {value}"
                 )
-        for name in ("fused_projections", "packed_weights"):
+        for name in ("fused_projections", "packed_weights", "cpu_kernels"):
             if not getattr(config, name):
                 raise ValueError(f"{name} must be left alone for a loaded model: load_model takes it")
 
@@ -92,6 +95,7 @@ def load_model(
     quantization: str | None = None,
     fused_projections: bool = True,
     packed_weights: bool = True,
+    cpu_kernels: bool = True,
     say: Say | None = print,
 ) -> LoadedModel:
     """Load a model, after fetching it if need be.
@@ -102,7 +106,7 @@ def load_model(
         dtype: one of the names in `devices.DTYPES`, or "auto": fp32 on a CPU; on a GPU bf16 where it has that
             in hardware, else fp16; always fp32 for "tiny-random", whose tokens are the same everywhere.
         device: "cpu", "cuda", "cuda:1", "mps", or "auto": the GPU that CUDA sees, else the CPU.
-        quantization, fused_projections, packed_weights: switches as in `EngineConfig`.
+        quantization, fused_projections, packed_weights, cpu_kernels: switches as in `EngineConfig`.
         say: a function that gets a line about each thing that takes time; None is silence, without progress
             bars of our own.
 
@@ -119,6 +123,8 @@ def load_model(
         quantization=quantization,
         fused_projections=fused_projections,
         packed_weights=packed_weights,
+        cpu_kernels=cpu_kernels,
+        say=say,
     )
     if model == TINY:
         config, tensors, tokenizer = tiny_random()
@@ -143,7 +149,7 @@ def load_model(
     tell(say, f"Loading {name} from {folder}.")
     with _explained(name, folder, to):
         if ours:
-            module = build(config, checkpoint.read_tensors(folder), dtype=as_type, folder=folder, say=say)
+            module = build(config, checkpoint.read_tensors(folder), dtype=as_type, folder=folder)
         else:
             # Imported here because it brings in the modelling code of transformers, which takes two seconds.
             from labkit.models import adapter
@@ -151,10 +157,12 @@ def load_model(
             module = adapter.load(folder, dtype=as_type, device=to, say=say)
     seconds = time.perf_counter() - started
     what = quantization or str(as_type).removeprefix("torch.")
-    why = "" if quantization or dtype != "auto" else f" ({auto_reason(to)})"
-    tell(say, f"Loaded {name} in {seconds:.1f} s: {what} on {to}{why}.")
+    if say:  # the reason is measured
+        why = "" if quantization or dtype != "auto" else f" ({auto_reason(to)})"
+        say(f"Loaded {name} in {seconds:.1f} s: {what} on {to}{why}.")
     if ignored := not_obeyed(generation):
         tell(say, f"Not obeyed of its generation_config.json: {', '.join(ignored)}.")
+    _give_back()
     return LoadedModel(name, module, tokenizer, config, ends, quantization, generation)
 
 
@@ -167,6 +175,7 @@ def build_transformer(
     quantization: str | None,
     fused_projections: bool,
     packed_weights: bool,
+    cpu_kernels: bool,
     folder: Path | None = None,
     say: Say | None = None,
 ) -> Transformer:
@@ -180,13 +189,23 @@ def build_transformer(
         ValueError: if the tensors do not fit the configuration.
     """
     if quantization:
-        return int8_model(config, tensors, folder, dtype=dtype, device=device, say=say)
-    module = architecture.build(config, tensors, dtype=dtype, device=device)
-    if not fused_projections:
-        packed_linear.split(module)
-    if packed_weights and packed_linear.can_pack(module):
-        packed_linear.pack(module)
+        module = int8_model(config, tensors, folder, dtype=dtype, device=device, say=say)
+    else:
+        module = architecture.build(config, tensors, dtype=dtype, device=device)
+        if not fused_projections:
+            packed_linear.split(module)
+        if packed_weights and packed_linear.can_pack(module):
+            packed_linear.pack(module)
+    possible = cpu_kernels and device.type == "cpu" and dtype in layers.DTYPES
+    if possible and (lacking := layers.fuse(module, cache_dir() / "kernels", say)):
+        tell(say, f"Without kernels of our own on this CPU, which is slower: {lacking}.")
     return module
+
+
+def _give_back() -> None:
+    """Give what loading has used, some 200 MB, back to the system: glibc would keep it."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

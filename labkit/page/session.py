@@ -271,7 +271,7 @@ class Lab:
         check_settings({name: value for name, value in settings.items() if base.get(name) != value})
         live = self.session.live
         of_the_model: dict[str, Any] = {"dtype": "auto", "device": "auto", "quantization": None}
-        of_the_model |= {"fused_projections": True, "packed_weights": True}  # it is loaded already
+        of_the_model |= dict.fromkeys(("fused_projections", "packed_weights", "cpu_kernels"), True)  # loaded
         values = self.settings | dict(settings)
         of_the_model["draft_model"] = self._draft_model if values["speculative"] == "draft" else None
         values["num_blocks"] = self._wished(values["num_blocks"])

@@ -298,8 +298,11 @@ def _no_twin(config: EngineConfig, out: Command) -> None:
         same["packed_weights"] = "its kernels lay weights out themselves"
     else:
         without["packed_weights"] = "its kernels lay weights out themselves"
+    (same if config.cpu_kernels else without)["cpu_kernels"] = "it has kernels of its own, always"
     if config.num_threads is not None:
         without["num_threads"] = f"set OMP_NUM_THREADS={config.num_threads} for it"
+    if config.adaptive_threads:
+        without["adaptive_threads"] = "its threads keep their number, whatever else runs"
     if config.as_t4:
         without["as_t4"] = "float16 is asked for; kernels for newer GPUs are used all the same"
     without["max_trace_steps"] = "it keeps no record of its steps; /metrics has the counts"

@@ -47,5 +47,11 @@ def test_packed_weights_compute_the_same(family: str) -> None:
     assert not any(isinstance(module, nn.Linear) for module in model.modules())
 
 
-def test_half_precision_is_not_packed() -> None:
-    assert not packed_linear.can_pack(plain("llama", torch.bfloat16))
+def test_half_precision_is_packed_where_the_cpu_computes_in_it() -> None:
+    assert not packed_linear.can_pack(plain("llama", torch.float16))
+    model = plain("llama", torch.bfloat16)
+    if not packed_linear.can_pack(model):
+        pytest.skip("this CPU has no bf16")
+    want = teacher_forced(model, TOKENS)
+    packed_linear.pack(model)
+    torch.testing.assert_close(teacher_forced(model, TOKENS), want, rtol=0.05, atol=0.2)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from labkit.kernels.packed_linear import bf16_on_cpu
+from labkit.models import devices
 from labkit.models.devices import DTYPES, auto_reason, resolve_device, resolve_dtype
 from labkit.models.errors import ModelError
 from labkit.models.load import load_model
@@ -52,11 +54,25 @@ def test_bf16_is_refused_where_a_gpu_only_emulates_it(
     assert resolve_dtype("float16", torch.device("cuda:1")) is torch.float16
 
 
-@pytest.mark.parametrize("device", ["cpu", "mps"])
-def test_the_reason_for_fp32_claims_no_speed_that_was_not_measured(device: str) -> None:
+def test_the_reason_for_fp32_claims_no_speed_that_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU with avx512_bf16 or AMX is faster in bf16: that fp32 is the fastest is not known."""
-    reason = auto_reason(torch.device(device))
-    assert reason == "the most exact; half precision is faster only where the hardware computes in it"
+    plain = "the most exact; half precision is faster only where the hardware computes in it"
+    assert auto_reason(torch.device("mps")) == plain
+    monkeypatch.setattr(devices, "bf16_on_cpu", lambda: False)
+    assert auto_reason(torch.device("cpu")) == plain
+    monkeypatch.setattr(devices, "bf16_on_cpu", lambda: True)
+    monkeypatch.setattr(devices, "_bf16_share", lambda: 0.517)
+    assert (
+        auto_reason(torch.device("cpu"))
+        == "the most exact; products in bfloat16 take 0.52 of the time on this CPU"
+    )
+
+
+@pytest.mark.skipif(not bf16_on_cpu(), reason="this CPU has no bf16")
+def test_measuring_bf16_leaves_the_threads_as_they_are() -> None:
+    threads = torch.get_num_threads()
+    assert devices._bf16_share() > 0
+    assert torch.get_num_threads() == threads
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

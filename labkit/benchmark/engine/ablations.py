@@ -45,7 +45,7 @@ _STEPS: tuple[tuple[Ablation, dict[str, Any]], ...] = (
     (
         Ablation("no cache", "each token computes all before it once more", alone=True),
         {"scheduler": "uncached", "kv_policy": "reserved", "attention_backend": "sdpa", "cuda_graphs": False}
-        | {"fused_projections": False, "packed_weights": False},
+        | {"fused_projections": False, "packed_weights": False, "cpu_kernels": False},
     ),
     (
         Ablation("KV cache", "keys and values are kept, so each token is computed once", alone=True),
@@ -76,6 +76,10 @@ _STEPS: tuple[tuple[Ablation, dict[str, Any]], ...] = (
         {"packed_weights": True},
     ),
     (
+        Ablation("CPU kernels", "one operation between two products; pages are read in place", device="cpu"),
+        {"cpu_kernels": True, "attention_backend": "auto"},
+    ),
+    (
         Ablation("CUDA graphs", "a decode step is launched as a whole", device="cuda"),
         {"cuda_graphs": True},
     ),
@@ -88,7 +92,7 @@ _STEPS: tuple[tuple[Ablation, dict[str, Any]], ...] = (
         {"quantization": "int8"},
     ),
 )
-_WEIGHTS = ("fused_projections", "packed_weights", "quantization")  # switches of `load_model`
+_WEIGHTS = ("fused_projections", "packed_weights", "cpu_kernels", "quantization")  # switches of `load_model`
 NAMES = tuple(ablation.name for ablation, _ in _STEPS)
 
 
