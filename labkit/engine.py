@@ -13,10 +13,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import FrameType
-from typing import Any
 
 import psutil
 import torch
@@ -38,6 +37,7 @@ from labkit.models.generation_config import sampling_defaults
 from labkit.models.load import LoadedModel, load_model
 from labkit.models.no_tokenizer import NoTokenizer
 from labkit.models.progress import Say
+from labkit.models.prompts import Prompt, check_tokens, read_prompt
 from labkit.outputs import RequestMetrics, RequestOutput
 from labkit.sampling_params import SamplingParams, check_number
 from labkit.schedulers import scheduler_class
@@ -46,17 +46,10 @@ from labkit.speculative.draft_model import draft_model, make_speculator
 from labkit.trace.records import StepRecord, TraceMeta
 from labkit.trace.trace import Trace
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
-
 _CPU_POOL_BYTES = 384 * 2**20  # the most that the default pool takes on a CPU
 _GPU_POOL_SHARE = 0.8  # of the memory that weights and a step leave free; graphs use the rest
 _MAX_ID = 128  # characters
 _FLAT = ("ref_counts", "free", "cached", "forked", "block_of", "key_of", "node_of")  # of a pool: plain values
-_PROMPT_KEYS = ("prompt", "prompt_token_ids")
-
-
-class PromptTooLongError(ValueError):
-    """A prompt has more tokens than the model, or a server, takes."""
 
 
 class Engine(EngineCore):
@@ -225,12 +218,12 @@ class Engine(EngineCore):
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be SamplingParams, not {type(params).__name__}")
         check_number("priority", priority, -(2**31), 2**31, whole=True)
-        text, token_ids = self._read(prompt)
+        text, token_ids = read_prompt(prompt, self.model, self.max_model_len)
         if params.max_tokens is None:  # as far as the model and the pool go
             most = min(self.max_model_len, self.pool.num_blocks * self.pool.block_size)
             params = replace(params, max_tokens=max(1, most - len(token_ids)))
-        self._check_tokens("stop_token_ids", params.stop_token_ids)
-        self._check_tokens("logit_bias", list(params.logit_bias or ()))
+        check_tokens("stop_token_ids", params.stop_token_ids, self.model)
+        check_tokens("logit_bias", list(params.logit_bias or ()), self.model)
         number = next(self._numbers)
         if request_id is None:
             while str(number) in self.outputs:
@@ -266,43 +259,6 @@ class Engine(EngineCore):
         self.scheduler.check(first)
         return first
 
-    def _read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """Return the text of a prompt, if it has one, and its token ids."""
-        if not isinstance(prompt, Mapping):
-            return prompt if isinstance(prompt, str) else None, self._tokenise(prompt)
-        text, token_ids = (prompt.get(key) for key in _PROMPT_KEYS)
-        if not set(prompt) <= set(_PROMPT_KEYS) or (text is None and token_ids is None):
-            raise ValueError(
-                f"prompt must have the key {' or '.join(_PROMPT_KEYS)}, and no others, not {list(prompt)}"
-            )
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"prompt must be text, not {type(text).__name__}")
-        if isinstance(token_ids, str):
-            raise ValueError("prompt_token_ids must be a list of token ids, not text")
-        return text, self._tokenise(text if token_ids is None else token_ids)
-
-    def _tokenise(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            try:
-                token_ids = list(self.model.tokenizer.encode(prompt))
-            except TypeError:
-                raise ValueError("prompt is not text: it holds half a surrogate pair") from None
-            if max(token_ids, default=0) >= self.model.config.vocab_size:  # a tokenizer with tokens added
-                self._check_tokens("prompt", token_ids)
-        elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray | memoryview):
-            token_ids = list(prompt)
-            self._check_tokens("prompt", token_ids)
-        else:
-            raise ValueError(f"prompt must be text or a list of token ids, not {type(prompt).__name__}")
-        if not token_ids:
-            raise ValueError("prompt is empty: it must have at least one token")
-        if len(token_ids) >= self.max_model_len:
-            raise PromptTooLongError(
-                f"prompt has {len(token_ids)} tokens, but max_model_len is {self.max_model_len} and at least "
-                "one token must be left for the answer"
-            )
-        return token_ids
-
     def _reader(self, params: SamplingParams, prompt: Sequence[int]) -> IncrementalDetokenizer:
         return IncrementalDetokenizer(
             self.model.tokenizer,
@@ -312,10 +268,6 @@ class Engine(EngineCore):
             keep_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
         )
-
-    def _check_tokens(self, name: str, token_ids: Sequence[int]) -> None:
-        for token in token_ids:
-            check_number(f"{name}: a token id", token, 0, self.model.config.vocab_size - 1, whole=True)
 
     def _check_unused(self, request: Request) -> None:
         for member in (request, *request.children):

@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from labkit.config import EngineConfig
-from labkit.engine import Engine, Prompt
+from labkit.engine import Engine
 from labkit.models.chat import as_chat, check_variables
+from labkit.models.prompts import Prompt
 from labkit.outputs import RequestOutput
 from labkit.sampling_params import SamplingParams, unknown
 

@@ -18,17 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labkit.config import KV_POLICIES, EngineConfig
+from labkit.config import EngineConfig
 from labkit.engine import Engine
 from labkit.models.errors import is_out_of_memory
 from labkit.models.token_bytes import decode_inside
 from labkit.outputs import in_one_line
+from labkit.page.knobs import KNOBS, SIZES, check_settings, settings_of
 from labkit.page.scenario_player import ScenarioPlayer
 from labkit.page.scenarios import BY_NAME
 from labkit.page.snapshot import Now
 from labkit.page.submissions import Submissions
 from labkit.page.visitors import GRACE, Visitors
-from labkit.sampling_params import check_flag, check_number
+from labkit.sampling_params import check_number
 from labkit.serving.async_engine import AsyncEngine
 from labkit.serving.limits import Limits
 from labkit.trace.trace import Trace
@@ -38,22 +39,8 @@ from labkit.views.live_feed import WINDOW, Decode, Feed
 
 logger = logging.getLogger(__name__)
 
-# The knobs of the page: a number's least and greatest value, or a choice of values.
-SIZES = {
-    "block_size": (1, 256),
-    "num_blocks": (4, 4096),
-    "max_num_seqs": (1, 256),
-    "max_num_batched_tokens": (1, 8192),
-}
-CHOICES = {
-    "scheduler": ("continuous", "static", "naive"),
-    "kv_policy": KV_POLICIES,
-    "speculative": (None, "ngram"),
-}
-FLAGS = ("enable_prefix_caching", "enable_chunked_prefill")
 KEPT_TRACES = 12
 ENDING = "The lab is ending: nothing new is taken in."
-KNOBS = (*CHOICES, *SIZES, *FLAGS)
 
 
 @dataclass(frozen=True)
@@ -173,7 +160,7 @@ class Lab:
             "base": self.base,
             "knobs": self.open_to("knobs"),
             "clock": self.open_to("clock"),
-            "pending": _settings_of(change.config) if change else None,
+            "pending": settings_of(change.config) if change else None,
             "visitors": len(self.visitors),
             "played": self._played,
             "problem": self._writers.problem if self._writers else "",
@@ -458,22 +445,3 @@ class Lab:
                 self._writers.close()
             if self._owns:
                 self.session.live.close()
-
-
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Raise `ValueError`, naming the field and the limit, unless these are knobs with possible values."""
-    for name, value in settings.items():
-        if name in SIZES:
-            check_number(name, value, *SIZES[name], whole=True)
-        elif name in CHOICES:
-            if value not in CHOICES[name]:
-                known = ", ".join(map(str, CHOICES[name]))
-                raise ValueError(f"{name} must be one of {known}, not {value!r}")
-        elif name in FLAGS:
-            check_flag(name, value)
-        else:
-            raise ValueError(f"{str(name)[:40]!r} is no setting: known are {', '.join(KNOBS)}")
-
-
-def _settings_of(config: EngineConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in KNOBS}

@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from labkit.engine import PromptTooLongError
+from labkit.models.prompts import PromptTooLongError
 from labkit.outputs import FinishReason, RequestOutput
 from labkit.sampling_params import SamplingParams
 from labkit.serving.answer import Answer, Piece

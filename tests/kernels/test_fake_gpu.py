@@ -55,8 +55,9 @@ def engine_of(model: Any, **settings: Any) -> Engine:
 def test_a_t4_can_do_all_that_an_engine_asks_in_fp32(
     family: str, attention_backend: Any, cuda_graphs: bool
 ) -> None:
+    config = reference(family).config  # made here: the model is kept, and other tests read its weights
     with FakeGpu(GPUS["T4"]) as gpu:
-        model = fake_model(reference(family).config, dtype="float32")
+        model = fake_model(config, dtype="float32")
         engine = engine_of(model, attention_backend=attention_backend, cuda_graphs=cuda_graphs)
         assert engine.runner.backend.name == attention_backend
         assert bool(engine.runner.graphs and engine.runner.graphs.captured) is cuda_graphs
@@ -81,8 +82,9 @@ def test_a_t4_can_do_all_that_eight_bits_ask(cuda_graphs: bool) -> None:
 @pytest.mark.parametrize("as_t4", [False, True])
 @pytest.mark.parametrize("attention_backend", ["sdpa", "triton"])
 def test_a_newer_gpu_can_do_all_that_is_asked_in_half_precision(attention_backend: Any, as_t4: bool) -> None:
+    config = reference("mistral").config
     with FakeGpu(GPUS["H100"]) as gpu:
-        model = fake_model(reference("mistral").config, dtype="float16" if as_t4 else "auto")
+        model = fake_model(config, dtype="float16" if as_t4 else "auto")
         assert model.dtype == (torch.float16 if as_t4 else torch.bfloat16)
         engine = engine_of(model, attention_backend=attention_backend, as_t4=as_t4)
         with gpu.counting() as counts:

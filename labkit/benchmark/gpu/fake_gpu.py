@@ -435,6 +435,7 @@ def fake_model(
         quantization=quantization,
         fused_projections=True,
         packed_weights=True,
+        cpu_kernels=True,
     )
     return LoadedModel(
         f"{config.model_type} (fake)", module, tiny_tokenizer(), config, frozenset(), quantization

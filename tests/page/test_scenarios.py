@@ -1,0 +1,108 @@
+"""Each scenario shows what it says, within the limits of everybody else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from labkit.config import EngineConfig
+from labkit.engine import Engine
+from labkit.models.load import LoadedModel
+from labkit.page.scenarios import SCENARIOS, Scenario
+from labkit.page.session import Lab
+from labkit.sampling_params import SamplingParams
+from labkit.serving.async_engine import AsyncEngine
+from labkit.serving.limits import Limits
+from tests.waiting import wait_for
+
+LONG = SamplingParams(max_tokens=200, ignore_eos=True)
+
+
+@pytest.fixture
+def lab(model: LoadedModel) -> Iterator[Lab]:
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=128))) as live:
+        lab = Lab(live)
+        yield lab
+        lab.close()
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_each_scenario_plays_to_its_end_and_shows_what_it_says(lab: Lab, scenario: Scenario) -> None:
+    assert lab.play("me", scenario.name) == {"done": True}
+    for name, value in scenario.settings.items():
+        assert lab.settings[name] == value
+    live, submissions = lab.session.live, lab.session.submissions
+    wait_for(lambda: submissions._serial == len(scenario.requests) and not live.num_unfinished)
+    records = live.records()
+    reasons = {finish.reason for record in records for finish in record.finished}
+    assert reasons <= ({"length", "stop"} if scenario.talk else {"length"})
+    trace = live.engine.trace
+    if scenario.name == "uneven":
+        assert max(len(record.requests) for record in records) == 4
+        assert sum(bool(record.admitted) for record in records) > 4
+    if scenario.name == "long":
+        mixed = [record for record in records if "c" in record.kinds and "d" in record.kinds]
+        assert len(mixed) > 3 and records[0].arrived and max(r.total_tokens for r in records) == 64
+        assert [len(record.arrived) for record in records if record.arrived][-1] == 1
+    if scenario.name in ("system", "chat"):
+        assert trace.prefix_hit_rate > 0.5
+    if scenario.name == "small":
+        assert sum(len(record.preempted) for record in records) > 0
+    if scenario.name == "copy":
+        assert live.engine.speculator and max(len(record.requests) for record in records) == 1
+    if scenario.name == "burst":
+        assert len(records[0].arrived) + len(records[1].arrived) >= 16
+        assert max(record.waiting for record in records) >= 8
+
+
+def test_a_scenario_played_again_keeps_the_knobs_that_were_turned(lab: Lab) -> None:
+    lab.play("me", "uneven")
+    assert lab.settings["max_num_seqs"] == 4
+    lab.change({"scheduler": "static", "max_num_seqs": 6}, running="cancel")
+    lab.play("me", "uneven")
+    assert (lab.settings["scheduler"], lab.settings["max_num_seqs"]) == ("static", 6)
+    live = lab.session.live
+    wait_for(lambda: not live.num_unfinished)
+    assert any("i" in record.kinds for record in live.records()), "a static batch has idle rows"
+    lab.play("me", "burst")
+    assert (lab.settings["scheduler"], lab.settings["max_num_seqs"]) == ("static", 16)
+
+
+def test_a_link_may_bring_settings(lab: Lab) -> None:
+    lab.play("me", "small", {"num_blocks": 30, "scheduler": "static"})
+    assert (lab.settings["num_blocks"], lab.settings["scheduler"]) == (30, "static")
+
+
+def test_a_scenario_asks_before_it_restarts_what_runs(lab: Lab) -> None:
+    lab.session.live.pause()
+    lab.session.submissions.inject("me", "hello", LONG)
+    assert lab.play("me", "small") == {"ask": 1} and lab.status()["played"] == ""
+    assert lab.play("me", "small", running="cancel") == {"done": True} and lab.status()["played"] == "small"
+
+
+def test_scenarios_are_bounded_like_everything_else(model: LoadedModel) -> None:
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=128))) as live:
+        lab = Lab(live, limits=Limits(requests=8, queue=20))
+        with pytest.raises(ValueError, match="needs 32 requests, and the lab takes 20 of all"):
+            lab.play("me", "burst")
+        for name in ("no such preset", None, 7):
+            with pytest.raises(ValueError, match="There is no preset"):
+                lab.play("me", name)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="this engine holds 64 at most"):
+            lab.play("me", "long", {"num_blocks": 4})
+        lab.close()
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_each_scenario_plays_under_the_limits_of_a_class(model: LoadedModel, scenario: Scenario) -> None:
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=256))) as live:
+        lab = Lab(live, limits=Limits(requests=2, answer_tokens=4, prompt_tokens=8), knobs=False)
+        lab.session.live.pause()
+        assert lab.play("me", scenario.name)["done"]
+        wait_for(lambda: lab.session.live.num_unfinished)
+        with pytest.raises(ValueError, match=r"2 is the limit: wait until (all of yours|some) have ended"):
+            for _ in range(3):
+                lab.play("me", scenario.name)
+        lab.play("you", scenario.name)
+        lab.close()
