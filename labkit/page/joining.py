@@ -53,8 +53,8 @@ def joining(shown: str, served: Served) -> Joining:
 def address_of(shown: str, served: Served) -> str:
     """The address under which others reach the page; "" if there is none.
 
-    The address in the browser is the best one unless only this machine knows it. What follows its path, such as
-    the key of the host, is left out.
+    The address in the browser is the best one unless only this machine knows it. What follows its path, such
+    as the key of the host, is left out.
     """
     if opened := _opened(shown):
         return opened
@@ -73,7 +73,7 @@ def _opened(shown: str) -> str:
         host, port = parts.hostname or "", parts.port
     except ValueError:
         return ""
-    plain = re.fullmatch(r"[\w.:-]+", host, re.ASCII) and re.fullmatch(r"[\w./~-]*", parts.path, re.ASCII)
+    plain = re.fullmatch(r"[\w.:-]+ [\w./~-]*", f"{host} {parts.path}", re.ASCII)
     if not plain or parts.scheme not in ("http", "https") or is_loopback(host) or host in _EVERYWHERE:
         return ""
     name = (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")

@@ -30,9 +30,7 @@ class Api:
         served: a function that says where the page is served.
     """
 
-    def __init__(
-        self, lab: Lab, snapshotter: Snapshotter, served: Callable[[], Served] = Served
-    ) -> None:
+    def __init__(self, lab: Lab, snapshotter: Snapshotter, served: Callable[[], Served] = Served) -> None:
         self.lab, self._snapshotter, self._served = lab, snapshotter, served
         self._hosting = Hosting(lab)
 

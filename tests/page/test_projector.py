@@ -119,27 +119,35 @@ def dark(address: str) -> set[tuple[int, int]]:
 
 # -- in a browser ---------------------------------------------------------------------------------
 
-# What is cut off at the window's edge, or smaller than what can be read from the back of a room.
-OUTSIDE = """[...document.querySelectorAll("#lk-live figure, #lk-live canvas[role], .lk-join, .lk-join svg, .lk-pause")]
-  .filter((e) => { const b = e.getBoundingClientRect();
-    return b.width < 40 || b.left < 0 || b.top < 0 || b.right > innerWidth || b.bottom > innerHeight; })
-  .map((e) => e.outerHTML.slice(0, 80))"""
+# What is cut off at the window's edge.
+OUTSIDE = """[...document.querySelectorAll("#lk-live :is(figure, canvas[role], .lk-pause), .lk-join, .lk-join svg")]
+  .filter((e) => {
+    const { width, left, top, right, bottom } = e.getBoundingClientRect();
+    return width < 40 || left < 0 || top < 0 || right > innerWidth || bottom > innerHeight;
+  }).map((e) => e.outerHTML.slice(0, 80))"""
 SMALLEST = """Math.min(...[...document.querySelectorAll("#lk-live :is(button, h2, li, select), .lk-join :is(b, a)")]
-  .filter((e) => e.offsetParent).map((e) => parseFloat(getComputedStyle(e).fontSize) * (e.currentCSSZoom ?? 1)))"""
-# The words that the timeline writes.
-WRITTEN = """(() => {
+  .filter((e) => e.offsetParent)
+  .map((e) => parseFloat(getComputedStyle(e).fontSize) * (e.currentCSSZoom ?? 1)))"""
+# The words at the rows of the timeline, which are what it writes last.
+ROWS = """(() => {
   const words = [], canvas = document.querySelector("[data-picture=timeline]"), ctx = canvas.getContext("2d");
   const pen = new Proxy(ctx, {
-    get: (it, key) => key === "fillText" ? (text) => words.push(text) : typeof it[key] === "function" ? it[key].bind(it) : it[key],
+    get: (it, key) => {
+      if (key === "fillText") return (text) => words.push(text);
+      return typeof it[key] === "function" ? it[key].bind(it) : it[key];
+    },
     set: (it, key, value) => { it[key] = value; return true; },
   });
-  lab.drawTimeline(pen, lab.state, lab.themeOf(document.querySelector(".lk"), lab.state), canvas.clientWidth, canvas.clientHeight);
-  return words;
+  const theme = lab.themeOf(document.querySelector(".lk"), lab.state);
+  lab.drawTimeline(pen, lab.state, theme, canvas.clientWidth, canvas.clientHeight);
+  return words.slice(-lab.state.lanes.size);
 })()"""
+# Where on the screen a page is, and its number.
 POINTED = """(() => {
-  const canvas = document.querySelector("[data-picture=pages]"), { left, top, width } = canvas.getBoundingClientRect();
-  const grid = lab.blockGrid(lab.state, canvas.clientWidth, canvas.clientHeight), zoom = width / canvas.clientWidth;
-  return [left + zoom * (grid.left + 2.5 * grid.size), top + zoom * (grid.top + 1.5 * grid.size), grid.columns + 2];
+  const canvas = document.querySelector("[data-picture=pages]");
+  const { left, top, width } = canvas.getBoundingClientRect(), zoom = width / canvas.clientWidth;
+  const { columns, size, left: x, top: y } = lab.blockGrid(lab.state, canvas.clientWidth, canvas.clientHeight);
+  return [left + zoom * (x + 2.5 * size), top + zoom * (y + 1.5 * size), columns + 2];
 })()"""
 
 
@@ -180,7 +188,7 @@ def test_a_room_sees_the_pictures_and_how_to_join(
         host.page.wait_for_selector(".lk-paused-by >> text=by Chi")
         assert host.look(OUTSIDE) == [] and host.look(SMALLEST) >= height / 45
         assert host.look("document.documentElement.scrollHeight <= innerHeight")
-        ada, bob, long, none = host.look(WRITTEN.replace("return words", "return words.slice(-4)"))
+        ada, bob, long, none = host.look(ROWS)
         assert ada.startswith("Ada ") and bob.startswith("<b>Bob</b> ") and none.isdigit()
         assert long.startswith("A name that") and "\u2026" in long
         assert host.page.locator("#lk-page b >> text=Bob").count() == 0
@@ -196,7 +204,7 @@ def test_a_room_sees_the_pictures_and_how_to_join(
         host.page.click(".lk-project")
         host.page.click(".lk-join-back a")
         host.page.wait_for_selector(".lk-host >> visible=true")
-        assert not host.look(WRITTEN)[-4].startswith("Ada")
+        assert not host.look(ROWS)[0].startswith("Ada")
     finally:
         lab.session.live.resume()
 
