@@ -94,7 +94,7 @@ def lan_address() -> str:
 
 
 def qr_code(address: str) -> tuple[int, str]:
-    """The size and the path of an address's QR code, as in `Joining` (ISO/IEC 18004, error correction M or better)."""
+    """The size and the path of an address's QR code (ISO/IEC 18004, error correction M or better)."""
     rows = segno.make(address, error="m", micro=False).matrix
     dark = [(x, y) for y, row in enumerate(rows) for x, module in enumerate(row) if module]
     return len(rows), "".join(f"M{x} {y}h1v1h-1z" for x, y in dark)

@@ -17,7 +17,7 @@ from labkit.page import joining
 from labkit.page.joining import Joining, Served, address_of, lan_address, qr_code
 from labkit.page.session import Lab
 from labkit.sampling_params import SamplingParams
-from tests.visiting import HOSTILE, Visitor
+from tests.visiting import FIND, HOSTILE, Visitor
 
 pytest_plugins = ["tests.visiting_fixtures"]
 
@@ -120,12 +120,14 @@ def dark(address: str) -> set[tuple[int, int]]:
 # -- in a browser ---------------------------------------------------------------------------------
 
 # What is cut off at the window's edge.
-OUTSIDE = """[...document.querySelectorAll("#lk-live :is(figure, canvas[role], .lk-pause), .lk-join, .lk-join svg")]
+OUTSIDE = """\
+[...document.querySelectorAll("#lk-live :is(figure, canvas[role], .lk-pause), .lk-join, .lk-join svg")]
   .filter((e) => {
     const { width, left, top, right, bottom } = e.getBoundingClientRect();
     return width < 40 || left < 0 || top < 0 || right > innerWidth || bottom > innerHeight;
   }).map((e) => e.outerHTML.slice(0, 80))"""
-SMALLEST = """Math.min(...[...document.querySelectorAll("#lk-live :is(button, h2, li, select), .lk-join :is(b, a)")]
+SMALLEST = """\
+Math.min(...[...document.querySelectorAll("#lk-live :is(button, h2, li, select), .lk-join :is(b, a)")]
   .filter((e) => e.offsetParent)
   .map((e) => parseFloat(getComputedStyle(e).fontSize) * (e.currentCSSZoom ?? 1)))"""
 # The words at the rows of the timeline, which are what it writes last.
@@ -146,9 +148,25 @@ ROWS = """(() => {
 POINTED = """(() => {
   const canvas = document.querySelector("[data-picture=pages]");
   const { left, top, width } = canvas.getBoundingClientRect(), zoom = width / canvas.clientWidth;
-  const { columns, size, left: x, top: y } = lab.blockGrid(lab.state, canvas.clientWidth, canvas.clientHeight);
-  return [left + zoom * (x + 2.5 * size), top + zoom * (y + 1.5 * size), columns + 2];
+  const grid = lab.blockGrid(lab.state, canvas.clientWidth, canvas.clientHeight), { columns, size } = grid;
+  return [left + zoom * (grid.left + 2.5 * size), top + zoom * (grid.top + 1.5 * size), columns + 2];
 })()"""
+
+# Remembers for each token that flies the page where it ends, and the pages into which tokens went.
+FOLLOW = """
+const pages = document.querySelector("[data-picture=pages]");
+window.flown = [];
+new MutationObserver((changes) => {
+  const { left, top, width } = pages.getBoundingClientRect(), zoom = width / pages.clientWidth;
+  for (const dot of changes.flatMap(({ addedNodes }) => [...addedNodes])) {
+    if (dot.className !== "lk-flying") continue;
+    const { e, f } = new DOMMatrix(dot.getAnimations()[0].effect.getKeyframes()[1].transform);
+    const place = [(e + 4 - left) / zoom, (f + 4 - top) / zoom];
+    const page = lab.blockAt(lab.state, pages.clientWidth, pages.clientHeight, ...place);
+    window.flown.push([page, lab.state.landed.map(({ block }) => block)]);
+  }
+}).observe(document.body, { childList: true });
+"""
 
 
 @pytest.mark.parametrize(
@@ -207,6 +225,15 @@ def test_a_room_sees_the_pictures_and_how_to_join(
         assert not host.look(ROWS)[0].startswith("Ada")
     finally:
         lab.session.live.resume()
+
+
+def test_a_token_flies_into_its_page_on_a_projector_too(come: Callable[..., Visitor], lab: Lab) -> None:
+    pupil = come("?view=projector", width=1280, height=800)
+    pupil.page.evaluate(f"() => {{ {FIND} {FOLLOW} }}")
+    lab.session.live.speed = 2
+    lab.session.submissions.inject("", "hello", LONG)
+    pupil.until("window.flown.length >= 3")
+    assert all(page in landed for page, landed in pupil.look("window.flown"))
 
 
 def test_a_lab_that_only_this_machine_can_open_says_so(come: Callable[..., Visitor]) -> None:
