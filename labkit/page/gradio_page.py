@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 
 from labkit.page.front import MAX_BODY, Front
 from labkit.page.hosting import closed_reason
+from labkit.page.joining import Served
 from labkit.page.page_api import Api
 from labkit.page.race.tab import build_race_tab
 from labkit.page.replay_tab import build_replay_tab
@@ -62,7 +63,8 @@ EIGHT = (
 SHARES = (0.25, 0.1, 0.6, 0.8, 1.0, 0.5, 0.4, 1.0)  # of max tokens, so that answers end at different times
 SCRIPTS = (
     *("live_feed.js", "regions.js", "token_flow.js", "meters.js", "words.js", "side.js", "address.js"),
-    *("controls.js", "host.js", "panel.js", "follow.js", "cards.js", "questions.js", "tour.js", "glue.js"),
+    *("controls.js", "host.js", "projector.js", "panel.js", "follow.js", "cards.js", "questions.js"),
+    *("tour.js", "glue.js"),
 )
 
 SHOW_MESSAGE = """
@@ -79,6 +81,11 @@ class Page(gr.Blocks):
     lab: Lab
     broadcast: Broadcast
     guard: Guard  # before all else, once the page is served
+
+    def served(self) -> Served:
+        """Where this page is served, as far as it is served by itself."""
+        listens = getattr(self, "server_name", None)  # gradio sets it when it launches
+        return Served(listens or "", self.local_url or "", self.share_url or "")
 
     def close(self, verbose: bool = True) -> None:
         self.broadcast.close()
@@ -149,14 +156,14 @@ def build(engine: AsyncEngine | Lab) -> Page:
     def leave(request: gr.Request) -> None:
         lab.visitors.leave(request.session_hash or "")
 
-    styles = asset("live_feed.css") + asset("page.css")
+    styles = "".join(map(asset, ("live_feed.css", "page.css", "projector.css")))
     snapshotter = Snapshotter(lab)
     with Page(title="labkit", analytics_enabled=False, fill_width=True) as demo:
         demo.lab, demo.broadcast = lab, Broadcast(snapshotter)
         _html(f"<style>{styles}</style>{asset('header.html')}")
         with gr.Tabs(elem_id="lk-tabs"):
             with gr.Tab("Live", id="live", elem_id="lk-live-tab"):
-                view = _live_tab(lab, Api(lab, snapshotter))
+                view = _live_tab(lab, Api(lab, snapshotter, demo.served))
             with gr.Tab("Race", id="race", elem_id="lk-race-tab"):
                 build_race_tab(lab.session.live.engine.model, keep=lab.keep, closed=closed_reason(lab))
             with gr.Tab("Replay", id="replay", elem_id="lk-replay-tab"):
@@ -214,6 +221,7 @@ def _live_tab(lab: Lab, api: Api) -> gr.HTML:
         _html(asset("switch.html"), elem_id="lk-switch")
         _html(asset("cards.html"), elem_id="lk-requests")
         _html(asset("side.html"), elem_id="lk-side")
+        _html(asset("projector.html"), elem_id="lk-projector")
     numbers: list[gr.Component] = [max_tokens, temperature, top_p, seed, raw]
     quick: dict[str, Any] = {"outputs": message, "queue": False, "show_progress": "hidden"}
     inject, inject_eight = _injections(lab)

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from labkit.page.hosting import Hosting
+from labkit.page.joining import Served, joining
 from labkit.page.session import Lab
 from labkit.page.snapshot import ClientState, Snapshotter, text_in
 from labkit.page.visitors import mark
@@ -26,10 +27,11 @@ class Api:
     Args:
         lab: the lab that they act on.
         snapshotter: the source of what is new in it.
+        served: a function that says where the page is served.
     """
 
-    def __init__(self, lab: Lab, snapshotter: Snapshotter) -> None:
-        self.lab, self._snapshotter = lab, snapshotter
+    def __init__(self, lab: Lab, snapshotter: Snapshotter, served: Callable[[], Served] = Served) -> None:
+        self.lab, self._snapshotter, self._served = lab, snapshotter, served
         self._hosting = Hosting(lab)
 
     @property
@@ -45,6 +47,7 @@ class Api:
             self.rename,
             self.claim,
             self.host,
+            self.join,
         )
         return [_plain(method) for method in methods]
 
@@ -121,6 +124,11 @@ class Api:
         """Do what only a host may."""
         asked = [text_in(order, name) for name in ("visitor", "action", "name")]
         return await _answer(lambda: self._hosting.act(*asked))
+
+    async def join(self, order: dict[str, Any]) -> str:
+        """Say how others join the page that a browser shows under an address."""
+        shown = text_in(order, "shown")
+        return await _answer(lambda: joining(shown, self._served())._asdict())
 
     def _known(self, order: Mapping[str, Any]) -> bool:
         if text_in(order, "visitor") not in self.lab.visitors:

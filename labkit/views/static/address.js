@@ -1,4 +1,5 @@
-// The address follows what is shown, so that it can be copied: a question, a preset with its settings, a tab.
+// The address follows what is shown, so that it can be copied: a question, a preset with its settings, a tab, and
+// whether it is the projector view.
 Object.assign(labkit, (() => {
   const TABS = ["live", "race", "replay"];
 
@@ -6,6 +7,7 @@ Object.assign(labkit, (() => {
   function show(query) {
     const url = new URL(typeof query === "string" ? query : location.pathname, location.origin);
     if (typeof query !== "string") for (const [key, value] of Object.entries(query)) if (value) url.searchParams.set(key, value);
+    if (document.body.classList.contains("lk-projecting")) url.searchParams.set("view", "projector");
     history.replaceState(history.state, "", url);
   }
 

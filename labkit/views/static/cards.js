@@ -46,6 +46,7 @@ Object.assign(labkit, (() => {
         byId.clear();
         list.replaceChildren();
         state.mine.clear();
+        state.names.clear();
         since = -1;
       } else if (reset) { // all of them once more: those that are not among them are no more
         const there = new Set(items.map((item) => item.id));
@@ -91,6 +92,7 @@ Object.assign(labkit, (() => {
       for (const [id, card] of order.slice(0, Math.max(0, byId.size - KEEP))) {
         card.element.remove();
         byId.delete(id);
+        pictures.names.delete(id);
       }
     }
 
@@ -109,6 +111,7 @@ Object.assign(labkit, (() => {
       const body = part("p", "lk-text"), why = part("p", "lk-why");
       const card = { element, head, whose, status, tokens, body, why, item, mine: false, max: item.max_tokens };
       Object.assign(card, { text: "", length: 0, reason: "" });
+      if (item.name) pictures.names.set(item.id, item.name);
       if (isMine(item)) claim(card);
       const prompt = part("p", "lk-prompt", item.prompt);
       prompt.title = item.prompt; // it is cut off after a line

@@ -56,9 +56,9 @@ function switcher() {
 }
 
 function start() {
-  const roots = ["#lk-requests .lk-cards", "#lk-side .lk-side", "#lk-what .lk-submit", "#lk-message p", "#lk-switch .lk-switch"];
+  const roots = ["#lk-requests .lk-cards", "#lk-side .lk-side", "#lk-what .lk-submit", "#lk-message p", "#lk-switch .lk-switch", "#lk-projector .lk-join"];
   if (!roots.every((root) => document.querySelector(root))) return requestAnimationFrame(start);
-  const [cardsRoot, sideRoot, submitRoot] = roots.map((root) => document.querySelector(root));
+  const [cardsRoot, sideRoot, submitRoot, , , joinRoot] = roots.map((root) => document.querySelector(root));
   const cards = labkit.cards(cardsRoot, ask, (item) => Boolean(me.mark) && item.owner === me.mark);
   const controls = labkit.controls(submitRoot, SCENARIOS, ask, say);
   const hostRoot = document.querySelector("#lk-host .lk-host"), host = hostRoot && labkit.host(hostRoot, ask, say);
@@ -102,6 +102,7 @@ function start() {
   const header = document.querySelector(".lk-questions");
   const questions = header && labkit.questions(header, controls.play);
   labkit.address.followTabs();
+  labkit.projector(joinRoot, hostRoot?.querySelector(".lk-project"), ask, panel);
   const tour = labkit.tour({ panel, cards, controls });
   controls.onReady(() => questions?.fromAddress());
   element.labkit = { ...panel, ...labkit, tour, visitor: () => me.visitor };

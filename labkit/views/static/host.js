@@ -63,7 +63,7 @@ Object.assign(labkit, (() => {
       if (!button) return;
       const { lock, act: action } = button.dataset;
       if (lock) act(button.getAttribute("aria-pressed") === "true" ? "unlock" : "lock", lock);
-      else act(action);
+      else if (action) act(action);
     });
     return { claim };
   }

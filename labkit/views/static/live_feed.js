@@ -26,7 +26,7 @@ const labkit = (() => {
   function createState() {
     return { feed: "", step: -1, meta: null, speculative: "", palette: [], window: 200, tables: [], owners: new Map(),
              cached: new Uint8Array(0), lanes: new Map(), steps: [], events: [], queue: [], held: new Map(),
-             numbers: {}, busy: false, plan: null, past: null, mine: new Set(), pending: [], hover: {}, selected: {}, drawn: -1, frames: 0 };
+             numbers: {}, busy: false, gutter: GUTTER, names: new Map(), plan: null, past: null, mine: new Set(), pending: [], hover: {}, selected: {}, drawn: -1, frames: 0 };
   }
 
   // Take in all pictures (`full`), or what is new since the last ones. Returns whether there was anything new.
@@ -182,7 +182,7 @@ const labkit = (() => {
 
   // Size the canvas for the screen's own pixels and return a clean context in CSS pixels.
   function context(canvas) {
-    const ratio = window.devicePixelRatio || 1;
+    const ratio = (window.devicePixelRatio || 1) * (canvas.currentCSSZoom ?? 1);
     const width = canvas.clientWidth, height = canvas.clientHeight;
     if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
       canvas.width = Math.round(width * ratio);
@@ -303,17 +303,17 @@ const labkit = (() => {
   // -- the clock: steps from left to right, the same in timeline and meters -------------------------
 
   function clock(state, width) {
-    const room = width - GUTTER - RIGHT, last = state.plan ? state.plan.step : state.step + (state.pending.length ? 1 : 0);
+    const room = width - state.gutter - RIGHT, last = state.plan ? state.plan.step : state.step + (state.pending.length ? 1 : 0);
     const oldest = state.steps.length ? state.steps[0].step : 0;
     const most = Math.min(state.window, Math.max(60, Math.floor(room / 3.5)));
     const count = Math.max(60, Math.min(most, last - oldest + 1));
     const first = Math.max(oldest, last - count + 1), pitch = room / count;
-    return { first, last, pitch, x: (step) => GUTTER + (step - first) * pitch };
+    return { first, last, pitch, left: state.gutter, x: (step) => state.gutter + (step - first) * pitch };
   }
 
   function stepAt(state, width, x) {
-    const time = clock(state, width), step = time.first + Math.floor((x - GUTTER) / time.pitch);
-    return x >= GUTTER && step >= time.first && step <= time.last ? step : undefined;
+    const time = clock(state, width), step = time.first + Math.floor((x - time.left) / time.pitch);
+    return x >= time.left && step >= time.first && step <= time.last ? step : undefined;
   }
 
   function crosshair(ctx, state, theme, time, height) {
@@ -350,7 +350,7 @@ const labkit = (() => {
       box(ctx, Math.round(x), 0, 1, floor, theme.line);
       if (x < width - 12) text(ctx, step, x, height - AXIS / 2 + 1, theme.muted, step ? "center" : "left");
     }
-    text(ctx, "step", GUTTER - 8, height - AXIS / 2 + 1, theme.muted, "right");
+    text(ctx, "step", time.left - 8, height - AXIS / 2 + 1, theme.muted, "right");
     crosshair(ctx, state, theme, time, floor);
     const labelEvery = Math.ceil(11 / rows.pitch);
     rows.shown.forEach((lane, row) => {
@@ -360,7 +360,7 @@ const labkit = (() => {
       if (row % labelEvery === 0 || focus === lane.request) {
         const mine = state.mine.has(lane.request);
         ctx.font = mine ? theme.bold : theme.font;
-        text(ctx, lane.label, GUTTER - 8, Math.max(6, middle), mine ? theme.ink : theme.muted, "right");
+        text(ctx, labkit.rowLabel?.(ctx, state, lane) ?? lane.label, time.left - 8, Math.max(6, middle), mine ? theme.ink : theme.muted, "right");
       }
       const tall = rows.pitch - (rows.pitch > 8 ? 3 : 1);
       drawLane(ctx, theme, lane, time, y + 0.5, tall);

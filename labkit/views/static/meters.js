@@ -1,6 +1,6 @@
 // The strips below the timeline: throughput, the pool, the queue. Same steps, same clock.
 Object.assign(labkit, (() => {
-  const { GUTTER, RIGHT, box, text, hatch } = labkit;
+  const { RIGHT, box, text, hatch } = labkit;
 
   // Generated tokens per second of work, over the last eight steps.
   function rates(steps) {
@@ -35,13 +35,13 @@ Object.assign(labkit, (() => {
 
   function drawStrip(ctx, theme, time, steps, strip, y, height, width) {
     const floor = y + height;
-    box(ctx, GUTTER, floor, width - GUTTER - RIGHT, 1, theme.line);
-    text(ctx, strip.name, GUTTER, y - 8, theme.muted);
+    box(ctx, time.left, floor, width - time.left - RIGHT, 1, theme.line);
+    text(ctx, strip.name, time.left, y - 8, theme.muted);
     ctx.font = theme.bold;
     text(ctx, strip.now, width - RIGHT, y - 8, theme.ink, "right");
     ctx.font = theme.font;
-    if (steps.length) text(ctx, strip.scale, GUTTER - 8, y + 3, theme.muted, "right");
-    else text(ctx, strip.hint, (GUTTER + width) / 2, y + height / 2, theme.muted, "center");
+    if (steps.length) text(ctx, strip.scale, time.left - 8, y + 3, theme.muted, "right");
+    else text(ctx, strip.hint, (time.left + width) / 2, y + height / 2, theme.muted, "center");
     steps.forEach(({ step }, i) => {
       if (step < time.first) return;
       const x = time.x(step), tall = (height * strip.values[i]) / strip.most;

@@ -78,7 +78,10 @@ Object.assign(labkit, (() => {
       },
     };
     for (const [name, canvas] of Object.entries(canvases)) {
-      const find = (event) => finders[name](canvas.clientWidth, canvas.clientHeight, event.offsetX, event.offsetY);
+      const find = ({ clientX, clientY }) => {
+        const { left, top, width } = canvas.getBoundingClientRect(), zoom = width / canvas.clientWidth || 1;
+        return finders[name](canvas.clientWidth, canvas.clientHeight, (clientX - left) / zoom, (clientY - top) / zoom);
+      };
       const look = (event) => {
         if (!state.meta) return;
         const [next, lines] = find(event);

@@ -45,13 +45,14 @@ Object.assign(labkit, (() => {
       const { pages, timeline } = canvases, grid = labkit.blockGrid(state, pages.clientWidth, pages.clientHeight);
       if (grid.per > 1) return; // a square stands for several pages
       const rows = labkit.laneRows(state, timeline.clientWidth, timeline.clientHeight), time = labkit.clock(state, timeline.clientWidth);
+      const zoom = pages.currentCSSZoom ?? 1; // of a projector: rectangles are of the screen, the rest is not
       const [from, to] = [timeline.getBoundingClientRect(), pages.getBoundingClientRect()];
       for (const { request, block, slot } of state.landed.slice(0, MOST)) {
         const row = rows.shown.findIndex((lane) => lane.request === request);
         if (row < 0) continue;
         const [x, y] = corner(grid, block), size = grid.size - grid.gap;
-        const begin = [from.left + time.x(state.step + 1), from.top + (row + 0.5) * rows.pitch];
-        const end = [to.left + x + (size * (slot + 0.5)) / state.meta.block_size, to.top + y + size / 2];
+        const begin = [from.left + zoom * time.x(state.step + 1), from.top + zoom * (row + 0.5) * rows.pitch];
+        const end = [to.left + zoom * (x + (size * (slot + 0.5)) / state.meta.block_size), to.top + zoom * (y + size / 2)];
         fly(begin, end, palette[rows.shown[row].color % palette.length]);
       }
     };
