@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # PyTorch's words, in lower case
 
 
@@ -16,7 +18,7 @@ class DamagedError(ModelError):
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory did not suffice. On a CPU, PyTorch says so with a plain `RuntimeError`."""
     words = str(error).lower()
-    return isinstance(error, MemoryError) or (
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(known in words for known in _OUT_OF_MEMORY)
     )
 

@@ -124,7 +124,6 @@ def load_model(
         fused_projections=fused_projections,
         packed_weights=packed_weights,
         cpu_kernels=cpu_kernels,
-        say=say,
     )
     if model == TINY:
         config, tensors, tokenizer = tiny_random()
@@ -149,7 +148,7 @@ def load_model(
     tell(say, f"Loading {name} from {folder}.")
     with _explained(name, folder, to):
         if ours:
-            module = build(config, checkpoint.read_tensors(folder), dtype=as_type, folder=folder)
+            module = build(config, checkpoint.read_tensors(folder), dtype=as_type, folder=folder, say=say)
         else:
             # Imported here because it brings in the modelling code of transformers, which takes two seconds.
             from labkit.models import adapter

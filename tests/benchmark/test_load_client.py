@@ -212,8 +212,7 @@ def test_an_error_of_the_server_is_counted(site: Served) -> None:
     arrivals = [Arrival(0, "some words", 4), Arrival(0, "some words " * 300, 4), Arrival(0, "x", 10**7)]
     good, long, much = load.run(site.url, arrivals)
     assert good.error == ""
-    assert long.error.startswith("HTTP 400: This model's maximum context length is 200 tokens. prompt has")
-    assert "max_model_len is 200" in long.error
+    assert long.error.startswith("HTTP 400: This model's maximum context length is 200 tokens.")
     assert much.tokens < much.asked and much.error.endswith("tokens came, and 10000000 were asked for")
     of = summary([good, long, much], slo=Slo(1e6, 1e6))
     assert (of.requests, of.errors, of.attained) == (3, 2, 1 / 3)

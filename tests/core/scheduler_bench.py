@@ -69,7 +69,9 @@ class Bench:
         self.auditor.check_plan(plan)
         check_pool(self.pool)
         if isinstance(self.scheduler, WholePromptScheduler):
-            decodes = [n == 1 for n, kind in zip(plan.num_tokens, plan.kinds, strict=True) if kind == "d"]
+            joins = {a.request_id for a in plan.admitted}  # it may lack one token, if it was preempted
+            kinds = zip(plan.requests, plan.kinds, strict=True)
+            decodes = [r.request_id for r, kind in kinds if kind == "d" and r.request_id not in joins]
             prompts = [kind for kind in plan.kinds if kind != "d"]
             assert not (decodes and prompts), "prompts and answers in one step"
             assert "c" not in prompts, "a prompt was cut"

@@ -25,6 +25,7 @@ class FusedLayer(nn.Module):
 
     def __init__(self, layer: DecoderLayer) -> None:
         super().__init__()
+        self._plain = (layer,)  # not as a part: its parts are ours
         self.input_layernorm, self.self_attn = layer.input_layernorm, layer.self_attn
         self.post_attention_layernorm, self.mlp = layer.post_attention_layernorm, layer.mlp
 
@@ -32,6 +33,8 @@ class FusedLayer(nn.Module):
         self, x: Tensor, rope: tuple[Tensor, Tensor], cache: PagedKVCache, metadata: AttentionMetadata
     ) -> Tensor:
         """Return the residual stream (T, hidden_size) after this layer, and write to the cache."""
+        if type(cache).write is not PagedKVCache.write:  # a cache of your own decides where it writes
+            return self._plain[0](x, rope, cache, metadata)
         ops, own, mlp = torch.ops.labkit_cpu, self.self_attn, self.mlp
         before, between = self.input_layernorm, self.post_attention_layernorm
         qkv = own.qkv_proj(ops.rms_norm(x, before.weight, before.eps))

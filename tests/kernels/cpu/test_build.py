@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from labkit import LLM, SamplingParams
+from labkit.core.model import Transformer
 from labkit.kernels.cpu import build
 from labkit.kernels.cpu.layers import is_fused
-from labkit.models.load import load_model
+from labkit.models.load import build_transformer, load_model
+from labkit.models.progress import Say
+from labkit.models.tiny import tiny_random
 from tests.kernels.cpu.compiled import LACKING, needs_compiler
 
 
@@ -21,6 +25,14 @@ def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path))
     monkeypatch.setattr(build, "is_loaded", lambda: False)
     return tmp_path
+
+
+def built(say: Say) -> Transformer:
+    """The tiny model, by way of what all models go through."""
+    config, tensors, _ = tiny_random()
+    switches = dict.fromkeys(("fused_projections", "packed_weights", "cpu_kernels"), True)
+    where = {"dtype": torch.float32, "device": torch.device("cpu"), "quantization": None}
+    return build_transformer(config, tensors.items(), **where, **switches, say=say)
 
 
 def answer(**config: object) -> list[int]:
@@ -34,11 +46,9 @@ def test_without_a_compiler_all_runs_as_before_and_one_line_says_so(
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
     lines: list[str] = []
-    model = load_model("tiny-random", say=lines.append)
-    assert not is_fused(model.module)
+    assert not is_fused(built(lines.append))
     assert [line for line in lines if compiler in line and "slower" in line] == lines[-1:]
-    tokens = answer(model=model)
-    assert tokens == answer(cpu_kernels=False)
+    assert answer() == answer(cpu_kernels=False)
     assert not list(afresh.rglob("*.so"))
 
 
@@ -47,7 +57,7 @@ def test_a_library_that_does_not_load_is_no_end_either(afresh: Path) -> None:
     library.parent.mkdir()
     library.write_bytes(b"not a library")
     lines: list[str] = []
-    assert not is_fused(load_model("tiny-random", say=lines.append).module)
+    assert not is_fused(built(lines.append))
     assert "slower" in lines[-1]
 
 
