@@ -22,7 +22,8 @@ _MOST_PENDING = 8  # tokens without text of their own that are kept in case a la
 
 
 def _one_for_each_byte(error: UnicodeError) -> tuple[str, int]:
-    assert isinstance(error, UnicodeDecodeError)
+    if not isinstance(error, UnicodeDecodeError):  # for bytes alone
+        raise error
     return "\ufffd" * (error.end - error.start), error.end
 
 

@@ -427,16 +427,7 @@ def fake_model(
     with _disable_current_modes(), torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
     weights = ((name, torch.empty(x.shape, dtype=to, device=CUDA)) for name, x in empty.named_parameters())
-    module = build_transformer(
-        config,
-        weights,
-        dtype=to,
-        device=CUDA,
-        quantization=quantization,
-        fused_projections=True,
-        packed_weights=True,
-        cpu_kernels=True,
-    )
+    module = build_transformer(config, weights, dtype=to, device=CUDA, quantization=quantization)
     return LoadedModel(
         f"{config.model_type} (fake)", module, tiny_tokenizer(), config, frozenset(), quantization
     )

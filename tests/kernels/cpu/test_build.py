@@ -30,9 +30,9 @@ def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def built(say: Say) -> Transformer:
     """The tiny model, by way of what all models go through."""
     config, tensors, _ = tiny_random()
-    switches = dict.fromkeys(("fused_projections", "packed_weights", "cpu_kernels"), True)
-    where = {"dtype": torch.float32, "device": torch.device("cpu"), "quantization": None}
-    return build_transformer(config, tensors.items(), **where, **switches, say=say)
+    return build_transformer(
+        config, tensors.items(), dtype=torch.float32, device=torch.device("cpu"), say=say
+    )
 
 
 def answer(**config: object) -> list[int]:
