@@ -26,7 +26,7 @@ const labkit = (() => {
   function createState() {
     return { feed: "", step: -1, meta: null, speculative: "", palette: [], window: 200, tables: [], owners: new Map(),
              cached: new Uint8Array(0), lanes: new Map(), steps: [], events: [], queue: [], held: new Map(),
-             numbers: {}, busy: false, gutter: GUTTER, names: new Map(), plan: null, past: null, mine: new Set(), pending: [], hover: {}, selected: {}, drawn: -1, frames: 0 };
+             joins: [], numbers: {}, busy: false, gutter: GUTTER, names: new Map(), plan: null, past: null, mine: new Set(), presets: new Set(), played: "", playedAfter: null, pending: [], hover: {}, selected: {}, drawn: -1, frames: 0 };
   }
 
   // Take in all pictures (`full`), or what is new since the last ones. Returns whether there was anything new.
@@ -39,9 +39,9 @@ const labkit = (() => {
     }
     state.step = pictures.step;
     if (!pictures.steps) return false;
-    const { cached, queue, held, numbers, tables } = pictures;
+    const { cached, queue, held, numbers, tables, joins = state.joins } = pictures;
     const owners = ownersOf(tables, state.meta.block_size, pictures.full ? undefined : state);
-    Object.assign(state, { queue, numbers, tables, cached: bitsOf(cached), owners });
+    Object.assign(state, { queue, numbers, tables, joins, cached: bitsOf(cached), owners });
     state.held = new Map(held.map(({ request, parent }) => [request, parent]));
     state.events.push(...pictures.events);
     state.events.splice(0, state.events.length - EVENTS);

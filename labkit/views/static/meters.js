@@ -13,19 +13,19 @@ Object.assign(labkit, (() => {
 
   function drawMeters(ctx, state, theme, width, height) {
     const time = labkit.clock(state, width), steps = state.steps, now = labkit.latest(state), rate = rates(steps);
-    const blocks = state.meta.num_blocks, top = Math.max(1, ...rate), waiting = now ? now.waiting : 0;
-    const idle = !state.tables.length && !waiting;
+    const blocks = state.meta.num_blocks, top = Math.max(1, ...rate), { running, waiting } = labkit.people(state);
+    const idle = !running && !waiting;
     const empty = (step) => Math.min(step.used, step.wasted / state.meta.block_size); // in pages
     const crowd = Math.max(1, ...steps.map((step) => step.running + step.waiting));
     const strips = [
       { name: "tokens/s", hint: "tokens generated per second of work", color: theme.ink,
-        values: rate, most: top, scale: short(top), now: idle ? "idle" : short(rate[rate.length - 1]) },
+        values: rate, most: top, scale: short(top), now: idle ? "idle" : now ? short(rate[rate.length - 1]) : "–" },
       { name: "KV usage, hatched: wasted", hint: "the share of the pages that somebody holds", color: theme.usage,
         values: steps.map((s) => s.used - empty(s)), over: steps.map(empty), most: blocks, scale: "100%",
         now: percent(now ? now.used / blocks : 0) },
       { name: "running, waiting", hint: "requests that have a seat, and requests in the queue", color: theme.ink,
         values: steps.map((s) => s.running), over: steps.map((s) => s.waiting), most: crowd, scale: crowd,
-        now: `${state.tables.length}, ${waiting}` },
+        now: `${running}, ${waiting}` },
     ];
     const pitch = height / strips.length;
     ctx.font = theme.font;
