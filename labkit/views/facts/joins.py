@@ -139,8 +139,8 @@ def _begun(event: _Event) -> str:
 def words_of(event: _Event) -> tuple[str, str]:
     """The verdict on an event, and the rest of the sentence.
 
-    Seconds count where they stand out of what steps of one size differ by; else it is told in steps, which are
-    the same on every machine.
+    Seconds count where they stand out of what steps of one size differ by; else it is told in steps, which
+    are the same on every machine.
     """
     low, high = _range([*event.before, *event.after])
     before, during, steps = _mean(event.before), _mean(event.during), len(event.during)

@@ -28,12 +28,12 @@ Object.assign(labkit, (() => {
     }
 
     return () => {
-      const asked = state.played === ASKED && state.playedAfter !== null;
+      const asked = state.played === ASKED && state.playedAfter !== null && state.playedFeed === state.feed;
       if (feed !== state.feed) {
-        before = asked ? [] : list.rows ?? [];
+        before = list.rows ?? [];
         feed = state.feed;
       }
-      if (state.joins.length) before = [];
+      if (state.joins.length || asked) before = [];
       const waits = asked && !state.joins.some((row) => row.verdict && isOwn(row) && !isOld(row)) && (state.busy || !state.steps.length);
       note.textContent = waits ? RUNS : before.length ? "Before the engine was restarted:" : "";
       note.hidden = !note.textContent;
