@@ -20,6 +20,7 @@ from typing import Any
 
 from labkit.config import EngineConfig
 from labkit.engine import Engine
+from labkit.models.chat import beginning
 from labkit.models.errors import is_out_of_memory
 from labkit.models.token_bytes import decode_inside
 from labkit.outputs import in_one_line
@@ -75,7 +76,7 @@ class Session:
             feed,
             submissions,
             ScenarioPlayer(submissions),
-            Inspector(live.engine.trace, decode, token_ids),
+            Inspector(live.engine.trace, decode, token_ids, tuple(beginning(live.engine.model.tokenizer))),
             decode,
             submissions.now,
             live.subscribe(feed.append, last=WINDOW),
@@ -143,8 +144,9 @@ class Lab:
         self.trace_path: Path | None = None  # of the file that is written now
         self._writers = TraceWriters(trace_file, self._tell_of_writing) if trace_file else None
         self.session = self._start(live)
-        self.base = self.settings  # those that the lab started with
-        self._chosen = self.base  # those that people chose, and no scenario
+        self.base = self._chosen = (
+            self.settings
+        )  # that the lab started with; that people chose, and no preset
         self._draft_model = live.engine.config.draft_model
 
     @property
@@ -164,6 +166,7 @@ class Lab:
             "clock": self.open_to("clock"),
             "pending": settings_of(change.config) if change else None,
             "visitors": len(self.visitors),
+            "most": self.limits.answer_tokens,
             "chosen": self._chosen,
             "played": self._played,
             "played_after": self._played_after,
@@ -390,16 +393,14 @@ class Lab:
             return self.change(wanted, running=running, then=begin, visitor=visitor)
 
     def _needed(self, name: str, asked: Mapping[str, Any], anew: bool = False) -> dict[str, Any]:
-        again = self._played == name and not anew
-        return dict(asked) if again else BY_NAME[name].needed(self.base, asked)
+        return dict(asked) if self._played == name and not anew else BY_NAME[name].needed(self.base, asked)
 
     def _new(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the wanted settings that the engine does not have."""
-        now, wish = self.settings, self.session.live.engine.config.num_blocks
-        new = {knob: value for knob, value in wanted.items() if now[knob] != value}
-        if "num_blocks" in new and self._wished(new["num_blocks"]) == wish:
-            del new["num_blocks"]  # the pool is sized by the memory that is free, as it was
-        return new
+        now, asked = self.settings, self.session.live.engine.config.num_blocks
+        if "num_blocks" in wanted and self._wished(wanted["num_blocks"]) == asked:  # or sized anew, as it was
+            now["num_blocks"] = wanted["num_blocks"]
+        return {knob: value for knob, value in wanted.items() if now[knob] != value}
 
     # -- traces -----------------------------------------------------------------------------------
 

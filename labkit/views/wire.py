@@ -275,13 +275,17 @@ class StepFacts(TypedDict):
 
 
 class BlockFacts(TypedDict):
-    """One block: its owners, the last one it had, and the tokens in it, each as text (None: not known)."""
+    """One block: its owners, the last one it had, and the tokens in it, each as text (None: not known).
+
+    `begins` says what it is part of, if every chat begins with it: the system prompt, or the chat template.
+    """
 
     block: int
     owners: Sequence[Owner]
     cached: bool
     last: LastOwner | None
     tokens: Sequence[str] | None
+    begins: str
 
 
 class ReplayLane(TypedDict):

@@ -72,7 +72,7 @@ function start() {
       controls.show(update.lab);
       const { settings, base } = update.lab;
       state.changed = new Map(Object.entries(settings).filter(([name, value]) => value !== base[name]));
-      Object.assign(state, { played: update.lab.played, playedAfter: update.lab.played_after, playedFeed: state.feed });
+      Object.assign(state, { played: update.lab.played, playedAfter: update.lab.played_after, playedFeed: state.feed, most: update.lab.most });
       labkit.tellFacts(state);
     },
   };

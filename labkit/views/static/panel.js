@@ -214,7 +214,7 @@ Object.assign(labkit, (() => {
       clearTimeout(resting);
       resting = setTimeout(async () => {
         const answer = await ask("look", { block, step: state.past?.step });
-        if (answer?.tokens && state.hover.block === block) show.say(labkit.blockWords(state, block, answer.tokens), x, y);
+        if (answer?.tokens && state.hover.block === block) show.say(labkit.blockWords(state, block, answer), x, y);
       }, 150);
     }
 

@@ -59,7 +59,7 @@ Object.assign(labkit, (() => {
     return `${who}, ${parts.join(", ")}.${why}`;
   }
 
-  function blockWords(state, block, tokens = null) {
+  function blockWords(state, block, { tokens = null, begins = "" } = {}) {
     const kind = labkit.blockKind(state, block), owners = labkit.ownersAt(state, block);
     const size = state.meta.block_size, next = state.past ? undefined : state.plan?.taken.get(block);
     const lines = [`Page ${block}: ${kind === "cached" ? "cached and free" : kind}`];
@@ -72,9 +72,12 @@ Object.assign(labkit, (() => {
     const until = owners.length ? "" : " until someone needs the page";
     if (labkit.isCached(state, block)) lines.push(`in the prefix cache${until}`);
     if (next) lines.push(`the next step gives it to request ${next.request}`);
+    if (begins) lines.push(beginsWords(begins));
     if (tokens) lines.push(`“${tokens.join("").replace(/\s+/g, " ").trim()}”`);
     return lines;
   }
+
+  const beginsWords = (begins) => `${begins}, shared: every chat here begins with it`;
 
   function laneWords(state, lane, step) {
     const lines = [`Request ${lane.request}, step ${step}`];
@@ -181,5 +184,5 @@ Object.assign(labkit, (() => {
     };
   }
 
-  return { seconds, settings, settingsWords, summary, blockWords, laneWords, meterWords, whyWords, rowWords, eventWords, numberWords, people, count };
+  return { seconds, settings, settingsWords, summary, blockWords, laneWords, meterWords, whyWords, rowWords, eventWords, numberWords, people, beginsWords, count };
 })());
