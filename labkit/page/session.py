@@ -138,15 +138,13 @@ class Lab:
         self._change: _Change | None = None
         self._ending = False
         self._played = ""  # the name of the scenario that was played last
-        self._played_after: int | None = None  # the step before it; None on an engine that has not played it
+        self._played_after: int | None = None  # the step before it, on this engine
         self._kept: dict[str, Trace] = {}
         self.version = 0  # grows whenever `status` changes, except for its counts
         self.trace_path: Path | None = None  # of the file that is written now
         self._writers = TraceWriters(trace_file, self._tell_of_writing) if trace_file else None
         self.session = self._start(live)
-        self.base = self._chosen = (
-            self.settings
-        )  # that the lab started with; that people chose, and no preset
+        self.base = self._chosen = self.settings  # it started with; people chose
         self._draft_model = live.engine.config.draft_model
 
     @property

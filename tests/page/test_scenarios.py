@@ -56,6 +56,47 @@ def test_each_scenario_plays_to_its_end_and_shows_what_it_says(lab: Lab, scenari
         assert max(record.waiting for record in records) >= 8
 
 
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_a_scenario_played_twice_tells_the_same_story_in_steps(lab: Lab, scenario: Scenario) -> None:
+    stories = []
+    for _ in range(2):
+        assert lab.play("me", scenario.name) == {"done": True}
+        wait_for(
+            lambda: lab.session.submissions._serial == len(scenario.requests) and not lab.session.live.busy
+        )
+        stories.append(lab.session.live.records())
+    assert stories[0] == stories[1], "what a first run left in the prefix cache answered for the second"
+
+
+def test_a_question_asked_again_has_its_own_settings_again(lab: Lab) -> None:
+    lab.play("me", "long", anew=True)
+    lab.change({"scheduler": "static", "max_num_batched_tokens": 256}, running="cancel")
+    lab.play("me", "long")
+    assert (lab.settings["scheduler"], lab.settings["max_num_batched_tokens"]) == ("static", 256)
+    lab.play("me", "long", anew=True, running="cancel")
+    assert (lab.settings["scheduler"], lab.settings["max_num_batched_tokens"]) == ("continuous", 64)
+
+
+def test_what_a_scenario_changes_is_known_before_and_what_was_chosen_after(lab: Lab) -> None:
+    assert lab.status()["changes"]["long"] == {"max_num_batched_tokens": 64}
+    lab.change({"max_num_seqs": 6})
+    lab.play("me", "long")
+    status = lab.status()
+    assert status["played_after"] == -1 and status["chosen"]["max_num_seqs"] == 6
+    assert status["chosen"]["max_num_batched_tokens"] == lab.base["max_num_batched_tokens"] != 64
+    lab.change(status["chosen"], running="cancel")
+    assert lab.settings == status["chosen"] and lab.status()["played_after"] is None
+
+
+def test_with_locked_settings_a_scenario_plays_on_the_engine_that_there_is(lab: Lab) -> None:
+    session = lab.session
+    lab.set_open("knobs", False)
+    for _ in range(2):
+        assert lab.play("me", "uneven")["done"]
+        wait_for(lambda: not session.live.busy)
+    assert lab.session is session and lab.status()["played_after"] > 0
+
+
 def test_a_scenario_played_again_keeps_the_knobs_that_were_turned(lab: Lab) -> None:
     lab.play("me", "uneven")
     assert lab.settings["max_num_seqs"] == 4
