@@ -1,4 +1,4 @@
-"""The model that all tests of the page run on, and a lab with room for experiments, which people visit."""
+"""The model that all tests of the page run on, and labs: one that people visit, and one that nobody does."""
 
 from __future__ import annotations
 
@@ -20,6 +20,15 @@ from tests.visiting import Visitor, free_port
 @pytest.fixture(scope="module")
 def model() -> LoadedModel:
     return load_model("tiny-random", say=None)
+
+
+@pytest.fixture
+def own(model: LoadedModel) -> Iterator[Lab]:
+    """A lab without a page, in which nothing depends on how long a step takes."""
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=128, speculative_gate=False))) as live:
+        own = Lab(live)
+        yield own
+        own.close()
 
 
 @pytest.fixture(scope="module")
