@@ -32,8 +32,13 @@ def own(model: LoadedModel) -> Iterator[Lab]:
 
 
 @pytest.fixture(scope="module")
-def house(model: LoadedModel) -> Iterator[tuple[Lab, str]]:
-    sizes = {"num_blocks": 96, "max_num_seqs": 8, "max_num_batched_tokens": 128}
+def house(model: LoadedModel, request: pytest.FixtureRequest) -> Iterator[tuple[Lab, str]]:
+    """A lab that is served, and its address. A module that needs more pages says so with `NUM_BLOCKS`."""
+    sizes = {
+        "num_blocks": getattr(request.module, "NUM_BLOCKS", 96),
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 128,
+    }
     config = EngineConfig(model=model, speculative_gate=False, **sizes)
     with AsyncEngine(Engine(config)) as live:
         lab = Lab(live, grace=0.2, limits=Limits(requests=40, answer_tokens=300))

@@ -14,6 +14,7 @@ from tests.waiting import wait_for
 
 pytest_plugins = ["tests.visiting_fixtures"]
 
+NUM_BLOCKS = 160  # six answers and a long prompt have room beside each other
 LINES = ".lk-join-line"
 JOINS = "document.querySelectorAll('.lk-join-line.lk-own strong').length === it"
 NOTE = "It runs by itself: six answers begin, a short request joins them, then a long one."
@@ -74,7 +75,7 @@ def test_an_answer_stays_whatever_comes_after_it(come: Callable[..., Visitor], l
     me.until(JOINS, 2)
     assert me.page.locator(LINES).all_inner_texts() == said
     lab.session.live.speed = 60
-    me.page.click("[data-what=prompt]")
+    me.page.click(".lk-what >> text=Prompt")
     first = me.inject("a first one that runs for long", max_tokens=60)
     me.until("lab.state.tables.some(({ computed }) => computed > 25)")
     me.inject("and one more", max_tokens=20)
@@ -156,7 +157,7 @@ def test_the_box_says_what_is_noise(come: Callable[..., Visitor], lab: Lab) -> N
     feed = lab.session.feed
     for record in records:
         feed.append(replace(record, seconds=(0.001, 0.01, 0.1)[record.step % 3]))
-    me.until("document.querySelectorAll('.lk-join-line strong').length === 2")
+    me.until("document.querySelectorAll('.lk-join-line:not(.lk-old) strong').length === 2")
     for line in me.page.locator(LINES).all_inner_texts():
         assert "cost the 6 others no step, and in seconds nothing beyond noise: each got a token" in line
 
