@@ -155,6 +155,7 @@ def test_the_box_says_what_is_noise(come: Callable[..., Visitor], lab: Lab) -> N
     records = lab.session.live.records()
     lab.change({})
     feed = lab.session.feed
+    me.until("lab.state.feed === it", feed.name)
     for record in records:
         feed.append(replace(record, seconds=(0.001, 0.01, 0.1)[record.step % 3]))
     me.until("document.querySelectorAll('.lk-join-line:not(.lk-old) strong').length === 2")
