@@ -17,7 +17,8 @@ pytest_plugins = ["tests.visiting_fixtures"]
 STATUS = "document.querySelector('.lk-summary').textContent"
 ROWS = """(() => {
   const { clientWidth: width, clientHeight: height } = lab.show.canvases.timeline;
-  const [pending, request] = it, state = { ...lab.state, pending, hover: {}, selected: request ? { request } : {} };
+  const [pending, request] = it, selected = request ? { request } : {};
+  const state = { ...lab.state, pending, hover: {}, selected };
   const rows = lab.laneRows(state, width, height);
   const middles = [...lab.labelled(state, rows)].map((row) => Math.max(6, (row + 0.5) * rows.pitch));
   return middles.sort((a, b) => a - b);
