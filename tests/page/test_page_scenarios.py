@@ -28,7 +28,8 @@ def test_each_scenario_plays_from_its_link(
     assert lab.session.live.records() == (), "a link alone disturbs nobody"
     me.page.click(".lk-on .lk-play")
     wait_for(lambda: lab.session.submissions._serial == len(scenario.requests))
-    assert me.page.inner_text(".lk-on .lk-changes") == "It plays by itself: there is nothing to press."
+    words = "It plays by itself: there is nothing to press."
+    me.until("document.querySelector('.lk-on .lk-changes').textContent === it", words)
     assert me.page.inner_text(".lk-on .lk-play") == "Play again"
     me.until("document.querySelectorAll('.lk-card.lk-mine').length === it", len(scenario.requests))
     wait_for(lambda: not lab.session.live.num_unfinished)

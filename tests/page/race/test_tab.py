@@ -82,7 +82,7 @@ def test_nothing_plays_by_itself_for_those_who_want_no_motion(visit: Callable[..
     if not me.look("it.shown()"):
         run_race(me)
     me.until("it.shown() && it.now() === it.length()")
-    assert me.page.inner_text(".lkr-play") == "Play"
+    assert me.page.inner_text(".lkr-play") == "Play again"
 
 
 def test_the_verdict_stands_above_the_pictures(visit: Callable[..., Looker]) -> None:
