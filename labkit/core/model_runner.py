@@ -167,7 +167,5 @@ class ModelRunner:
 
 def accept(drafts: Sequence[int], chosen: Sequence[int]) -> int:
     """Return how many drafts, from the first on, are what the model chose in their places."""
-    for count, (draft, token) in enumerate(zip(drafts, chosen, strict=True)):
-        if draft != token:
-            return count
-    return len(drafts)
+    pairs = zip(drafts, chosen, strict=True)
+    return next((count for count, (draft, token) in enumerate(pairs) if draft != token), len(drafts))

@@ -114,6 +114,12 @@ def add_engine(parser: argparse.ArgumentParser, *, num_blocks: int | None) -> No
         help="token budget of a step (default: %(default)s)",
     )
     add(
+        "--tensor-parallel-size",
+        type=positive,
+        default=1,
+        help="processes that share the model, each with a part of every layer (default: %(default)s)",
+    )
+    add(
         "--speculative",
         choices=("ngram", "draft"),
         help="what drafts tokens for a step to check: the text so far, or a smaller model (default: nothing)",
@@ -219,6 +225,7 @@ def load(options: argparse.Namespace, *, trace_steps: int) -> AsyncEngine:
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             scheduler=options.scheduler,
+            tensor_parallel_size=options.tensor_parallel_size,
             speculative=options.speculative,
             draft_model=_draft_model(options),
             num_speculative_tokens=options.num_speculative_tokens,

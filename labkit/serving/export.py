@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _SEED = "for requests without a seed of their own; it gives other numbers than here"
 _DEFAULTS = "how to sample where a request does not say: not as the model's file says"
+_SHARED = "devices that share the model, each with a part of every layer"
 # The other engines' names of types; a name that is missing here is the same everywhere.
 _DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 
@@ -175,6 +176,7 @@ def _vllm(config: EngineConfig, out: Command) -> None:
         out.flag("attention_backend", "a Triton kernel", "--attention-backend", "TRITON_ATTN")
     elif config.attention_backend == "sdpa":
         out.without_twin["attention_backend"] = "PyTorch's own attention is not among its kernels for text"
+    out.flag("tensor_parallel_size", _SHARED, "--tensor-parallel-size", config.tensor_parallel_size)
     if not config.cuda_graphs:
         out.flag("cuda_graphs", "no CUDA graphs, and no torch.compile either", "--enforce-eager")
     out.flag("seed", _SEED, "--seed", config.seed)
@@ -234,6 +236,7 @@ def _sglang(config: EngineConfig, out: Command) -> None:
     if config.attention_backend != "auto":
         backend = {"triton": "triton", "sdpa": "torch_native"}[config.attention_backend]
         out.flag("attention_backend", "the kernel", "--attention-backend", backend)
+    out.flag("tensor_parallel_size", _SHARED, "--tp-size", config.tensor_parallel_size)
     if not config.cuda_graphs:
         out.flag("cuda_graphs", "no CUDA graphs of decode steps", "--disable-decode-cuda-graph")
         out.flag("cuda_graphs", "nor of prompts", "--disable-prefill-cuda-graph")
