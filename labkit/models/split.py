@@ -80,7 +80,7 @@ def _balanced(shape: ModelShape, heads: list[int]) -> list[range]:
     step, size = _STEP, shape.intermediate_size
     while step > 1 and size < 4 * step * len(heads):
         step //= 2
-    # A head, of queries or of keys and values, has 2 * head_dim * hidden_size weights; a column has 3 * hidden_size.
+    # A head, of queries or of keys, has 2 * head_dim * hidden_size weights, and a column 3 * hidden_size.
     columns_per_head = 2 * shape.head_dim / 3
     target = (size + columns_per_head * sum(heads)) / len(heads)
     cuts, start = [], 0

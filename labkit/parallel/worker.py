@@ -16,7 +16,6 @@ import torch
 from labkit.config import EngineConfig
 from labkit.core.attention import Span, build_metadata
 from labkit.core.kv_cache import PagedKVCache
-from labkit.core.model import Transformer
 from labkit.kernels.warmup import backend_for
 from labkit.models.load import load_model
 from labkit.outputs import in_one_line

@@ -10,9 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from labkit import Engine, EngineConfig, SamplingParams
+from labkit.models.errors import ModelError
 from labkit.models.load import LoadedModel
 from labkit.parallel import load_parallel
-from labkit.models.errors import ModelError
 from tests.conftest import FAMILIES, SIZES, generate, reference
 from tests.engines import drain, random_prompt
 from tests.parallel.in_threads import in_threads  # noqa: F401
@@ -151,7 +151,7 @@ def test_an_error_in_one_process_ends_the_model_with_its_reason(saved: dict[str,
     name = engine.add_request([1, 2, 3], SamplingParams(ignore_eos=True, max_tokens=8))
     engine.step()
     engine.runner.cache.edits.append(("no_such_method", []))  # which the other process will be told
-    with pytest.raises(RuntimeError, match="process 1 of this model failed: AttributeError.*no_such_method"):
+    with pytest.raises(RuntimeError, match=r"process 1 of this model failed: AttributeError.*no_such_method"):
         engine.step()
     assert "process 1 of this model failed" in engine.outputs[name].error
     late = engine.add_request([1, 2, 3], SamplingParams(ignore_eos=True, max_tokens=8))
@@ -170,5 +170,5 @@ def test_what_cannot_be_had_is_named(saved: dict[str, Path], tmp_path: Path) -> 
     from transformers import GPT2Config, GPT2LMHeadModel
 
     GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="tensor_parallel_size cannot be had for .*: a gpt2 runs as"):
+    with pytest.raises(ModelError, match=r"tensor_parallel_size cannot be had for .*: a gpt2 runs as"):
         parallel(tmp_path, 2)

@@ -43,6 +43,7 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "attention_backend": [{"attention_backend": "triton"}, {"attention_backend": "sdpa"}],
     "cuda_graphs": [{"cuda_graphs": False}],
     "as_t4": [{"as_t4": True}],
+    "tensor_parallel_size": [{"tensor_parallel_size": 2}],
     "max_trace_steps": [{"max_trace_steps": 5}],
     "audit": [{"audit": True}],
     "seed": [{"seed": 7}],
@@ -93,6 +94,7 @@ def test_the_flags_of_a_plain_engine() -> None:
         "--enable-chunked-prefill": None,
         "--enable-prefix-caching": None,
         "--scheduling-policy": "priority",
+        "--tensor-parallel-size": "1",
         "--seed": "0",
     }
     assert found["sglang"].argv[:3] == ["python", "-m", "sglang.launch_server"]
@@ -109,6 +111,7 @@ def test_the_flags_of_a_plain_engine() -> None:
         "--enable-priority-scheduling": None,
         "--schedule-low-priority-values-first": None,
         "--default-priority-value": "0",
+        "--tp-size": "1",
         "--random-seed": "0",
     }
 
