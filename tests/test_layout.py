@@ -33,6 +33,7 @@ RANKS = {
     "parallel": 6,
     "analysis": 6,
     "engine": 7,
+    "transfer": 8,
     "llm": 8,
     "serving": 8,
     "server": 9,  # three programs of one line
