@@ -288,9 +288,14 @@ class Engine(EngineCore):
 
     def add(self, request: Request) -> None:
         """Queue a request and its children, for the next step on. Raises as `add_request` does."""
-        self._check_unused(request)
-        family = [request, *request.children]  # the scheduler may take the children over at once
+        self.scheduler.check(request)
+        self.register(request)
         super().add(request)
+
+    def register(self, request: Request) -> None:
+        """Open an output for a request and its children. Raises `ValueError` if an id is in use."""
+        self._check_unused(request)
+        family = [request, *request.children]
         now = time.perf_counter()
         for index, member in enumerate(family):
             self._unfinished[member.request_id] = member

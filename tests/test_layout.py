@@ -34,6 +34,7 @@ RANKS = {
     "analysis": 6,
     "engine": 7,
     "transfer": 8,
+    "disaggregated": 8,
     "llm": 8,
     "serving": 8,
     "server": 9,  # three programs of one line

@@ -1,29 +1,27 @@
 """The other processes of a parallel model: started, told what to do, watched, and ended.
 
-Each is `python -m labkit.parallel.worker`. It reads messages from its standard input and ends when that is
-closed, which the system does for us even if this process is killed.
+Each is `python -m labkit.parallel.worker`, which reads messages from its standard input.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from labkit.outputs import in_one_line
+from labkit.parallel import processes
 from labkit.parallel.group import Group, ParallelError
 from labkit.parallel.messages import Load, Message
+from labkit.parallel.processes import ends
 
 _PATIENCE = 5.0  # seconds to wait for the last words of a process that failed
 
@@ -43,25 +41,14 @@ class Workers:
         self._lock = threading.RLock()  # engines on several threads can share a model
         self._folder = tempfile.TemporaryDirectory(prefix="labkit-")
         self.meeting = str(Path(self._folder.name) / "meeting")
-        paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "labkit.parallel.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=environment,
-                start_new_session=True,  # a Ctrl-C in the terminal is for this process alone
-            )
-            for _ in range(1, world_size)
-        ]
+        self.processes = [processes.start("labkit.parallel.worker") for _ in range(1, world_size)]
 
     def tell(self, message: Message) -> None:
         """Send a message to each of them."""
         data = pickle.dumps(message)
         for process in self.processes:
-            _pipe(process.stdin).write(data)
-            _pipe(process.stdin).flush()
+            ends(process.stdin).write(data)
+            ends(process.stdin).flush()
 
     def load(self, arguments: Sequence[dict[str, Any]], threads: int, device: torch.device) -> None:
         """Let each load its part, and make the group. Raises `ParallelError` if one cannot.
@@ -73,10 +60,10 @@ class Workers:
         """
         with self.together():
             for process, own in zip(self.processes, arguments, strict=True):
-                pickle.dump(Load(own, self.meeting, threads), _pipe(process.stdin))
-                _pipe(process.stdin).flush()
+                pickle.dump(Load(own, self.meeting, threads), ends(process.stdin))
+                ends(process.stdin).flush()
             for process in self.processes:
-                pickle.load(_pipe(process.stdout))  # nothing, as soon as it has loaded
+                pickle.load(ends(process.stdout))  # nothing, as soon as it has loaded
             self.group = Group(self.meeting, 0, 1 + len(self.processes), device)
 
     def drain(self) -> list[int]:
@@ -118,15 +105,5 @@ class Workers:
         """End all of them. It can be called again."""
         self.failure = self.failure or "this model was closed"
         for process in self.processes:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):  # what could not be sent is lost, as it should be
-                    _pipe(pipe).close()
+            processes.end(process)
         self._folder.cleanup()
-
-
-def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
-    if pipe is None:
-        raise ParallelError("a process of this model has no pipe")
-    return pipe

@@ -15,7 +15,7 @@ from labkit.models.load import LoadedModel
 from labkit.parallel import load_parallel
 from tests.conftest import FAMILIES, SIZES, generate, reference
 from tests.engines import drain, random_prompt
-from tests.parallel.in_threads import in_threads  # noqa: F401
+from tests.in_threads import in_threads  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("in_threads")
 

@@ -1,20 +1,21 @@
-"""Workers on threads of this process: they start at once, where a process imports for seconds."""
+"""Our other processes, as threads of this one: they start at once, where a process imports for seconds."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 
 import pytest
 
-from labkit.parallel import workers
-from labkit.parallel.worker import run
+from labkit.parallel import processes
 
 
 class Thread:
-    """As much of `subprocess.Popen` as `Workers` uses."""
+    """As much of `subprocess.Popen` as we use, for `python -m module`."""
 
-    def __init__(self, *_: object, **__: object) -> None:
+    def __init__(self, command: list[str], **_: object) -> None:
+        self._main = importlib.import_module(command[2]).run
         (messages, self_in), (self_out, answers) = os.pipe(), os.pipe()
         self.stdin, self.stdout = os.fdopen(self_in, "wb"), os.fdopen(self_out, "rb")
         ends = os.fdopen(messages, "rb"), os.fdopen(answers, "wb")
@@ -24,10 +25,13 @@ class Thread:
 
     def _run(self, messages, answers) -> None:
         try:
-            run(messages, answers)
+            self._main(messages, answers)
             self.returncode = 0
         except SystemExit as end:
             self.returncode = end.code
+        except BrokenPipeError:  # nobody listens any more
+            self.returncode = 1
+        answers.close()
 
     def poll(self) -> int | None:
         return self.returncode
@@ -35,10 +39,11 @@ class Thread:
     def kill(self) -> None:
         self.stdin.close()
 
-    def wait(self) -> None:
+    def wait(self) -> int | None:
         self._thread.join(30)
+        return self.returncode
 
 
 @pytest.fixture
 def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers.subprocess, "Popen", Thread)
+    monkeypatch.setattr(processes.subprocess, "Popen", Thread)
