@@ -210,7 +210,8 @@ def test_a_setup_that_said_nothing_is_refused_though_it_holds_a_magic() -> None:
 
 def test_what_is_changed_after_stamping_is_refused() -> None:
     whole = book().text
-    for old, new in (("labkit.setup()", "labkit.set_up()"), ("# 97 · Made up", f"# 97 · Made up\\n{make.BADGE}()")):
+    badge = f"· Made up\\n{make.BADGE}()"
+    for old, new in (("labkit.setup()", "labkit.set_up()"), ("· Made up", badge)):
         assert whole.count(old) >= 1
         assert "as_stamped" in broken(Book(NAME, whole.replace(old, new)))
     kept = whole.replace('"metadata": {\n  "accelerator"', '"metadata": {\n  "widgets": {},\n  "accelerator"')
