@@ -12,6 +12,7 @@ import hashlib
 import html
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from labkit.trace.records import printable
 from labkit.trace.trace import Trace
 from labkit.views import replay_data
 from labkit.views.assets import asset, script
+from labkit.views.wire import ReplayFrame
 
 SCRIPTS = ("live_feed.js", "regions.js", "meters.js", "replay_data.js", "replay.js")
 TITLE = "A run of labkit"
-MAX_ENTRIES = 20_000_000  # of block tables, over all steps: seconds to write, and a few megabytes
+MAX_BYTES = 100_000_000  # of all steps before they are compressed: seconds to write, and a few megabytes then
 _HOW_TO = "Each step of a real engine, as it recorded it. Keys: left and right, Home and End, space to play."
 
 
@@ -59,7 +61,7 @@ def page(trace: Trace, title: str = TITLE) -> str:
         raise ValueError("trace holds no steps: let the engine run first")
     packed, code, title = replay_data.pack(trace), script(*SCRIPTS) + asset("run_page.js"), printable(title)
     looks = "".join(map(asset, ("live_feed.css", "replay.css", "run_page.css")))
-    run = json.dumps({"title": title, "data": _zipped(packed), "frames": _frames(trace)})
+    run = json.dumps({"title": title, "data": _compressed(_as_json(packed)), "frames": _frames(trace)})
     run = run.replace("<", "\\u003c")  # the title is as the user wrote it
     told = html.escape(". ".join(filter(None, packed["headline"])))
     rules = f"default-src 'none'; script-src '{_hash(code)}'; style-src '{_hash(looks)}'"
@@ -86,21 +88,40 @@ def page(trace: Trace, title: str = TITLE) -> str:
 
 
 def _frames(trace: Trace) -> list[tuple[int, str]]:
-    """Return the frames of all steps in zipped pieces, each after the place of its first step."""
-    lanes, pieces, place, entries = replay_data.lanes_of(trace), [], 0, 0
+    """Return the frames of all steps in compressed pieces, each after the place of its first step."""
+    lanes, pieces, place, size = replay_data.lanes_of(trace), [], 0, 0
     while frames := replay_data.frames(trace, lanes, place, replay_data.MAX_FRAMES):
-        entries += sum(len(table.blocks) for frame in frames for table in frame["tables"])
-        if entries > MAX_ENTRIES:
-            most = f"at most {MAX_ENTRIES:,} entries of block tables, over all steps"
-            raise ValueError(f"trace is too long for a page, which holds {most}")
-        pieces.append((place, _zipped(frames)))
+        text = _as_json(_without_repeats(frames))
+        size += len(text)
+        if size > MAX_BYTES:
+            most = f"{MAX_BYTES / 1e6:.0f} MB before they are compressed"
+            raise ValueError(f"trace is too long for a page: {place} of its {len(trace)} steps take {most}")
+        pieces.append((place, _compressed(text)))
         place += len(frames)
     return pieces
 
 
-def _zipped(value: Any) -> str:
-    """Return a value as JSON, zipped, in letters that mean nothing in HTML."""
-    text = json.dumps(value, separators=(",", ":"))
+def _without_repeats(frames: list[ReplayFrame]) -> list[dict[str, Any]]:
+    """Return frames whose tables leave out, and count, the blocks that they had in the frame before."""
+    known: dict[str | int, Sequence[int]] = {}
+    shorter = []
+    for frame in frames:  # most tables have grown by a block or not at all
+        tables = []
+        for request, computed, blocks in frame["tables"]:
+            before = known.get(request, [])
+            same = len(before) if blocks[: len(before)] == before else 0
+            tables.append((request, computed, same, blocks[same:]))
+        known = {table.request: table.blocks for table in frame["tables"]}
+        shorter.append({**frame, "tables": tables})
+    return shorter
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _compressed(text: str) -> str:
+    """Return a text compressed, in letters that mean nothing in HTML."""
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 

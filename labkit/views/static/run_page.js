@@ -8,12 +8,23 @@
     return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
   }
 
+  // Tables come without the blocks that the frame before has, too.
+  function whole(frames) {
+    let known = new Map();
+    for (const frame of frames) {
+      frame.tables = frame.tables.map(([request, computed, same, rest]) => (
+        [request, computed, [...(known.get(request) ?? []).slice(0, same), ...rest]]));
+      known = new Map(frame.tables.map(([request, , blocks]) => [request, blocks]));
+    }
+    return frames;
+  }
+
   const answers = {
     traces: () => [run.title],
     open: async () => ({ opened: "run", data: await unpacked(run.data) }),
     frames: async ({ first }) => {
       const [start, frames] = run.frames.findLast(([place]) => place <= first);
-      return { frames: (await unpacked(frames)).slice(first - start) };
+      return { frames: whole(await unpacked(frames)).slice(first - start) };
     },
   };
 
