@@ -183,7 +183,7 @@ def build_replay_tab(sources: Callable[[], Mapping[str, Trace]]) -> gr.HTML:
         except KeyError:
             return _answer({"error": _GONE})
         except ValueError as error:
-            return _answer({"error": str(error)})
+            return _answer({"error": f"Not saved: {error}."})
 
     def hand_in(question: Any, request: gr.Request) -> str:
         size = _number(question, "size")
