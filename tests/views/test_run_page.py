@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import labkit
+from labkit.trace.records import Copy
 from labkit.trace.trace import Trace
 from labkit.views import replay_data, run_page
 from labkit.views.assets import asset, script
@@ -88,6 +89,14 @@ def test_a_page_holds_what_the_replay_is_sent(trace: Trace) -> None:
     _, packed, frames = kept(run_page.page(trace))
     assert packed == json.loads(json.dumps(replay_data.pack(trace)))
     assert frames == sent(trace)
+
+
+def test_a_table_that_changes_where_it_begins_is_held_too() -> None:
+    first, *rest = story()
+    copied = dataclasses.replace(rest[0], copied=(Copy("a", 0, 5),))  # b keeps the block that both share
+    trace = Trace(story().meta, [first, copied])
+    assert kept(run_page.page(trace))[2] == sent(trace)
+    assert [table[2] for table in sent(trace)[1]["tables"]] == [[5, 1], [0, 2]]
 
 
 @settings(max_examples=80, deadline=None)
