@@ -3,6 +3,8 @@
 Every setting of `EngineConfig` becomes a flag, needs no flag, or is named as a setting without a twin: none
 is dropped in silence. The flags are those of `vllm serve` (vLLM 0.33) and of `sglang.launch_server`
 (SGLang 0.5.23). Neither program is needed here, and neither is started.
+
+`python -m labkit.export --html run.jsonl` writes a trace as one web page instead.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from labkit.config import EngineConfig
 from labkit.serving import cli
 from labkit.speculative.ngram import NgramDrafter
+from labkit.trace.trace import Trace
+from labkit.views.run_page import export_html
 
 if TYPE_CHECKING:
     from labkit.models.load import LoadedModel
@@ -317,17 +322,37 @@ def _no_twin(config: EngineConfig, out: Command) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print both command lines. Returns the exit status."""
+    """Print both command lines, or write a trace as a page. Returns the exit status."""
     parser = cli.Parser(
-        prog="labkit.export", description="Command lines that serve the same model with vLLM and SGLang."
+        prog="labkit.export",
+        description="Command lines that serve the same model with vLLM and SGLang; or a run as one web page.",
+    )
+    parser.add_argument(
+        "--html", metavar="TRACE", help="write this trace (JSON Lines) as one web page beside it, and no more"
     )
     cli.add_engine(parser, num_blocks=None)
     given = vars(parser.parse_args(arguments))
     try:
-        names = {entry.name for entry in fields(EngineConfig)}
-        found = commands(EngineConfig(**{name: value for name, value in given.items() if name in names}))
-    except ValueError as error:
-        print(f"labkit.export: {' '.join(str(error).split())}", file=sys.stderr)
+        if given["html"] is not None:
+            text = _write_page(Path(given["html"]))
+        else:
+            names = {entry.name for entry in fields(EngineConfig)}
+            found = commands(EngineConfig(**{name: value for name, value in given.items() if name in names}))
+            text = "\n\n".join(map(str, found.values()))
+    except (ValueError, OSError) as error:
+        about = "" if given["html"] is None else "--html: "
+        print(f"labkit.export: {about}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print("\n\n".join(map(str, found.values())))
+    print(text)
     return 0
+
+
+def _write_page(source: Path) -> str:
+    """Write the trace in a file as a page beside it; return what to say of it."""
+    target = source.parent / f"{source.stem}.html"
+    if target == source:
+        raise ValueError(f"{source} would be overwritten: give the trace another ending than .html")
+    trace = Trace.load(source)
+    export_html(trace, target)
+    size = f"{target.stat().st_size / 1000:.0f} KB"
+    return f"{target}: {len(trace)} steps, {size}. {trace.note}".rstrip()
