@@ -12,9 +12,11 @@ is not a result are left out, so that a second run changes as little as possible
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import nbformat
@@ -53,7 +55,7 @@ def repository() -> str:
 
 
 def stamp(notebook: NotebookNode, name: str) -> None:
-    """Put the badge, the first cell, metadata and ids into a notebook."""
+    """Put the badge, the first cell, metadata and missing ids into a notebook."""
     kinds = [cell.cell_type for cell in notebook.cells[:2]]
     if kinds != ["markdown", "code"] or not notebook.cells[0].source.startswith("# "):
         raise SystemExit(f"{name} must begin with a title in markdown and then a code cell, for the setup")
@@ -67,9 +69,24 @@ def stamp(notebook: NotebookNode, name: str) -> None:
     notebook.cells[1].source = SETUP.format(repository=where)
     notebook.cells[1].metadata = {"tags": ["nbval-ignore-output"]}
     notebook.nbformat, notebook.nbformat_minor = 4, 5
-    for i, cell in enumerate(notebook.cells):
-        cell.id = f"c{i:02d}"
+    identify(notebook)
     tidy(notebook)
+
+
+def identify(notebook: NotebookNode) -> None:
+    """Give an id to each cell that has none, or that of a cell before it; the others keep theirs.
+
+    A new id comes from the cell's text, so that two people who insert cells choose different ones.
+    """
+    taken: set[str] = set()
+    for cell in notebook.cells:
+        name = cell.get("id")
+        for copy in itertools.count():
+            if name and name not in taken:
+                break
+            name = f"{zlib.crc32(f'{copy}{cell.source}'.encode()):08x}"
+        cell.id = name
+        taken.add(name)
 
 
 def tidy(notebook: NotebookNode) -> None:
@@ -95,7 +112,7 @@ def tidy(notebook: NotebookNode) -> None:
 
 def stamped(text: str, name: str) -> str:
     """The text of a notebook file after stamping; runs nothing."""
-    notebook = nbformat.reads(text, as_version=4)
+    notebook = nbformat.v4.reads(text)  # as it is: nbformat.reads would put ids of its own, at random
     stamp(notebook, name)
     return nbformat.writes(notebook) + "\n"
 

@@ -99,6 +99,8 @@ def made_up() -> NotebookNode:
         *(new_code_cell(f"print({i})", outputs=said(f"{i}\n")) for i in range(10)),
         new_markdown_cell(RECAP),
     ]
+    for i, cell in enumerate(cells):
+        cell.id = f"c{i:02d}"
     for count, cell in enumerate((cell for cell in cells if cell.cell_type == "code"), 1):
         cell.execution_count = count
     return new_notebook(cells=cells)
@@ -208,7 +210,7 @@ def test_a_setup_that_said_nothing_is_refused_though_it_holds_a_magic() -> None:
 
 def test_what_is_changed_after_stamping_is_refused() -> None:
     whole = book().text
-    for old, new in (("labkit.setup()", "labkit.set_up()"), ('"c05"', '"x"'), ("badge.svg", "badge.png")):
+    for old, new in (("labkit.setup()", "labkit.set_up()"), ("badge.svg", "badge.png")):
         assert whole.count(old) >= 1
         assert "as_stamped" in broken(Book(NAME, whole.replace(old, new)))
     kept = whole.replace('"metadata": {\n  "accelerator"', '"metadata": {\n  "widgets": {},\n  "accelerator"')
@@ -236,6 +238,28 @@ def test_stamping_twice_is_stamping_once_and_keeps_what_the_author_wrote() -> No
     lines = after.cells[0].source.splitlines()
     assert lines[0] == "# 97 · Made up" and lines[2].startswith("[![Open in Colab]") and NAME in lines[2]
     assert lines[4:] == TITLE.splitlines()[2:]
+
+
+def test_a_cell_keeps_its_id_when_others_come_before_it_and_a_new_or_doubled_one_gets_its_own() -> None:
+    def names(change: Callable[[NotebookNode], object]) -> list[str]:
+        notebook = made_up()
+        change(notebook)
+        text = nbformat.v4.writes(notebook)
+        assert make.stamped(text, NAME) == make.stamped(text, NAME)
+        return [cell.id for cell in nbformat.reads(make.stamped(text, NAME), as_version=4).cells]
+
+    def insert(notebook: NotebookNode) -> None:
+        notebook.cells[2:2] = [new_markdown_cell(text, id="c05") for text in ("One.", "Two.", "Two.")]
+
+    def without(notebook: NotebookNode) -> None:
+        notebook.nbformat_minor = 4
+        del notebook.cells[3]["id"]
+
+    before, after = names(lambda _: None), names(insert)
+    assert before == [f"c{i:02d}" for i in range(len(before))]
+    assert len(set(after)) == len(after) and after[2] == "c05"
+    assert after[:2] + after[5:8] == before[:5] and after[9:] == before[6:]
+    assert len(set(names(without))) == len(before) and names(without)[4:] == before[4:]
 
 
 def test_what_a_kernel_wrote_in_pieces_is_joined_and_its_times_are_dropped() -> None:
