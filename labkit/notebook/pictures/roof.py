@@ -1,0 +1,121 @@
+"""Notebook 07: the roofline, of a GPU on paper or of this machine as measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from labkit.analysis.devices import GPUS
+from labkit.analysis.roofline import MODELS, StepWork
+from labkit.notebook.pictures.svg import Drawing, Sheet
+from labkit.views.style import plural
+
+_LEFT, _RIGHT, _TOP, _BOTTOM = 104.0, 424.0, 66.0, 330.0
+
+
+class Point(NamedTuple):
+    """Something that runs: operations for each byte it moves, operations per second, and its name."""
+
+    intensity: float
+    rate: float
+    name: str
+
+
+def roofline(title: str, bandwidth: float, peak: float, points: Sequence[Point]) -> Drawing:
+    """Draw what a machine can do at best, on logarithmic axes, and where some points lie below it.
+
+    Args:
+        title: the heading.
+        bandwidth, peak: bytes and operations per second of the machine.
+        points: what runs; they are numbered in the picture, and named beside it.
+
+    Raises:
+        ValueError: bandwidth, peak, or a number of a point is not above 0.
+    """
+    if not all(value > 0 for value in (bandwidth, peak, *(v for p in points for v in p[:2]))):
+        raise ValueError("bandwidth, peak, and the intensity and rate of each point must be above 0")
+    ridge = peak / bandwidth
+    xs, ys = [ridge, *(p.intensity for p in points)], [peak, *(p.rate for p in points)]
+    low_x, high_x = math.floor(math.log10(min(xs)) - 0.2), math.ceil(math.log10(max(xs)) + 0.3)
+    low_y, high_y = math.floor(math.log10(min(ys))), math.ceil(math.log10(max(ys)) + 0.1)
+
+    def at(intensity: float, rate: float) -> tuple[float, float]:
+        x = _LEFT + (math.log10(intensity) - low_x) / (high_x - low_x) * (_RIGHT - _LEFT)
+        y = _BOTTOM - (math.log10(rate) - low_y) / (high_y - low_y) * (_BOTTOM - _TOP)
+        return round(x, 1), round(y, 1)
+
+    sheet = Sheet(title, 396)
+    for power in range(low_x, high_x + 1):
+        x, _ = at(10.0**power, 10.0**low_y)
+        sheet.line((x, _TOP), (x, _BOTTOM), color="empty", width=1)
+        sheet.text(x, _BOTTOM + 16, f"{10.0**power:g}", size=11, color="faint", anchor="middle")
+    for power in range(low_y, high_y + 1):
+        _, y = at(10.0**low_x, 10.0**power)
+        sheet.line((_LEFT, y), (_RIGHT, y), color="empty", width=1)
+        sheet.text(_LEFT - 6, y + 4, _rate(10.0**power), size=11, color="faint", anchor="end")
+    start = max(10.0**low_x, 10.0**low_y / bandwidth)
+    sheet.line(at(start, start * bandwidth), at(ridge, peak), color=5, width=2.5)
+    sheet.line(at(ridge, peak), at(10.0**high_x, peak), color=0, width=2.5)
+    sheet.text(_LEFT, _BOTTOM + 36, "operations for each byte that is moved", size=12, color="faint")
+
+    x, y = 448.0, 82.0
+    sheet.text(x, y, f"slope: {bandwidth / 1e9:,.0f} GB/s of memory")
+    sheet.text(x, y + 20, f"roof: {_rate(peak)}, from {ridge:,.0f} a byte on")
+    twin = [
+        f"slope: {bandwidth / 1e9:,.0f} GB/s of memory; roof: {_rate(peak)}, from {ridge:,.0f} operations a "
+        "byte on"
+    ]
+    y += 50
+    taken: list[tuple[float, float]] = []
+    for number, point in enumerate(points, 1):
+        px, py = at(point.intensity, point.rate)
+        sheet.dot(px, py, radius=3.5)
+        label = py + 4
+        while any(abs(px - other) < 22 and abs(label - height) < 13 for other, height in taken):
+            label += 13
+        taken.append((px, label))
+        sheet.text(px + 7, label, number, size=11, bold=True)
+        share = point.rate / min(peak, point.intensity * bandwidth)
+        told = f"{number}  {point.name}"
+        numbers = f"{point.intensity:.3g} a byte, {_rate(point.rate)}, {share:.0%} of its roof"
+        sheet.text(x, y, told, size=12, bold=True)
+        sheet.text(x + 14, y + 15, numbers, size=11, color="faint")
+        twin.append(f"{told}: {numbers}")
+        y += 34 if len(points) < 8 else 28
+    sheet.height = max(396, y)
+    return sheet.drawing(*twin)
+
+
+def _rate(rate: float) -> str:
+    return f"{rate / 1e12:,.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:,.3g} GFLOP/s"
+
+
+def roofline_of_a_t4(context: int = 500) -> Drawing:
+    """Draw the roofline of a T4 by its data sheet, with SmolLM2 in half precision, each step at its best.
+
+    Args:
+        context: tokens in the cache of each row that decodes.
+    """
+    gpu, model = GPUS["T4"], MODELS["smollm2-135m"]
+    steps = {
+        f"decode, {plural(rows, 'row')}": StepWork(
+            rows, rows, rows, rows * (context + 1), rows * (context + 1)
+        )
+        for rows in (1, 8, 64)
+    }
+    steps["a prompt of 512"] = StepWork.of_rows((0,), (512,), 1)
+    points = []
+    for name, step in steps.items():
+        work = model.work(step)
+        points.append(
+            Point(
+                work.operations / work.bytes, work.operations / work.seconds(gpu.bandwidth, gpu.flops), name
+            )
+        )
+    return roofline(
+        "The roofline of a T4: what one can reach at best, by its data sheet",
+        gpu.bandwidth,
+        gpu.flops,
+        points,
+    )
