@@ -10,7 +10,7 @@ from labkit.views.style import color_index
 TWELVE = (
     (9, 6), (13, 28), (5, 4), (12, 12), (8, 32), (14, 5), (3, 8), (10, 24), (6, 4), (11, 10), (4, 30), (7, 6),
 )  # fmt: skip
-"""The twelve requests of notebooks 02 and 04: tokens of prompt and answer."""
+"""The twelve requests of notebooks 02 and 04: tokens of prompt and answer, independent of each other."""
 _SEATS = 4
 
 

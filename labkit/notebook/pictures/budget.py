@@ -34,8 +34,8 @@ def step_budget() -> Drawing:
             sheet.text(x + width / 2, y - 5, record.total_tokens, size=11, anchor="middle")
             sheet.text(x + width / 2, bottom + 16, step, size=11, color="faint", anchor="middle")
             twin.append(
-                f"  step {step}: {record.total_tokens} tokens, {answers} of the answers and {newcomer} of the "
-                "newcomer"
+                f"  step {step}: {record.total_tokens} tokens, {answers} of the answers "
+                f"and {newcomer} of the newcomer"
             )
     x, top = MARGIN + 350, bottom - scale * _BUDGET
     sheet.line((x - 8, top), (x + 11 * (width + 4), top), color="ink", dashed=True)

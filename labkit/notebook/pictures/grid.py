@@ -38,7 +38,7 @@ def int8_grid() -> Drawing:
         name = f"scale {largest:g} / {_LEVELS} = {scale:.2f}"
         if size > largest:
             name = f"with a {size:g} in the row: scale {scale:.2f}"
-        sheet.text((left + right) / 2, y + 12, f"The middle, larger. {name}", anchor="middle", bold=True)
+        sheet.text((left + right) / 2, y + 12, f"The middle, larger: {name}", anchor="middle", bold=True)
         twin.append(f"{name}, a step of the grid")
         line = y + 62
         sheet.line((left, line), (right, line))

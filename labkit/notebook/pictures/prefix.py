@@ -26,7 +26,7 @@ def prefix_tree() -> Drawing:
         pool.share(request, shared)
         pool.allocate(request, pool.blocks_for(len(tokens)) - len(shared))
         pool.publish(request, tokens, len(tokens))
-    sheet = Sheet("The prefix tree: a page is found by the page before it and its own tokens", 272)
+    sheet = Sheet("The prefix tree: the page before it and its tokens lead to a page", 272)
     twin: list[str] = []
 
     def draw(node: int, depth: int, top: float, before: float | None) -> float:

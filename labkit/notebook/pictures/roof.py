@@ -11,7 +11,7 @@ from labkit.analysis.roofline import MODELS, StepWork
 from labkit.notebook.pictures.svg import Drawing, Sheet
 from labkit.views.style import plural
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 104.0, 424.0, 66.0, 330.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 104.0, 396.0, 66.0, 330.0
 
 
 class Point(NamedTuple):
@@ -49,7 +49,7 @@ def roofline(title: str, bandwidth: float, peak: float, points: Sequence[Point])
     for power in range(low_x, high_x + 1):
         x, _ = at(10.0**power, 10.0**low_y)
         sheet.line((x, _TOP), (x, _BOTTOM), color="empty", width=1)
-        sheet.text(x, _BOTTOM + 16, f"{10.0**power:g}", size=11, color="faint", anchor="middle")
+        sheet.text(x, _BOTTOM + 16, _short(10.0**power), size=11, color="faint", anchor="middle")
     for power in range(low_y, high_y + 1):
         _, y = at(10.0**low_x, 10.0**power)
         sheet.line((_LEFT, y), (_RIGHT, y), color="empty", width=1)
@@ -57,28 +57,32 @@ def roofline(title: str, bandwidth: float, peak: float, points: Sequence[Point])
     start = max(10.0**low_x, 10.0**low_y / bandwidth)
     sheet.line(at(start, start * bandwidth), at(ridge, peak), color=5, width=2.5)
     sheet.line(at(ridge, peak), at(10.0**high_x, peak), color=0, width=2.5)
-    sheet.text(_LEFT, _BOTTOM + 36, "operations for each byte that is moved", size=12, color="faint")
+    below = "operations for each byte that is moved"
+    sheet.text(_LEFT, _BOTTOM + 36, below, size=12, color="faint")
 
-    x, y = 448.0, 82.0
+    x, y = 420.0, 82.0
     sheet.text(x, y, f"slope: {bandwidth / 1e9:,.0f} GB/s of memory")
-    sheet.text(x, y + 20, f"roof: {_rate(peak)}, from {ridge:,.0f} a byte on")
+    sheet.text(x, y + 18, f"roof: {_rate(peak)}")
+    sheet.text(x, y + 36, f"they meet at {_short(ridge)} a byte")
     twin = [
-        f"slope: {bandwidth / 1e9:,.0f} GB/s of memory; roof: {_rate(peak)}, from {ridge:,.0f} operations a "
-        "byte on"
+        f"across, {below}: " + ", ".join(_short(10.0**power) for power in range(low_x, high_x + 1)),
+        "up: " + ", ".join(_rate(10.0**power) for power in range(low_y, high_y + 1)),
+        f"slope: {bandwidth / 1e9:,.0f} GB/s of memory; roof: {_rate(peak)}; they meet at {_short(ridge)} a byte",
     ]
-    y += 50
+    y += 64
     taken: list[tuple[float, float]] = []
     for number, point in enumerate(points, 1):
         px, py = at(point.intensity, point.rate)
         sheet.dot(px, py, radius=3.5)
-        label = py + 4
+        label = py - 6
         while any(abs(px - other) < 22 and abs(label - height) < 13 for other, height in taken):
-            label += 13
+            label += 13 if py < _BOTTOM / 2 else -13
         taken.append((px, label))
-        sheet.text(px + 7, label, number, size=11, bold=True)
+        sheet.text(px - 3, label, number, size=11, bold=True, anchor="end")
         share = point.rate / min(peak, point.intensity * bandwidth)
-        told = f"{number}  {point.name}"
-        numbers = f"{point.intensity:.3g} a byte, {_rate(point.rate)}, {share:.0%} of its roof"
+        told, numbers = f"{number}  {point.name}", f"{_short(point.intensity)} a byte, {_rate(point.rate)}"
+        if share < 0.995:
+            numbers += f", {share:.0%} of its roof"
         sheet.text(x, y, told, size=12, bold=True)
         sheet.text(x + 14, y + 15, numbers, size=11, color="faint")
         twin.append(f"{told}: {numbers}")
@@ -88,34 +92,28 @@ def roofline(title: str, bandwidth: float, peak: float, points: Sequence[Point])
 
 
 def _rate(rate: float) -> str:
-    return f"{rate / 1e12:,.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:,.3g} GFLOP/s"
+    unit, size = next(((u, s) for u, s in (("T", 1e12), ("G", 1e9)) if rate >= s), ("M", 1e6))
+    return f"{_short(rate / size)} {unit}FLOP/s"
 
 
-def roofline_of_a_t4(context: int = 500) -> Drawing:
-    """Draw the roofline of a T4 by its data sheet, with SmolLM2 in half precision, each step at its best.
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def roofline_of_a_t4(context: int = 500, bandwidth: float = 320e9) -> Drawing:
+    """Draw the roofline of a T4 on paper, with SmolLM2 in half precision, each step at its best.
 
     Args:
         context: tokens in the cache of each row that decodes.
+        bandwidth: bytes per second; NVIDIA's white paper on Turing has 320 GB/s, its data sheet 300.
     """
-    gpu, model = GPUS["T4"], MODELS["smollm2-135m"]
-    steps = {
-        f"decode, {plural(rows, 'row')}": StepWork(
-            rows, rows, rows, rows * (context + 1), rows * (context + 1)
-        )
-        for rows in (1, 8, 64)
-    }
-    steps["a prompt of 512"] = StepWork.of_rows((0,), (512,), 1)
+    peak, model = GPUS["T4"].flops, MODELS["smollm2-135m"]
+    keys = context + 1
+    steps = {plural(n, "row"): StepWork(n, n, n, n * keys, n * keys) for n in (1, 8, 64)}
+    steps["512 of a prompt"] = StepWork.of_rows((0,), (512,), 1)
     points = []
     for name, step in steps.items():
         work = model.work(step)
-        points.append(
-            Point(
-                work.operations / work.bytes, work.operations / work.seconds(gpu.bandwidth, gpu.flops), name
-            )
-        )
-    return roofline(
-        "The roofline of a T4: what one can reach at best, by its data sheet",
-        gpu.bandwidth,
-        gpu.flops,
-        points,
-    )
+        rate = work.operations / work.seconds(bandwidth, peak)
+        points.append(Point(work.operations / work.bytes, rate, name))
+    return roofline("The roofline of a T4: the most that a step can reach", bandwidth, peak, points)

@@ -1,4 +1,4 @@
-"""The small runs that pictures show: the real engine, with a tiny random model that is the same everywhere."""
+"""The small runs that pictures show: the real engine, with the tiny model that is the same everywhere."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ _STYLE = (
 
 # -- how wide words are ---------------------------------------------------------------------------
 
-_NARROW, _WIDE = " .,:;'|!ijlI", "mwMW@%—→"
+_NARROW, _WIDE = " .,:;'|!ijlI", "mwMW@%½—→"
 
 
 def width_of(words: str, size: float = 13, *, bold: bool = False) -> float:

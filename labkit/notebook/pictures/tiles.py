@@ -65,8 +65,8 @@ def attention_tiles(tokens: int = 512, tile: int = 64, at: tuple[int, int] = (5,
     sheet.arrow((x + 249, 178), (x + 249, 214), color=3, width=2)
     return sheet.drawing(
         *lines,
-        f"beside the processor: {_SHARED_KB} KB, fast: the queries of a row of tiles; then keys and values, and "
-        f"one tile of scores ({score:.0f} KB in fp32), tile by tile; and m, l, a for each query",
+        f"beside the processor: {_SHARED_KB} KB, fast: the queries of a row of tiles; then keys and values, "
+        f"and one tile of scores ({score:.0f} KB in fp32), tile by tile; and m, l, a for each query",
         f"the GPU's memory: {gpu.memory / 1e9:.0f} GB, {gpu.bandwidth / 1e9:.0f} GB/s (a T4): queries, keys, "
         f"values and results; all scores would be {every:.0f} MB a head, and are never there",
     )
