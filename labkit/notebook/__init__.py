@@ -51,7 +51,8 @@ def setup() -> None:
     else:
         where += f" ({torch.cuda.get_device_name(model.device)})"
     dtype = str(model.dtype).removeprefix("torch.")
-    print(f"labkit: {model.name} in {dtype} on {where}. A notebook takes 1 to 3 minutes to run, 20 to read.")
+    takes = "A notebook takes 1 to 3 minutes to run, 45 to 60 to work through."
+    print(f"labkit: {model.name} in {dtype} on {where}. {takes}")
 
 
 def source(*things: Any) -> None:

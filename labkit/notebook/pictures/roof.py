@@ -67,7 +67,7 @@ def roofline(title: str, bandwidth: float, peak: float, points: Sequence[Point])
     twin = [
         f"across, {below}: " + ", ".join(_short(10.0**power) for power in range(low_x, high_x + 1)),
         "up: " + ", ".join(_rate(10.0**power) for power in range(low_y, high_y + 1)),
-        f"slope: {bandwidth / 1e9:,.0f} GB/s of memory; roof: {_rate(peak)}; they meet at {_short(ridge)} a byte",
+        f"slope: {bandwidth / 1e9:,.0f} GB/s of memory; roof: {_rate(peak)}; they meet at {_short(ridge)}",
     ]
     y += 64
     taken: list[tuple[float, float]] = []
