@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from labkit.notebook import run_first
 from labkit.views.picture import Picture, bars, heatmap, lines, show, throughput, timeline, token_timeline
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def default_model() -> LoadedModel:
 
 def setup() -> None:
     """Load the model, and say in one line where it runs and how long a notebook takes."""
+    run_first.watch()
     model = default_model()
     import torch
 
