@@ -5,6 +5,7 @@ The tiny model stands in for the real one, which takes seconds. What the cells s
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator, Sequence
 
@@ -18,6 +19,7 @@ from notebooks import make
 from tests.exercising import notebook
 
 NUMBERS = [path.name[:2] for path in sorted(make.HERE.glob("*.ipynb"))]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # several kernels may run side by side
 WITH_THE_TINY_MODEL = """\
 import sys
 sys.path[:0] = ["..", "."]
@@ -83,7 +85,7 @@ def says_what_to_run(wrong: str) -> bool:
 def test_a_notebook_runs_twice_and_the_second_time_in_any_order(number: str) -> None:
     reader, shuffled = Reader(number), sections(number)
     random.Random(number).shuffle(shuffled)
-    with reader.client.setup_kernel():
+    with reader.client.setup_kernel(env=ONE_THREAD):
         for cell, wrong in reader.run(range(len(reader.cells))):
             assert not wrong, f"{cell.source}\n\n{wrong}"
         for section in shuffled:
@@ -95,7 +97,7 @@ def test_a_notebook_runs_twice_and_the_second_time_in_any_order(number: str) -> 
 def test_a_section_that_comes_too_early_says_what_to_run_first(number: str) -> None:
     reader, shuffled = Reader(number), sections(number)
     random.Random(number).shuffle(shuffled)
-    with reader.client.setup_kernel():
+    with reader.client.setup_kernel(env=ONE_THREAD):
         for section in [[0], *shuffled]:
             for cell, wrong in reader.run(section):
                 assert not wrong or says_what_to_run(wrong), f"{cell.source}\n\n{wrong}"

@@ -53,7 +53,7 @@ def setup() -> None:
     else:
         where += f" ({torch.cuda.get_device_name(model.device)})"
     dtype = str(model.dtype).removeprefix("torch.")
-    takes = "A notebook takes 1 to 3 minutes to run, 45 to 60 to work through."
+    takes = "A notebook runs in 1 to 3 minutes and takes 45 to 60."
     print(f"labkit: {model.name} in {dtype} on {where}. {takes}")
 
 

@@ -70,15 +70,12 @@ def roofline(title: str, bandwidth: float, peak: float, points: Sequence[Point])
         f"slope: {bandwidth / 1e9:,.0f} GB/s of memory; roof: {_rate(peak)}; they meet at {_short(ridge)}",
     ]
     y += 64
-    taken: list[tuple[float, float]] = []
-    for number, point in enumerate(points, 1):
-        px, py = at(point.intensity, point.rate)
+    places = [at(point.intensity, point.rate) for point in points]
+    for number, (px, py), label in zip(range(1, 1 + len(points)), places, _labels(places), strict=True):
+        sheet.line((px - 13, label - 4), (px, py), color="faint", width=1)
         sheet.dot(px, py, radius=3.5)
-        label = py - 6
-        while any(abs(px - other) < 22 and abs(label - height) < 13 for other, height in taken):
-            label += 13 if py < _BOTTOM / 2 else -13
-        taken.append((px, label))
-        sheet.text(px - 3, label, number, size=11, bold=True, anchor="end")
+        sheet.text(px - 15, label, number, size=11, bold=True, anchor="end")
+    for number, point in enumerate(points, 1):
         share = point.rate / min(peak, point.intensity * bandwidth)
         told, numbers = f"{number}  {point.name}", f"{_short(point.intensity)} a byte, {_rate(point.rate)}"
         if share < 0.995:
@@ -89,6 +86,17 @@ def roofline(title: str, bandwidth: float, peak: float, points: Sequence[Point])
         y += 34 if len(points) < 8 else 28
     sheet.height = max(396, y)
     return sheet.drawing(*twin)
+
+
+def _labels(places: Sequence[tuple[float, float]]) -> list[float]:
+    """Return a height for the number of each point, in their order, so that none lies on another."""
+    down = sum(y for _, y in places) < len(places) * (_TOP + _BOTTOM) / 2  # away from the nearer end
+    found: dict[int, float] = {}
+    for i in sorted(range(len(places)), key=lambda i: places[i][1], reverse=not down):
+        near = [found[j] for j in found if abs(places[i][0] - places[j][0]) < 30]
+        here = places[i][1] - 3
+        found[i] = max([here, *(y + 13 for y in near)]) if down else min([here, *(y - 13 for y in near)])
+    return [found[i] for i in range(len(places))]
 
 
 def _rate(rate: float) -> str:
