@@ -33,6 +33,9 @@ def replaced(real):
 
 
 load.load_model = replaced(load.load_model)
+from labkit.exercises import e09
+
+e09.plain_model.__defaults__ = ("tiny-random",)
 labkit.setup()"""
 
 
