@@ -39,32 +39,22 @@ def draft_and_verify() -> Drawing:
     sheet.text(MARGIN, 256, "the answer", bold=True)
     twin = []
     for i, (token, choice) in enumerate(zip(shown, chosen, strict=True)):
-        x = left + i * (width + 4)
-        kept = i < len(made)
-        sheet.text(
-            x + width / 2,
-            58,
-            "last token" if i == 0 else f"draft {i}",
-            size=12,
-            color="faint",
-            anchor="middle",
-        )
-        sheet.box(x, 64, width, 32, token, color="empty" if i == 0 else 2 if i < len(made) else 5, size=12)
-        sheet.arrow((x + width / 2, 98), (x + width / 2, 148), color="faint")
+        x, kept = left + i * (width + 4), i < len(made)
+        middle = x + width / 2
+        head = f"draft {i}" if i else "last token"
+        verdict = ("right" if kept else "wrong" if i == len(made) else "too late") if i else ""
+        sheet.text(middle, 58, head, size=12, color="faint", anchor="middle")
+        sheet.box(x, 64, width, 32, token, color=(2 if kept else 5) if i else "empty", size=12)
+        sheet.arrow((middle, 98), (middle, 148))
+        if verdict:
+            sheet.text(middle + 8, 122, verdict, size=12)
         sheet.box(x, 152, width, 32, choice, color=0 if kept else "empty", size=12)
         if kept:
-            sheet.arrow((x + width / 2, 186), (x + width / 2, 232), color="faint")
+            sheet.arrow((middle, 186), (middle, 232))
             sheet.box(x, 236, width, 32, choice, color=0, size=12)
-        if i < len(drafts):
-            right = i < len(made) - 1
-            verdict = "right" if right else "wrong" if i == len(made) - 1 else "not asked"
-            sheet.line(
-                (x + width - 8, 150), (x + width + 12, 98), color=2 if right else 5, width=2, dashed=not right
-            )
-        verdict = ("right" if i < len(made) else "wrong" if i == len(made) else "too late") if i else ""
-        if verdict:
-            sheet.text(x + width / 2 + 8, 122, verdict, size=12, color="ink")
-        head = "last token" if i == 0 else f"draft {i}"
+        if i:  # is this draft what was chosen before it?
+            ends = (x - 12, 150), (x + 8, 98)
+            sheet.line(*ends, color=2 if kept else 5, width=2, dashed=not kept)
         twin.append(f"  {head:10} {token:12} {verdict:9} the model chooses next: {choice}")
     told = f"{len(drafts)} drafts, {record.total_accepted} right: {len(made)} tokens in one step. "
     told += "The last is the model's own."

@@ -55,7 +55,7 @@ def int8_grid() -> Drawing:
             x, target = at(value, near), at(back, near)
             sheet.dot(x, line - 24, color=0)
             sheet.text(x, line - 32, f"{value:g}", size=12, anchor="middle")
-            sheet.arrow((x, line - 19), (target, line - 5) if x != target else (x, line - 5), color=0)
+            sheet.arrow((x, line - 19), (target, line - 5), color=0)
             twin.append(f"  {value:g} comes back as {back:.2f}".replace("-0.00", "0.00"))
         y += 104
     return sheet.drawing(

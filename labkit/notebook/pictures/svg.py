@@ -62,8 +62,8 @@ class Sheet:
         """Write words with their foot at y, and their start, middle or end (`anchor`) at x."""
         weight = ' font-weight="600"' if bold else ""
         self._parts.append(
-            f'<text class="lk-{color}" fill="{_LIGHT[color]}" x="{x:g}" y="{y:g}" font-size="{size:g}"'
-            f'{weight} text-anchor="{anchor}">{escape(str(words))}</text>'
+            f'<text class="lk-{color}" fill="{_LIGHT[color]}" x="{_px(x)}" y="{_px(y)}" '
+            f'font-size="{_px(size)}"{weight} text-anchor="{anchor}">{escape(str(words))}</text>'
         )
 
     def box(
@@ -83,8 +83,8 @@ class Sheet:
         look = f'class="lk-{color}" fill="{_LIGHT[color]}"' if isinstance(color, str) else _of_palette(color)
         edge = ' class="lk-edge" fill="none" stroke="' + FAINT_INK + '" stroke-dasharray="3 3"'
         self._parts.append(
-            f'<rect {edge if dashed else look} x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" '
-            'rx="3"/>'
+            f'<rect {edge if dashed else look} x="{_px(x)}" y="{_px(y)}" width="{_px(width)}" '
+            f'height="{_px(height)}" rx="3"/>'
         )
         if words != "":
             self.text(
@@ -101,10 +101,10 @@ class Sheet:
         """Draw a line through points."""
         stroke = PALETTE[color % len(PALETTE)] if isinstance(color, int) else _LIGHT[color]
         name = "" if isinstance(color, int) else f'class="lk-{color}-line" '
-        path = " ".join(f"{x:g},{y:g}" for x, y in points)
+        path = " ".join(f"{_px(x)},{_px(y)}" for x, y in points)
         dashes = ' stroke-dasharray="3 3"' if dashed else ""
         self._parts.append(
-            f'<polyline {name}points="{path}" fill="none" stroke="{stroke}" stroke-width="{width:g}"'
+            f'<polyline {name}points="{path}" fill="none" stroke="{stroke}" stroke-width="{_px(width)}"'
             f"{dashes}/>"
         )
 
@@ -115,25 +115,30 @@ class Sheet:
         dx, dy = size * (x - x0) / length, size * (y - y0) / length
         self.line(*points[:-1], (x - dx, y - dy), color=color, width=width)
         corners = (x, y), (x - dx - dy / 2, y - dy + dx / 2), (x - dx + dy / 2, y - dy - dx / 2)
-        path = " ".join(f"{a:.4g},{b:.4g}" for a, b in corners)
+        path = " ".join(f"{_px(a)},{_px(b)}" for a, b in corners)
         self._parts.append(f'<polygon {_solid(color)}points="{path}"/>')
 
     def dot(self, x: float, y: float, *, color: int | str = "ink", radius: float = 4) -> None:
         """Draw a small disc."""
-        self._parts.append(f'<circle {_solid(color)}cx="{x:g}" cy="{y:g}" r="{radius:g}"/>')
+        self._parts.append(f'<circle {_solid(color)}cx="{_px(x)}" cy="{_px(y)}" r="{_px(radius)}"/>')
 
     def drawing(self, *twin: str) -> Drawing:
         """Return the finished picture; its twin is the title and these lines."""
         text = "\n".join([self.title, "", *twin])
         body = "\n".join(self._parts)
         return Drawing(
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{self.height:g}" '
-            f'viewBox="0 0 {WIDTH} {self.height:g}" role="img" font-family="{_FONT}">\n'
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{_px(self.height)}" '
+            f'viewBox="0 0 {WIDTH} {_px(self.height)}" role="img" font-family="{_FONT}">\n'
             f"<title>{escape(self.title)}</title>\n<desc>{escape(text)}</desc>\n<style>{_STYLE}</style>\n"
-            f'<rect class="lk-paper" fill="{PAPER}" width="{WIDTH}" height="{self.height:g}" rx="8"/>\n'
+            f'<rect class="lk-paper" fill="{PAPER}" width="{WIDTH}" height="{_px(self.height)}" rx="8"/>\n'
             f"{body}\n</svg>",
             text,
         )
+
+
+def _px(number: float) -> str:
+    """Write a length to a tenth of a pixel: finer ones are rounded in other ways on other machines."""
+    return f"{round(number, 1) + 0.0:g}"
 
 
 def _solid(color: int | str) -> str:

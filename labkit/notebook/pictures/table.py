@@ -33,10 +33,11 @@ def block_table() -> Drawing:
         y += 14
         for entry, page in enumerate(table):
             first, last = entry * _SIZE, min(tokens, (entry + 1) * _SIZE) - 1
-            sheet.box(MARGIN, y, 130, 24, f"tokens {first} to {last}", color=color, size=12)
+            held = f"tokens {first} to {last}" if first < last else f"token {first}"
+            sheet.box(MARGIN, y, 130, 24, held, color=color, size=12)
             sheet.box(MARGIN + 134, y, 70, 24, f"page {page}", color=color, size=12)
             sheet.arrow((MARGIN + 208, y + 12), (424, _top(page) + 9), color=color)
-            twin.append(f"  entry {entry}: tokens {first} to {last} lie in page {page}")
+            twin.append(f"  entry {entry}, {held}: page {page}")
             y += 27
         y += 22
     for page in range(_PAGES):
