@@ -71,10 +71,12 @@ def roofline(title: str, bandwidth: float, peak: float, points: Sequence[Point])
     ]
     y += 64
     places = [at(point.intensity, point.rate) for point in points]
-    for number, (px, py), label in zip(range(1, 1 + len(points)), places, _labels(places), strict=True):
-        sheet.line((px - 13, label - 4), (px, py), color="faint", width=1)
+    for number, (px, py), (left, foot) in zip(
+        range(1, 1 + len(points)), places, _labels(places), strict=True
+    ):
+        sheet.line((left + 2, foot - 4), (px, py), color="faint", width=1)
         sheet.dot(px, py, radius=3.5)
-        sheet.text(px - 15, label, number, size=11, bold=True, anchor="end")
+        sheet.text(left, foot, number, size=11, bold=True, anchor="end")
     for number, point in enumerate(points, 1):
         share = point.rate / min(peak, point.intensity * bandwidth)
         told, numbers = f"{number}  {point.name}", f"{_short(point.intensity)} a byte, {_rate(point.rate)}"
@@ -88,14 +90,22 @@ def roofline(title: str, bandwidth: float, peak: float, points: Sequence[Point])
     return sheet.drawing(*twin)
 
 
-def _labels(places: Sequence[tuple[float, float]]) -> list[float]:
-    """Return a height for the number of each point, in their order, so that none lies on another."""
-    down = sum(y for _, y in places) < len(places) * (_TOP + _BOTTOM) / 2  # away from the nearer end
-    found: dict[int, float] = {}
-    for i in sorted(range(len(places)), key=lambda i: places[i][1], reverse=not down):
-        near = [found[j] for j in found if abs(places[i][0] - places[j][0]) < 30]
-        here = places[i][1] - 3
-        found[i] = max([here, *(y + 13 for y in near)]) if down else min([here, *(y - 13 for y in near)])
+def _labels(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return where the number of each point goes: in a column to the left of the points near it, as they lie."""
+    found: dict[int, tuple[float, float]] = {}
+    across = sorted(range(len(places)), key=lambda i: places[i])
+    while across:
+        group = [across.pop(0)]
+        while across and places[across[0]][0] - places[group[-1]][0] < 40:
+            group.append(across.pop(0))
+        left = places[group[0]][0] - 15
+        group.sort(key=lambda i: places[i][1])
+        feet: list[float] = []
+        for i in group:
+            feet.append(max(places[i][1] - 3, feet[-1] + 13 if feet else 0))
+        shift = sum(foot - places[i][1] for foot, i in zip(feet, group, strict=True)) / len(group)
+        shift = max(min(shift, feet[0] - _TOP), feet[-1] - _BOTTOM)  # the column stays beside the chart
+        found |= {i: (left, foot - shift) for i, foot in zip(group, feet, strict=True)}
     return [found[i] for i in range(len(places))]
 
 
