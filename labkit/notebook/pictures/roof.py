@@ -91,7 +91,7 @@ def roofline(title: str, bandwidth: float, peak: float, points: Sequence[Point])
 
 
 def _labels(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return where the number of each point goes: in a column to the left of the points near it, as they lie."""
+    """Return where the numbers go: in a column to the left of points near each other, as they lie."""
     found: dict[int, tuple[float, float]] = {}
     across = sorted(range(len(places)), key=lambda i: places[i])
     while across:
