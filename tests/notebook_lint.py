@@ -96,16 +96,6 @@ def named(book: Book) -> Iterator[str]:
         yield f"its title does not begin with '# {book.number} · '"
 
 
-def opens_with_a_picture(book: Book) -> Iterator[str]:
-    """Its first cell after the setup draws its idea, alike on every machine, and a text refers to it."""
-    if len(book.code) < 2 or not any(SVG in output.get("data", {}) for output in book.code[1].outputs):
-        yield "its first cell after the setup draws no picture"
-    elif is_ignored(book.code[1]):
-        yield "its picture is not compared"
-    if book.prose.count("the picture at the top") < 1:
-        yield "no text refers to the picture at the top"
-
-
 def long_enough(book: Book) -> Iterator[str]:
     """It has 20 to 40 cells."""
     if not 20 <= len(book.cells) <= 40:
@@ -129,6 +119,16 @@ def claims(book: Book) -> Iterator[str]:
     paragraphs = re.split(r"\n\s*\n", book.cells[0].source)
     if not any(re.match(r"\*\*[^*].{10,}?\*\*", paragraph, re.DOTALL) for paragraph in paragraphs[1:]):
         yield "no paragraph of its first cell begins with a claim in bold"
+
+
+def opens_with_a_picture(book: Book) -> Iterator[str]:
+    """Its first cell after the setup draws its idea, alike on every machine, and a text refers to it."""
+    if len(book.code) < 2 or not any(SVG in output.get("data", {}) for output in book.code[1].outputs):
+        yield "its first cell after the setup draws no picture"
+    elif is_ignored(book.code[1]):
+        yield "its picture is not compared"
+    if book.prose.count("the picture at the top") < 1:
+        yield "no text refers to the picture at the top"
 
 
 def was_run(book: Book) -> Iterator[str]:
@@ -266,8 +266,9 @@ def linked(book: Book) -> Iterator[str]:
 RULES: dict[str, Callable[[Book], Iterator[str]]] = {
     rule.__name__: rule
     for rule in (
-        named, opens_with_a_picture, long_enough, small, as_stamped, claims, was_run, sets_up, compared,
-        without_widgets, without_clearing, without_paths, examines, recapitulates, twinned, linked,
+        opens_with_a_picture,
+        named, long_enough, small, as_stamped, claims, was_run, sets_up, compared, without_widgets,
+        without_clearing, without_paths, examines, recapitulates, twinned, linked,
     )
 }  # fmt: skip
 
