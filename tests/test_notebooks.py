@@ -20,7 +20,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from notebooks import make
-from tests.notebook_lint import IGNORED, PLOTLY, RULES, Book, broken, is_compared
+from tests.notebook_lint import IGNORED, PLOTLY, RULES, SVG, Book, broken, is_compared
 
 ROOT = Path(__file__).parent.parent
 PATHS = sorted(make.HERE.glob("*.ipynb"))
@@ -53,7 +53,7 @@ TITLE = """\
 
 **Pages that nobody holds are free to all.**
 
-What follows is made up. See [the pool](../labkit/core/block_pool.py#L10) and [a paper](https://arxiv.org/abs/2309.06180)."""
+All is made up, the picture at the top as well. See [the pool](../labkit/core/block_pool.py#L10) and [a paper](https://arxiv.org/abs/2309.06180)."""
 BOX = "> **Exercise 97.1 · Count pages** · difficulty ●○○ · ~5 minutes"
 STUB = """\
 def pages(tokens, size):
@@ -73,7 +73,7 @@ def pages(tokens, size):
 
 </details>"""
 RECAP = "## Recap\n\n" + "\n\n".join(f"<details><summary>{i}?</summary>Yes.</details>" for i in range(5))
-FIGURE = {PLOTLY: {"data": [{"x": [1, 2]}], "layout": {}}, "text/plain": "Pages\n\na  1\nb  2"}
+FIGURE = {PLOTLY: {"data": [{"x": [1, 2]}], "layout": {}}, SVG: "<svg/>", "text/plain": "Pages\n\na  1\nb  2"}
 
 
 def said(text: str) -> list[NotebookNode]:
@@ -148,7 +148,10 @@ WIDGET = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}}
 BREAKS: list[tuple[str, str, Callable[[NotebookNode], object]]] = [
     ("named", "title", setting(0, source=TITLE.replace("97", "96"))),
     ("long_enough", "it has 19 cells", lambda n: n.cells.pop(-2)),
-    ("long_enough", "it has 36 cells", lambda n: n.cells.extend(map(new_markdown_cell, "More than enough"))),
+    ("long_enough", "it has 41 cells", lambda n: n.cells.extend(map(new_markdown_cell, "a" * 21))),
+    ("opens_with_a_picture", "draws no picture", setting(2, outputs=shown({"text/plain": "Pages"}))),
+    ("opens_with_a_picture", "its picture is not compared", ignoring(2)),
+    ("opens_with_a_picture", "no text refers", setting(0, source=TITLE.replace("at the top", ""))),
     ("small", "KB large", setting(-1, source=RECAP + "\n" + "é" * 250_000)),
     ("claims", "claim in bold", setting(0, source=TITLE.replace("**", ""))),
     ("claims", "claim in bold", setting(0, source=TITLE.replace("**Pages", "Pages **that**"))),
@@ -182,7 +185,7 @@ BREAKS: list[tuple[str, str, Callable[[NotebookNode], object]]] = [
     ("recapitulates", "no heading", setting(-1, source=RECAP.replace("## Recap", "Recap"))),
     ("recapitulates", "4 folded answers, not 5", setting(-1, source=RECAP.replace("details", "div", 1))),
     ("recapitulates", "0 folded answers", setting(-1, source=RECAP.replace("Recap", "Recap\n\n## Limits"))),
-    ("twinned", "c02 has a figure without a text", setting(2, outputs=shown({PLOTLY: {}}))),
+    ("twinned", "c02 has a figure without a text", setting(2, outputs=shown({PLOTLY: {}, SVG: ""}))),
     ("twinned", "without a text", setting(2, outputs=shown(FIGURE | {"text/plain": "A\n(1)"}))),
     ("twinned", "encoded numbers", setting(2, outputs=shown(FIGURE | {PLOTLY: {"x": {"bdata": "AA="}}}))),
     ("linked", "../labkit/core/nothing.py#L10", setting(0, source=TITLE.replace("block_pool", "nothing"))),
