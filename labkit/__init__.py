@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from labkit.notebook.live_view import lab
     from labkit.sampling_params import SamplingParams
     from labkit.trace.trace import Trace
+    from labkit.views.run_page import export_html
 
     __version__: str
 
-__all__ = ["LLM", "Engine", "EngineConfig", "SamplingParams", "Trace", "check", "lab", "setup"]
+__all__ = ["LLM", "Engine", "EngineConfig", "SamplingParams", "Trace", "check", "export_html", "lab", "setup"]
 
 _HOMES = {
     "LLM": "labkit.llm",
@@ -30,6 +31,7 @@ _HOMES = {
     "SamplingParams": "labkit.sampling_params",
     "Trace": "labkit.trace.trace",
     "check": "labkit.exercises",
+    "export_html": "labkit.views.run_page",
     "lab": "labkit.notebook.live_view",
     "setup": "labkit.notebook",
 }

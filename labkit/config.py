@@ -102,6 +102,8 @@ class EngineConfig(ModelConfig):
         max_trace_steps: how many steps the trace keeps the records of; None keeps all.
         audit: whether every rule is checked at every step, which is slow; a scheduler or pool of your own is
             always checked.
+        tensor_parallel_size: the number of processes that share one model, each with a part of every layer
+            (on GPUs, each with one of its own). It has no effect on a model that is loaded already.
         seed: the seed of requests that have none of their own.
         generation_config: whose defaults hold for requests that do not say how to sample: "auto" takes those
             of the model's `generation_config.json`, where it has any, as vLLM does; "labkit" leaves the file
@@ -132,12 +134,14 @@ class EngineConfig(ModelConfig):
     as_t4: bool = False
     max_trace_steps: int | None = None
     audit: bool = False
+    tensor_parallel_size: int = 1
     seed: int = 0
     generation_config: Literal["auto", "labkit"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "num_speculative_tokens"):
+        whole = ("block_size", "max_num_seqs", "max_num_batched_tokens", "num_speculative_tokens")
+        for name in (*whole, "tensor_parallel_size"):
             check_number(name, getattr(self, name), 1, math.inf, whole=True)
         lowest = {"num_blocks": 1, "max_model_len": 2, "max_trace_steps": 1, "num_threads": 1}
         for name, low in lowest.items():
@@ -158,6 +162,8 @@ class EngineConfig(ModelConfig):
             raise ValueError(f"draft_model needs speculative 'draft', not {self.speculative!r}")
         if self.as_t4 and self.dtype not in T4_DTYPES:
             raise ValueError(f"as_t4 computes in float16: dtype must be auto or float16, not {self.dtype!r}")
+        if self.tensor_parallel_size > 1 and (self.attention_backend != "auto" or self.as_t4):
+            raise ValueError("tensor_parallel_size needs attention_backend 'auto' and no as_t4")
         check_seats(self.max_num_seqs, self.max_num_batched_tokens)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import os
 import signal
@@ -39,6 +40,9 @@ from labkit.models.no_tokenizer import NoTokenizer
 from labkit.models.progress import Say
 from labkit.models.prompts import Prompt, check_tokens, read_prompt
 from labkit.outputs import RequestMetrics, RequestOutput
+from labkit.parallel.group import ParallelError
+from labkit.parallel.load import load_parallel
+from labkit.parallel.model import ParallelRunner, ParallelTransformer
 from labkit.sampling_params import SamplingParams, check_number
 from labkit.schedulers import scheduler_class
 from labkit.schedulers.audit import Auditor
@@ -136,12 +140,15 @@ class Engine(EngineCore):
             kv_policy=config.kv_policy,
         )
         trace = Trace(self._meta(policy), max_steps=config.max_trace_steps)
+        parallel = isinstance(module, ParallelTransformer)
+        if parallel:
+            self.make_runner = ParallelRunner
         super().__init__(module, policy, backend, cache=cache, graphs=graphs, trace=trace)
         most = cache.num_blocks * config.block_size
         self.max_model_len = config.max_model_len or min(module.max_model_len, most)
         self.speculator = make_speculator(config, self.model, self.runner, draft, say)
         threads = torch.get_num_threads()
-        adaptive = config.adaptive_threads and module.device.type == "cpu" and threads > 1
+        adaptive = config.adaptive_threads and module.device.type == "cpu" and threads > 1 and not parallel
         self.threads = ThreadBudget(threads) if adaptive else None
 
     def __repr__(self) -> str:
@@ -281,9 +288,14 @@ class Engine(EngineCore):
 
     def add(self, request: Request) -> None:
         """Queue a request and its children, for the next step on. Raises as `add_request` does."""
-        self._check_unused(request)
-        family = [request, *request.children]  # the scheduler may take the children over at once
+        self.scheduler.check(request)
+        self.register(request)
         super().add(request)
+
+    def register(self, request: Request) -> None:
+        """Open an output for a request and its children. Raises `ValueError` if an id is in use."""
+        self._check_unused(request)
+        family = [request, *request.children]
         now = time.perf_counter()
         for index, member in enumerate(family):
             self._unfinished[member.request_id] = member
@@ -311,9 +323,17 @@ class Engine(EngineCore):
         """Run one step as `EngineCore.step` does. Ctrl-C, or a notebook's stop button, waits for its end.
 
         With a scheduler or a pool of your own it ends the step at once, because that may never be over.
+
+        Raises:
+            ParallelError: after a step in which one of the processes of a parallel model failed. All requests
+                in it have ended, and no more can run.
         """
         with contextlib.nullcontext() if self.auditor else _interrupts_held():
-            return super().step()
+            record = super().step()
+        module = self.model.module
+        if isinstance(module, ParallelTransformer) and module.workers.failure:
+            raise ParallelError(module.workers.failure)
+        return record
 
     def deliver(
         self, plan: StepPlan, result: StepResult, record: StepRecord, begin: float, end: float
@@ -415,7 +435,10 @@ def _model_of(config: EngineConfig, say: Say | None) -> LoadedModel:
     if loaded:
         loaded.check(replace(config, dtype=dtype))
         return loaded
-    return load_model(
+    load = load_model
+    if config.tensor_parallel_size > 1:
+        load = functools.partial(load_parallel, world_size=config.tensor_parallel_size)
+    return load(
         config.model,
         dtype=dtype,
         device=config.device,

@@ -20,7 +20,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from notebooks import make
-from tests.notebook_lint import IGNORED, PLOTLY, RULES, Book, broken, is_compared
+from tests.notebook_lint import IGNORED, PLOTLY, RULES, SVG, Book, broken, is_compared
 
 ROOT = Path(__file__).parent.parent
 PATHS = sorted(make.HERE.glob("*.ipynb"))
@@ -53,7 +53,7 @@ TITLE = """\
 
 **Pages that nobody holds are free to all.**
 
-What follows is made up. See [the pool](../labkit/core/block_pool.py#L10) and [a paper](https://arxiv.org/abs/2309.06180)."""
+All is made up, the picture at the top as well. See [the pool](../labkit/core/block_pool.py#L10) and [a paper](https://arxiv.org/abs/2309.06180)."""
 BOX = "> **Exercise 97.1 · Count pages** · difficulty ●○○ · ~5 minutes"
 STUB = """\
 def pages(tokens, size):
@@ -73,7 +73,7 @@ def pages(tokens, size):
 
 </details>"""
 RECAP = "## Recap\n\n" + "\n\n".join(f"<details><summary>{i}?</summary>Yes.</details>" for i in range(5))
-FIGURE = {PLOTLY: {"data": [{"x": [1, 2]}], "layout": {}}, "text/plain": "Pages\n\na  1\nb  2"}
+FIGURE = {PLOTLY: {"data": [{"x": [1, 2]}], "layout": {}}, SVG: "<svg/>", "text/plain": "Pages\n\na  1\nb  2"}
 
 
 def said(text: str) -> list[NotebookNode]:
@@ -99,6 +99,8 @@ def made_up() -> NotebookNode:
         *(new_code_cell(f"print({i})", outputs=said(f"{i}\n")) for i in range(10)),
         new_markdown_cell(RECAP),
     ]
+    for i, cell in enumerate(cells):
+        cell.id = f"c{i:02d}"
     for count, cell in enumerate((cell for cell in cells if cell.cell_type == "code"), 1):
         cell.execution_count = count
     return new_notebook(cells=cells)
@@ -146,7 +148,10 @@ WIDGET = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}}
 BREAKS: list[tuple[str, str, Callable[[NotebookNode], object]]] = [
     ("named", "title", setting(0, source=TITLE.replace("97", "96"))),
     ("long_enough", "it has 19 cells", lambda n: n.cells.pop(-2)),
-    ("long_enough", "it has 36 cells", lambda n: n.cells.extend(map(new_markdown_cell, "More than enough"))),
+    ("long_enough", "it has 41 cells", lambda n: n.cells.extend(map(new_markdown_cell, "a" * 21))),
+    ("opens_with_a_picture", "draws no picture", setting(2, outputs=shown({"text/plain": "Pages"}))),
+    ("opens_with_a_picture", "its picture is not compared", ignoring(2)),
+    ("opens_with_a_picture", "no text refers", setting(0, source=TITLE.replace("at the top", ""))),
     ("small", "KB large", setting(-1, source=RECAP + "\n" + "é" * 250_000)),
     ("claims", "claim in bold", setting(0, source=TITLE.replace("**", ""))),
     ("claims", "claim in bold", setting(0, source=TITLE.replace("**Pages", "Pages **that**"))),
@@ -180,7 +185,7 @@ BREAKS: list[tuple[str, str, Callable[[NotebookNode], object]]] = [
     ("recapitulates", "no heading", setting(-1, source=RECAP.replace("## Recap", "Recap"))),
     ("recapitulates", "4 folded answers, not 5", setting(-1, source=RECAP.replace("details", "div", 1))),
     ("recapitulates", "0 folded answers", setting(-1, source=RECAP.replace("Recap", "Recap\n\n## Limits"))),
-    ("twinned", "c02 has a figure without a text", setting(2, outputs=shown({PLOTLY: {}}))),
+    ("twinned", "c02 has a figure without a text", setting(2, outputs=shown({PLOTLY: {}, SVG: ""}))),
     ("twinned", "without a text", setting(2, outputs=shown(FIGURE | {"text/plain": "A\n(1)"}))),
     ("twinned", "encoded numbers", setting(2, outputs=shown(FIGURE | {PLOTLY: {"x": {"bdata": "AA="}}}))),
     ("linked", "../labkit/core/nothing.py#L10", setting(0, source=TITLE.replace("block_pool", "nothing"))),
@@ -208,7 +213,8 @@ def test_a_setup_that_said_nothing_is_refused_though_it_holds_a_magic() -> None:
 
 def test_what_is_changed_after_stamping_is_refused() -> None:
     whole = book().text
-    for old, new in (("labkit.setup()", "labkit.set_up()"), ('"c05"', '"x"'), ("badge.svg", "badge.png")):
+    badge = f"· Made up\\n{make.BADGE}()"
+    for old, new in (("labkit.setup()", "labkit.set_up()"), ("· Made up", badge)):
         assert whole.count(old) >= 1
         assert "as_stamped" in broken(Book(NAME, whole.replace(old, new)))
     kept = whole.replace('"metadata": {\n  "accelerator"', '"metadata": {\n  "widgets": {},\n  "accelerator"')
@@ -233,9 +239,29 @@ def test_stamping_twice_is_stamping_once_and_keeps_what_the_author_wrote() -> No
     before, after = made_up(), nbformat.reads(once, as_version=4)
     assert [cell.source for cell in before.cells[2:]] == [cell.source for cell in after.cells[2:]]
     assert [cell.get("outputs") for cell in before.cells] == [cell.get("outputs") for cell in after.cells]
-    lines = after.cells[0].source.splitlines()
-    assert lines[0] == "# 97 · Made up" and lines[2].startswith("[![Open in Colab]") and NAME in lines[2]
-    assert lines[4:] == TITLE.splitlines()[2:]
+    assert after.cells[0].source == TITLE
+
+
+def test_a_cell_keeps_its_id_when_others_come_before_it_and_a_new_or_doubled_one_gets_its_own() -> None:
+    def names(change: Callable[[NotebookNode], object]) -> list[str]:
+        notebook = made_up()
+        change(notebook)
+        text = nbformat.v4.writes(notebook)
+        assert make.stamped(text, NAME) == make.stamped(text, NAME)
+        return [cell.id for cell in nbformat.reads(make.stamped(text, NAME), as_version=4).cells]
+
+    def insert(notebook: NotebookNode) -> None:
+        notebook.cells[2:2] = [new_markdown_cell(text, id="c05") for text in ("One.", "Two.", "Two.")]
+
+    def without(notebook: NotebookNode) -> None:
+        notebook.nbformat_minor = 4
+        del notebook.cells[3]["id"]
+
+    before, after = names(lambda _: None), names(insert)
+    assert before == [f"c{i:02d}" for i in range(len(before))]
+    assert len(set(after)) == len(after) and after[2] == "c05"
+    assert after[:2] + after[5:8] == before[:5] and after[9:] == before[6:]
+    assert len(set(names(without))) == len(before) and names(without)[4:] == before[4:]
 
 
 def test_what_a_kernel_wrote_in_pieces_is_joined_and_its_times_are_dropped() -> None:
@@ -259,8 +285,24 @@ def test_a_notebook_without_a_title_and_a_place_for_the_setup_is_not_stamped(
 
 
 def test_the_address_is_the_one_in_pyproject() -> None:
-    assert make.repository() in (ROOT / "pyproject.toml").read_text()
-    assert f"git+{make.repository()} " in book().cells[1].source
+    assert f'Repository = "{make.repository()}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_a_badge_and_a_fetching_cell_come_and_go_with_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stamped_at(address: str, text: str) -> str:
+        monkeypatch.setattr(make, "repository", lambda: address)
+        return make.stamped(text, NAME)
+
+    nowhere, somewhere = "https://github.com/OWNER/labkit", "https://github.com/somebody/labkit"
+    without = stamped_at(nowhere, text_of(made_up()))
+    assert "github" not in "".join(cell.source for cell in nbformat.reads(without, as_version=4).cells[:2])
+    there = stamped_at(somewhere, without)
+    title, setup = (cell.source for cell in nbformat.reads(there, as_version=4).cells[:2])
+    lines = title.splitlines()
+    assert lines[:2] + lines[4:] == TITLE.splitlines() and lines[3] == ""
+    assert lines[2].startswith(make.BADGE) and f"/somebody/labkit/blob/main/notebooks/{NAME})" in lines[2]
+    assert f"--no-deps git+{somewhere}\n" in setup
+    assert stamped_at(somewhere, there) == there and stamped_at(nowhere, there) == without
 
 
 # -- nbval notices a fault ----------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ class StepResult:
     logprobs: list[tuple[TokenLogprobs, ...]] = field(default_factory=list)  # empty, or one entry per row
     errors: dict[int, str] = field(default_factory=dict)  # rows that failed, and what went wrong
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # what each row adds
+    traffic: dict[str, float] = field(default_factory=dict)  # of a parallel model, as fields of `StepRecord`
 
 
 @dataclass(slots=True)

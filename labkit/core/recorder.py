@@ -45,4 +45,5 @@ def record_step(
         free_blocks=pool.num_free,
         time=time,
         seconds=seconds,
+        **result.traffic,
     )
