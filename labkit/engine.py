@@ -28,7 +28,7 @@ from labkit.core.recorder import record_step
 from labkit.core.request import Request
 from labkit.core.sampler import mix
 from labkit.core.scheduler import Scheduler
-from labkit.kernels.threads import ThreadBudget
+from labkit.kernels.threads import ThreadBudget, usual_threads
 from labkit.kernels.warmup import free_bytes, tried_backend, warm_up, warm_up_lock
 from labkit.models.cache_dir import keep_compiled
 from labkit.models.detokenizer import IncrementalDetokenizer
@@ -140,9 +140,11 @@ class Engine(EngineCore):
         most = cache.num_blocks * config.block_size
         self.max_model_len = config.max_model_len or min(module.max_model_len, most)
         self.speculator = make_speculator(config, self.model, self.runner, draft, say)
-        threads = torch.get_num_threads()
+        threads = config.num_threads or usual_threads()
         adaptive = config.adaptive_threads and module.device.type == "cpu" and threads > 1
         self.threads = ThreadBudget(threads) if adaptive else None
+        if torch.get_num_threads() != threads:  # another engine has left cores to other processes
+            torch.set_num_threads(threads)
 
     def __repr__(self) -> str:
         model, scheduler, pool = self.model, self.scheduler, self.pool
@@ -320,7 +322,10 @@ class Engine(EngineCore):
     ) -> None:
         """Update the outputs: those that are still in `outputs`, because a caller may take one out early."""
         if self.threads:
+            before = self.threads.now
             self.threads.after_step(end) if self.has_unfinished else self.threads.rest()
+            if self.threads.now != before:
+                self.scheduler.changes.threads = self.threads.now  # the next record says so
         for admission in record.admitted:
             output = self.outputs.get(admission.request_id)
             if output and output.metrics.first_scheduled_time is None:

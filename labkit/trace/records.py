@@ -107,8 +107,10 @@ class StepRecord:
     - `free_blocks` counts after the step, when the requests that finished in it have given theirs back.
     - `published` blocks can be found by later requests from now on, `evicted` ones no longer can.
     - `returned` blocks were taken for rejected drafts: they leave their block tables after the step.
-    - `time` is when the step ended, in seconds since the trace began, and `seconds` how long it took. Only
-      these two differ from run to run, so they do not count when records are compared.
+    - `time` is when the step ended, in seconds since the trace began, and `seconds` how long it took.
+      `threads` is the number of a CPU's threads from this step on, where it follows what other processes
+      leave and has just changed; else 0. Only these three differ from run to run, so they do not count when
+      records are compared.
     """
 
     step: int
@@ -135,6 +137,7 @@ class StepRecord:
     free_blocks: int = 0
     time: float = field(default=0.0, compare=False)
     seconds: float = field(default=0.0, compare=False)
+    threads: int = field(default=0, compare=False)
 
     @property
     def rows(self) -> list[Row]:

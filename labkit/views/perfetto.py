@@ -113,6 +113,8 @@ def _steps(trace: Trace, clock: _Clock) -> Iterator[Event]:
         }
         if record.drafted:
             facts |= {"tokens drafted": record.total_drafted, "drafts right": record.total_accepted}
+        if record.threads:
+            facts["threads from now on"] = record.threads
         if record.held_back:
             facts["drafts held back"] = style.label(record.held_back, 200)
         if record.blocked:
