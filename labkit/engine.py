@@ -20,6 +20,7 @@ from types import FrameType
 import psutil
 import torch
 
+from labkit.analysis.step_bound import StepBound
 from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
 from labkit.core.engine_core import EngineCore
@@ -66,6 +67,7 @@ class Engine(EngineCore):
 
     Attributes:
         trace: the records of all steps.
+        step_bound: what keeps steps within `max_step_seconds`; None without it.
         threads: what adapts the number of threads to what other processes leave; None where nothing does.
         outputs: the output of each request so far, by id. Outputs are updated in place, and stay until you
             take them out.
@@ -140,6 +142,8 @@ class Engine(EngineCore):
         most = cache.num_blocks * config.block_size
         self.max_model_len = config.max_model_len or min(module.max_model_len, most)
         self.speculator = make_speculator(config, self.model, self.runner, draft, say)
+        bound = config.max_step_seconds
+        self.step_bound = StepBound(policy, bound, config.block_size) if bound else None
         threads = config.num_threads or usual_threads()
         adaptive = config.adaptive_threads and module.device.type == "cpu" and threads > 1
         self.threads = ThreadBudget(threads) if adaptive else None
@@ -321,6 +325,8 @@ class Engine(EngineCore):
         self, plan: StepPlan, result: StepResult, record: StepRecord, begin: float, end: float
     ) -> None:
         """Update the outputs: those that are still in `outputs`, because a caller may take one out early."""
+        if self.step_bound:
+            self.step_bound.after_step(record)
         if self.threads:
             before = self.threads.now
             self.threads.after_step(end) if self.has_unfinished else self.threads.rest()
