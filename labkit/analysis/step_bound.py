@@ -50,7 +50,7 @@ class StepBound:
         if not work.tokens:
             return
         if self._clock:
-            self._recent.append(record.seconds / self._clock(work))
+            self._recent.append(record.seconds / max(self._clock(work), 1e-9))
         self._seen.setdefault(work.tokens.bit_length(), deque(maxlen=_KEPT)).append(record)
         self._until_fit -= 1
         samples = [each for some in self._seen.values() for each in some]
@@ -64,7 +64,7 @@ class StepBound:
             self._set(int(work.tokens * min(_GROWTH, left / max(record.seconds, 1e-9))))
             return
         slower = max(1.0, statistics.median(self._recent)) if self._recent else 1.0
-        keys = sum(len(request.token_ids) for request in self._scheduler.running)
+        keys = sum(request.num_computed_tokens for request in self._scheduler.running)
         price = self._clock.tokens + self._clock.keys  # a new token is read as a key, too
         left = left / slower - self._clock.step - self._clock.keys * keys
         largest = max(StepWork.of(each).tokens for each in self._seen[max(self._seen)])

@@ -372,7 +372,7 @@ class Lab:
         wanted = dict(settings or {})
         check_settings(wanted)
         if self._played != name:
-            fresh = {knob: self.base[knob] for knob in (*SIZES, "speculative")}
+            fresh = {knob: self.base[knob] for knob in (*SIZES, "speculative")} | {"max_step_seconds": None}
             wanted = {**fresh, **scenario.settings, **wanted}
             budget = wanted["max_num_batched_tokens"]
             if "max_num_seqs" not in (settings or {}):

@@ -83,7 +83,8 @@ def test_no_step_takes_longer_than_the_bound_unless_what_must_run_does(
     server.run()  # everybody is served
     for record, needed in zip(server.records, server.needed, strict=True):
         assert record.total_tokens <= 512
-        assert record.seconds <= bound or record.total_tokens <= needed
+        most = bound if record.step >= LEARNING else 2 * bound  # and no leaps meanwhile
+        assert record.seconds <= most or record.total_tokens <= needed
 
 
 @settings(deadline=None, max_examples=40)
