@@ -77,6 +77,9 @@ class EngineConfig(ModelConfig):
             but no more than the pool holds.
         max_num_seqs: the number of seats: how many requests run at once.
         max_num_batched_tokens: the token budget of a step.
+        max_step_seconds: the time that a step should take at most, by what earlier steps took: the token
+            budget is lowered until it does, as far as running answers get their tokens and prompts a block;
+            None leaves the budget alone.
         scheduler: "continuous" (requests join and leave at every step), "static" (a batch waits until its
             last member is done), "naive" (one request at a time) or "uncached" (the same without a KV cache).
         kv_policy: "paged" takes blocks as tokens come, "reserved" takes all that a request may need up front.
@@ -119,6 +122,7 @@ class EngineConfig(ModelConfig):
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
+    max_step_seconds: float | None = None
     scheduler: Literal["continuous", "static", "naive", "uncached"] = "continuous"
     kv_policy: Literal["paged", "reserved"] = "paged"
     enable_prefix_caching: bool = True
@@ -147,6 +151,10 @@ class EngineConfig(ModelConfig):
         for name, low in lowest.items():
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low, math.inf, whole=True)
+        if self.max_step_seconds is not None:
+            check_number("max_step_seconds", self.max_step_seconds, 0.001, 3600)
+            if self.scheduler != "continuous" or not self.enable_chunked_prefill:
+                raise ValueError("max_step_seconds needs scheduler 'continuous' and enable_chunked_prefill")
         flags = ("enable_prefix_caching", "enable_chunked_prefill", "speculative_gate", "adaptive_threads")
         for name in (*flags, "cuda_graphs", "as_t4", "audit"):
             check_flag(name, getattr(self, name))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import itertools
 import os
 import signal
@@ -21,6 +20,7 @@ from types import FrameType
 import psutil
 import torch
 
+from labkit.analysis.step_bound import StepBound
 from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
 from labkit.core.engine_core import EngineCore
@@ -29,19 +29,18 @@ from labkit.core.recorder import record_step
 from labkit.core.request import Request
 from labkit.core.sampler import mix
 from labkit.core.scheduler import Scheduler
-from labkit.kernels.threads import ThreadBudget
+from labkit.kernels.threads import ThreadBudget, usual_threads
 from labkit.kernels.warmup import free_bytes, tried_backend, warm_up, warm_up_lock
 from labkit.models.cache_dir import keep_compiled
 from labkit.models.detokenizer import IncrementalDetokenizer
-from labkit.models.devices import resolve_device
 from labkit.models.generation_config import sampling_defaults
-from labkit.models.load import LoadedModel, load_model
+from labkit.models.load import LoadedModel
 from labkit.models.no_tokenizer import NoTokenizer
 from labkit.models.progress import Say
 from labkit.models.prompts import Prompt, check_tokens, read_prompt
 from labkit.outputs import RequestMetrics, RequestOutput
 from labkit.parallel.group import ParallelError
-from labkit.parallel.load import load_parallel
+from labkit.parallel.load import model_of
 from labkit.parallel.model import ParallelRunner, ParallelTransformer
 from labkit.sampling_params import SamplingParams, check_number
 from labkit.schedulers import scheduler_class
@@ -70,6 +69,7 @@ class Engine(EngineCore):
 
     Attributes:
         trace: the records of all steps.
+        step_bound: what keeps steps within `max_step_seconds`; None without it.
         threads: what adapts the number of threads to what other processes leave; None where nothing does.
         outputs: the output of each request so far, by id. Outputs are updated in place, and stay until you
             take them out.
@@ -94,7 +94,7 @@ class Engine(EngineCore):
         self.config = config = config or EngineConfig()
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
-        self.model = _model_of(config, say)
+        self.model = model_of(config, say)
         module = self.model.module
         if config.max_model_len and config.max_model_len > module.max_model_len:
             raise ValueError(
@@ -147,9 +147,13 @@ class Engine(EngineCore):
         most = cache.num_blocks * config.block_size
         self.max_model_len = config.max_model_len or min(module.max_model_len, most)
         self.speculator = make_speculator(config, self.model, self.runner, draft, say)
-        threads = torch.get_num_threads()
+        bound = config.max_step_seconds
+        self.step_bound = StepBound(policy, bound, config.block_size) if bound else None
+        threads = config.num_threads or usual_threads()
         adaptive = config.adaptive_threads and module.device.type == "cpu" and threads > 1 and not parallel
         self.threads = ThreadBudget(threads) if adaptive else None
+        if torch.get_num_threads() != threads:  # another engine has left cores to other processes
+            torch.set_num_threads(threads)
 
     def __repr__(self) -> str:
         model, scheduler, pool = self.model, self.scheduler, self.pool
@@ -339,8 +343,13 @@ class Engine(EngineCore):
         self, plan: StepPlan, result: StepResult, record: StepRecord, begin: float, end: float
     ) -> None:
         """Update the outputs: those that are still in `outputs`, because a caller may take one out early."""
+        if self.step_bound:
+            self.step_bound.after_step(record)
         if self.threads:
+            before = self.threads.now
             self.threads.after_step(end) if self.has_unfinished else self.threads.rest()
+            if self.threads.now != before:
+                self.scheduler.changes.threads = self.threads.now  # the next record says so
         for admission in record.admitted:
             output = self.outputs.get(admission.request_id)
             if output and output.metrics.first_scheduled_time is None:
@@ -422,29 +431,3 @@ def _interrupts_held() -> Iterator[None]:
 def answer_ids(request_id: str, n: int) -> list[str]:
     """Return the ids of the `n` answers to one request: "7", "7.1", "7.2"."""
     return [request_id, *(f"{request_id}.{index}" for index in range(1, n))]
-
-
-def _model_of(config: EngineConfig, say: Say | None) -> LoadedModel:
-    """Load the model that a configuration names, or return the loaded one that it holds."""
-    loaded = config.model if isinstance(config.model, LoadedModel) else None
-    if config.as_t4:
-        device = loaded.device if loaded else resolve_device(config.device)
-        if device.type != "cuda":
-            raise ValueError(f"as_t4 needs a CUDA GPU, and the device is {device}")
-    dtype = "float16" if config.as_t4 else config.dtype
-    if loaded:
-        loaded.check(replace(config, dtype=dtype))
-        return loaded
-    load = load_model
-    if config.tensor_parallel_size > 1:
-        load = functools.partial(load_parallel, world_size=config.tensor_parallel_size)
-    return load(
-        config.model,
-        dtype=dtype,
-        device=config.device,
-        quantization=config.quantization,
-        fused_projections=config.fused_projections,
-        packed_weights=config.packed_weights,
-        cpu_kernels=config.cpu_kernels,
-        say=say,
-    )

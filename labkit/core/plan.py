@@ -77,3 +77,4 @@ class Changes:
     reprioritised: list[Priority] = field(default_factory=list)
     finished: list[Finish] = field(default_factory=list)
     returned: list[Blocks] = field(default_factory=list)
+    threads: int = 0  # of the CPU, where their number has changed

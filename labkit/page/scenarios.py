@@ -52,7 +52,7 @@ class Scenario:
 
     def needed(self, base: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
         """The settings to play it on: those `asked` for, its own, and the sizes that the lab started with."""
-        fresh = {knob: base[knob] for knob in (*SIZES, "speculative")}
+        fresh = {knob: base[knob] for knob in (*SIZES, "speculative")} | {"max_step_seconds": None}
         wanted = {**fresh, **self.settings, **asked}
         if "max_num_seqs" not in asked:
             wanted["max_num_seqs"] = min(wanted["max_num_seqs"], wanted["max_num_batched_tokens"])

@@ -1,7 +1,8 @@
-"""Load a model over several processes."""
+"""Load the model of an engine, over several processes if it asks for them."""
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
 from dataclasses import replace
@@ -9,7 +10,9 @@ from typing import Any
 
 import torch
 
+from labkit.config import EngineConfig
 from labkit.models.architecture import shape_of
+from labkit.models.devices import resolve_device
 from labkit.models.hub import TINY, find, is_folder
 from labkit.models.load import LoadedModel, load_model
 from labkit.models.progress import Say, tell
@@ -17,6 +20,32 @@ from labkit.models.split import parts
 from labkit.parallel.group import Group
 from labkit.parallel.model import ParallelTransformer, spread
 from labkit.parallel.workers import Workers
+
+
+def model_of(config: EngineConfig, say: Say | None) -> LoadedModel:
+    """Load the model that a configuration names, or return the loaded one that it holds."""
+    loaded = config.model if isinstance(config.model, LoadedModel) else None
+    if config.as_t4:
+        device = loaded.device if loaded else resolve_device(config.device)
+        if device.type != "cuda":
+            raise ValueError(f"as_t4 needs a CUDA GPU, and the device is {device}")
+    dtype = "float16" if config.as_t4 else config.dtype
+    if loaded:
+        loaded.check(replace(config, dtype=dtype))
+        return loaded
+    load = load_model
+    if config.tensor_parallel_size > 1:
+        load = functools.partial(load_parallel, world_size=config.tensor_parallel_size)
+    return load(
+        config.model,
+        dtype=dtype,
+        device=config.device,
+        quantization=config.quantization,
+        fused_projections=config.fused_projections,
+        packed_weights=config.packed_weights,
+        cpu_kernels=config.cpu_kernels,
+        say=say,
+    )
 
 
 def load_parallel(

@@ -125,6 +125,11 @@ def add_engine(parser: argparse.ArgumentParser, *, num_blocks: int | None) -> No
         help="compute prompts in a second process, so that no answer waits for one (default: no)",
     )
     add(
+        "--max-step-seconds",
+        type=seconds,
+        help="the time that a step should take at most; the token budget follows (default: no bound)",
+    )
+    add(
         "--speculative",
         choices=("ngram", "draft"),
         help="what drafts tokens for a step to check: the text so far, or a smaller model (default: nothing)",

@@ -311,6 +311,8 @@ def _no_twin(config: EngineConfig, out: Command) -> None:
         without["num_threads"] = f"set OMP_NUM_THREADS={config.num_threads} for it"
     if config.adaptive_threads:
         without["adaptive_threads"] = "its threads keep their number, whatever else runs"
+    if config.max_step_seconds is not None:
+        without["max_step_seconds"] = "its token budget stays; choose one that keeps steps short enough"
     if config.as_t4:
         without["as_t4"] = "float16 is asked for; kernels for newer GPUs are used all the same"
     without["max_trace_steps"] = "it keeps no record of its steps; /metrics has the counts"

@@ -109,8 +109,10 @@ class StepRecord:
     - `returned` blocks were taken for rejected drafts: they leave their block tables after the step.
     - `sent_in_layers` and `sent_elsewhere` count the bytes that each process of a parallel model sent to the
       others, and `sending` the seconds that this took the first of them, with waiting for the others.
-    - `time` is when the step ended, in seconds since the trace began, and `seconds` how long it took. Only
-      these two and `sending` differ from run to run, so they do not count when records are compared.
+    - `time` is when the step ended, in seconds since the trace began, and `seconds` how long it took.
+      `threads` is the number of a CPU's threads from this step on, where it follows what other processes
+      leave and has just changed; else 0. Only these three and `sending` differ from run to run, so they do
+      not count when records are compared.
     """
 
     step: int
@@ -140,6 +142,7 @@ class StepRecord:
     sending: float = field(default=0.0, compare=False)
     time: float = field(default=0.0, compare=False)
     seconds: float = field(default=0.0, compare=False)
+    threads: int = field(default=0, compare=False)
 
     @property
     def rows(self) -> list[Row]:

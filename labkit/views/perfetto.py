@@ -119,6 +119,8 @@ def _steps(trace: Trace, clock: _Clock) -> Iterator[Event]:
                 "other bytes sent": record.sent_elsewhere,
                 "ms of sending": round(1000 * record.sending, 3),
             }
+        if record.threads:
+            facts["threads from now on"] = record.threads
         if record.held_back:
             facts["drafts held back"] = style.label(record.held_back, 200)
         if record.blocked:

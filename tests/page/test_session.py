@@ -34,7 +34,7 @@ def test_an_idle_engine_is_swapped_at_once(own: Lab, model: LoadedModel) -> None
     wanted = {
         "scheduler": "static", "kv_policy": "reserved", "block_size": 8, "num_blocks": 60, "max_num_seqs": 3,
         "max_num_batched_tokens": 70, "enable_prefix_caching": False, "enable_chunked_prefill": True,
-        "speculative": None,
+        "speculative": None, "max_step_seconds": None,
     }  # fmt: skip
     assert own.change(wanted) == {"done": True}
     engine = own.session.live.engine

@@ -13,13 +13,16 @@ Object.assign(labkit, (() => {
     ["num_blocks", "Pages", "In the KV cache. Few enough, and requests must wait or are preempted.", "pages"],
     ["max_num_seqs", "Seats", "How many requests run at once.", "requests"],
     ["max_num_batched_tokens", "Token budget", "How many tokens one step computes at most.", "tokens a step"],
+    ["max_step_seconds", "Step time", "How many seconds a step should take at most. The token budget follows: it shrinks " +
+      "where a step would take longer.", ["off", "0.02", "0.05", "0.1", "0.2", "0.5"]],
     ["enable_prefix_caching", "Prefix cache", "Keep pages whose tokens are known, for prompts that begin the same way.", true],
     ["enable_chunked_prefill", "Chunked prefill", "Read a long prompt in pieces beside the others' decode. Without it, " +
       "a step reads whole prompts or decodes.", true],
   ];
 
   const NAMES = { ngram: "n-gram" };
-  const toText = (value) => (value === null ? "off" : String(value)), fromText = (text) => (text === "off" ? null : text);
+  const toText = (value) => (value === null ? "off" : String(value)), 
+    fromText = (text) => (text === "off" ? null : Number(text) || text);
 
   // The scenario and the knobs that the address asks for.
   function fromAddress(search) {

@@ -161,6 +161,7 @@ Object.assign(labkit, (() => {
     if (kind === "preempt") return `is preempted: gives ${count(first, "page")} back`;
     if (kind === "evict") return `${count(first, "cached page")} forgotten to make room`;
     if (kind === "hold") return word;
+    if (kind === "threads") return `${count(first, "thread")} from now on: as many cores as other programs leave`;
     if (kind === "return") return `gives ${count(first, "page")} back, because its drafts were wrong`;
     if (kind === "abort") return first ? `is cancelled, and gives ${count(first, "page")} back` : "is cancelled";
     return `ends (${word}), and gives ${count(first, "page")} back`;
