@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from labkit.config import EngineConfig
     from labkit.engine import Engine
     from labkit.exercises import check
+    from labkit.exercises.progress import progress
     from labkit.llm import LLM
     from labkit.notebook import setup
     from labkit.notebook.live_view import lab
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["LLM", "Engine", "EngineConfig", "SamplingParams", "Trace", "check", "lab", "setup"]
+__all__ = ["LLM", "Engine", "EngineConfig", "SamplingParams", "Trace", "check", "lab", "progress", "setup"]
 
 _HOMES = {
     "LLM": "labkit.llm",
@@ -31,6 +32,7 @@ _HOMES = {
     "Trace": "labkit.trace.trace",
     "check": "labkit.exercises",
     "lab": "labkit.notebook.live_view",
+    "progress": "labkit.exercises.progress",
     "setup": "labkit.notebook",
 }
 
