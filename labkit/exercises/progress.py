@@ -46,7 +46,7 @@ COURSE = (
     ),
     Chapter("03_paged_kv_cache", "Paged KV cache", {"03.1": "a pool of pages", "03.2": "where a token lies"}),
     Chapter("04_continuous_batching", "Continuous batching", {"04.1": "write schedule()"}),
-    Chapter("05_dynamic_injection", "Dynamic injection", {"05.1": "share out the token budget"}),
+    Chapter("05_dynamic_injection", "Dynamic injection", {"05.1": "chunks that keep a promise"}),
     Chapter(
         "06_when_memory_runs_out",
         "When memory runs out",
@@ -68,7 +68,7 @@ COURSE = (
         "Speculative decoding",
         {"10.1": "count the drafts that are right", "10.2": "accept or replace"},
     ),
-    Chapter("11_serving", "Serving", {"11.1": "choose the token budget"}),
+    Chapter("11_serving", "Serving", {"11.1": "refuse who would wait too long"}),
     Chapter("12_capacity", "Capacity", {"12.1": "send a request where its prompt is known"}),
 )
 """The notebooks in their order. A title is that of the `Exercise`, known here without importing it."""
