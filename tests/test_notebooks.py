@@ -141,6 +141,10 @@ def ignoring(*indices: int) -> Callable[[NotebookNode], object]:
     return change
 
 
+def inserting(number: int) -> Callable[[NotebookNode], object]:
+    return lambda notebook: [notebook.cells.insert(9, new_markdown_cell("More.")) for _ in range(number)]
+
+
 def silencing(*indices: int) -> Callable[[NotebookNode], object]:
     def change(notebook: NotebookNode) -> None:
         for i in indices:
@@ -155,7 +159,7 @@ WIDGET = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}}
 BREAKS: list[tuple[str, str, Callable[[NotebookNode], object]]] = [
     ("named", "title", setting(0, source=TITLE.replace("97", "96"))),
     ("long_enough", "it has 19 cells", lambda n: (n.cells.pop(9), count(n))),
-    ("long_enough", "it has 41 cells", lambda n: [n.cells.insert(9, new_markdown_cell("x")) for _ in "x" * 21]),
+    ("long_enough", "it has 41 cells", inserting(21)),
     ("small", "KB large", setting(-2, source=RECAP + "\n" + "é" * 250_000)),
     ("claims", "claim in bold", setting(0, source=TITLE.replace("**", ""))),
     ("claims", "claim in bold", setting(0, source=TITLE.replace("**Pages", "Pages **that**"))),
