@@ -45,7 +45,11 @@ COURSE = (
         {"02.1": "count the idle seats", "02.2": "batches with fewer idle seats"},
     ),
     Chapter("03_paged_kv_cache", "Paged KV cache", {"03.1": "a pool of pages", "03.2": "where a token lies"}),
-    Chapter("04_continuous_batching", "Continuous batching", {"04.1": "write schedule()"}),
+    Chapter(
+        "04_continuous_batching",
+        "Continuous batching",
+        {"04.1": "write schedule()", "04.2": "fair turns (bonus)"},
+    ),
     Chapter("05_dynamic_injection", "Dynamic injection", {"05.1": "chunks that keep a promise"}),
     Chapter(
         "06_when_memory_runs_out",
