@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from labkit.config import EngineConfig
     from labkit.engine import Engine
     from labkit.exercises import check
+    from labkit.exercises.progress import progress
     from labkit.llm import LLM
     from labkit.notebook import setup
     from labkit.notebook.live_view import lab
@@ -22,7 +23,18 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["LLM", "Engine", "EngineConfig", "SamplingParams", "Trace", "check", "export_html", "lab", "setup"]
+__all__ = [
+    "LLM",
+    "Engine",
+    "EngineConfig",
+    "SamplingParams",
+    "Trace",
+    "check",
+    "export_html",
+    "lab",
+    "progress",
+    "setup",
+]
 
 _HOMES = {
     "LLM": "labkit.llm",
@@ -33,6 +45,7 @@ _HOMES = {
     "check": "labkit.exercises",
     "export_html": "labkit.views.run_page",
     "lab": "labkit.notebook.live_view",
+    "progress": "labkit.exercises.progress",
     "setup": "labkit.notebook",
 }
 

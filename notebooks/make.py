@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import re
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -148,10 +150,12 @@ def stamped(text: str, name: str) -> str:
 
 
 def run(notebook: NotebookNode) -> None:
-    """Run all cells in a kernel of this environment, and keep their outputs."""
-    NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": HERE}}
-    ).execute()
+    """Run all cells in a kernel of this environment, and keep their outputs. Nobody's progress is in them."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LABKIT_PROGRESS"] = str(Path(folder) / "progress.jsonl")
+        NotebookClient(
+            notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": HERE}}
+        ).execute()
     tidy(notebook)
 
 

@@ -225,16 +225,32 @@ def examines(book: Book) -> Iterator[str]:
 
 
 def recapitulates(book: Book) -> Iterator[str]:
-    """Under the heading `Recap` stand five questions with folded answers."""
+    """Under the heading `Recap` stand six questions with folded answers, the last from an earlier notebook.
+
+    The first notebook has none before it, and asks five.
+    """
     heading = re.search(r"^(#+)\s+Recap\b.*$", book.prose, re.MULTILINE)
     if not heading:
         yield "it has no heading '## Recap'"
         return
     rest = book.prose[heading.end() :]
     after = re.search(rf"^#{{1,{len(heading[1])}}}\s", rest, re.MULTILINE)
-    count = len(re.findall(r"<details\b", rest[: after.start()] if after else rest))
-    if count != 5:
-        yield f"its recap has {count} folded answers, not 5"
+    recap, first = rest[: after.start()] if after else rest, book.number == "00"
+    count = len(re.findall(r"<details\b", recap))
+    if count != (5 if first else 6):
+        yield f"its recap has {count} folded answers, not {5 if first else 6}"
+    earlier = [
+        number for number in re.findall(r"\b6\. From notebook (\d\d): ", recap) if number < book.number
+    ]
+    if not first and not earlier:
+        yield "its recap asks nothing from an earlier notebook"
+
+
+def shows_progress(book: Book) -> Iterator[str]:
+    """Its last cell shows what is solved, which is another thing for each reader."""
+    last = book.cells[-1]
+    if last.source != "labkit.progress()" or not is_ignored(last):
+        yield "its last cell is not labkit.progress(), ignored by nbval"
 
 
 def twinned(book: Book) -> Iterator[str]:
@@ -268,7 +284,7 @@ RULES: dict[str, Callable[[Book], Iterator[str]]] = {
     for rule in (
         opens_with_a_picture,
         named, long_enough, small, as_stamped, claims, was_run, sets_up, compared, without_widgets,
-        without_clearing, without_paths, examines, recapitulates, twinned, linked,
+        without_clearing, without_paths, examines, recapitulates, shows_progress, twinned, linked,
     )
 }  # fmt: skip
 

@@ -72,7 +72,8 @@ def pages(tokens, size):
 ```
 
 </details>"""
-RECAP = "## Recap\n\n" + "\n\n".join(f"<details><summary>{i}?</summary>Yes.</details>" for i in range(5))
+QUESTIONS = ["1?", "2?", "3?", "4?", "5?", "6. From notebook 96: is it so?"]
+RECAP = "## Recap\n\n" + "\n\n".join(f"<details><summary>{q}</summary>Yes.</details>" for q in QUESTIONS)
 FIGURE = {PLOTLY: {"data": [{"x": [1, 2]}], "layout": {}}, SVG: "<svg/>", "text/plain": "Pages\n\na  1\nb  2"}
 
 
@@ -96,14 +97,20 @@ def made_up() -> NotebookNode:
         new_markdown_cell(BOX),
         new_code_cell(STUB, outputs=said("○ 97.1 Count pages: yours to write. More.\n")),
         new_markdown_cell(SOLUTION),
-        *(new_code_cell(f"print({i})", outputs=said(f"{i}\n")) for i in range(10)),
+        *(new_code_cell(f"print({i})", outputs=said(f"{i}\n")) for i in range(9)),
         new_markdown_cell(RECAP),
+        new_code_cell("labkit.progress()", outputs=said("Solved: 0 of 9.\n"), metadata={"tags": [IGNORED]}),
     ]
     for i, cell in enumerate(cells):
         cell.id = f"c{i:02d}"
-    for count, cell in enumerate((cell for cell in cells if cell.cell_type == "code"), 1):
-        cell.execution_count = count
-    return new_notebook(cells=cells)
+    return count(new_notebook(cells=cells))
+
+
+def count(notebook: NotebookNode) -> NotebookNode:
+    """Number the code cells, as a run does."""
+    for number, cell in enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), 1):
+        cell.execution_count = number
+    return notebook
 
 
 def book(change: Callable[[NotebookNode], object] = lambda _: None, *, name: str = NAME) -> Book:
@@ -134,6 +141,10 @@ def ignoring(*indices: int) -> Callable[[NotebookNode], object]:
     return change
 
 
+def inserting(number: int) -> Callable[[NotebookNode], object]:
+    return lambda notebook: [notebook.cells.insert(9, new_markdown_cell("More.")) for _ in range(number)]
+
+
 def silencing(*indices: int) -> Callable[[NotebookNode], object]:
     def change(notebook: NotebookNode) -> None:
         for i in indices:
@@ -147,12 +158,12 @@ ERROR = new_output("error", ename="KeyError", evalue="3", traceback=[])
 WIDGET = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}}
 BREAKS: list[tuple[str, str, Callable[[NotebookNode], object]]] = [
     ("named", "title", setting(0, source=TITLE.replace("97", "96"))),
-    ("long_enough", "it has 19 cells", lambda n: n.cells.pop(-2)),
-    ("long_enough", "it has 41 cells", lambda n: n.cells.extend(map(new_markdown_cell, "a" * 21))),
+    ("long_enough", "it has 19 cells", lambda n: (n.cells.pop(9), count(n))),
+    ("long_enough", "it has 41 cells", inserting(21)),
     ("opens_with_a_picture", "draws no picture", setting(2, outputs=shown({"text/plain": "Pages"}))),
     ("opens_with_a_picture", "its picture is not compared", ignoring(2)),
     ("opens_with_a_picture", "no text refers", setting(0, source=TITLE.replace("at the top", ""))),
-    ("small", "KB large", setting(-1, source=RECAP + "\n" + "é" * 250_000)),
+    ("small", "KB large", setting(-2, source=RECAP + "\n" + "é" * 250_000)),
     ("claims", "claim in bold", setting(0, source=TITLE.replace("**", ""))),
     ("claims", "claim in bold", setting(0, source=TITLE.replace("**Pages", "Pages **that**"))),
     ("was_run", "not run once each", setting(5, execution_count=None)),
@@ -165,16 +176,16 @@ BREAKS: list[tuple[str, str, Callable[[NotebookNode], object]]] = [
     ("was_run", "c10 warns: 'FutureWarning: no more'", setting(10, outputs=[*said("1\n"), STDERR])),
     ("sets_up", "not one line", saying(1, "labkit: a model.\nAnd more.\n")),
     ("sets_up", "not one line", saying(1, "")),
-    ("compared", "7 of 16 code cells are ignored, more than 40%", ignoring(9, 10, 11, 12, 13)),
-    ("compared", "9 of 16 code cells have an output that is compared", silencing(9, 10, 11, 12)),
-    ("compared", "9 of 16", lambda n: [setting(i, outputs=shown(WIDGET))(n) for i in range(9, 13)]),
+    ("compared", "7 of 16 code cells are ignored, more than 40%", ignoring(9, 10, 11, 12)),
+    ("compared", "9 of 16 code cells have an output that is compared", silencing(9, 10, 11)),
+    ("compared", "9 of 16", lambda n: [setting(i, outputs=shown(WIDGET))(n) for i in range(9, 12)]),
     ("compared", "c10 steers nbval by a comment", setting(10, source="# NBVAL_IGNORE_OUTPUT\nprint(1)")),
     ("compared", "c10 is skipped", setting(10, metadata={"tags": ["nbval-skip"]})),
     ("without_clearing", "c10 calls clear_output", setting(10, source="clear_output()\nprint(1)")),
     ("without_paths", "c10 shows a path of a machine: /root/x.py", saying(10, "at /root/x.py\n")),
     ("without_paths", "/tmp/ipykernel_1/2.py", saying(10, "File '/tmp/ipykernel_1/2.py'\n")),
     ("without_paths", "/home/me", setting(10, source="print(open('/home/me/x').read())")),
-    ("without_paths", "/work", setting(-2, cell_type="markdown", source="In `/work`.")),
+    ("without_paths", "/work", setting(0, source=TITLE + "\n\nIn `/work`.")),
     ("without_paths", "C:\\lab", saying(10, "C:\\lab\n")),
     ("without_paths", "/home/me", setting(2, outputs=shown(FIGURE | {"text/html": "</home/me"}))),
     ("examines", "it has no box", setting(6, source="An exercise.")),
@@ -182,15 +193,18 @@ BREAKS: list[tuple[str, str, Callable[[NotebookNode], object]]] = [
     ("examines", "exercise 97.1 is never checked", setting(7, source="print('97.1')")),
     ("examines", "c07 does not show exercise 97.1 as a reader finds it", saying(7, "✓ 97.1 Count pages.\n")),
     ("examines", "no folded solution", setting(8, source=SOLUTION.replace("Solution", "Answer"))),
-    ("recapitulates", "no heading", setting(-1, source=RECAP.replace("## Recap", "Recap"))),
-    ("recapitulates", "4 folded answers, not 5", setting(-1, source=RECAP.replace("details", "div", 1))),
-    ("recapitulates", "0 folded answers", setting(-1, source=RECAP.replace("Recap", "Recap\n\n## Limits"))),
+    ("recapitulates", "no heading", setting(-2, source=RECAP.replace("## Recap", "Recap"))),
+    ("recapitulates", "5 folded answers, not 6", setting(-2, source=RECAP.replace("details", "div", 1))),
+    ("recapitulates", "0 folded answers", setting(-2, source=RECAP.replace("Recap", "Recap\n\n## Limits"))),
+    ("recapitulates", "nothing from an earlier notebook", setting(-2, source=RECAP.replace("96:", "97:"))),
+    ("shows_progress", "its last cell is not", lambda n: n.cells.append(n.cells.pop(-2))),
+    ("shows_progress", "its last cell is not", setting(-1, metadata={})),
     ("twinned", "c02 has a figure without a text", setting(2, outputs=shown({PLOTLY: {}, SVG: ""}))),
     ("twinned", "without a text", setting(2, outputs=shown(FIGURE | {"text/plain": "A\n(1)"}))),
     ("twinned", "encoded numbers", setting(2, outputs=shown(FIGURE | {PLOTLY: {"x": {"bdata": "AA="}}}))),
     ("linked", "../labkit/core/nothing.py#L10", setting(0, source=TITLE.replace("block_pool", "nothing"))),
     ("linked", "under the name memory.py", setting(0, source=TITLE.replace("the pool", "`memory.py`"))),
-    ("linked", "nowhere.png", setting(-2, cell_type="markdown", source='<img src="nowhere.png">')),
+    ("linked", "nowhere.png", setting(0, source=TITLE + '\n\n<img src="nowhere.png">')),
 ]  # fmt: skip
 
 
@@ -227,7 +241,7 @@ def test_no_rule_is_vacuous() -> None:
 
 def test_what_only_looks_like_a_path_or_a_link_is_let_pass() -> None:
     prose = "Half/work, and `a/tmp/b`, https://example.org/home/x, [up](#recap), [mail](mailto:a@b.c), 1:\\2."
-    assert broken(book(setting(-2, cell_type="markdown", source=prose))) == {}
+    assert broken(book(setting(0, source=f"{TITLE}\n\n{prose}"))) == {}
 
 
 # -- stamping -------------------------------------------------------------------------------------
