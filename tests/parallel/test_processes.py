@@ -76,7 +76,7 @@ def test_no_process_is_left_behind(how: signal.Signals) -> None:
     """A Ctrl-C goes to the whole terminal; here it goes to the first process alone."""
     script = (
         "import signal\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a program in the background lacks
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
         "from labkit import Engine, EngineConfig, SamplingParams\n"
         "engine = Engine(EngineConfig('tiny-random', tensor_parallel_size=2), say=None)\n"
         "print(engine.model.module.workers.processes[0].pid, flush=True)\n"
