@@ -1,0 +1,213 @@
+"""Notebook 14: one model over two processes, and prompts apart from answers. Its exercises, and its runs.
+
+Every run is on the CPU: a free Colab has one GPU, and a laptop none. Processes end with the run that began them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from labkit import notebook
+from labkit.analysis.devices import Gpu
+from labkit.analysis.roofline import ModelSize, StepWork
+from labkit.analysis.workload import prose
+from labkit.config import EngineConfig
+from labkit.disaggregated import DisaggregatedEngine
+from labkit.engine import Engine
+from labkit.exercises.common import exactly
+from labkit.exercises.e14_place import PLACE
+from labkit.exercises.e14_ring import RING
+from labkit.exercises.e14_split import SPLIT
+from labkit.models.load import LoadedModel, load_model
+from labkit.parallel import load_parallel
+from labkit.parallel.model import SummedLinear
+from labkit.trace.latency import itl_per_step
+from labkit.trace.trace import Trace
+
+EXERCISES = (SPLIT, PLACE, RING)
+
+# -- one model over two processes -----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def shared(model: str, processes: int = 2) -> Iterator[LoadedModel]:
+    """A model over several processes of this machine, which end when the `with` does."""
+    with _threads_kept():
+        loaded = load_parallel(model, processes, device="cpu", say=None)
+        try:
+            yield loaded
+        finally:
+            loaded.module.workers.close()
+
+
+@contextlib.contextmanager
+def apart(config: EngineConfig) -> Iterator[DisaggregatedEngine]:
+    """An engine whose prompts another process computes, which ends when the `with` does."""
+    with _threads_kept():
+        engine = DisaggregatedEngine(config, say=None)
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+
+@contextlib.contextmanager
+def _threads_kept() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Forgetful(SummedLinear):
+    """A product whose sum over all processes this one forgets to take: it goes on with its own part.
+
+    It takes part in the exchange all the same, so that the others do not wait for it for ever.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.linear(x)
+        self.group.all_reduce(own.clone())
+        return own
+
+
+@contextlib.contextmanager
+def forgetting(model: LoadedModel, layers: Sequence[int]) -> Iterator[None]:
+    """Let this process forget the sum after attention in some layers of a shared model."""
+    kept = {}
+    try:
+        for i in layers:
+            home = model.module.layers[i].self_attn
+            kept[i] = home.o_proj
+            home.o_proj = Forgetful(kept[i].linear, kept[i].group)
+        yield
+    finally:
+        for i, product in kept.items():
+            model.module.layers[i].self_attn.o_proj = product
+
+
+def answered(
+    model: LoadedModel, prompts: Sequence[str], tokens: int = 24
+) -> tuple[list[list[int]], list[str], Trace]:
+    """Answer prompts greedily with a model; returns tokens, texts and the trace."""
+    engine = Engine(EngineConfig(model, num_blocks=64, enable_prefix_caching=False), say=None)
+    names = [engine.add_request(prompt, exactly(tokens)) for prompt in prompts]
+    while engine.has_unfinished:
+        engine.step()
+    outputs = [engine.outputs[name] for name in names]
+    return [output.token_ids for output in outputs], [output.text for output in outputs], engine.trace
+
+
+@functools.cache
+def on_cpu() -> LoadedModel:
+    """The notebook's model on the CPU, where everything of this notebook runs."""
+    model = notebook.default_model()
+    return model if model.device.type == "cpu" else load_model(model.name, device="cpu", say=None)
+
+
+# -- on paper -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two GPUs that share a model, on paper: a roofline with what they send to each other.
+
+    Args:
+        gpu: its data sheet.
+        model: the sizes of the model.
+        link: the bytes that each GPU can send to the other in a second.
+        start: the seconds that an exchange takes before its first byte arrives.
+    """
+
+    gpu: Gpu
+    model: ModelSize
+    link: float
+    start: float = 0.0
+
+    def alone(self, step: StepWork) -> float:
+        """Seconds of a step on one of them, as if it had room for the whole model."""
+        return self.model.work(step).seconds(self.gpu.bandwidth, self.gpu.flops)
+
+    def sending(self, step: StepWork) -> float:
+        """Seconds in which the two exchange their sums, two a layer, of 2 bytes a number."""
+        hidden = self.model.heads * self.model.head_dim
+        return 2 * self.model.layers * (self.start + step.tokens * hidden * 2 / self.link)
+
+    def together(self, step: StepWork) -> float:
+        """Seconds of a step on both: half of the work each, and then the exchange."""
+        return self.alone(step) / 2 + self.sending(step)
+
+
+# -- prompts that come into running answers ---------------------------------------------------------
+
+READERS, NEWCOMERS = 4, (700, 900, 550, 1000)
+"""Answers that run, and the lengths of the prompts that come meanwhile."""
+_EVERY, _FIRST, _TOKENS = 30, 10, 130
+
+
+@dataclass
+class Visit:
+    """What became of the running answers and of the prompts that came.
+
+    Attributes:
+        gaps: The seconds between two tokens of the running answers.
+        waits: The seconds to the first token of each prompt that came.
+        beside: For each step in which a running answer got a token, how many tokens it computed.
+        tokens: All answers.
+        seconds: What the whole took.
+        trace: The trace.
+    """
+
+    gaps: list[float]
+    waits: list[float]
+    beside: list[int]
+    tokens: list[list[int]]
+    seconds: float
+    trace: Trace
+
+
+def settings(model: LoadedModel | str, budget: int = 512) -> EngineConfig:
+    """The settings of each engine that is compared."""
+    return EngineConfig(model, device="cpu", num_blocks=400, max_num_seqs=8, max_num_batched_tokens=budget)
+
+
+def visit(engine: Engine) -> Visit:
+    """Let some answers run, and long prompts come, one every 30 steps."""
+    text = engine.model.tokenizer.encode(prose(), add_special_tokens=False)
+    readers = [engine.add_request(text[20 * i : 20 * i + 12], exactly(_TOKENS)) for i in range(READERS)]
+    names, begin, step = [], 100, 0
+    while engine.has_unfinished or len(names) < len(NEWCOMERS):
+        if step >= _FIRST and (step - _FIRST) % _EVERY == 0 and len(names) < len(NEWCOMERS):
+            length = NEWCOMERS[len(names)]
+            names.append(engine.add_request(text[begin : begin + length], exactly(4)))
+            begin += length
+        engine.step()
+        step += 1
+    trace = engine.trace
+    times = {
+        name: [r.time for r in trace for row in r.rows if row.request_id == name and row.sampled]
+        for name in readers
+    }
+    gaps = [gap for each in times.values() for gap in itl_per_step(each)]
+    beside = [
+        record.total_tokens
+        for record in trace
+        if any(row.request_id in readers and row.kind == "decode" for row in record.rows)
+    ]
+    outputs = engine.outputs
+    waits = [outputs[name].metrics.ttft or 0.0 for name in names]
+    tokens = [outputs[name].token_ids for name in [*readers, *names]]
+    return Visit(gaps, waits, beside, tokens, trace.records[-1].time, trace)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that this share of the values (in hundredths) does not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share / 100 * len(ordered)))]
