@@ -1,6 +1,6 @@
 """Notebook 14: one model over two processes, and prompts apart from answers. Its exercises, and its runs.
 
-Every run is on the CPU: a free Colab has one GPU, and a laptop none. Processes end with the run that began them.
+All runs are on the CPU: a free Colab has one GPU, and a laptop none. Processes end with their run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from labkit.exercises.e14_split import SPLIT
 from labkit.models.load import LoadedModel, load_model
 from labkit.parallel import load_parallel
 from labkit.parallel.model import SummedLinear
-from labkit.trace.latency import itl_per_step
 from labkit.trace.trace import Trace
 
 EXERCISES = (SPLIT, PLACE, RING)
@@ -147,9 +146,9 @@ class Pair:
 
 # -- prompts that come into running answers ---------------------------------------------------------
 
-READERS, NEWCOMERS = 4, (700, 900, 550, 1000)
+READERS, NEWCOMERS = 4, (700, 500, 900)
 """Answers that run, and the lengths of the prompts that come meanwhile."""
-_EVERY, _FIRST, _TOKENS = 30, 10, 130
+_EVERY, _FIRST, _TOKENS = 25, 8, 90
 
 
 @dataclass
@@ -179,7 +178,7 @@ def settings(model: LoadedModel | str, budget: int = 512) -> EngineConfig:
 
 
 def visit(engine: Engine) -> Visit:
-    """Let some answers run, and long prompts come, one every 30 steps."""
+    """Let some answers run, and long prompts come, one every 25 steps."""
     text = engine.model.tokenizer.encode(prose(), add_special_tokens=False)
     readers = [engine.add_request(text[20 * i : 20 * i + 12], exactly(_TOKENS)) for i in range(READERS)]
     names, begin, step = [], 100, 0
@@ -191,23 +190,13 @@ def visit(engine: Engine) -> Visit:
         engine.step()
         step += 1
     trace = engine.trace
-    times = {
-        name: [r.time for r in trace for row in r.rows if row.request_id == name and row.sampled]
-        for name in readers
-    }
-    gaps = [gap for each in times.values() for gap in itl_per_step(each)]
     beside = [
         record.total_tokens
         for record in trace
         if any(row.request_id in readers and row.kind == "decode" for row in record.rows)
     ]
     outputs = engine.outputs
+    gaps = [gap for name in readers for gap in outputs[name].metrics.itl]
     waits = [outputs[name].metrics.ttft or 0.0 for name in names]
     tokens = [outputs[name].token_ids for name in [*readers, *names]]
     return Visit(gaps, waits, beside, tokens, trace.records[-1].time, trace)
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value that this share of the values (in hundredths) does not exceed."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share / 100 * len(ordered)))]

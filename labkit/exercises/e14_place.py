@@ -164,7 +164,7 @@ class Fleet:
 
     Attributes:
         ticks: The number of rounds, in each of which every engine can make a step.
-        again: The number of prompt tokens that were computed a second time, because their pages were evicted or lost.
+        again: The number of prompt tokens that were computed again, because their pages were evicted.
         keys: For each step in which an answer grew, how many keys it read.
         answers: The tokens of each answer.
     """
@@ -274,8 +274,8 @@ def _run(function: Callable[..., Any]) -> Run:
     found = {"yours": yours} | {name: serve_apart(way) for name, way in others.items()}
     turn = found["in turn"]
     sentence = (
-        f"{len(yours.answers)} prompts were placed with it: all were done after {yours.ticks} rounds (in turn: "
-        f"{turn.ticks}), and {yours.again} of their tokens were computed again (in turn: {turn.again})."
+        f"{len(yours.answers)} prompts were placed with it: all were done after {yours.ticks} rounds (in "
+        f"turn: {turn.ticks}), and {yours.again} of their tokens were computed again (in turn: {turn.again})."
     )
     again = {name: fleet.again for name, fleet in found.items()}
     return Run(sentence, [("What a wrong place costs:", notebook.bars(again, "Tokens computed again"))])

@@ -20,7 +20,7 @@ Ring = Callable[[int, int], Sequence[Round]]
 
 
 def ring(rank: int, world_size: int) -> list[Round]:
-    """What a process does in each round: the piece it sends on, the piece it gets, and whether that is added."""
+    """The piece that a process sends in each round, the one it gets, and whether that is added to its own."""
     rounds = []
     for turn in range(2 * (world_size - 1)):
         sends = (rank - turn) % world_size
@@ -78,10 +78,8 @@ def _follow(found: Sequence[Sequence[Round]], size: int) -> None:
             expect(max(held[rank][gets].values()) == 1, _TWICE, told)
     for rank, pieces in enumerate(held):
         for piece, inside in enumerate(pieces):
-            told = (
-                f"{size} processes, {len(found[0])} rounds\nprocess {rank}, piece {piece}: {_whose(inside)}"
-            )
-            expect(len(inside) == size, _DONE, told)
+            told = f"process {rank}, piece {piece}: {_whose(inside)}"
+            expect(len(inside) == size, _DONE, f"{size} processes, {len(found[0])} rounds\n{told}")
 
 
 def _whose(inside: Counter[int]) -> str:
@@ -119,9 +117,7 @@ class RingSum:
 def _run(function: Callable[..., Any]) -> Run:
     add = RingSum(function)
     engine = serve(engine_of(split, add), JOBS)
-    expect(
-        answers(engine) == right_answers(), "the engine with your sums gives the tokens of the whole model"
-    )
+    expect(answers(engine) == right_answers(), "with your sums come the tokens of the whole model")
     sizes = range(2, 9)
     shares = []
     for size in sizes:
@@ -137,8 +133,8 @@ def _run(function: Callable[..., Any]) -> Run:
         digits=2,
     )
     sentence = (
-        f"The engine ran {len(JOBS)} requests and added up its {WORLD} parts with it: the same tokens, and each "
-        f"process sent {add.sent:,} bytes for {add.tensors:,} bytes of sums. With 8 processes it would be "
+        f"The engine ran {len(JOBS)} requests and added up its {WORLD} parts with it: the same tokens, and "
+        f"each process sent {add.sent:,} bytes for {add.tensors:,} bytes of sums. With 8 processes it would be "
         f"{shares[-1]:g} times the tensor."
     )
     return Run(sentence, [("Why a ring:", picture)])
