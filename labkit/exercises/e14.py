@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ from labkit.exercises.e14_place import PLACE
 from labkit.exercises.e14_ring import RING
 from labkit.exercises.e14_split import SPLIT
 from labkit.models.load import LoadedModel, load_model
-from labkit.parallel import load_parallel
+from labkit.outputs import RequestOutput
 from labkit.parallel.model import SummedLinear
 from labkit.trace.trace import Trace
 
@@ -35,14 +36,14 @@ EXERCISES = (SPLIT, PLACE, RING)
 
 
 @contextlib.contextmanager
-def shared(model: str, processes: int = 2) -> Iterator[LoadedModel]:
-    """A model over several processes of this machine, which end when the `with` does."""
+def together(config: EngineConfig) -> Iterator[Engine]:
+    """An engine whose model several processes share, which end when the `with` does."""
     with _threads_kept():
-        loaded = load_parallel(model, processes, device="cpu", say=None)
+        engine = Engine(config, say=None)
         try:
-            yield loaded
+            yield engine
         finally:
-            loaded.module.workers.close()
+            engine.model.module.workers.close()
 
 
 @contextlib.contextmanager
@@ -92,16 +93,18 @@ def forgetting(model: LoadedModel, layers: Sequence[int]) -> Iterator[None]:
             model.module.layers[i].self_attn.o_proj = product
 
 
-def answered(
-    model: LoadedModel, prompts: Sequence[str], tokens: int = 24
-) -> tuple[list[list[int]], list[str], Trace]:
-    """Answer prompts greedily with a model; returns tokens, texts and the trace."""
-    engine = Engine(EngineConfig(model, num_blocks=64, enable_prefix_caching=False), say=None)
+def answer(engine: Engine, prompts: Sequence[str], tokens: int) -> list[RequestOutput]:
+    """Go on with all prompts greedily, by exactly so many tokens."""
     names = [engine.add_request(prompt, exactly(tokens)) for prompt in prompts]
     while engine.has_unfinished:
         engine.step()
-    outputs = [engine.outputs[name] for name in names]
-    return [output.token_ids for output in outputs], [output.text for output in outputs], engine.trace
+    return [engine.outputs[name] for name in names]
+
+
+def agree(one: RequestOutput, other: RequestOutput) -> int:
+    """How many tokens two answers have in common before the first that differs."""
+    pairs = zip(one.token_ids, other.token_ids, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 @functools.cache
@@ -159,6 +162,7 @@ class Visit:
         gaps: The seconds between two tokens of the running answers.
         waits: The seconds to the first token of each prompt that came.
         beside: For each step in which a running answer got a token, how many tokens it computed.
+        cached: How many tokens of each prompt that came were in the cache already.
         tokens: All answers.
         seconds: What the whole took.
         trace: The trace.
@@ -167,6 +171,7 @@ class Visit:
     gaps: list[float]
     waits: list[float]
     beside: list[int]
+    cached: list[int]
     tokens: list[list[int]]
     seconds: float
     trace: Trace
@@ -199,4 +204,5 @@ def visit(engine: Engine) -> Visit:
     gaps = [gap for name in readers for gap in outputs[name].metrics.itl]
     waits = [outputs[name].metrics.ttft or 0.0 for name in names]
     tokens = [outputs[name].token_ids for name in [*readers, *names]]
-    return Visit(gaps, waits, beside, tokens, trace.records[-1].time, trace)
+    cached = [outputs[name].metrics.num_cached_tokens for name in names]
+    return Visit(gaps, waits, beside, cached, tokens, trace.records[-1].time, trace)

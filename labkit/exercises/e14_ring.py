@@ -134,7 +134,7 @@ def _run(function: Callable[..., Any]) -> Run:
     )
     sentence = (
         f"The engine ran {len(JOBS)} requests and added up its {WORLD} parts with it: the same tokens, and "
-        f"each process sent {add.sent:,} bytes for {add.tensors:,} bytes of sums. With 8 processes it would be "
+        f"each process sent {add.sent:,} bytes for {add.tensors:,} bytes of sums. With 8 it would be "
         f"{shares[-1]:g} times the tensor."
     )
     return Run(sentence, [("Why a ring:", picture)])

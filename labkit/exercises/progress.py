@@ -74,6 +74,15 @@ COURSE = (
     ),
     Chapter("11_serving", "Serving", {"11.1": "refuse who would wait too long"}),
     Chapter("12_capacity", "Capacity", {"12.1": "send a request where its prompt is known"}),
+    Chapter(
+        "14_two_of_them",
+        "Two of them",
+        {
+            "14.1": "split a layer's weights",
+            "14.2": "choose where an answer grows",
+            "14.3": "a sum in a ring (bonus)",
+        },
+    ),
 )
 """The notebooks in their order. A title is that of the `Exercise`, known here without importing it."""
 
