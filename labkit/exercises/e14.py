@@ -149,9 +149,9 @@ class Pair:
 
 # -- prompts that come into running answers ---------------------------------------------------------
 
-READERS, NEWCOMERS = 4, (700, 500, 900)
+READERS, NEWCOMERS = 4, (600, 900)
 """Answers that run, and the lengths of the prompts that come meanwhile."""
-_EVERY, _FIRST, _TOKENS = 25, 8, 90
+_EVERY, _FIRST, _TOKENS = 25, 8, 60
 
 
 @dataclass
