@@ -65,9 +65,7 @@ _FIRST = "the first products (q, k, v, gate, up) are cut by their outputs: dimen
 _SECOND = "the second products (o_proj, down_proj) are cut by their inputs: dimension 1 of a weight"
 _DTYPE = "a part has the dtype of the whole"
 _MLP = "the parts of the MLP add up to the whole: down_proj keeps the inputs that gate and up keep as outputs"
-_ATTENTION = (
-    "the parts of attention add up to the whole: heads stay whole, and a KV head with its query heads"
-)
+_ATTENTION = "the parts of attention add up to the whole: heads stay whole, a KV head with its query heads"
 _BIAS = "the bias of o_proj and down_proj is in the sum once: process 0 has it, and the others have zeros"
 
 
