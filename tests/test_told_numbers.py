@@ -21,9 +21,12 @@ from labkit.analysis.devices import Gpu
 from labkit.exercises import e05
 from labkit.exercises.common import Job, serve
 from labkit.exercises.e00 import small_engine
+from labkit.exercises.e01_model import reference_for
+from labkit.exercises.e01_suspects import SUSPECTS
 from labkit.exercises.e07_cost import shape_of, step_cost
 from labkit.exercises.e07_turning_point import T4_BANDWIDTH, T4_PEAK, turning_point
 from labkit.kernels.int8 import hadamard
+from labkit.models.load import load_model
 from labkit.trace.trace import Trace
 from notebooks import make
 from tests.exercising import notebook
@@ -61,6 +64,29 @@ def test_00_fewer_pages_and_fewer_seats() -> None:
         "00", "With 14 pages and four seats, requests 3 to 5 wait for pages; with 12, one is preempted."
     )
     assert tells("00", f"three seats the run takes {three} steps, with two {two}.")
+
+
+def test_01_how_small_a_question_finds_the_quiet_faults() -> None:
+    tiny = load_model("tiny-random", device="cpu", say=None)
+    reference, suspects = reference_for(tiny), {suspect.name: suspect for suspect in SUSPECTS}
+
+    def first_wrong(name: str, tokens_in: int, tokens_out: int, first: int = 300) -> float:
+        question = list(range(first, first + tokens_in))
+        answer, truth = suspects[name].make(tiny)(question, tokens_out), reference(question, tokens_out)
+        return next((place for place in range(tokens_out) if answer[place] != truth[place]), math.inf)
+
+    assert [first_wrong("drops old pages", 6, count) for count in (27, 28)] == [math.inf, 27]
+    assert tells("01", "needs prompt and answer of 34 tokens together: 6 in and 28 out are just enough.")
+    shown = {
+        n: min(first_wrong("loses page starts", n, 6, first) for first in (300, 500)) for n in range(13, 18)
+    }
+    assert min(shown, key=lambda count: shown[count]) == 16
+    assert tells("01", "`loses page starts` shows earliest with a prompt of 16")
+    sound = [suspect.name for suspect in SUSPECTS if not suspect.fault]
+    assert tells(
+        "01", f"given {len(suspects)} decoders, {len(sound)} of them sound, labkit's engine among them."
+    )
+    assert tells("01", f"The other {len(suspects) - len(sound)} have faults")
 
 
 def test_02_answers_that_leave_no_seat_idle() -> None:
