@@ -243,6 +243,14 @@ def test_10_single_tokens_and_a_temperature() -> None:
     assert tells("10", "few drafts are right, and most of the steps come back.")
 
 
+def test_12_what_a_step_cost_on_the_machine_whose_output_is_kept() -> None:
+    (cell,) = (cell for cell in notebook("12").cells if cell.id == "c07")
+    kept = "".join(output.get("text", "") for output in cell.outputs)
+    step, token = map(float, re.findall(r"([\d.]+) ms a (?:step|token)", kept))
+    assert 25 < step / token < 35, "the prose speaks of some thirty tokens: tell what is kept now"
+    assert tells("12", "A step costs as much as many tokens do: as some thirty on the two cores")
+
+
 def test_12_how_much_larger_and_later_machines_are() -> None:
     t4, l4, a100 = (GPUS[name] for name in ("T4", "L4", "A100"))
     times = [round(getattr(a100, x) / getattr(t4, x)) for x in ("memory", "bandwidth", "flops")]
