@@ -43,6 +43,8 @@ from labkit.sampling_params import SamplingParams, check_number
 from labkit.schedulers import scheduler_class
 from labkit.schedulers.audit import Auditor
 from labkit.speculative.draft_model import draft_model, make_speculator
+from labkit.structured.compiler import FormCompiler
+from labkit.structured.form import AnswerForm
 from labkit.trace.records import StepRecord, TraceMeta
 from labkit.trace.trace import Trace
 
@@ -106,6 +108,7 @@ class Engine(EngineCore):
             self.auditor = Auditor(
                 self.scheduler, self.pool, config.max_num_batched_tokens, config.max_num_seqs
             )
+        self.forms = FormCompiler(self.model, jump_ahead=config.jump_ahead)
         self.outputs: dict[str, RequestOutput] = {}
         self._unfinished: dict[str, Request] = {}
         self._numbers = itertools.count()
@@ -250,6 +253,7 @@ class Engine(EngineCore):
                 stop_ids=stop_ids,
                 prompt=text,
                 reader=self._reader(params, token_ids) if has_text else None,
+                form=self._form(params, stop_ids),
                 family=request_id,
             )
             for i, name in enumerate(answer_ids(request_id, params.n))
@@ -268,6 +272,11 @@ class Engine(EngineCore):
             keep_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
         )
+
+    def _form(self, params: SamplingParams, stop_ids: frozenset[int]) -> AnswerForm | None:
+        if params.structured is None:
+            return None
+        return self.forms.start(params.structured, stop_ids, params.max_tokens)
 
     def _check_unused(self, request: Request) -> None:
         for member in (request, *request.children):
@@ -338,6 +347,10 @@ class Engine(EngineCore):
                     output.logprobs.extend(result.logprobs[row][: len(tokens)])
                 if request.reader:
                     output.text = request.reader.text
+        for request in self.scheduler.running:  # tokens that a form forces take the place of drafts
+            known = len(request.token_ids)
+            if request.form and request.form.forced and request.num_computed_tokens == known - 1:
+                request.drafts = request.form.forced[: request.max_len - known - 1]
         for request_id, reason, _ in record.finished:
             request = self._unfinished.pop(request_id)
             if output := self.outputs.get(request_id):
@@ -365,7 +378,7 @@ class Engine(EngineCore):
         `waiting` are those after the plan. Call it where `step` may be called; it raises as planning does.
         """
         requests = self.scheduler.requests.values()
-        kept = [part for r in requests for part in (r.params, r.reader, r.prompt_logprobs)]
+        kept = [part for r in requests for part in (r.params, r.reader, r.form, r.prompt_logprobs)]
         shared = {id(part): part for part in kept}
         # A large pool holds a hundred thousand numbers. They are copied at once where they are known to be
         # numbers, so not in a pool of your own.

@@ -29,6 +29,9 @@ def record_step(
         sampled=tuple(result.sampled),
         padding=tuple(plan.padding) if any(plan.padding) else (),  # of a static batch
         drafted=tuple([plan.drafts.get(i, ()) for i in range(len(plan.requests))]) if plan.drafts else (),
+        allowed=tuple([result.allowed.get(i, ())[: len(new)] for i, new in enumerate(result.sampled)])
+        if result.allowed
+        else (),
         arrived=tuple(changes.arrived),
         reprioritised=tuple(changes.reprioritised),
         admitted=tuple(plan.admitted),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from labkit.outputs import FinishReason, PromptLogprobs, in_one_line
 from labkit.sampling_params import SamplingParams
@@ -25,6 +25,14 @@ class TokenReader(Protocol):
     def push(self, token: int) -> bool: ...  # take the next token; True if it completes a stop string
 
     def finish(self) -> bool: ...  # no more tokens will come: release the text held back
+
+
+class AnswerForm(Protocol):
+    """The form that an answer must have, and how far it has come in it (see `labkit.structured`)."""
+
+    def push(self, token: int) -> bool: ...  # take the next token; True if nothing may follow
+
+    def masks(self, drafts: Sequence[int]) -> Any: ...  # bool (1 + drafts, vocab_size): what is allowed there
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -45,6 +53,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()  # the end of sequence, unless it is ignored, and stop_token_ids
     prompt: str | None = None  # its text, if it came as text
     reader: TokenReader | None = None
+    form: AnswerForm | None = None
     arrival: int = 0  # its place in the order of arrival, which the scheduler sets
     status: Status = "waiting"
     error: str | None = None
@@ -73,11 +82,13 @@ class Request:
         """Append the next token of the answer; return why the request ends with it, or None."""
         self.token_ids.append(token)
         try:  # the reader sees every token, a stop token too: it skips those that are no text
-            stop_string = self.reader is not None and self.reader.push(token)
+            stop = token in self.stop_ids
+            stop |= self.reader is not None and self.reader.push(token)
+            stop = stop or (self.form is not None and self.form.push(token))
         except Exception as error:  # no other request shall suffer
             self.error = in_one_line(error)
             return "error"
-        if stop_string or token in self.stop_ids:
+        if stop:
             return "stop"
         return "length" if len(self.token_ids) >= self.max_len else None
 

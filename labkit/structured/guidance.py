@@ -1,0 +1,147 @@
+"""JSON schemas and grammars, by llguidance: an Earley parser over tokens, in Rust.
+
+It refuses what it cannot promise, which is why it is here (`README.md` compares it). JSON is written with one
+space after a comma and a colon, and nowhere else: small models that may write spaces go on writing them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from labkit.structured.vocabulary import Vocabulary
+
+SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_HEAD = '%llguidance {"no_forcing": true}\n'  # masks show all that is allowed, and not only what it prefers
+
+
+def library() -> ModuleType:
+    """Return llguidance. Raises `ValueError` if it is not installed."""
+    try:
+        import llguidance
+    except ImportError:
+        raise ValueError(
+            "structured: JSON schemas, grammars and tools need llguidance: pip install llguidance "
+            "(a choice and a regular expression do without)"
+        ) from None
+    return llguidance
+
+
+def json_grammar(schema: str) -> str:
+    """Return the part of a grammar that stands for JSON of a schema."""
+    tree = json.loads(schema)
+    if isinstance(tree, bool):
+        tree = {} if tree else {"not": {}}
+    return f"%json {json.dumps(tree | {'x-guidance': SPACING})}"
+
+
+class Guidance:
+    """Compiles grammars for a vocabulary.
+
+    Args:
+        vocabulary: the vocabulary.
+        ends: the tokens that end an answer.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, ends: frozenset[int]) -> None:
+        self._vocabulary, self._ends = vocabulary, sorted(ends)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The vocabulary as the library has it."""
+        library()
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        wrapper = TokenizerWrapper(_Tokens(self._vocabulary, self._ends))
+        return LLTokenizer(wrapper, eos_token=self._ends or None)
+
+    def compile(self, kind: str, text: str) -> GuidedForm:
+        """Return the form of a JSON schema ("json") or a Lark grammar ("grammar").
+
+        Raises:
+            ValueError: for what is no schema or grammar, or is not supported; the message names the part.
+        """
+        grammar = f"start: {json_grammar(text)}" if kind == "json" else text
+        matcher = library().LLMatcher(self.tokenizer, _HEAD + grammar, log_level=0)
+        if matcher.is_error():
+            raise ValueError(f"structured: {kind}: {_reason(matcher.get_error())}")
+        return GuidedForm(matcher, len(self._vocabulary.tokens), self._ends)
+
+
+class _Tokens:
+    """What the library asks of a tokenizer."""
+
+    def __init__(self, vocabulary: Vocabulary, ends: list[int]) -> None:
+        self.tokens = vocabulary.tokens
+        self.special_token_ids = [token for token, data in enumerate(self.tokens) if not data]
+        self.eos_token_id = ends[0] if ends else len(self.tokens) - 1
+        self.bos_token_id = None
+        self._encode = vocabulary.encode
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._encode(text.encode() if isinstance(text, str) else text)
+
+
+class GuidedForm:
+    """A compiled grammar; `start` begins an answer."""
+
+    fewest_tokens = 0
+
+    def __init__(self, matcher: Any, num_tokens: int, ends: list[int]) -> None:
+        self._matcher, self._num_tokens, self._ends = matcher, num_tokens, ends
+
+    def start(self) -> GuidedMatcher:
+        """Return a matcher of one answer, at its beginning."""
+        return GuidedMatcher(self._matcher.deep_copy(), self._num_tokens, self._ends)
+
+
+class GuidedMatcher:
+    """Where an answer is in a grammar: a `Matcher`."""
+
+    def __init__(self, matcher: Any, num_tokens: int, ends: list[int]) -> None:
+        self._matcher, self._num_tokens, self._ends = matcher, num_tokens, ends
+
+    @property
+    def may_end(self) -> bool:
+        return self._matcher.is_accepting()
+
+    @property
+    def is_over(self) -> bool:
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    def mask(self) -> Tensor:
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        allowed = np.unpackbits(bits, bitorder="little", count=self._num_tokens).view(bool)
+        allowed[self._ends] = False
+        return torch.from_numpy(allowed)
+
+    def advance(self, token: int) -> bool:
+        fits = self._matcher.try_consume_tokens([token]) == 1
+        self._check()
+        return fits
+
+    def rollback(self, count: int) -> None:
+        if count:
+            self._matcher.rollback(count)
+            self._check()
+
+    def forced(self) -> list[int]:
+        self._matcher.compute_ff_bytes()  # without it, there are no tokens (llguidance 1.9.1)
+        return self._matcher.compute_ff_tokens()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():  # it stays in its errors, and raises none
+            raise ValueError(_reason(self._matcher.get_error()))
+
+
+def _reason(message: str) -> str:
+    """Return the part of the library's message that says what is wrong."""
+    return re.sub(r"^at .*?: failed to compile JSON schema: ", "", message).partition("\n")[0]
