@@ -1,8 +1,8 @@
 """Functions that a model may call: how it is told of them, and how it writes a call.
 
 A call is written as the Hermes and Qwen models do. A chat template that writes calls so gets the functions
-and the calls of a conversation as they are. For any other they become text: a paragraph of the system message,
-the calls in the words of the assistant, and results in those of the user.
+and the calls of a conversation as they are. For any other they become text: a paragraph of the system
+message, the calls in the words of the assistant, and results in those of the user.
 """
 
 from __future__ import annotations

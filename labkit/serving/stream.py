@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -140,6 +139,7 @@ class Format:
 
     Attributes:
         streamed: how far a stream has come in the tokens of each choice, for log-probabilities.
+        readers: what finds the calls in each choice of a stream.
     """
 
     head: dict[str, Any]
@@ -148,6 +148,7 @@ class Format:
     skip_special_tokens: bool = True
     may_call: bool = False
     streamed: dict[int, AnswerTokens | None] = field(default_factory=dict)
+    readers: dict[int, CallReader] = field(default_factory=dict)
 
     prefix: ClassVar[str]  # of the id of an answer
     whole: ClassVar[str]  # the type of a whole answer
@@ -195,9 +196,6 @@ class ChatFormat(Format):
 
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __post_init__(self) -> None:
-        self._readers: defaultdict[int, CallReader] = defaultdict(CallReader)  # of each choice of a stream
-
     def opening(self, index: int, echo: str, output: RequestOutput) -> list[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
         return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
@@ -207,9 +205,9 @@ class ChatFormat(Format):
         reason: str | None = piece.finish_reason
         deltas = [{"content": piece.text}] if piece.text or piece.logprobs else []
         if self.may_call:
-            deltas = self._readers[index].push(piece.text, final=bool(reason))
-            deltas = deltas or [{}] * bool(piece.logprobs)
-            reason = _reason(reason, self._readers[index])
+            reader = self.readers.setdefault(index, CallReader())
+            deltas = reader.push(piece.text, final=bool(reason)) or [{}] * bool(piece.logprobs)
+            reason = _reason(reason, reader)
         logprobs = chat_logprobs(piece.logprobs, tokens) if tokens else None
         for delta in deltas:
             choices.append({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None})
