@@ -172,6 +172,7 @@ def serve(live: AsyncEngine, options: argparse.Namespace) -> None:
     Raises:
         StartError: if the page cannot be served, for instance because another program took the port.
     """
+    from labkit.page.joining import address_of
     from labkit.serving.asgi import beside
 
     lab = lab_of(live, options)
@@ -193,7 +194,10 @@ def serve(live: AsyncEngine, options: argparse.Namespace) -> None:
     for number in STOPS:  # a shell that starts the lab in the background makes it ignore Ctrl-C
         signal.signal(number, _stop)
     shown = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
-    print(f"The lab is at http://{shown}:{options.port}", flush=True)
+    local = f"http://{shown}:{options.port}"
+    reached = address_of("", demo.served()) or local  # from other machines, as far as they can
+    others = f", and for other machines at {reached}" if reached not in (local, demo.share_url) else ""
+    print(f"The lab is at {local}{others}", flush=True)
     if options.api:
         print(f"OpenAI's API is at http://{shown}:{options.port}/v1", flush=True)
         if options.api_key:
@@ -202,7 +206,7 @@ def serve(live: AsyncEngine, options: argparse.Namespace) -> None:
         print(f"and, for everyone, at {demo.share_url}" if demo.share_url else "There is no public link.")
     if lab.trace_path:
         print(f"Every step is written to {lab.trace_path}")
-    print(f"Its host has http://{shown}:{options.port}/?host={lab.host_key}", flush=True)
+    print(f"Its host has {reached}/?host={lab.host_key}", flush=True)
     print("Ctrl-C ends it.", flush=True)
     try:
         threading.Event().wait()

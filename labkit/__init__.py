@@ -13,15 +13,28 @@ if TYPE_CHECKING:
     from labkit.config import EngineConfig
     from labkit.engine import Engine
     from labkit.exercises import check
+    from labkit.exercises.progress import progress
     from labkit.llm import LLM
     from labkit.notebook import setup
     from labkit.notebook.live_view import lab
     from labkit.sampling_params import SamplingParams
     from labkit.trace.trace import Trace
+    from labkit.views.run_page import export_html
 
     __version__: str
 
-__all__ = ["LLM", "Engine", "EngineConfig", "SamplingParams", "Trace", "check", "lab", "setup"]
+__all__ = [
+    "LLM",
+    "Engine",
+    "EngineConfig",
+    "SamplingParams",
+    "Trace",
+    "check",
+    "export_html",
+    "lab",
+    "progress",
+    "setup",
+]
 
 _HOMES = {
     "LLM": "labkit.llm",
@@ -30,7 +43,9 @@ _HOMES = {
     "SamplingParams": "labkit.sampling_params",
     "Trace": "labkit.trace.trace",
     "check": "labkit.exercises",
+    "export_html": "labkit.views.run_page",
     "lab": "labkit.notebook.live_view",
+    "progress": "labkit.exercises.progress",
     "setup": "labkit.notebook",
 }
 

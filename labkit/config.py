@@ -77,6 +77,9 @@ class EngineConfig(ModelConfig):
             but no more than the pool holds.
         max_num_seqs: the number of seats: how many requests run at once.
         max_num_batched_tokens: the token budget of a step.
+        max_step_seconds: the time that a step should take at most, by what earlier steps took: the token
+            budget is lowered until it does, as far as running answers get their tokens and prompts a block;
+            None leaves the budget alone.
         scheduler: "continuous" (requests join and leave at every step), "static" (a batch waits until its
             last member is done), "naive" (one request at a time) or "uncached" (the same without a KV cache).
         kv_policy: "paged" takes blocks as tokens come, "reserved" takes all that a request may need up front.
@@ -104,6 +107,8 @@ class EngineConfig(ModelConfig):
         max_trace_steps: how many steps the trace keeps the records of; None keeps all.
         audit: whether every rule is checked at every step, which is slow; a scheduler or pool of your own is
             always checked.
+        tensor_parallel_size: the number of processes that share one model, each with a part of every layer
+            (on GPUs, each with one of its own). It has no effect on a model that is loaded already.
         seed: the seed of requests that have none of their own.
         generation_config: whose defaults hold for requests that do not say how to sample: "auto" takes those
             of the model's `generation_config.json`, where it has any, as vLLM does; "labkit" leaves the file
@@ -119,6 +124,7 @@ class EngineConfig(ModelConfig):
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
+    max_step_seconds: float | None = None
     scheduler: Literal["continuous", "static", "naive", "uncached"] = "continuous"
     kv_policy: Literal["paged", "reserved"] = "paged"
     enable_prefix_caching: bool = True
@@ -135,17 +141,23 @@ class EngineConfig(ModelConfig):
     as_t4: bool = False
     max_trace_steps: int | None = None
     audit: bool = False
+    tensor_parallel_size: int = 1
     seed: int = 0
     generation_config: Literal["auto", "labkit"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "num_speculative_tokens"):
+        whole = ("block_size", "max_num_seqs", "max_num_batched_tokens", "num_speculative_tokens")
+        for name in (*whole, "tensor_parallel_size"):
             check_number(name, getattr(self, name), 1, math.inf, whole=True)
         lowest = {"num_blocks": 1, "max_model_len": 2, "max_trace_steps": 1, "num_threads": 1}
         for name, low in lowest.items():
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low, math.inf, whole=True)
+        if self.max_step_seconds is not None:
+            check_number("max_step_seconds", self.max_step_seconds, 0.001, 3600)
+            if self.scheduler != "continuous" or not self.enable_chunked_prefill:
+                raise ValueError("max_step_seconds needs scheduler 'continuous' and enable_chunked_prefill")
         flags = ("enable_prefix_caching", "enable_chunked_prefill", "speculative_gate", "adaptive_threads")
         flags += ("jump_ahead",)
         for name in (*flags, "cuda_graphs", "as_t4", "audit"):
@@ -162,6 +174,8 @@ class EngineConfig(ModelConfig):
             raise ValueError(f"draft_model needs speculative 'draft', not {self.speculative!r}")
         if self.as_t4 and self.dtype not in T4_DTYPES:
             raise ValueError(f"as_t4 computes in float16: dtype must be auto or float16, not {self.dtype!r}")
+        if self.tensor_parallel_size > 1 and (self.attention_backend != "auto" or self.as_t4):
+            raise ValueError("tensor_parallel_size needs attention_backend 'auto' and no as_t4")
         check_seats(self.max_num_seqs, self.max_num_batched_tokens)
 
 

@@ -20,6 +20,7 @@ from types import FrameType
 import psutil
 import torch
 
+from labkit.analysis.step_bound import StepBound
 from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
 from labkit.core.engine_core import EngineCore
@@ -28,17 +29,19 @@ from labkit.core.recorder import record_step
 from labkit.core.request import Request
 from labkit.core.sampler import mix
 from labkit.core.scheduler import Scheduler
-from labkit.kernels.threads import ThreadBudget
+from labkit.kernels.threads import ThreadBudget, usual_threads
 from labkit.kernels.warmup import free_bytes, tried_backend, warm_up, warm_up_lock
 from labkit.models.cache_dir import keep_compiled
 from labkit.models.detokenizer import IncrementalDetokenizer
-from labkit.models.devices import resolve_device
 from labkit.models.generation_config import sampling_defaults
-from labkit.models.load import LoadedModel, load_model
+from labkit.models.load import LoadedModel
 from labkit.models.no_tokenizer import NoTokenizer
 from labkit.models.progress import Say
 from labkit.models.prompts import Prompt, check_tokens, read_prompt
 from labkit.outputs import RequestMetrics, RequestOutput
+from labkit.parallel.group import ParallelError
+from labkit.parallel.load import model_of
+from labkit.parallel.model import ParallelRunner, ParallelTransformer
 from labkit.sampling_params import SamplingParams, check_number
 from labkit.schedulers import scheduler_class
 from labkit.schedulers.audit import Auditor
@@ -68,6 +71,7 @@ class Engine(EngineCore):
 
     Attributes:
         trace: the records of all steps.
+        step_bound: what keeps steps within `max_step_seconds`; None without it.
         threads: what adapts the number of threads to what other processes leave; None where nothing does.
         outputs: the output of each request so far, by id. Outputs are updated in place, and stay until you
             take them out.
@@ -92,7 +96,7 @@ class Engine(EngineCore):
         self.config = config = config or EngineConfig()
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
-        self.model = _model_of(config, say)
+        self.model = model_of(config, say)
         module = self.model.module
         if config.max_model_len and config.max_model_len > module.max_model_len:
             raise ValueError(
@@ -139,13 +143,20 @@ class Engine(EngineCore):
             kv_policy=config.kv_policy,
         )
         trace = Trace(self._meta(policy), max_steps=config.max_trace_steps)
+        parallel = isinstance(module, ParallelTransformer)
+        if parallel:
+            self.make_runner = ParallelRunner
         super().__init__(module, policy, backend, cache=cache, graphs=graphs, trace=trace)
         most = cache.num_blocks * config.block_size
         self.max_model_len = config.max_model_len or min(module.max_model_len, most)
         self.speculator = make_speculator(config, self.model, self.runner, draft, say)
-        threads = torch.get_num_threads()
-        adaptive = config.adaptive_threads and module.device.type == "cpu" and threads > 1
+        bound = config.max_step_seconds
+        self.step_bound = StepBound(policy, bound, config.block_size) if bound else None
+        threads = config.num_threads or usual_threads()
+        adaptive = config.adaptive_threads and module.device.type == "cpu" and threads > 1 and not parallel
         self.threads = ThreadBudget(threads) if adaptive else None
+        if torch.get_num_threads() != threads:  # another engine has left cores to other processes
+            torch.set_num_threads(threads)
 
     def __repr__(self) -> str:
         model, scheduler, pool = self.model, self.scheduler, self.pool
@@ -290,9 +301,14 @@ class Engine(EngineCore):
 
     def add(self, request: Request) -> None:
         """Queue a request and its children, for the next step on. Raises as `add_request` does."""
-        self._check_unused(request)
-        family = [request, *request.children]  # the scheduler may take the children over at once
+        self.scheduler.check(request)
+        self.register(request)
         super().add(request)
+
+    def register(self, request: Request) -> None:
+        """Open an output for a request and its children. Raises `ValueError` if an id is in use."""
+        self._check_unused(request)
+        family = [request, *request.children]
         now = time.perf_counter()
         for index, member in enumerate(family):
             self._unfinished[member.request_id] = member
@@ -320,16 +336,29 @@ class Engine(EngineCore):
         """Run one step as `EngineCore.step` does. Ctrl-C, or a notebook's stop button, waits for its end.
 
         With a scheduler or a pool of your own it ends the step at once, because that may never be over.
+
+        Raises:
+            ParallelError: after a step in which one of the processes of a parallel model failed. All requests
+                in it have ended, and no more can run.
         """
         with contextlib.nullcontext() if self.auditor else _interrupts_held():
-            return super().step()
+            record = super().step()
+        module = self.model.module
+        if isinstance(module, ParallelTransformer) and module.workers.failure:
+            raise ParallelError(module.workers.failure)
+        return record
 
     def deliver(
         self, plan: StepPlan, result: StepResult, record: StepRecord, begin: float, end: float
     ) -> None:
         """Update the outputs: those that are still in `outputs`, because a caller may take one out early."""
+        if self.step_bound:
+            self.step_bound.after_step(record)
         if self.threads:
+            before = self.threads.now
             self.threads.after_step(end) if self.has_unfinished else self.threads.rest()
+            if self.threads.now != before:
+                self.scheduler.changes.threads = self.threads.now  # the next record says so
         for admission in record.admitted:
             output = self.outputs.get(admission.request_id)
             if output and output.metrics.first_scheduled_time is None:
@@ -415,26 +444,3 @@ def _interrupts_held() -> Iterator[None]:
 def answer_ids(request_id: str, n: int) -> list[str]:
     """Return the ids of the `n` answers to one request: "7", "7.1", "7.2"."""
     return [request_id, *(f"{request_id}.{index}" for index in range(1, n))]
-
-
-def _model_of(config: EngineConfig, say: Say | None) -> LoadedModel:
-    """Load the model that a configuration names, or return the loaded one that it holds."""
-    loaded = config.model if isinstance(config.model, LoadedModel) else None
-    if config.as_t4:
-        device = loaded.device if loaded else resolve_device(config.device)
-        if device.type != "cuda":
-            raise ValueError(f"as_t4 needs a CUDA GPU, and the device is {device}")
-    dtype = "float16" if config.as_t4 else config.dtype
-    if loaded:
-        loaded.check(replace(config, dtype=dtype))
-        return loaded
-    return load_model(
-        config.model,
-        dtype=dtype,
-        device=config.device,
-        quantization=config.quantization,
-        fused_projections=config.fused_projections,
-        packed_weights=config.packed_weights,
-        cpu_kernels=config.cpu_kernels,
-        say=say,
-    )

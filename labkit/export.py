@@ -1,4 +1,4 @@
-"""The command lines of other engines: `python -m labkit.export` (see `labkit.serving.export`)."""
+"""Command lines of other engines, or a run as a page: `python -m labkit.export` (`labkit.serving.export`)."""
 
 import sys
 

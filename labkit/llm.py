@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from labkit.models.chat import as_chat, check_variables
 from labkit.models.prompts import Prompt
 from labkit.outputs import RequestOutput
 from labkit.sampling_params import SamplingParams, unknown
+from labkit.transfer import load_session, save_session
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "Why is the sky blue?"}
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -138,6 +140,32 @@ class LLM:
         options |= {"continue_final_message": continue_final_message}
         prompts = [self._written(conversation, options) for conversation in messages]
         return self._answer(prompts, _either(params, sampling_params), _shown(progress, use_tqdm))
+
+    def save_session(self, output: RequestOutput, path: str | os.PathLike[str]) -> int:
+        """Keep the keys and values of a prompt and its answer in a file, to go on with them another day.
+
+        Args:
+            output: what `generate` or `chat` returned, as long as the cache still has its pages.
+            path: the file; an older one is replaced.
+
+        Returns:
+            How many tokens the file holds: those in whole pages.
+
+        Raises:
+            TransferError: if the cache has none of them.
+        """
+        return save_session(self.engine, output.prompt_token_ids + output.token_ids, path)
+
+    def load_session(self, path: str | os.PathLike[str]) -> list[int]:
+        """Take a session up again: a prompt that begins as it did need not be computed so far.
+
+        Returns:
+            The tokens that the cache holds now.
+
+        Raises:
+            TransferError: if the file is damaged, something else, or of another model or layout.
+        """
+        return load_session(self.engine, path)
 
     def _written(self, conversation: str | Sequence[Message], options: Mapping[str, Any]) -> Prompt:
         """Return a conversation as a prompt."""

@@ -5,16 +5,21 @@
     python notebooks/make.py --stamp    # stamp only: badge, first cell, metadata
     python notebooks/make.py --check    # change nothing; say what is not as stamped
 
-The address of the repository stands only in `pyproject.toml`. Times, widget state and whatever else of a run
-is not a result are left out, so that a second run changes as little as possible.
+The address of the repository stands only in `pyproject.toml`. While that is a placeholder, no badge is shown
+and no cell fetches from it. Times, widget state and whatever else of a run is not a result are left out, so
+that a second run changes as little as possible.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import os
 import re
 import sys
+import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import nbformat
@@ -24,17 +29,34 @@ from nbformat import NotebookNode
 HERE = Path(__file__).parent
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 SETUP = """\
-# On Colab this fetches labkit and leaves Colab's torch alone. In a clone, labkit lies next door.
+# Takes labkit from the first place that has it: LABKIT_SOURCE, or what lies round this notebook. Torch stays.
+import os
 import sys
+from glob import glob
+from importlib.util import find_spec
 
-if "google.colab" in sys.modules:
-    %pip install -q --no-deps git+{repository} gguf anywidget psygnal
-else:
-    sys.path[:0] = ["..", "."]  # or here, where a program runs this from the clone's own folder
-
-import labkit
+LABKIT_SOURCE = os.environ.get("LABKIT_SOURCE", "")  # or here: a folder, a file, a URL, git+https://...
+for place in [LABKIT_SOURCE] if LABKIT_SOURCE else ["..", ".", *sorted(glob("labkit*"))]:
+    if os.path.isfile(f"{place}/labkit/__init__.py"):  # a clone
+        sys.path.insert(0, place)
+        break
+    if place == LABKIT_SOURCE or place.endswith((".whl", ".zip")):
+        %pip install -q --no-deps "{place}"
+        break
+FETCHif not find_spec("anywidget"):  # what Colab lacks
+    %pip install -q --no-deps gguf anywidget psygnal
+try:
+    import labkit
+except ImportError:
+    looked = LABKIT_SOURCE or "a clone in .., . or labkit*/; labkit*.whl or labkit*.zip beside this notebook"
+    raise ImportError(f"No labkit. Looked for: {looked}. LABKIT_SOURCE can name another place.") from None
 
 labkit.setup()"""
+FETCH = """\
+else:
+    if not find_spec("labkit"):
+        %pip install -q --no-deps git+{address}
+"""
 METADATA = {
     "accelerator": "GPU",
     "colab": {"gpuType": "T4", "provenance": []},
@@ -52,24 +74,51 @@ def repository() -> str:
     return found[1]
 
 
+def published() -> str | None:
+    """The address of the repository, or None while it is a placeholder that leads nowhere."""
+    address = repository()
+    return None if "/OWNER/" in address else address
+
+
+def setup_cell() -> str:
+    """The first code cell of each notebook."""
+    address = published()
+    return SETUP.replace("FETCH", FETCH.format(address=address) if address else "")
+
+
 def stamp(notebook: NotebookNode, name: str) -> None:
-    """Put the badge, the first cell, metadata and ids into a notebook."""
+    """Put the badge, the first cell, metadata and missing ids into a notebook."""
     kinds = [cell.cell_type for cell in notebook.cells[:2]]
     if kinds != ["markdown", "code"] or not notebook.cells[0].source.startswith("# "):
         raise SystemExit(f"{name} must begin with a title in markdown and then a code cell, for the setup")
-    where = repository()
-    owner = where.removeprefix("https://github.com/")
-    link = f"https://colab.research.google.com/github/{owner}/blob/main/notebooks/{name}"
+    address = published()
     head = [line for line in notebook.cells[0].source.splitlines() if not line.startswith(BADGE)]
-    notebook.cells[0].source = "\n".join([head[0], "", f"{BADGE}({link})", *head[1:]]).replace(
-        "\n\n\n", "\n\n"
-    )
-    notebook.cells[1].source = SETUP.format(repository=where)
+    if address:
+        owner = address.removeprefix("https://github.com/")
+        link = f"https://colab.research.google.com/github/{owner}/blob/main/notebooks/{name}"
+        head[1:1] = ["", f"{BADGE}({link})"]
+    notebook.cells[0].source = "\n".join(head).replace("\n\n\n", "\n\n")
+    notebook.cells[1].source = setup_cell()
     notebook.cells[1].metadata = {"tags": ["nbval-ignore-output"]}
     notebook.nbformat, notebook.nbformat_minor = 4, 5
-    for i, cell in enumerate(notebook.cells):
-        cell.id = f"c{i:02d}"
+    identify(notebook)
     tidy(notebook)
+
+
+def identify(notebook: NotebookNode) -> None:
+    """Give an id to each cell that has none, or that of a cell before it; the others keep theirs.
+
+    A new id comes from the cell's text, so that two people who insert cells choose different ones.
+    """
+    taken: set[str] = set()
+    for cell in notebook.cells:
+        name = cell.get("id")
+        for copy in itertools.count():
+            if name and name not in taken:
+                break
+            name = f"{zlib.crc32(f'{copy}{cell.source}'.encode()):08x}"
+        cell.id = name
+        taken.add(name)
 
 
 def tidy(notebook: NotebookNode) -> None:
@@ -95,16 +144,18 @@ def tidy(notebook: NotebookNode) -> None:
 
 def stamped(text: str, name: str) -> str:
     """The text of a notebook file after stamping; runs nothing."""
-    notebook = nbformat.reads(text, as_version=4)
+    notebook = nbformat.v4.reads(text)  # as it is: nbformat.reads would put ids of its own, at random
     stamp(notebook, name)
     return nbformat.writes(notebook) + "\n"
 
 
 def run(notebook: NotebookNode) -> None:
-    """Run all cells in a kernel of this environment, and keep their outputs."""
-    NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": HERE}}
-    ).execute()
+    """Run all cells in a kernel of this environment, and keep their outputs. Nobody's progress is in them."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LABKIT_PROGRESS"] = str(Path(folder) / "progress.jsonl")
+        NotebookClient(
+            notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": HERE}}
+        ).execute()
     tidy(notebook)
 
 

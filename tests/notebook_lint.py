@@ -17,6 +17,7 @@ from notebooks import make
 from tests.exercising import boxes, folded
 
 PLOTLY = "application/vnd.plotly.v1+json"
+SVG = "image/svg+xml"
 IGNORED = "nbval-ignore-output"
 _NEVER_COMPARED = {"image/png", "image/jpeg", "application/vnd.jupyter.widget-view+json"}
 _SAYS = {"print", "display", "show", "check", "source", "setup"}  # functions that leave an output
@@ -96,9 +97,9 @@ def named(book: Book) -> Iterator[str]:
 
 
 def long_enough(book: Book) -> Iterator[str]:
-    """It has 20 to 35 cells."""
-    if not 20 <= len(book.cells) <= 35:
-        yield f"it has {len(book.cells)} cells, not 20 to 35"
+    """It has 20 to 40 cells."""
+    if not 20 <= len(book.cells) <= 40:
+        yield f"it has {len(book.cells)} cells, not 20 to 40"
 
 
 def small(book: Book) -> Iterator[str]:
@@ -118,6 +119,16 @@ def claims(book: Book) -> Iterator[str]:
     paragraphs = re.split(r"\n\s*\n", book.cells[0].source)
     if not any(re.match(r"\*\*[^*].{10,}?\*\*", paragraph, re.DOTALL) for paragraph in paragraphs[1:]):
         yield "no paragraph of its first cell begins with a claim in bold"
+
+
+def opens_with_a_picture(book: Book) -> Iterator[str]:
+    """Its first cell after the setup draws its idea, alike on every machine, and a text refers to it."""
+    if len(book.code) < 2 or not any(SVG in output.get("data", {}) for output in book.code[1].outputs):
+        yield "its first cell after the setup draws no picture"
+    elif is_ignored(book.code[1]):
+        yield "its picture is not compared"
+    if book.prose.count("the picture at the top") < 1:
+        yield "no text refers to the picture at the top"
 
 
 def was_run(book: Book) -> Iterator[str]:
@@ -214,16 +225,32 @@ def examines(book: Book) -> Iterator[str]:
 
 
 def recapitulates(book: Book) -> Iterator[str]:
-    """Under the heading `Recap` stand five questions with folded answers."""
+    """Under the heading `Recap` stand six questions with folded answers, the last from an earlier notebook.
+
+    The first notebook has none before it, and asks five.
+    """
     heading = re.search(r"^(#+)\s+Recap\b.*$", book.prose, re.MULTILINE)
     if not heading:
         yield "it has no heading '## Recap'"
         return
     rest = book.prose[heading.end() :]
     after = re.search(rf"^#{{1,{len(heading[1])}}}\s", rest, re.MULTILINE)
-    count = len(re.findall(r"<details\b", rest[: after.start()] if after else rest))
-    if count != 5:
-        yield f"its recap has {count} folded answers, not 5"
+    recap, first = rest[: after.start()] if after else rest, book.number == "00"
+    count = len(re.findall(r"<details\b", recap))
+    if count != (5 if first else 6):
+        yield f"its recap has {count} folded answers, not {5 if first else 6}"
+    earlier = [
+        number for number in re.findall(r"\b6\. From notebook (\d\d): ", recap) if number < book.number
+    ]
+    if not first and not earlier:
+        yield "its recap asks nothing from an earlier notebook"
+
+
+def shows_progress(book: Book) -> Iterator[str]:
+    """Its last cell shows what is solved, which is another thing for each reader."""
+    last = book.cells[-1]
+    if last.source != "labkit.progress()" or not is_ignored(last):
+        yield "its last cell is not labkit.progress(), ignored by nbval"
 
 
 def twinned(book: Book) -> Iterator[str]:
@@ -231,11 +258,11 @@ def twinned(book: Book) -> Iterator[str]:
     for cell in book.code:
         for output in cell.outputs:
             data = output.get("data", {})
-            if PLOTLY not in data:
+            if PLOTLY not in data and SVG not in data:
                 continue
             if len(data.get("text/plain", "").splitlines()) <= 2:
                 yield f"{cell.id} has a figure without a text of more than two lines"
-            if "bdata" in str(data[PLOTLY]):
+            if "bdata" in str(data.get(PLOTLY)):
                 yield f"{cell.id} has a figure with encoded numbers, not lists"
 
 
@@ -255,8 +282,9 @@ def linked(book: Book) -> Iterator[str]:
 RULES: dict[str, Callable[[Book], Iterator[str]]] = {
     rule.__name__: rule
     for rule in (
+        opens_with_a_picture,
         named, long_enough, small, as_stamped, claims, was_run, sets_up, compared, without_widgets,
-        without_clearing, without_paths, examines, recapitulates, twinned, linked,
+        without_clearing, without_paths, examines, recapitulates, shows_progress, twinned, linked,
     )
 }  # fmt: skip
 

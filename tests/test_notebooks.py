@@ -20,7 +20,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from notebooks import make
-from tests.notebook_lint import IGNORED, PLOTLY, RULES, Book, broken, is_compared
+from tests.notebook_lint import IGNORED, PLOTLY, RULES, SVG, Book, broken, is_compared
 
 ROOT = Path(__file__).parent.parent
 PATHS = sorted(make.HERE.glob("*.ipynb"))
@@ -53,7 +53,7 @@ TITLE = """\
 
 **Pages that nobody holds are free to all.**
 
-What follows is made up. See [the pool](../labkit/core/block_pool.py#L10) and [a paper](https://arxiv.org/abs/2309.06180)."""
+All is made up, the picture at the top as well. See [the pool](../labkit/core/block_pool.py#L10) and [a paper](https://arxiv.org/abs/2309.06180)."""
 BOX = "> **Exercise 97.1 · Count pages** · difficulty ●○○ · ~5 minutes"
 STUB = """\
 def pages(tokens, size):
@@ -72,8 +72,9 @@ def pages(tokens, size):
 ```
 
 </details>"""
-RECAP = "## Recap\n\n" + "\n\n".join(f"<details><summary>{i}?</summary>Yes.</details>" for i in range(5))
-FIGURE = {PLOTLY: {"data": [{"x": [1, 2]}], "layout": {}}, "text/plain": "Pages\n\na  1\nb  2"}
+QUESTIONS = ["1?", "2?", "3?", "4?", "5?", "6. From notebook 96: is it so?"]
+RECAP = "## Recap\n\n" + "\n\n".join(f"<details><summary>{q}</summary>Yes.</details>" for q in QUESTIONS)
+FIGURE = {PLOTLY: {"data": [{"x": [1, 2]}], "layout": {}}, SVG: "<svg/>", "text/plain": "Pages\n\na  1\nb  2"}
 
 
 def said(text: str) -> list[NotebookNode]:
@@ -96,12 +97,20 @@ def made_up() -> NotebookNode:
         new_markdown_cell(BOX),
         new_code_cell(STUB, outputs=said("○ 97.1 Count pages: yours to write. More.\n")),
         new_markdown_cell(SOLUTION),
-        *(new_code_cell(f"print({i})", outputs=said(f"{i}\n")) for i in range(10)),
+        *(new_code_cell(f"print({i})", outputs=said(f"{i}\n")) for i in range(9)),
         new_markdown_cell(RECAP),
+        new_code_cell("labkit.progress()", outputs=said("Solved: 0 of 9.\n"), metadata={"tags": [IGNORED]}),
     ]
-    for count, cell in enumerate((cell for cell in cells if cell.cell_type == "code"), 1):
-        cell.execution_count = count
-    return new_notebook(cells=cells)
+    for i, cell in enumerate(cells):
+        cell.id = f"c{i:02d}"
+    return count(new_notebook(cells=cells))
+
+
+def count(notebook: NotebookNode) -> NotebookNode:
+    """Number the code cells, as a run does."""
+    for number, cell in enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), 1):
+        cell.execution_count = number
+    return notebook
 
 
 def book(change: Callable[[NotebookNode], object] = lambda _: None, *, name: str = NAME) -> Book:
@@ -132,6 +141,10 @@ def ignoring(*indices: int) -> Callable[[NotebookNode], object]:
     return change
 
 
+def inserting(number: int) -> Callable[[NotebookNode], object]:
+    return lambda notebook: [notebook.cells.insert(9, new_markdown_cell("More.")) for _ in range(number)]
+
+
 def silencing(*indices: int) -> Callable[[NotebookNode], object]:
     def change(notebook: NotebookNode) -> None:
         for i in indices:
@@ -145,9 +158,12 @@ ERROR = new_output("error", ename="KeyError", evalue="3", traceback=[])
 WIDGET = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}}
 BREAKS: list[tuple[str, str, Callable[[NotebookNode], object]]] = [
     ("named", "title", setting(0, source=TITLE.replace("97", "96"))),
-    ("long_enough", "it has 19 cells", lambda n: n.cells.pop(-2)),
-    ("long_enough", "it has 36 cells", lambda n: n.cells.extend(map(new_markdown_cell, "More than enough"))),
-    ("small", "KB large", setting(-1, source=RECAP + "\n" + "é" * 250_000)),
+    ("long_enough", "it has 19 cells", lambda n: (n.cells.pop(9), count(n))),
+    ("long_enough", "it has 41 cells", inserting(21)),
+    ("opens_with_a_picture", "draws no picture", setting(2, outputs=shown({"text/plain": "Pages"}))),
+    ("opens_with_a_picture", "its picture is not compared", ignoring(2)),
+    ("opens_with_a_picture", "no text refers", setting(0, source=TITLE.replace("at the top", ""))),
+    ("small", "KB large", setting(-2, source=RECAP + "\n" + "é" * 250_000)),
     ("claims", "claim in bold", setting(0, source=TITLE.replace("**", ""))),
     ("claims", "claim in bold", setting(0, source=TITLE.replace("**Pages", "Pages **that**"))),
     ("was_run", "not run once each", setting(5, execution_count=None)),
@@ -160,16 +176,16 @@ BREAKS: list[tuple[str, str, Callable[[NotebookNode], object]]] = [
     ("was_run", "c10 warns: 'FutureWarning: no more'", setting(10, outputs=[*said("1\n"), STDERR])),
     ("sets_up", "not one line", saying(1, "labkit: a model.\nAnd more.\n")),
     ("sets_up", "not one line", saying(1, "")),
-    ("compared", "7 of 16 code cells are ignored, more than 40%", ignoring(9, 10, 11, 12, 13)),
-    ("compared", "9 of 16 code cells have an output that is compared", silencing(9, 10, 11, 12)),
-    ("compared", "9 of 16", lambda n: [setting(i, outputs=shown(WIDGET))(n) for i in range(9, 13)]),
+    ("compared", "7 of 16 code cells are ignored, more than 40%", ignoring(9, 10, 11, 12)),
+    ("compared", "9 of 16 code cells have an output that is compared", silencing(9, 10, 11)),
+    ("compared", "9 of 16", lambda n: [setting(i, outputs=shown(WIDGET))(n) for i in range(9, 12)]),
     ("compared", "c10 steers nbval by a comment", setting(10, source="# NBVAL_IGNORE_OUTPUT\nprint(1)")),
     ("compared", "c10 is skipped", setting(10, metadata={"tags": ["nbval-skip"]})),
     ("without_clearing", "c10 calls clear_output", setting(10, source="clear_output()\nprint(1)")),
     ("without_paths", "c10 shows a path of a machine: /root/x.py", saying(10, "at /root/x.py\n")),
     ("without_paths", "/tmp/ipykernel_1/2.py", saying(10, "File '/tmp/ipykernel_1/2.py'\n")),
     ("without_paths", "/home/me", setting(10, source="print(open('/home/me/x').read())")),
-    ("without_paths", "/work", setting(-2, cell_type="markdown", source="In `/work`.")),
+    ("without_paths", "/work", setting(0, source=TITLE + "\n\nIn `/work`.")),
     ("without_paths", "C:\\lab", saying(10, "C:\\lab\n")),
     ("without_paths", "/home/me", setting(2, outputs=shown(FIGURE | {"text/html": "</home/me"}))),
     ("examines", "it has no box", setting(6, source="An exercise.")),
@@ -177,15 +193,18 @@ BREAKS: list[tuple[str, str, Callable[[NotebookNode], object]]] = [
     ("examines", "exercise 97.1 is never checked", setting(7, source="print('97.1')")),
     ("examines", "c07 does not show exercise 97.1 as a reader finds it", saying(7, "✓ 97.1 Count pages.\n")),
     ("examines", "no folded solution", setting(8, source=SOLUTION.replace("Solution", "Answer"))),
-    ("recapitulates", "no heading", setting(-1, source=RECAP.replace("## Recap", "Recap"))),
-    ("recapitulates", "4 folded answers, not 5", setting(-1, source=RECAP.replace("details", "div", 1))),
-    ("recapitulates", "0 folded answers", setting(-1, source=RECAP.replace("Recap", "Recap\n\n## Limits"))),
-    ("twinned", "c02 has a figure without a text", setting(2, outputs=shown({PLOTLY: {}}))),
+    ("recapitulates", "no heading", setting(-2, source=RECAP.replace("## Recap", "Recap"))),
+    ("recapitulates", "5 folded answers, not 6", setting(-2, source=RECAP.replace("details", "div", 1))),
+    ("recapitulates", "0 folded answers", setting(-2, source=RECAP.replace("Recap", "Recap\n\n## Limits"))),
+    ("recapitulates", "nothing from an earlier notebook", setting(-2, source=RECAP.replace("96:", "97:"))),
+    ("shows_progress", "its last cell is not", lambda n: n.cells.append(n.cells.pop(-2))),
+    ("shows_progress", "its last cell is not", setting(-1, metadata={})),
+    ("twinned", "c02 has a figure without a text", setting(2, outputs=shown({PLOTLY: {}, SVG: ""}))),
     ("twinned", "without a text", setting(2, outputs=shown(FIGURE | {"text/plain": "A\n(1)"}))),
     ("twinned", "encoded numbers", setting(2, outputs=shown(FIGURE | {PLOTLY: {"x": {"bdata": "AA="}}}))),
     ("linked", "../labkit/core/nothing.py#L10", setting(0, source=TITLE.replace("block_pool", "nothing"))),
     ("linked", "under the name memory.py", setting(0, source=TITLE.replace("the pool", "`memory.py`"))),
-    ("linked", "nowhere.png", setting(-2, cell_type="markdown", source='<img src="nowhere.png">')),
+    ("linked", "nowhere.png", setting(0, source=TITLE + '\n\n<img src="nowhere.png">')),
 ]  # fmt: skip
 
 
@@ -208,7 +227,8 @@ def test_a_setup_that_said_nothing_is_refused_though_it_holds_a_magic() -> None:
 
 def test_what_is_changed_after_stamping_is_refused() -> None:
     whole = book().text
-    for old, new in (("labkit.setup()", "labkit.set_up()"), ('"c05"', '"x"'), ("badge.svg", "badge.png")):
+    badge = f"· Made up\\n{make.BADGE}()"
+    for old, new in (("labkit.setup()", "labkit.set_up()"), ("· Made up", badge)):
         assert whole.count(old) >= 1
         assert "as_stamped" in broken(Book(NAME, whole.replace(old, new)))
     kept = whole.replace('"metadata": {\n  "accelerator"', '"metadata": {\n  "widgets": {},\n  "accelerator"')
@@ -221,7 +241,7 @@ def test_no_rule_is_vacuous() -> None:
 
 def test_what_only_looks_like_a_path_or_a_link_is_let_pass() -> None:
     prose = "Half/work, and `a/tmp/b`, https://example.org/home/x, [up](#recap), [mail](mailto:a@b.c), 1:\\2."
-    assert broken(book(setting(-2, cell_type="markdown", source=prose))) == {}
+    assert broken(book(setting(0, source=f"{TITLE}\n\n{prose}"))) == {}
 
 
 # -- stamping -------------------------------------------------------------------------------------
@@ -233,9 +253,29 @@ def test_stamping_twice_is_stamping_once_and_keeps_what_the_author_wrote() -> No
     before, after = made_up(), nbformat.reads(once, as_version=4)
     assert [cell.source for cell in before.cells[2:]] == [cell.source for cell in after.cells[2:]]
     assert [cell.get("outputs") for cell in before.cells] == [cell.get("outputs") for cell in after.cells]
-    lines = after.cells[0].source.splitlines()
-    assert lines[0] == "# 97 · Made up" and lines[2].startswith("[![Open in Colab]") and NAME in lines[2]
-    assert lines[4:] == TITLE.splitlines()[2:]
+    assert after.cells[0].source == TITLE
+
+
+def test_a_cell_keeps_its_id_when_others_come_before_it_and_a_new_or_doubled_one_gets_its_own() -> None:
+    def names(change: Callable[[NotebookNode], object]) -> list[str]:
+        notebook = made_up()
+        change(notebook)
+        text = nbformat.v4.writes(notebook)
+        assert make.stamped(text, NAME) == make.stamped(text, NAME)
+        return [cell.id for cell in nbformat.reads(make.stamped(text, NAME), as_version=4).cells]
+
+    def insert(notebook: NotebookNode) -> None:
+        notebook.cells[2:2] = [new_markdown_cell(text, id="c05") for text in ("One.", "Two.", "Two.")]
+
+    def without(notebook: NotebookNode) -> None:
+        notebook.nbformat_minor = 4
+        del notebook.cells[3]["id"]
+
+    before, after = names(lambda _: None), names(insert)
+    assert before == [f"c{i:02d}" for i in range(len(before))]
+    assert len(set(after)) == len(after) and after[2] == "c05"
+    assert after[:2] + after[5:8] == before[:5] and after[9:] == before[6:]
+    assert len(set(names(without))) == len(before) and names(without)[4:] == before[4:]
 
 
 def test_what_a_kernel_wrote_in_pieces_is_joined_and_its_times_are_dropped() -> None:
@@ -259,8 +299,24 @@ def test_a_notebook_without_a_title_and_a_place_for_the_setup_is_not_stamped(
 
 
 def test_the_address_is_the_one_in_pyproject() -> None:
-    assert make.repository() in (ROOT / "pyproject.toml").read_text()
-    assert f"git+{make.repository()} " in book().cells[1].source
+    assert f'Repository = "{make.repository()}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_a_badge_and_a_fetching_cell_come_and_go_with_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stamped_at(address: str, text: str) -> str:
+        monkeypatch.setattr(make, "repository", lambda: address)
+        return make.stamped(text, NAME)
+
+    nowhere, somewhere = "https://github.com/OWNER/labkit", "https://github.com/somebody/labkit"
+    without = stamped_at(nowhere, text_of(made_up()))
+    assert "github" not in "".join(cell.source for cell in nbformat.reads(without, as_version=4).cells[:2])
+    there = stamped_at(somewhere, without)
+    title, setup = (cell.source for cell in nbformat.reads(there, as_version=4).cells[:2])
+    lines = title.splitlines()
+    assert lines[:2] + lines[4:] == TITLE.splitlines() and lines[3] == ""
+    assert lines[2].startswith(make.BADGE) and f"/somebody/labkit/blob/main/notebooks/{NAME})" in lines[2]
+    assert f"--no-deps git+{somewhere}\n" in setup
+    assert stamped_at(somewhere, there) == there and stamped_at(nowhere, there) == without
 
 
 # -- nbval notices a fault ----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from notebooks.make import repository
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [path for path in ROOT.rglob("README.md") if ".venv" not in path.parts and "build" not in path.parts]
+PAGES += [path for path in (ROOT / "notebooks").glob("*.md") if path.name != "README.md"]
 CODE = re.findall(r"^```python\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from labkit.analysis.devices import GPUS
 from labkit.analysis.reference import reference_model
 from labkit.analysis.shapes import SEATS, SHAPES, config_of, random_model, random_reference
@@ -26,10 +28,14 @@ from labkit.benchmark.engine.speculative import speculate
 from labkit.benchmark.engine.stream import REQUESTS, stream
 from labkit.benchmark.gpu import kernel_table, predict
 from labkit.benchmark.gpu.check import gpu_check
+from labkit.benchmark.peer_engines.compare import PRECISIONS, compare, read_peers
+from labkit.benchmark.peer_engines.compare import SEATS as PEER_SEATS
+from labkit.benchmark.peer_engines.processes import Sizes
 from labkit.benchmark.serving import load_report
 from labkit.benchmark.serving.load_sweep import LoadPlan, measure_load
 from labkit.benchmark.serving.watchers import WATCHERS
 from labkit.models.devices import resolve_device
+from labkit.models.hub import find
 from labkit.models.load import LoadedModel, load_model
 
 _FROM = "mixed prefill, decode"  # where the ladder begins on shapes: those below differ by policy alone
@@ -148,6 +154,22 @@ def _watched(args: Namespace) -> Result:
     return watched(loaded, jobs, count=args.watched, seats=_seats(args), **_how(args))
 
 
+def _peer(args: Namespace) -> Result:
+    peers = read_peers(args.peer)
+    jobs = _jobs(args, _load(args).tokenizer)
+    seats = args.max_num_seqs or PEER_SEATS
+    sizes = Sizes(
+        model=args.model,
+        folder=str(find(args.model, say=None)) if "vllm" in peers else "",
+        threads=torch.get_num_threads(),
+        seats=max(seats),
+        budget=args.max_num_batched_tokens,
+        longest=max(len(job.prompt) + job.max_tokens for job in jobs),
+    )
+    given = {"seats": seats, "precisions": args.precisions or PRECISIONS, "busy": args.busy}
+    return compare(jobs, peers, sizes, repeats=args.repeats, **given)
+
+
 def _kernels(args: Namespace) -> Result:
     return kernel_table.kernel_report()
 
@@ -216,6 +238,12 @@ SUBCOMMANDS = (
         _watched,
         option={"type": int, "nargs": "?", "const": WATCHERS, "metavar": "N"},
     ),
+    Subcommand(
+        "peer",
+        "beside transformers, vllm=PYTHON or llamacpp=BINARY,GGUF (may be given several times)",
+        _peer,
+        option={"action": "append", "metavar": "ENGINE"},
+    ),
     Subcommand("kernels", "the kernels in Triton, compiled for GPUs that are not here", _kernels),
     Subcommand(
         "predict",
@@ -228,6 +256,7 @@ SUBCOMMANDS = (
 _DEFAULT = Subcommand("", "the three schedulers and transformers", _schedulers)
 _ONLY_WITH = {  # options that go with one measurement
     "ladder": ("peers", "rungs", "shapes", "no_memory"),
+    "peer": ("busy", "precisions"),
     "serve": ("rates", "rate_seconds", "streams", "slo_ttft", "slo_itl", "url", "url_model"),
 }
 
@@ -267,7 +296,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-num-seqs",
         type=int,
         nargs="+",
-        help="seats: 32; several with --shapes (1 8 32 128) and --speculation (1 8 32)",
+        help="seats: 32; several with --shapes (1 8 32 128), --speculation and --peer (1 8 32)",
     )
     add("--max-num-batched-tokens", type=int, default=512, help="token budget of a step")
     add("--repeats", type=int, default=3, help="runs of each system; the median counts")
@@ -278,6 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--figure", type=Path, metavar="FILE.html", help=f"with {_drawn(', ')}: draw it as well")
     _add_load(parser.add_argument_group("with --serve"))
     _add_ladder(parser.add_argument_group("with --ladder"))
+    _add_peer(parser.add_argument_group("with --peer"))
     return parser
 
 
@@ -308,6 +338,12 @@ def _add_ladder(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_peer(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--busy", action="store_true", help="each of them also beside a process that keeps a core busy")
+    add("--precisions", nargs="+", choices=PRECISIONS, help=f"of this engine ({' '.join(PRECISIONS)})")
+
+
 def _drawn(last: str) -> str:
     """The options whose results can be drawn."""
     *names, end = (_option(one.name) for one in SUBCOMMANDS if one.figure)
@@ -322,8 +358,9 @@ def _check(args: Namespace, asked: Subcommand) -> None:
             raise ValueError(f"{_option(name)} must be at least 1")
     if any(seats < 1 for seats in args.max_num_seqs or ()):
         raise ValueError("--max-num-seqs must be at least 1")
-    if args.max_num_seqs and len(args.max_num_seqs) > 1 and args.shapes is None and not args.speculation:
-        raise ValueError("--max-num-seqs takes several numbers only with --shapes or --speculation")
+    several = args.shapes is not None or args.speculation or args.peer
+    if args.max_num_seqs and len(args.max_num_seqs) > 1 and not several:
+        raise ValueError("--max-num-seqs takes several numbers only with --shapes, --speculation or --peer")
     for only, names in _ONLY_WITH.items():
         for name in names:
             if getattr(args, name) not in (None, False) and asked.name != only:
@@ -336,6 +373,7 @@ def _check(args: Namespace, asked: Subcommand) -> None:
         raise ValueError("--figure draws one ladder, and --shapes makes several")
     for shape in args.shapes or ():
         config_of(shape)
+    read_peers(args.peer or ())
     for name in ("json", "figure"):
         file = getattr(args, name)
         if file and not file.parent.is_dir():

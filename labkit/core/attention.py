@@ -57,6 +57,7 @@ class AttentionMetadata:
 
     slots: Tensor  # where keys and values go (see `PagedKVCache.slots`); those of padding, to the null block
     groups: Sequence[QueryGroup]
+    rows: Sequence[Span]
 
 
 def build_metadata(
@@ -72,7 +73,7 @@ def build_metadata(
     where = [(row.table[t // size], t % size) for row in rows for t in range(row.start, row.length)]
     where += [(cache.null_block, i % size) for i in range(num_padding)]
     blocks, places = torch.tensor(where, dtype=torch.long, device=cache.device).view(-1, 2).unbind(1)
-    return AttentionMetadata(cache.slots(blocks, places), backend.groups(rows, cache, windows))
+    return AttentionMetadata(cache.slots(blocks, places), backend.groups(rows, cache, windows), rows)
 
 
 def row_order(rows: Sequence[Span], few: int = 16) -> list[int]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -51,6 +51,7 @@ class EngineCore:
 
     speculator: Speculation | None = None
     auditor: Audit | None = None
+    make_runner: Callable[..., ModelRunner] = ModelRunner
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class EngineCore:
         self.scheduler, self.pool = scheduler, scheduler.pool
         sizes = self.pool.num_blocks, self.pool.block_size
         cache = cache or model.kv_shape.new_cache(*sizes)
-        self.runner = ModelRunner(model, cache, self.pool, backend=attention, graphs=graphs)
+        self.runner = self.make_runner(model, cache, self.pool, backend=attention, graphs=graphs)
         limits = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
         self.trace = Trace(TraceMeta(*sizes, *limits)) if trace is None else trace
         self._step = 0

@@ -107,11 +107,9 @@ class ModelRunner:
             hidden = self.graphs.run(token_ids, spans)
             if hidden is not None:
                 return hidden, ends
-        token_ids += [0] * padding
-        positions += [0] * padding
-        windows, device = self.model.windows, self.cache.device
+        windows, zeros = self.model.windows, [0] * padding
         metadata = build_metadata(spans, self.cache, self.backend, windows=windows, num_padding=padding)
-        inputs = torch.tensor([token_ids, positions], device=device)  # (2, T), in one copy to the device
+        inputs = torch.tensor([token_ids + zeros, positions + zeros], device=self.cache.device)  # in one copy
         return self.model(inputs[0], inputs[1], self.cache, metadata), ends
 
     def _start_masks(self, plan: StepPlan) -> Masks:
@@ -185,7 +183,5 @@ class ModelRunner:
 
 def accept(drafts: Sequence[int], chosen: Sequence[int]) -> int:
     """Return how many drafts, from the first on, are what the model chose in their places."""
-    for count, (draft, token) in enumerate(zip(drafts, chosen, strict=True)):
-        if draft != token:
-            return count
-    return len(drafts)
+    pairs = zip(drafts, chosen, strict=True)
+    return next((count for count, (draft, token) in enumerate(pairs) if draft != token), len(drafts))

@@ -73,6 +73,7 @@ class StepResult:
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # what each row adds
     # Where a form restricts an answer: how many tokens it allowed in the place of each sampled one.
     allowed: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    traffic: dict[str, float] = field(default_factory=dict)  # of a parallel model, as fields of `StepRecord`
 
 
 @dataclass(slots=True)
@@ -83,3 +84,4 @@ class Changes:
     reprioritised: list[Priority] = field(default_factory=list)
     finished: list[Finish] = field(default_factory=list)
     returned: list[Blocks] = field(default_factory=list)
+    threads: int = 0  # of the CPU, where their number has changed

@@ -11,8 +11,7 @@ def record_step(
     step: int, plan: StepPlan, result: StepResult, scheduler: Scheduler, time: float = 0, seconds: float = 0
 ) -> StepRecord:
     """Return the record of a committed step, and clear the scheduler's list of changes."""
-    pool, changes = scheduler.pool, scheduler.changes
-    scheduler.changes = Changes()
+    pool, changes, scheduler.changes = scheduler.pool, scheduler.changes, Changes()
     published, evicted = pool.drain_changes()  # blocks of the prefix cache
     head, blocked = scheduler.waiting.peek(), plan.blocked
     if head and (blocked is None or blocked[0] != head.request_id):
@@ -48,4 +47,6 @@ def record_step(
         free_blocks=pool.num_free,
         time=time,
         seconds=seconds,
+        **result.traffic,
+        threads=changes.threads,
     )

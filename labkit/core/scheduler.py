@@ -335,9 +335,7 @@ class Scheduler:
         self._queue_children(request)
 
     def _release(self, request: Request) -> tuple[int, ...]:
-        request.capacity = 0
-        request.drafts = ()
-        request.shares_tail = False
+        request.capacity, request.drafts, request.shares_tail = 0, (), False
         return tuple(self.pool.release(request.request_id)) if request.status == "running" else ()
 
     # -- several answers to one prompt (n > 1) ----------------------------------------------------

@@ -19,6 +19,7 @@ from importlib import import_module
 from typing import Any
 
 from labkit.core.block_pool import InvariantError
+from labkit.exercises import progress
 from labkit.exercises.trial import Endless, Lost, Notice, can_fork, in_child, stopped_after
 from labkit.views.picture import Picture, show
 
@@ -81,12 +82,16 @@ class Exercise:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `judge` found. Its `state` is "right", "wrong" or "open" (an untouched stub)."""
+    """What `judge` found. Its `state` is "right", "wrong" or "open" (an untouched stub).
+
+    Its `score` is what a right answer did in the engine, in words.
+    """
 
     exercise: Exercise
     state: str
     text: str
     pictures: Sequence[tuple[str, Picture]] = field(default=())
+    score: str = ""
 
 
 def find(exercise_id: str) -> Exercise:
@@ -162,7 +167,7 @@ def judge(
         return Verdict(exercise, state, f"○ {title}: yours to write. Until then the reference is used.")
     if state == "right":
         sentence = f" {run.sentence}" if run.sentence else ""
-        return Verdict(exercise, state, f"✓ {title}.{sentence}", run.pictures)
+        return Verdict(exercise, state, f"✓ {title}.{sentence}", run.pictures, run.sentence)
     return Verdict(exercise, "wrong", f"✗ {title}: {_cut(why)}\n  {_UNTIL_RIGHT}")
 
 
@@ -240,6 +245,8 @@ def check(exercise_id: str, function: Callable[..., Any]) -> Callable[..., Any]:
     finally:
         line.wipe()
     print("\n".join(map(_wrapped, verdict.text.splitlines())))
+    if verdict.state == "right" and (lost := progress.keep(exercise_id, verdict.score)):
+        print(lost)
     for caption, picture in verdict.pictures:
         print(f"\n{caption}")
         show(picture)

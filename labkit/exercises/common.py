@@ -16,6 +16,7 @@ from labkit.engine import Engine
 from labkit.exercises import Wrong
 from labkit.models.load import LoadedModel, load_model
 from labkit.notebook import Picture
+from labkit.notebook.pictures.batches import TWELVE
 from labkit.sampling_params import SamplingParams
 from labkit.trace.trace import Trace
 from labkit.views.picture import token_timeline
@@ -64,10 +65,7 @@ class Job(NamedTuple):
     name: str = ""
 
 
-# The length of a prompt says nothing about the length of its answer.
-_LENGTHS = ((9, 6), (13, 28), (5, 4), (12, 12), (8, 32), (14, 5), (3, 8), (10, 24))
-_LENGTHS += ((6, 4), (11, 10), (4, 30), (7, 6))
-JOBS: tuple[Job, ...] = tuple(Job(*lengths, name=str(i)) for i, lengths in enumerate(_LENGTHS))
+JOBS: tuple[Job, ...] = tuple(Job(*lengths, name=str(i)) for i, lengths in enumerate(TWELVE))
 """The twelve requests of notebooks 02 and 04."""
 
 

@@ -1,4 +1,4 @@
-"""The exercise of notebook 04: decide in each step who computes how many tokens. The engine does the rest."""
+"""The exercises of notebook 04: decide in each step who computes how much. The engine does the rest."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from labkit.exercises.common import (
     whole,
     without_model,
 )
+from labkit.exercises.e04_turns import TURNS
 from labkit.schedulers.audit import Auditor
 from labkit.trace.trace import Trace
 from labkit.views.style import plural
@@ -426,4 +427,7 @@ def _score(trace: Trace) -> str:
     return f"{len(trace)} steps, at most {pages} pages, {plural(preempted, 'preemption')}"
 
 
-EXERCISES: tuple[Exercise, ...] = (Exercise("04.1", "write schedule()", schedule, _examine, _run),)
+EXERCISES: tuple[Exercise, ...] = (
+    Exercise("04.1", "write schedule()", schedule, _examine, _run),
+    TURNS,
+)

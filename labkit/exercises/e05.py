@@ -1,130 +1,237 @@
-"""The exercise of notebook 05: share the token budget of a step between running answers and prompts."""
+"""The exercise of notebook 05: the largest chunk of a prompt that keeps a promise to running answers."""
 
 from __future__ import annotations
 
-import functools
-import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
+from labkit import notebook
 from labkit.core.plan import StepPlan
 from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
 from labkit.engine import Engine
-from labkit.exercises import Exercise, Run, expect
-from labkit.exercises.common import Job, expect_same_answers, rails, serve, tiny_engine, whole
-from labkit.views.facts.token_timeline import token_timeline_of
+from labkit.exercises import Exercise, Run, Wrong, expect
+from labkit.exercises.common import Job, expect_same_answers, serve, tiny_engine, whole
+from labkit.trace.records import StepRecord
 
 Split = Callable[[int, list[int], list[int]], tuple[Sequence[int], Sequence[int]]]
+Chunk = Callable[..., int]
+"""Called with the arguments of `chunk_size`."""
 
-BUDGET, SEATS, INJECTED_AT = 16, 8, 5
-RUNNING = (Job(4, 30), Job(6, 24), Job(3, 27))
-"""The requests that write their answers when the others arrive."""
-NEWCOMERS = (
-    Job(60, 6, step=INJECTED_AT, name="long"),
-    Job(24, 6, step=INJECTED_AT, name="medium"),
-    Job(8, 6, step=INJECTED_AT, name="short"),
-)
-"""The requests that arrive together, in this order."""
+
+class Clock(NamedTuple):
+    """What a step takes, in microseconds: a fixed part, and one for each token and each key that is read."""
+
+    fixed: int
+    per_token: int
+    per_key: int
+
+    def step(self, answers: Sequence[int], computed: int, chunk: int) -> int:
+        """The time of a step with a token for each answer, and a chunk of a prompt.
+
+        Args:
+            answers: number of keys that the token of each answer reads.
+            computed: number of tokens of the prompt before the chunk.
+            chunk: number of tokens in the chunk; each reads all keys before it, and its own.
+        """
+        keys = sum(answers) + chunk * computed + chunk * (chunk + 1) // 2
+        return self.fixed + self.per_token * (len(answers) + chunk) + self.per_key * keys
 
 
 # -- 05.1 -----------------------------------------------------------------------------------------
 
 
-def split_budget(budget: int, running: list[int], waiting: list[int]) -> tuple[list[int], list[int]]:
-    """How many tokens each request computes in the next step.
+def chunk_size(answers: Sequence[int], computed: int, missing: int, promise: int, clock: Clock) -> int:
+    """How many tokens of a prompt the next step computes, so that it ends within the promise.
 
     Args:
-        budget: most tokens that the step computes; at least one for each running row.
-        running: the tokens that each running row misses: 1 for an answer, more in the middle of a prompt.
-        waiting: the tokens of each waiting prompt, in order of arrival.
-
-    Returns:
-        The tokens for each running row, and for each waiting prompt.
+        answers: number of keys that the next token of each running answer reads.
+        computed: number of tokens of the prompt that have been computed.
+        missing: number of its tokens that have not; at least 1.
+        promise: most microseconds that a step may take while anybody writes an answer.
+        clock: what a step takes.
     """
-    given = [1 if missing == 1 else 0 for missing in running]
-    left = budget - sum(given)
-    for row, missing in enumerate(running):
-        if missing > 1:
-            given[row] = min(missing, left)
-            left -= given[row]
-    offered = []
-    for missing in waiting:
-        offered.append(min(missing, left))
-        left -= offered[-1]
-    return given, offered
+    if not answers:
+        return missing
+    chunk = 1
+    while chunk < missing and clock.step(answers, computed, chunk + 1) <= promise:
+        chunk += 1
+    return chunk
+
+
+class Case(NamedTuple):
+    """What a function is asked: the arguments of `chunk_size`."""
+
+    answers: tuple[int, ...]
+    computed: int
+    missing: int
+    promise: int
+    clock: Clock
 
 
 def _examine(function: Callable[..., Any]) -> None:
-    for budget, running, waiting in _cases():
-        given = list(running), list(waiting)
-        answer = function(budget, *given)
-        told = f"split_budget({budget}, {running}, {waiting})"
-        expect(given == (running, waiting), "leave the two lists as they are: work on copies", told)
-        _judge(budget, running, waiting, answer)
-
-
-def _cases() -> Iterator[tuple[int, list[int], list[int]]]:
-    """Budget, running rows and waiting prompts, the smallest first."""
-    small = [
-        (budget, list(running), list(waiting))
-        for budget in range(1, 7)
-        for rows in range(min(budget, 3) + 1)
-        for running in itertools.product((1, 2, 5), repeat=rows)
-        for prompts in range(3)
-        for waiting in itertools.product((1, 3, 9), repeat=prompts)
-    ]
-    yield from sorted(small, key=lambda case: (len(case[1]) + len(case[2]), case[0], sum(case[1] + case[2])))
-    rng = random.Random(5)
-    for _ in range(300):
-        running = [rng.choice((1, 1, rng.randrange(2, 300))) for _ in range(rng.randrange(12))]
-        waiting = [rng.randrange(1, 400) for _ in range(rng.randrange(6))]
-        yield rng.randrange(max(1, len(running)), 512), running, waiting
-
-
-def _judge(budget: int, running: list[int], waiting: list[int], answer: Any) -> None:
-    example = f"split_budget({budget}, {running}, {waiting}) returned {answer!r}"
-    shaped = (
-        isinstance(answer, list | tuple)
-        and len(answer) == 2
-        and all(isinstance(part, list | tuple) for part in answer)
-        and [len(part) for part in answer] == [len(running), len(waiting)]
-        and all(whole(number) is not None for part in answer for number in part)
-    )
-    expect(
-        shaped,
-        "return two lists of whole numbers: one number for each running row, one for each waiting prompt",
-        example,
-    )
-    numbers, missing = [*answer[0], *answer[1]], [*running, *waiting]
-    expect(min(numbers, default=0) >= 0, "a number of tokens is 0 or more", example)
-    expect(
-        all(n <= most for n, most in zip(numbers, missing, strict=True)),
-        "no request computes more tokens than it misses",
-        example,
-    )
-    total = sum(numbers)
-    expect(
-        total <= budget,
-        f"a step never computes more tokens than its budget: {total} are more than {budget}",
-        example,
-    )
-    for row, most in enumerate(running):
-        expect(
-            most > 1 or answer[0][row] == 1,
-            "a running row that misses one token gets it in every step, however long the prompts are",
-            f"{example}: row {row} got none",
+    for case, rule in _cases():
+        given = list(case.answers)
+        answer = function(given, *case[1:])
+        told = (
+            f"answers {list(case.answers)}, computed {case.computed}, missing {case.missing}, promise "
+            f"{case.promise}, {case.clock}\nyours: {answer!r}"
         )
-    expect(
-        total == min(budget, sum(missing)),
-        "no part of the budget stays unused while a request misses tokens",
-        f"{example}: {total} of {budget} are used",
-    )
+        expect(tuple(given) == case.answers, "leave the list of answers as it is: work on a copy", told)
+        if (number := whole(answer)) is None:
+            raise Wrong("return a whole number of tokens", told)
+        expect(number >= 1, "the prompt goes on in every step: return at least 1", told)
+        expect(number <= case.missing, "no more tokens than the prompt still misses", told)
+        right = chunk_size(*case)
+        times = ", ".join(
+            f"{chunk}: {case.clock.step(case.answers, case.computed, chunk)}"
+            for chunk in sorted({number, right, min(right + 1, case.missing)})
+        )
+        expect(
+            number == right, rule, f"{told}\nright: {right}\nmicroseconds of a step with a chunk of {times}"
+        )
+
+
+def _cases() -> Iterator[tuple[Case, str]]:
+    """What a function is asked, the simplest first, each with the rule that it shows."""
+    tokens = Clock(100, 10, 0)  # keys cost nothing
+    rule = "where nobody writes an answer, the promise binds nobody: compute all that the prompt misses"
+    yield Case((), 0, 50, 200, tokens), rule
+    rule = "a step takes its fixed part, and a part for each token of the chunk and of each answer"
+    yield Case((5,), 0, 50, 165, tokens), rule
+    yield Case((5, 8, 2), 0, 50, 195, tokens), rule
+    yield Case((5, 8), 0, 4, 1000, tokens), "no more tokens than the prompt still misses"
+    yield Case((5, 8), 0, 50, 180, tokens), "a step that takes exactly as long as the promise keeps it"
+    rule = "where even one token is too many, compute one all the same: a prompt must not stand still"
+    yield Case((5, 8), 0, 50, 90, tokens), rule
+    yield Case((5, 8), 0, 50, 125, tokens), rule
+    keys = Clock(100, 10, 1)
+    rule = "the token of an answer reads the keys of its whole text, and they take time too"
+    yield Case((60, 40), 0, 1, 229, keys), rule
+    yield Case((60, 40), 0, 9, 253, keys), rule
+    rule = "each token of the chunk reads the keys of the whole prompt before the chunk"
+    yield Case((10,), 90, 9, 330, keys), rule
+    yield Case((10,), 300, 9, 1100, keys), rule
+    rule = "a token reads the keys before it in its own chunk, and its own: 1 + 2 + ... + n for n tokens"
+    yield Case((10,), 0, 90, 500, keys), rule
+    yield Case((10,), 7, 90, 5000, keys), rule
+    rule = "it must be right for every clock, promise and prompt"
+    rng = random.Random(5)
+    for turn in range(400):
+        clock = Clock(rng.randrange(3000), rng.randrange(1, 400), rng.choice((0, 1, 1, rng.randrange(20))))
+        answers = tuple(rng.randrange(1, 500) for _ in range(rng.choice((1, 2, 4, rng.randrange(12)))))
+        computed, missing = rng.choice((0, rng.randrange(900))), rng.randrange(1, 300)
+        promise = clock.step(answers, computed, rng.randrange(1, 1 + missing))  # kept to the microsecond
+        yield Case(answers, computed, missing, promise - turn % 3, clock), rule
 
 
 # -- the engine -----------------------------------------------------------------------------------
+
+CLOCK, PROMISE = Clock(fixed=2000, per_token=200, per_key=1), 10_000
+"""Of the run in the engine. A key costs as much beside a token as with far longer texts on a real model."""
+JOBS = (*(Job(20, 90, name=f"answer {i}") for i in range(4)), Job(600, 4, step=6, name="long"))
+FIXED = 12
+"""The largest budget that, kept in every step of that run, keeps the promise."""
+_MOST = 1024  # tokens in a step: more than any chunk
+
+
+def keeping(chunk: Chunk, promise: int = PROMISE, clock: Clock = CLOCK) -> type[Scheduler]:
+    """A scheduler that chooses the token budget of each step anew, for `Engine(config, scheduler=...)`.
+
+    Each answer gets its token, and the prompt that is next gets as many as a function says, at most what the
+    engine's own budget leaves.
+
+    Args:
+        chunk: called in each step in which a prompt is computed, as `chunk_size` is.
+        promise: most microseconds of a step, by this clock.
+        clock: what a step takes.
+    """
+
+    class Keeping(Scheduler):
+        def schedule(self) -> StepPlan:
+            self.end_aborted()
+            most = self.max_num_batched_tokens
+            self.max_num_batched_tokens = self._budget(most)
+            try:
+                return super().schedule()
+            finally:
+                self.max_num_batched_tokens = most
+
+        def _budget(self, most: int) -> int:
+            answers = [request for request in self.running if _missing(request) == 1]
+            prompts = [request for request in self.running if _missing(request) > 1]
+            head = prompts[0] if prompts else self.waiting.peek()
+            if head is None:
+                return most
+            keys = [len(request.token_ids) for request in answers]
+            num_tokens = chunk(keys, head.num_computed_tokens, _missing(head), promise, clock)
+            return min(most, len(answers) + int(num_tokens))
+
+    return Keeping
+
+
+def microseconds(record: StepRecord, clock: Clock = CLOCK) -> int:
+    """What a step took by a clock."""
+    rows = list(zip(record.starts, record.num_tokens, strict=True))
+    keys = sum(count * start + count * (count + 1) // 2 for start, count in rows)
+    return clock.fixed + clock.per_token * sum(record.num_tokens) + clock.per_key * keys
+
+
+def longest_step(engine: Engine) -> int:
+    """The longest step in which somebody wrote an answer beside others, in microseconds."""
+    return max(microseconds(record) for record in engine.trace if len(record.requests) > 1)
+
+
+def first_token_of(engine: Engine, name: str) -> int:
+    """Microseconds from a request's arrival to its first token."""
+    records = list(engine.trace)
+    came = next(i for i, record in enumerate(records) if name in {each.request_id for each in record.arrived})
+    said = next(i for i, r in enumerate(records) if any(x.request_id == name and x.sampled for x in r.rows))
+    return sum(map(microseconds, records[came : said + 1]))
+
+
+def run_chunks(chunk: Chunk | None = None, budget: int = _MOST) -> Engine:
+    """Run four answers and a long prompt with tiny-random: with this function, or one budget throughout."""
+    return serve(
+        tiny_engine(
+            scheduler_class=keeping(chunk) if chunk else None,
+            num_blocks=1024,
+            block_size=4,
+            max_num_seqs=8,
+            max_num_batched_tokens=budget,
+            enable_prefix_caching=False,
+        ),
+        JOBS,
+    )
+
+
+def _run(function: Callable[..., Any]) -> Run:
+    engine, fixed = run_chunks(function), run_chunks(budget=FIXED)
+    expect_same_answers(engine, fixed, "the answers must not depend on the size of the chunks")
+    longest = longest_step(engine)
+    expect(longest <= PROMISE, "in the engine, every step keeps the promise", f"one took {longest}")
+    ttft, theirs = (first_token_of(run, "long") / 1000 for run in (engine, fixed))
+    sentence = (
+        f"In the engine, no step took longer than {longest / 1000:.1f} ms, and {PROMISE / 1000:.0f} were "
+        f"promised. The prompt of {JOBS[-1].prompt_tokens} tokens had its first token after {ttft:.0f} ms; "
+        f"with {FIXED} tokens in each step, the largest fixed budget that keeps the promise, it takes "
+        f"{theirs:.0f} ms."
+    )
+    runs = {"your chunks": engine, f"a budget of {FIXED}": fixed, "a budget of 40": run_chunks(budget=40)}
+    steps = range(max(len(run.trace) for run in runs.values()))
+    times = {
+        name: [microseconds(run.trace[i]) / 1000 if i < len(run.trace) else None for i in steps]
+        for name, run in runs.items()
+    }
+    title = f"A promise of {PROMISE / 1000:.0f} ms, and a prompt of {JOBS[-1].prompt_tokens} tokens"
+    picture = notebook.lines(list(steps), times, title, x_name="step", y_name="milliseconds")
+    return Run(
+        sentence, [("How long each step takes:", picture), ("Your run:", notebook.timeline(engine.trace))]
+    )
+
+
+# -- a rule that shares out a step ----------------------------------------------------------------
 
 
 def scheduler_of(split: Split) -> type[Scheduler]:
@@ -179,51 +286,6 @@ def _must_grow(request: Request) -> bool:
     return _missing(request) == 1 and (request.num_computed_tokens >= request.capacity or request.shares_tail)
 
 
-def run_split(split: Split | None = None) -> Engine:
-    """Run three answers and three prompts that arrive later, with tiny-random.
-
-    Args:
-        split: shares the budget; None leaves it to the engine's own scheduler.
-    """
-    engine = tiny_engine(
-        scheduler_class=scheduler_of(split) if split else None,
-        num_blocks=96,
-        block_size=4,
-        max_num_seqs=SEATS,
-        max_num_batched_tokens=BUDGET,
-        enable_prefix_caching=False,
-    )
-    running = [job._replace(name=f"answer {number}") for number, job in enumerate(RUNNING)]
-    return serve(engine, [*running, *NEWCOMERS])
-
-
-@functools.cache
-def _reference() -> Engine:
-    return run_split()
-
-
-def _score(engine: Engine) -> tuple[int, float, int, int]:
-    """The longest gap between two tokens of an answer, in computed tokens; mean and worst TTFT; all steps."""
-    gap = token_timeline_of(engine.trace).worst_gap
-    by_steps = token_timeline_of(engine.trace, "steps")
-    waits = [by_steps[job.name].ttft or 0 for job in NEWCOMERS]
-    return int(gap), mean(waits), int(max(waits)), len(engine.trace)
-
-
-def _run(function: Callable[..., Any]) -> Run:
-    engine, reference = run_split(function), _reference()
-    expect_same_answers(engine, reference, "the answers must not depend on how the budget is shared")
-    gap, ttft, last, steps = _score(engine)
-    their_gap, their_ttft, their_last, their_steps = _score(reference)
-    sentence = (
-        f"Your split ran {len(engine.outputs)} requests in the engine, with an audit of every step, and the "
-        f"same tokens came out. Longest gap: {gap} tokens (reference {their_gap}). First tokens of the "
-        f"newcomers: after {ttft:.1f} steps on average (reference {their_ttft:.1f}), the last after {last} "
-        f"({their_last}). All of it: {steps} steps ({their_steps})."
-    )
-    return Run(sentence, rails({"Your split:": engine.trace, "The reference:": reference.trace}))
-
-
 EXERCISES: tuple[Exercise, ...] = (
-    Exercise("05.1", "share out the token budget", split_budget, _examine, _run),
+    Exercise("05.1", "chunks that keep a promise", chunk_size, _examine, _run),
 )

@@ -1,22 +1,23 @@
-"""The exercise of notebook 11: choose the token budget that keeps the objectives.
+"""The exercise of notebook 11: the door of a server, which refuses whoever would wait too long.
 
 The runs that the notebook measures are here as well: the real scheduler and block pool, with a made-up clock.
 """
 
 from __future__ import annotations
 
-import functools
+import math
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from labkit import notebook
 from labkit.analysis.capacity import Clock, Demand, FittedClock, Replica, Settings, draw_demands
 from labkit.analysis.client_measures import Measure, Slo, summary
 from labkit.core.request import Request
 from labkit.exercises import Exercise, Run, expect
-from labkit.exercises.common import rails, whole
+from labkit.exercises.common import whole
 from labkit.sampling_params import SamplingParams, check_number
 from labkit.trace.trace import Trace
 
@@ -28,6 +29,9 @@ SEATS = 16
 _PAGES, _PAGE = 4096, 16  # enough for the longest request in every seat: nobody is preempted
 
 
+Door = Callable[[int, int, list[float], float, float], int]
+"""Called with what `retry_after` is called with, for each request that comes."""
+
 # -- load, on a clock -----------------------------------------------------------------------------
 
 
@@ -36,14 +40,16 @@ class Served:
     """What became of a load.
 
     Attributes:
-        measures: what each client saw, in the order of their requests.
+        measures: what each client that was let in saw, in the order of their requests.
         in_system: number of requests that waited or ran at each tick.
         trace: the trace of all steps.
+        refused: number of requests that the door did not let in.
     """
 
     measures: list[Measure]
     in_system: list[int]
     trace: Trace
+    refused: int = 0
 
 
 def serve(
@@ -53,6 +59,8 @@ def serve(
     budget: int = 64,
     seats: int = SEATS,
     clock: Clock = CLOCK,
+    door: Door | None = None,
+    promise: float = 0.25,
 ) -> Served:
     """Send requests to the real scheduler and block pool, on a clock that ticks.
 
@@ -63,6 +71,8 @@ def serve(
         budget: most tokens that a step computes.
         seats: most requests that run at once.
         clock: seconds that a step takes, in whole ticks.
+        door: decides who is let in; whoever is not goes away. None lets everybody in.
+        promise: seconds in the queue that the door promises.
 
     Raises:
         ValueError: there are no demands or no clients, or the pool could never hold a demand.
@@ -74,10 +84,14 @@ def serve(
     replica = Replica(settings, clock, trace=True)
     measures: list[Measure] = []
     in_system: list[int] = []
-    now = 0.0
+    now, refused = 0.0, 0
     while todo or replica.num_unfinished:
         while todo and (todo[0].at <= now if clients is None else replica.num_unfinished < clients):
             demand = todo.popleft()
+            free = seats - replica.num_running
+            if door and door(replica.num_waiting, free, list(replica.finish.values()), now, promise):
+                refused += 1
+                continue
             params = SamplingParams(max_tokens=demand.answer)
             replica.add(Request(str(len(measures)), [0] * demand.prompt, params), now)
             measures.append(Measure(now, demand.answer, sent=now, tokens=demand.answer, counted=True))
@@ -92,181 +106,161 @@ def serve(
             measures[int(name)].times += [record.time] * len(sampled)
     for measure in measures:
         measure.end = measure.times[-1]
-    return Served(measures, in_system, trace)
+    return Served(measures, in_system, trace, refused)
 
 
 # -- 11.1 -----------------------------------------------------------------------------------------
 
-
-class Measured(NamedTuple):
-    """What was measured at one token budget.
-
-    Attributes:
-        budget: most tokens that a step computes.
-        ttft: 95th percentile of the seconds to the first token.
-        itl: 95th percentile of the seconds between two tokens.
-        tokens: tokens per second.
-    """
-
-    budget: int
-    ttft: float
-    itl: float
-    tokens: float
+WINDOW = 4
+"""Seconds over which a door counts the requests that ended."""
 
 
-Choose = Callable[[list[Measured], Slo], int | None]
+class Case(NamedTuple):
+    """What a door is asked: the arguments of `retry_after`."""
 
-BUDGETS = (24, 32, 48, 64, 96, 128, 192, 256, 512)
-OBJECTIVES = {
-    "a chat": Slo(ttft=3.0, itl=0.125),
-    "a job over night": Slo(ttft=60.0, itl=1.0),
-    "smooth above all": Slo(ttft=10.0, itl=0.05),
-    "everything at once": Slo(ttft=0.5, itl=0.05),
-}
+    waiting: int
+    free_seats: int
+    finished: tuple[float, ...]
+    now: float
+    promise: float
 
 
-def choose_budget(measured: Sequence[Measured], slo: Slo) -> int | None:
-    """Of the token budgets that keep both objectives, the one with most tokens per second.
+def retry_after(waiting: int, free_seats: int, finished: list[float], now: float, promise: float) -> int:
+    """Seconds after which a request that comes now should ask again; 0 lets it in.
+
+    By Little's law, a queue of `ahead` requests that empties at some rate takes `ahead / rate` seconds.
 
     Args:
-        measured: a row for each budget, in any order.
-        slo: the objectives, seconds for TTFT and for ITL.
-
-    Returns:
-        The budget, the smaller of two with equally many tokens per second; None if none keeps both.
+        waiting: number of requests in the queue.
+        free_seats: number of seats that nobody has; the first in the queue get them in the next step.
+        finished: the times at which requests have ended, the earliest first, in seconds.
+        now: the time, in seconds.
+        promise: seconds in the queue that are promised to those who are let in.
     """
-    keep = [one for one in measured if one.ttft <= slo.ttft and one.itl <= slo.itl]
-    return max(keep, key=lambda one: (one.tokens, -one.budget)).budget if keep else None
-
-
-@functools.cache
-def measured_at(budget: int) -> Measured:
-    """What 200 long prompts measure in an open loop, a little faster than small budgets can serve."""
-    demands = draw_demands(200, rate=3.5, prompt_tokens=(32, 512), answer_tokens=(8, 64), seed=11)
-    seen = summary(serve(demands, budget=budget).measures)
-    if seen.ttft is None or seen.itl is None:
-        raise ValueError(f"budget {budget}: no answer has two tokens")
-    return Measured(budget, seen.ttft.p95, seen.itl.p95, seen.tokens)
+    ahead = waiting - free_seats
+    if ahead <= 0:
+        return 0
+    rate = sum(time > now - WINDOW for time in finished) / WINDOW
+    if rate == 0:
+        return 1
+    wait = ahead / rate
+    return 0 if wait <= promise else math.ceil(wait - promise)
 
 
 def _examine(function: Callable[..., Any]) -> None:
-    for measured, slo in _cases():
-        given = list(measured)
-        answer = function(given, slo)
-        expect(given == measured, "leave the list as it is: work on a copy", f"measured: {measured}")
-        _judge(measured, slo, answer if whole(answer) is None else int(answer))
+    for case, rule in _cases():
+        given = list(case.finished)
+        answer = function(case.waiting, case.free_seats, given, case.now, case.promise)
+        right = retry_after(case.waiting, case.free_seats, list(case.finished), case.now, case.promise)
+        told = f"{_told(case)}\nyours: {answer!r}\nright: {right}"
+        expect(given == list(case.finished), "leave the list of times as it is: work on a copy", told)
+        number = whole(answer)
+        expect(number is not None and number >= 0, "return a whole number of seconds, 0 or more", told)
+        expect(number == right, rule, told)
 
 
-def _cases() -> Iterator[tuple[list[Measured], Slo]]:
-    """Measurements and objectives, the smallest first."""
-    slo = Slo(ttft=1.0, itl=0.1)
-    good, slow = Measured(64, 0.5, 0.05, 100.0), Measured(32, 2.0, 0.05, 120.0)
-    jerky = Measured(256, 0.5, 0.2, 120.0)
-    for rows in (
-        [good],
-        [good, jerky],
-        [good, slow],
-        [slow],
-        [jerky],
-        [slow, jerky],
-        [good, good._replace(budget=96, tokens=110.0)],
-        [good, good._replace(budget=96, tokens=90.0)],
-        [good, good._replace(budget=96)],
-        [good._replace(ttft=1.0)],
-        [good._replace(itl=0.1)],
-        [good, slow, jerky],
-        [],
-    ):
-        yield rows, slo
-        yield rows[::-1], slo
-    yield (
-        [Measured(64, 0.9, 0.05, 90.0), Measured(96, 0.95, 0.09, 100.0)],
-        slo,
-    )  # the fastest is not the one to choose
-    yield [Measured(32, 1.01, 0.01, 200.0), Measured(64, 0.99, 0.099, 100.0)], slo
-    near = good._replace(ttft=1.0004, tokens=110.0), good._replace(itl=0.1004, tokens=110.0)
-    for row in near:
-        yield [good, row._replace(budget=100)], slo
-    yield [good, good._replace(budget=48, tokens=99.6)], slo
-    yield [good, good._replace(budget=100, tokens=100.3)], slo
+def _told(case: Case) -> str:
+    ends = ", ".join(f"{time:g}" for time in case.finished[-12:])
+    more = "..., " if len(case.finished) > 12 else ""
+    return (
+        f"waiting {case.waiting}, free seats {case.free_seats}, now {case.now:g}, "
+        f"promise {case.promise:g} s\n"
+        f"finished at {f'{more}{ends}' or 'no time yet'}"
+    )
+
+
+def _cases() -> Iterator[tuple[Case, str]]:
+    """What a door is asked, the simplest first, each with the rule that it shows."""
+    eight = tuple(10.5 + i / 2 for i in range(8))  # two a second, in the 4 seconds before 14.25
+    rule = "where nobody is ahead in the queue, let everybody in"
+    yield Case(0, 0, (), 0.0, 0.5), rule
+    yield Case(0, 3, eight, 14.25, 0.0), rule
+    rule = "those in the queue who find a free seat leave it in the next step: they are not ahead of anybody"
+    yield Case(2, 2, eight, 14.25, 0.25), rule
+    yield Case(2, 16, (), 1.0, 0.25), rule
+    yield Case(5, 4, eight, 14.25, 0.75), rule
+    rule = "a queue of `ahead` requests that leaves at `rate` a second takes ahead / rate seconds"
+    yield Case(1, 0, eight, 14.25, 0.75), rule
+    yield Case(3, 0, eight, 14.25, 0.5), rule
+    yield Case(6, 0, eight, 14.25, 1.0), rule
+    yield Case(6, 2, eight, 14.25, 1.0), rule
+    rule = "a wait that equals the promise keeps it"
+    yield Case(1, 0, eight, 14.25, 0.5), rule
+    yield Case(4, 0, eight, 14.25, 2.0), rule
+    rule = "tell a whole number of seconds, rounded up: who comes earlier would be refused again"
+    yield Case(2, 0, eight, 14.25, 0.75), rule
+    yield Case(8, 0, eight, 14.25, 1.875), rule
+    yield Case(8, 0, eight, 14.25, 2.0), rule  # two seconds: a whole number already
+    rule = f"the rate counts those who ended within the last {WINDOW} seconds, later than now - {WINDOW}"
+    yield Case(4, 0, (0.5, 1.0, 1.5, 2.0, *eight), 14.25, 0.5), rule
+    yield Case(4, 0, tuple(i / 4 for i in range(1, 33)), 8.0, 0.5), rule  # the oldest is exactly at its edge
+    yield Case(4, 0, (0.25, 0.75), 1.0, 0.5), rule  # the first seconds of a server
+    rule = "where none ended within the window there is no rate: with somebody ahead, tell 1 second"
+    yield Case(1, 0, (), 3.0, 0.5), rule
+    yield Case(9, 2, (1.0, 2.0), 60.0, 30.0), rule
+    yield Case(4, 0, tuple(i / 4 for i in range(1, 17)), 8.0, 0.5), rule  # the last at its edge
+    rule = "it must be right for every queue, rate and promise"
     rng = random.Random(11)
-    for _ in range(100):
-        budgets = rng.sample(range(1, 2000), rng.randrange(1, 12))
-        slo = Slo(ttft=rng.uniform(0.5, 2.5), itl=rng.uniform(0.05, 0.2))
-        rows = [(rng.uniform(0.3, 2), rng.uniform(0.03, 0.2), rng.uniform(99, 101)) for _ in budgets]
-        yield [Measured(budget, *row) for budget, row in zip(budgets, rows, strict=True)], slo
-    slo = Slo(ttft=1.0, itl=0.1)
-    for _ in range(300):
-        budgets = rng.sample(BUDGETS, rng.randrange(1, len(BUDGETS)))
-        ttft, itl, tokens = (0.5, 1.0, 2.0), (0.05, 0.1, 0.2), (90.0, 100.0, 110.0)
-        yield [Measured(b, rng.choice(ttft), rng.choice(itl), rng.choice(tokens)) for b in budgets], slo
+    for _ in range(600):
+        now = rng.randrange(1, 4000) * TICK * 32
+        ends = sorted(rng.randrange(int(now / TICK) + 1) * TICK for _ in range(rng.choice((0, 3, 12, 64))))
+        lately = sorted(now - rng.randrange(1, 5 * 1024) * TICK for _ in range(rng.choice((0, 2, 8, 40))))
+        finished = tuple(sorted(time for time in (*ends, *lately) if 0 <= time <= now))
+        sizes = rng.randrange(rng.choice((3, 8, 40))), rng.choice((0, 0, 0, 1, 2, 16))
+        case = Case(*sizes, finished, now, rng.choice((0.0, 0.125, 0.25, 0.5, 1.0, 2.0)))
+        if not _is_close(case):
+            yield case, rule
 
 
-def _judge(measured: list[Measured], slo: Slo, answer: Any) -> None:
-    right = choose_budget(measured, slo)
-    if type(answer) is type(right) and answer == right:
-        return
-    rows = "".join(f"\n  {row}" for row in measured) or "\n  nothing"
-    example = f"{slo}, measured:{rows}\nchoose_budget returned {answer!r}, not {right!r}"
-    by_budget = {row.budget: row for row in measured}
-    expect(
-        answer is None or (type(answer) is int and answer in by_budget),
-        "return the number of one of the measured budgets, not its row, or None",
-        example,
-    )
-    expect(
-        right is not None,
-        "if no budget keeps both objectives, return None: even the best of them breaks a promise",
-        example,
-    )
-    chosen, best = by_budget.get(answer), by_budget[right or 0]
-    if chosen:
-        expect(chosen.itl <= slo.itl, "ITL must keep its objective, whatever TTFT and tokens/s are", example)
-        expect(
-            chosen.ttft <= slo.ttft, "TTFT must keep its objective, whatever ITL and tokens/s are", example
-        )
-    expect(
-        best.ttft < slo.ttft and best.itl < slo.itl,
-        "a time that equals its objective keeps it: compare with <=, not with <",
-        example,
-    )
-    expect(chosen is not None, "return None only if no budget keeps both objectives: here one does", example)
-    expect(
-        chosen is None or chosen.tokens < best.tokens,
-        "of two budgets with equally many tokens/s, take the smaller one: its steps are shorter",
-        example,
-    )
-    expect(False, "of the budgets that keep both objectives, take the one with most tokens/s", example)
+def _is_close(case: Case) -> bool:
+    """Whether rounding may decide: the rate is no power of two, and the wait nearly a whole number off."""
+    count = sum(time > case.now - WINDOW for time in case.finished)
+    if count & (count - 1) == 0:
+        return False
+    late = (case.waiting - case.free_seats) * WINDOW / count - case.promise
+    return abs(late - round(late)) < 1e-6
 
 
-# -- the scheduler at that budget -----------------------------------------------------------------
+# -- at the door of the engine --------------------------------------------------------------------
 
-_SCENE = [Demand(0.0, 4, 30)] * 3 + [Demand(0.2, 400, 4)]
-"""Three answers run when a long prompt arrives."""
+SLO = Slo(ttft=0.5, itl=0.1)
+
+
+def rush(rate: float, door: Door | None = None, promise: float = 0.25) -> Served:
+    """Send 240 requests at this rate, in an open loop, to an engine with this door."""
+    demands = draw_demands(240, rate=rate, prompt_tokens=(16, 128), answer_tokens=(8, 64), seed=11)
+    return serve(demands, door=door, promise=promise)
 
 
 def _run(function: Callable[..., Any]) -> Run:
-    measured = [measured_at(budget) for budget in BUDGETS]
-    name, slo = next(iter(OBJECTIVES.items()))
-    chosen = function(list(measured), slo)
-    most = max(measured, key=lambda one: one.tokens)
-    one = next(one for one in measured if one.budget == chosen)
+    def door(*situation: Any) -> int:
+        return int(function(*situation))
+
+    doors = {"no door": None, "your door": door, "reference": retry_after}
+    runs = {name: rush(14, door) for name, door in doors.items()}
+    good = {name: summary(run.measures, slo=SLO).good or 0.0 for name, run in runs.items()}
+    late = {name: summary(run.measures).ttft for name, run in runs.items()}
     sentence = (
-        f"For {name} (TTFT {slo.ttft:g} s, ITL {1e3 * slo.itl:g} ms) your rule chose a budget of "
-        f"{chosen} (reference {choose_budget(measured, slo)}): {_say(one)}. Most tokens/s, whatever the "
-        f"objectives are, come at {most.budget}: {_say(most)}."
+        f"At 14 requests a second, {good['your door']:.1f} a second were served within the SLO (reference "
+        f"{good['reference']:.1f}), and without a door {good['no door']:.1f}. It refused "
+        f"{runs['your door'].refused} of 240."
     )
-    traces = {
-        f"{caption}: three answers, and a prompt of 400 tokens": serve(_SCENE, budget=budget).trace
-        for caption, budget in (("At your budget", one.budget), ("At the one with most", most.budget))
-    }
-    return Run(sentence, rails(traces, "seconds"))
-
-
-def _say(one: Measured) -> str:
-    return f"{one.tokens:.1f} tokens/s, TTFT p95 {one.ttft:.2f} s, ITL p95 {1e3 * one.itl:.0f} ms"
+    waits = {name: some.p95 for name, some in late.items() if some}
+    return Run(
+        sentence,
+        [
+            (
+                "Served within the SLO:",
+                notebook.bars(good, "Goodput at 14 requests a second", unit="per second", digits=2),
+            ),
+            (
+                "What those wait who are let in:",
+                notebook.bars(waits, "TTFT, 95 of 100 within", unit="s", digits=2),
+            ),
+        ],
+    )
 
 
 EXERCISES: tuple[Exercise, ...] = (
-    Exercise("11.1", "choose the token budget", choose_budget, _examine, _run),
+    Exercise("11.1", "refuse who would wait too long", retry_after, _examine, _run),
 )

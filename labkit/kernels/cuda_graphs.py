@@ -170,7 +170,7 @@ class DecodeGraphs:
         def step() -> Tensor:
             block = tables.gather(1, (positions // size)[:, None])[:, 0]  # (rows,)
             group = self.backend.static(tables, positions + 1, self.cache, self.model.windows)
-            metadata = AttentionMetadata(self.cache.slots(block, positions % size), [group])
+            metadata = AttentionMetadata(self.cache.slots(block, positions % size), [group], ())
             return self.model(token_ids, positions, self.cache, metadata)
 
         return step

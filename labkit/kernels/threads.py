@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from typing import NamedTuple
+from weakref import WeakSet
 
 import psutil
 import torch
@@ -71,7 +72,19 @@ class ThreadBudget:
     def _use(self, threads: int) -> None:
         if threads != self.now:
             self.now = threads
+            (_lowered.add if threads < self.most else _lowered.discard)(self)
             self._apply(threads)
+
+    def __del__(self) -> None:
+        self.rest()  # an engine may be dropped in the middle of its work
+
+
+_lowered: WeakSet[ThreadBudget] = WeakSet()  # PyTorch's threads are the process's, so all engines share them
+
+
+def usual_threads() -> int:
+    """Return PyTorch's number of threads, as it would be if no engine left cores to other processes."""
+    return max([torch.get_num_threads(), *(budget.most for budget in _lowered)])
 
 
 def measure_usage() -> Usage:

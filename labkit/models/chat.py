@@ -43,6 +43,15 @@ def as_chat(
     return list(tokenizer.encode(text, add_special_tokens=False))  # the template has written them already
 
 
+def beginning(tokenizer: Any) -> list[int]:
+    """The tokens with which each talk begins in the model's chat format, a default system prompt included."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    one, other = as_chat(tokenizer, "a"), as_chat(tokenizer, "b")
+    differs = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0)
+    return list(one[:differs])
+
+
 def check_variables(tokenizer: Any, variables: Mapping[str, Any]) -> None:
     """Raise `ValueError` for a variable that the model's chat template does not read."""
     template = tokenizer.get_chat_template() if getattr(tokenizer, "chat_template", None) else ""

@@ -30,6 +30,7 @@ from labkit.models.hub import TINY, find, is_folder
 from labkit.models.int8_cache import int8_model
 from labkit.models.no_tokenizer import NoTokenizer
 from labkit.models.progress import Say, tell
+from labkit.models.split import part_of_config, part_of_tensors, parts
 from labkit.models.tiny import tiny_random
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ def load_model(
     fused_projections: bool = True,
     packed_weights: bool = True,
     cpu_kernels: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
     say: Say | None = print,
 ) -> LoadedModel:
     """Load a model, after fetching it if need be.
@@ -107,6 +110,8 @@ def load_model(
             in hardware, else fp16; always fp32 for "tiny-random", whose tokens are the same everywhere.
         device: "cpu", "cuda", "cuda:1", "mps", or "auto": the GPU that CUDA sees, else the CPU.
         quantization, fused_projections, packed_weights, cpu_kernels: switches as in `EngineConfig`.
+        rank, world_size: which part to load, of how many, where several processes share a model
+            (`labkit.parallel` puts the parts together).
         say: a function that gets a line about each thing that takes time; None is silence, without progress
             bars of our own.
 
@@ -124,6 +129,8 @@ def load_model(
         fused_projections=fused_projections,
         packed_weights=packed_weights,
         cpu_kernels=cpu_kernels,
+        rank=rank,
+        world_size=world_size,
     )
     if model == TINY:
         config, tensors, tokenizer = tiny_random()
@@ -142,8 +149,13 @@ def load_model(
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder ({config.model_type}), and only decoders run here")
     ours = architecture.supports(config)
-    if not ours and (quantization or not fused_projections):
-        what = "quantization" if quantization else "fused_projections=False"
+    unusual = {
+        "quantization": quantization is not None,
+        "fused_projections=False": not fused_projections,
+        "tensor_parallel_size": world_size > 1,
+    }
+    if not ours and any(unusual.values()):
+        what = next(name for name, asked in unusual.items() if asked)
         raise ModelError(f"{what} cannot be had for {name}: a {config.model_type} runs as transformers does")
     tell(say, f"Loading {name} from {folder}.")
     with _explained(name, folder, to):
@@ -175,6 +187,8 @@ def build_transformer(
     fused_projections: bool = True,
     packed_weights: bool = True,
     cpu_kernels: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
     folder: Path | None = None,
     say: Say | None = None,
 ) -> Transformer:
@@ -182,11 +196,20 @@ def build_transformer(
 
     Args:
         config, tensors, dtype, device: what `architecture.build` takes.
+        rank, world_size: as in `load_model`.
         folder: the folder that the tensors come from, where there is one: a quantised copy of it is kept.
 
     Raises:
         ValueError: if the tensors do not fit the configuration.
     """
+    if world_size > 1:
+        whole = architecture.shape_of(config)
+        part = parts(whole, world_size)[rank]
+        config, tensors = (
+            part_of_config(config, part, whole.head_dim),
+            part_of_tensors(tensors, whole, part),
+        )
+        folder = None  # the quantised copy of a whole model is of no use here
     if quantization:
         module = int8_model(config, tensors, folder, dtype=dtype, device=device, say=say)
     else:

@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from labkit.notebook import run_first
 from labkit.views.picture import Picture, bars, heatmap, lines, show, throughput, timeline, token_timeline
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def default_model() -> LoadedModel:
 
 def setup() -> None:
     """Load the model, and say in one line where it runs and how long a notebook takes."""
+    run_first.watch()
     model = default_model()
     import torch
 
@@ -51,7 +53,8 @@ def setup() -> None:
     else:
         where += f" ({torch.cuda.get_device_name(model.device)})"
     dtype = str(model.dtype).removeprefix("torch.")
-    print(f"labkit: {model.name} in {dtype} on {where}. A notebook takes 1 to 3 minutes to run, 20 to read.")
+    takes = "A notebook runs in 1 to 3 minutes and takes 45 to 60."
+    print(f"labkit: {model.name} in {dtype} on {where}. {takes}")
 
 
 def source(*things: Any) -> None:

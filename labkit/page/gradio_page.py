@@ -62,9 +62,9 @@ EIGHT = (
 )
 SHARES = (0.25, 0.1, 0.6, 0.8, 1.0, 0.5, 0.4, 1.0)  # of max tokens, so that answers end at different times
 SCRIPTS = (
-    *("live_feed.js", "regions.js", "token_flow.js", "meters.js", "words.js", "side.js", "address.js"),
-    *("controls.js", "host.js", "projector.js", "panel.js", "follow.js", "cards.js", "questions.js"),
-    *("tour.js", "glue.js"),
+    *("live_feed.js", "regions.js", "token_flow.js", "lane_labels.js", "meters.js", "words.js", "side.js"),
+    *("address.js", "controls.js", "host.js", "projector.js", "joins.js", "panel.js", "follow.js"),
+    *("cards.js", "questions.js", "tour.js", "glue.js"),
 )
 
 SHOW_MESSAGE = """
@@ -73,6 +73,13 @@ watch("value", () => { line.textContent = props.value || ""; });
 """
 # The browser keeps its secret for as long as the tab is open: after a reload it is the same visitor.
 REMEMBERED = "() => { try { return sessionStorage.getItem('labkit') || ''; } catch { return ''; } }"
+# So is what stands in the form, which gradio would forget.
+KEEP_TYPED = """(...typed) => {
+  try { sessionStorage.setItem('labkit-form', JSON.stringify(typed)); } catch { /* it keeps nothing */ }
+}"""
+TYPED = """(...shown) => {
+  try { return JSON.parse(sessionStorage.getItem('labkit-form')) ?? shown; } catch { return shown; }
+}"""
 
 
 class Page(gr.Blocks):
@@ -163,19 +170,25 @@ def build(engine: AsyncEngine | Lab) -> Page:
         _html(f"<style>{styles}</style>{asset('header.html')}")
         with gr.Tabs(elem_id="lk-tabs"):
             with gr.Tab("Live", id="live", elem_id="lk-live-tab"):
-                view = _live_tab(lab, Api(lab, snapshotter, demo.served))
+                view, form = _live_tab(lab, Api(lab, snapshotter, demo.served))
             with gr.Tab("Race", id="race", elem_id="lk-race-tab"):
                 build_race_tab(lab.session.live.engine.model, keep=lab.keep, closed=closed_reason(lab))
             with gr.Tab("Replay", id="replay", elem_id="lk-replay-tab"):
                 build_replay_tab(lab.traces)
         demo.load(arrive, view, view, js=REMEMBERED, queue=False, show_progress="hidden")
+        demo.load(None, form, form, js=TYPED)
+        gr.on([field.change for field in form], None, form, js=KEEP_TYPED)
         demo.unload(leave)
     demo.queue(max_size=QUEUE_SIZE)
     return demo
 
 
-def _live_tab(lab: Lab, api: Api) -> gr.HTML:
-    """The tab with the running engine; returns the component whose value is the visitor's secret and mark."""
+def _live_tab(lab: Lab, api: Api) -> tuple[gr.HTML, list[gr.Component]]:
+    """The tab with the running engine.
+
+    Returns:
+        The component whose value is the visitor's secret and mark, and the fields of the form.
+    """
     has_chat = bool(getattr(lab.session.live.engine.model.tokenizer, "chat_template", None))
     defaults = _defaults(lab)
     with gr.Column(elem_id="lk-page"):
@@ -229,7 +242,7 @@ def _live_tab(lab: Lab, api: Api) -> gr.HTML:
     eight.click(inject_eight, numbers, api_name="inject_eight", **quick)
     for chip, example in zip(chips, EXAMPLES.values(), strict=True):
         chip.click(None, None, prompt, js=f"() => {json.dumps(example)}")
-    return view
+    return view, [prompt, *numbers]
 
 
 def _script() -> str:

@@ -51,14 +51,28 @@ class Hosting:
                 raise ValueError(f"locks are {', '.join(LOCKS)}, not {name[:40]!r}")
             lab.set_open(name, action == "unlock")
         elif action == "end":
-            lab.end_all()
+            self._end_all()
         elif action == "reset":
             lab.change(lab.base, running="cancel", visitor=visitor)
         elif action == "export":
             answer["file"] = self.export().hex()
-        here = [[name or "somebody", requests] for name, requests in lab.who()]
+        here = [[name or "somebody", requests] for name, requests in self._who()]
         locked = [name for name in LOCKS if not lab.open_to(name)]
         return {"here": here, "locked": locked, **answer}
+
+    def _who(self) -> list[tuple[str, int]]:
+        """The name of each visitor who is here ("" for none), and the number of their requests under way."""
+        visitors, submissions = self._lab.visitors, self._lab.session.submissions
+        return sorted((visitors.name(one), submissions.under_way(one)) for one in visitors.here())
+
+    def _end_all(self) -> None:
+        """End everybody's requests, and what a preset has yet to send."""
+        session = self._lab.session
+        session.player.drop_all()
+        for card in session.now().cards:
+            session.live.abort(card.request)
+        if session.live.paused:
+            session.live.single_step()  # in which they end
 
     def export(self) -> bytes:
         """The session as one ZIP file: the trace, which the Replay tab opens, and the cards."""

@@ -19,6 +19,7 @@ CHOICES = {
     "scheduler": ("continuous", "static", "naive"),
     "kv_policy": KV_POLICIES,
     "speculative": (None, "ngram"),
+    "max_step_seconds": (None, 0.02, 0.05, 0.1, 0.2, 0.5),
 }
 FLAGS = ("enable_prefix_caching", "enable_chunked_prefill")
 KNOBS = (*CHOICES, *SIZES, *FLAGS)

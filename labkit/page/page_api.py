@@ -103,10 +103,9 @@ class Api:
     async def play(self, order: dict[str, Any]) -> str:
         """Play a scenario."""
         visitor, scenario = text_in(order, "visitor"), text_in(order, "scenario")
-        settings, running = _mapping(order.get("settings")), text_in(order, "running")
-        return await _answer(
-            lambda: self._known(order) and self.lab.play(visitor, scenario, settings, running=running)
-        )
+        settings, how = _mapping(order.get("settings")), {"running": text_in(order, "running")}
+        how |= {"anew": order.get("anew") is True}
+        return await _answer(lambda: self._known(order) and self.lab.play(visitor, scenario, settings, **how))
 
     async def rename(self, order: dict[str, Any]) -> str:
         """Take a name that others see."""

@@ -15,14 +15,14 @@ import gradio as gr
 
 from labkit.page.upload import MAX_BYTES, BusyError, Uploads, check_size
 from labkit.trace.trace import Trace
-from labkit.views import perfetto, replay_data, style
+from labkit.views import perfetto, replay_data, run_page, style
 from labkit.views.assets import asset, script
 
 MAX_UPLOADS = 16
 MAX_OPENED = 32  # traces that visitors look at, each as it was when it was opened
 _GONE = "This trace is no longer kept: choose another, or hand it in again."
 
-_SCRIPTS = ("live_feed.js", "regions.js", "replay_data.js", "replay.js", "hand_in.js")
+_SCRIPTS = (*run_page.SCRIPTS, "hand_in.js")
 _GLUE = """
 const ask = async (name, argument) => {
   const late = new Promise((resolve) => setTimeout(resolve, 60000));
@@ -128,13 +128,22 @@ class Traces:
             self._opened.move_to_end(name)
             return self._opened[name]
 
-    def save(self, name: str, kind: str) -> tuple[str, str]:
-        """A file's name and text, of kind "trace" or "perfetto". Raises KeyError as `opened` does."""
+    def save(self, name: str, kind: str) -> dict[str, str]:
+        """A file's name, type and text, of kind "trace", "perfetto" or "page".
+
+        Raises:
+            KeyError: as `opened` does.
+            ValueError: if the trace is too large for a page.
+        """
         trace = self.opened(name).trace
         with self._saving:
+            if kind == "page":
+                return {"name": "labkit.run.html", "type": "text/html", "text": run_page.page(trace)}
             if kind == "perfetto":
-                return "labkit.perfetto.json", "".join(perfetto.lines(trace))
-            return "labkit.trace.jsonl", "".join(line + "\n" for line in trace.lines())
+                name, lines = "labkit.perfetto.json", perfetto.lines(trace)
+            else:
+                name, lines = "labkit.trace.jsonl", (line + "\n" for line in trace.lines())
+            return {"name": name, "type": "application/json", "text": "".join(lines)}
 
 
 def build_replay_tab(sources: Callable[[], Mapping[str, Trace]]) -> gr.HTML:
@@ -170,10 +179,11 @@ def build_replay_tab(sources: Callable[[], Mapping[str, Trace]]) -> gr.HTML:
 
     def save(question: Any) -> str:
         try:
-            name, text = traces.save(_text(question, "opened"), _text(question, "kind"))
+            return _answer(traces.save(_text(question, "opened"), _text(question, "kind")))
         except KeyError:
             return _answer({"error": _GONE})
-        return _answer({"name": name, "text": text})
+        except ValueError as error:
+            return _answer({"error": f"Not saved: {error}."})
 
     def hand_in(question: Any, request: gr.Request) -> str:
         size = _number(question, "size")

@@ -69,15 +69,15 @@ class ScenarioPlayer:
                     f"A request of this preset may have {length} tokens, and this engine holds {longest} at "
                     "most: it needs more pages, or larger ones."
                 )
-        records = self._live.engine.trace.records
-        now = records[-1].step if records else -1
-        for one in pending:
-            if not one.request.after:
-                self._submit(one)
-                continue
-            one.step = now + one.request.after
-            with self._lock:
-                self._pending.append(one)
+        with self._submissions.together():  # or the first step may begin without the others
+            records = self._live.records()
+            for one in pending:
+                if not one.request.after:
+                    self._submit(one)
+                    continue
+                one.step = (records[-1].step if records else -1) + one.request.after
+                with self._lock:
+                    self._pending.append(one)
 
     def drop(self, visitor: str) -> None:
         """Play nothing more for a visitor."""

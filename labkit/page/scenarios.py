@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from labkit.page.knobs import SIZES
+
 
 @dataclass(frozen=True)
 class ScenarioRequest:
@@ -47,6 +49,14 @@ class Scenario:
     requests: tuple[ScenarioRequest, ...]
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     talk: bool = False
+
+    def needed(self, base: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings to play it on: those `asked` for, its own, and the sizes that the lab started with."""
+        fresh = {knob: base[knob] for knob in (*SIZES, "speculative")} | {"max_step_seconds": None}
+        wanted = {**fresh, **self.settings, **asked}
+        if "max_num_seqs" not in asked:
+            wanted["max_num_seqs"] = min(wanted["max_num_seqs"], wanted["max_num_batched_tokens"])
+        return wanted
 
     def lacks(self, settings: Mapping[str, Any]) -> str:
         """What it would need and `settings` do not have, in a sentence; "" if it has all."""
@@ -111,7 +121,7 @@ SCENARIOS = (
             ScenarioRequest(_QUESTIONS[6], 24, after=15),
             ScenarioRequest(_LONG, 24, after=45),
         ),
-        {"max_num_batched_tokens": 64},
+        {"max_num_batched_tokens": 64, "scheduler": "continuous", "enable_chunked_prefill": True},
     ),
     Scenario(
         "system",

@@ -20,10 +20,11 @@ from typing import Any
 
 from labkit.config import EngineConfig
 from labkit.engine import Engine
+from labkit.models.chat import beginning
 from labkit.models.errors import is_out_of_memory
 from labkit.models.token_bytes import decode_inside
 from labkit.outputs import in_one_line
-from labkit.page.knobs import KNOBS, SIZES, check_settings, settings_of
+from labkit.page.knobs import KNOBS, check_settings, settings_of
 from labkit.page.scenario_player import ScenarioPlayer
 from labkit.page.scenarios import BY_NAME
 from labkit.page.snapshot import Now
@@ -75,7 +76,7 @@ class Session:
             feed,
             submissions,
             ScenarioPlayer(submissions),
-            Inspector(live.engine.trace, decode, token_ids),
+            Inspector(live.engine.trace, decode, token_ids, tuple(beginning(live.engine.model.tokenizer))),
             decode,
             submissions.now,
             live.subscribe(feed.append, last=WINDOW),
@@ -137,12 +138,13 @@ class Lab:
         self._change: _Change | None = None
         self._ending = False
         self._played = ""  # the name of the scenario that was played last
+        self._played_after: int | None = None  # the step before it, on this engine
         self._kept: dict[str, Trace] = {}
         self.version = 0  # grows whenever `status` changes, except for its counts
         self.trace_path: Path | None = None  # of the file that is written now
         self._writers = TraceWriters(trace_file, self._tell_of_writing) if trace_file else None
         self.session = self._start(live)
-        self.base = self.settings  # those that the lab started with
+        self.base = self._chosen = self.settings  # it started with; people chose
         self._draft_model = live.engine.config.draft_model
 
     @property
@@ -162,7 +164,11 @@ class Lab:
             "clock": self.open_to("clock"),
             "pending": settings_of(change.config) if change else None,
             "visitors": len(self.visitors),
+            "most": self.limits.answer_tokens,
+            "chosen": self._chosen,
             "played": self._played,
+            "played_after": self._played_after,
+            "changes": {name: self._new(self._needed(name, {})) for name in BY_NAME},
             "problem": self._writers.problem if self._writers else "",
         }
 
@@ -180,20 +186,6 @@ class Lab:
         """Let visitors use something from now on, or no more."""
         self._open[what] = whether
         self.version += 1
-
-    def who(self) -> list[tuple[str, int]]:
-        """The name of each visitor who is here ("" for none), and the number of their requests under way."""
-        submissions = self.session.submissions
-        return sorted((self.visitors.name(one), submissions.under_way(one)) for one in self.visitors.here())
-
-    def end_all(self) -> None:
-        """End everybody's requests, and what a preset has yet to send."""
-        session = self.session
-        session.player.drop_all()
-        for card in session.now().cards:
-            session.live.abort(card.request)
-        if session.live.paused:
-            session.live.single_step()  # in which they end
 
     def control(self, visitor: str, action: str, value: float | None = None) -> dict[str, Any]:
         """Obey a visitor who may set the clock (see `Submissions.control`), and return the clock's state.
@@ -213,7 +205,7 @@ class Lab:
         settings: Mapping[str, Any],
         *,
         running: str = "ask",
-        then: Callable[[Session], None] = lambda session: None,
+        then: Callable[[Session], None] | None = None,
         visitor: str = "",
     ) -> dict[str, Any]:
         """Run on other settings from now on.
@@ -223,7 +215,7 @@ class Lab:
             running: what becomes of the requests under way. "ask": nothing changes if there are any;
                 "finish": wait for them, and take no new ones meanwhile; "cancel": they are cancelled. And
                 "keep" gives up a change that waits.
-            then: a function that is called with the new session.
+            then: a function that is called with the new session; without one, the settings count as chosen.
             visitor: the visitor who asks; a host may change settings that are locked.
 
         Returns:
@@ -240,7 +232,7 @@ class Lab:
             raise ValueError(ENDING)
         if not self.open_to("knobs") and visitor not in self.hosts:
             raise ValueError("The settings of this lab are its host's: they cannot be changed from the page.")
-        config = self._config(settings)
+        config, then = self._config(settings), then or self._choose
         with self._lock:
             self._give_up()
             live = self.session.live
@@ -252,6 +244,9 @@ class Lab:
                 return {"waits": under_way}
             self._swap(config, then)
         return {"done": True}
+
+    def _choose(self, _session: Session) -> None:
+        self._chosen = self.settings
 
     def _config(self, settings: Mapping[str, Any]) -> EngineConfig:
         base = self.base  # the host's own choice may be beyond the limits for visitors
@@ -304,7 +299,7 @@ class Lab:
     def _replace(self, live: AsyncEngine, old: Session) -> None:
         live.speed = old.live.speed
         self.session = self._start(live)
-        self._owns = True
+        self._owns, self._played_after = True, None
         self.version += 1
 
     @staticmethod
@@ -355,13 +350,19 @@ class Lab:
     # -- scenarios --------------------------------------------------------------------------------
 
     def play(
-        self, visitor: str, name: str, settings: Mapping[str, Any] | None = None, *, running: str = "ask"
+        self,
+        visitor: str,
+        name: str,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        running: str = "ask",
+        anew: bool = False,
     ) -> dict[str, Any]:
         """Play a scenario for a visitor, on the settings that it needs.
 
-        The scenario that was played last runs on the present settings, so that a knob can be turned in
-        between. Sizes and speculation that neither `settings` nor the scenario name go back to those that the
-        lab started with.
+        It plays on a fresh engine, because what an earlier run left in the prefix cache would change the
+        story; with locked settings, on the engine that there is. The scenario that was played last keeps the
+        present settings, so that a knob can be turned in between, unless it is to be played `anew`.
 
         Returns what `change` returns, with a "note" if it lacks locked settings. Raises what that and
         `ScenarioPlayer.play` raise.
@@ -369,34 +370,35 @@ class Lab:
         scenario = BY_NAME.get(name) if isinstance(name, str) else None
         if scenario is None:
             raise ValueError(f"There is no preset {str(name)[:40]!r}: known are {', '.join(BY_NAME)}.")
-        wanted = dict(settings or {})
-        check_settings(wanted)
-        if self._played != name:
-            fresh = {knob: self.base[knob] for knob in (*SIZES, "speculative")}
-            wanted = {**fresh, **scenario.settings, **wanted}
-            budget = wanted["max_num_batched_tokens"]
-            if "max_num_seqs" not in (settings or {}):
-                wanted["max_num_seqs"] = min(wanted["max_num_seqs"], budget)
+        check_settings(settings or {})
         locked = not self.open_to("knobs") and visitor not in self.hosts
-        if locked:
-            wanted = {}  # it plays on the settings that there are
+        wanted = {} if locked else self._needed(name, settings or {}, anew)
         lacks = scenario.lacks(self.settings) if locked else ""
         note = {"note": f"The settings are locked. {lacks}"} if lacks else {}
 
         def begin(session: Session) -> None:
+            records = session.live.records()
             session.player.play(visitor, scenario, name=self.visitors.name(visitor))
-            self._played = name
+            self._played, self._played_after = name, records[-1].step if records else -1
             self.version += 1
 
         with self._lock:
-            now, live = self.settings, self.session.live
-            same = {knob for knob, value in wanted.items() if now[knob] == value}
-            if "num_blocks" in wanted and self._wished(wanted["num_blocks"]) == live.engine.config.num_blocks:
-                same.add("num_blocks")
-            if live.failure is None and same == wanted.keys():
+            live = self.session.live
+            fresh = locked or not (live.busy or live.records())
+            if live.failure is None and fresh and not self._new(wanted):
                 begin(self.session)
                 return {"done": True, **note}
             return self.change(wanted, running=running, then=begin, visitor=visitor)
+
+    def _needed(self, name: str, asked: Mapping[str, Any], anew: bool = False) -> dict[str, Any]:
+        return dict(asked) if self._played == name and not anew else BY_NAME[name].needed(self.base, asked)
+
+    def _new(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the wanted settings that the engine does not have."""
+        now, asked = self.settings, self.session.live.engine.config.num_blocks
+        if "num_blocks" in wanted and self._wished(wanted["num_blocks"]) == asked:  # or sized anew, as it was
+            now["num_blocks"] = wanted["num_blocks"]
+        return {knob: value for knob, value in wanted.items() if now[knob] != value}
 
     # -- traces -----------------------------------------------------------------------------------
 

@@ -18,7 +18,10 @@ from labkit.views.wire import Plan
 
 
 class Card(NamedTuple):
-    """A request as its card shows it. `serial` counts cards; `owner` and `name` say who handed it in."""
+    """A request as its card shows it. `serial` counts cards; `owner` and `name` say who handed it in.
+
+    A request of a `preset` came in by itself.
+    """
 
     serial: int
     request: str
@@ -30,6 +33,7 @@ class Card(NamedTuple):
     text: str
     finish_reason: str | None
     error: str | None
+    preset: bool = False
 
 
 class Now(NamedTuple):
@@ -175,6 +179,7 @@ def _facts(card: Card) -> dict[str, Any]:
         "name": card.name,
         "prompt": card.prompt,
         "max_tokens": card.max_tokens,
+        "preset": card.preset,
     }
 
 

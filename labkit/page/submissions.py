@@ -5,9 +5,10 @@ Nothing here knows of a page: there are names of visitors, plain numbers and wor
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ class _Entry:
     prompt: str
     max_tokens: int
     name: str  # the visitor's name, which others may see
+    preset: bool  # whether a preset handed it in
     end: AnswerProgress | None = None  # the answer, once it is complete
 
 
@@ -55,7 +57,8 @@ class Submissions:
         self.limits = limits or Limits()
         self.refuses = ""
         self.notice = ""
-        self._door = threading.Lock()  # held while one request is counted and let in: a limit is a limit
+        self._door = threading.Lock()  # held while requests are counted and let in: a limit is a limit
+        self._waits = False  # whether the engine waits until several requests are handed in
         self._lock = threading.Lock()  # of all that follows: gradio calls from many threads
         self._entries: dict[str, _Entry] = {}
         self._serial = 0
@@ -88,12 +91,26 @@ class Submissions:
         for prompt, _ in requests:
             self.limits.check_prompt(prompt)
         ids = []
-        with self._door:
+        with self.together():
             self.check_room(visitor, len(requests))
             for prompt, params in requests:
                 tokens = prompt if raw else as_chat(self.live.engine.model.tokenizer, prompt)
                 ids.append(self.submit(visitor, prompt, tokens, params, name=name))
         return ids
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What is handed in while this lasts arrives in one step, and nobody else hands anything in."""
+        with self._door:
+            self._waits = not self.live.paused
+            try:
+                if self._waits:
+                    self.live.pause()
+                yield
+            finally:
+                if self._waits:
+                    self.live.resume()
+                self._waits = False
 
     def check_room(self, visitor: str, more: int = 1) -> None:
         """Raise `ValueError` unless a visitor may hand in so many requests more."""
@@ -125,17 +142,26 @@ class Submissions:
                 tokens = list(self.live.engine.model.tokenizer.encode(tokens))
             self.limits.check_tokens(0 if isinstance(tokens, str) else len(tokens), params.max_tokens)
         request_id = self.live.submit(tokens, params)
-        self.enter(visitor, request_id, prompt, params.max_tokens, name=name)
+        self.enter(visitor, request_id, prompt, params.max_tokens, name=name, preset=preset)
         return request_id
 
-    def enter(self, visitor: str, request_id: str, prompt: str, max_tokens: int, *, name: str = "") -> None:
+    def enter(
+        self,
+        visitor: str,
+        request_id: str,
+        prompt: str,
+        max_tokens: int,
+        *,
+        name: str = "",
+        preset: bool = False,
+    ) -> None:
         """Make a card for a request that the engine has. Without a visitor it belongs to nobody."""
         if len(prompt) > MAX_SHOWN:
             prompt = prompt[: MAX_SHOWN - 1] + "…"
         with self._lock:
             self._serial += 1
             self._entries[request_id] = _Entry(
-                self._serial, visitor, mark(visitor), request_id, prompt, max_tokens, name
+                self._serial, visitor, mark(visitor), request_id, prompt, max_tokens, name, preset
             )
             self._evict()
 
@@ -194,7 +220,7 @@ class Submissions:
         """
         if not visitor:
             return
-        with self._lock:
+        with self._door, self._lock:
             if action == "resume":
                 self._paused_by = ""
                 self.live.resume()
@@ -215,13 +241,13 @@ class Submissions:
 
     def clock(self) -> dict[str, Any]:
         """Return the state of the clock, which the page's controls show."""
-        failure = self.live.failure
+        failure, paused = self.live.failure, self.live.paused and not self._waits
         return {
-            "paused": self.live.paused,
+            "paused": paused,
             "speed": self.live.speed,
             "failure": f"{type(failure).__name__}: {failure}" if failure else "",
             "notice": self.notice,
-            "by": self._paused_by_name if self._paused_by and self.live.paused else "",
+            "by": self._paused_by_name if self._paused_by and paused else "",
         }
 
     def now(self) -> Now:
@@ -250,6 +276,7 @@ class Submissions:
                 text=progress.text,
                 finish_reason=progress.finish_reason,
                 error=progress.error,
+                preset=entry.preset,
             )
             cards.append(card)
         coming = live.preview if clock["paused"] else None

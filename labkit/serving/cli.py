@@ -114,6 +114,22 @@ def add_engine(parser: argparse.ArgumentParser, *, num_blocks: int | None) -> No
         help="token budget of a step (default: %(default)s)",
     )
     add(
+        "--tensor-parallel-size",
+        type=positive,
+        default=1,
+        help="processes that share the model, each with a part of every layer (default: %(default)s)",
+    )
+    add(
+        "--disaggregated",
+        action="store_true",
+        help="compute prompts in a second process, so that no answer waits for one (default: no)",
+    )
+    add(
+        "--max-step-seconds",
+        type=seconds,
+        help="the time that a step should take at most; the token budget follows (default: no bound)",
+    )
+    add(
         "--speculative",
         choices=("ngram", "draft"),
         help="what drafts tokens for a step to check: the text so far, or a smaller model (default: nothing)",
@@ -204,6 +220,7 @@ def load(options: argparse.Namespace, *, trace_steps: int) -> AsyncEngine:
         StartError: if the engine cannot start.
     """
     from labkit.config import EngineConfig
+    from labkit.disaggregated import DisaggregatedEngine
     from labkit.engine import Engine
     from labkit.models.errors import is_out_of_memory
     from labkit.serving.async_engine import AsyncEngine
@@ -219,13 +236,14 @@ def load(options: argparse.Namespace, *, trace_steps: int) -> AsyncEngine:
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             scheduler=options.scheduler,
+            tensor_parallel_size=options.tensor_parallel_size,
             speculative=options.speculative,
             draft_model=_draft_model(options),
             num_speculative_tokens=options.num_speculative_tokens,
             max_trace_steps=trace_steps,
             generation_config=options.generation_config,
         )
-        return Engine(config)
+        return DisaggregatedEngine(config) if options.disaggregated else Engine(config)
 
     try:
         return AsyncEngine.build(build)

@@ -3,6 +3,8 @@
 Every setting of `EngineConfig` becomes a flag, needs no flag, or is named as a setting without a twin: none
 is dropped in silence. The flags are those of `vllm serve` (vLLM 0.33) and of `sglang.launch_server`
 (SGLang 0.5.23). Neither program is needed here, and neither is started.
+
+`python -m labkit.export --html run.jsonl` writes a trace as one web page instead.
 """
 
 from __future__ import annotations
@@ -14,17 +16,21 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from labkit.config import EngineConfig
 from labkit.serving import cli
 from labkit.speculative.ngram import NgramDrafter
+from labkit.trace.trace import Trace
+from labkit.views.run_page import export_html
 
 if TYPE_CHECKING:
     from labkit.models.load import LoadedModel
 
 _SEED = "for requests without a seed of their own; it gives other numbers than here"
 _DEFAULTS = "how to sample where a request does not say: not as the model's file says"
+_SHARED = "devices that share the model, each with a part of every layer"
 # The other engines' names of types; a name that is missing here is the same everywhere.
 _DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 
@@ -175,6 +181,7 @@ def _vllm(config: EngineConfig, out: Command) -> None:
         out.flag("attention_backend", "a Triton kernel", "--attention-backend", "TRITON_ATTN")
     elif config.attention_backend == "sdpa":
         out.without_twin["attention_backend"] = "PyTorch's own attention is not among its kernels for text"
+    out.flag("tensor_parallel_size", _SHARED, "--tensor-parallel-size", config.tensor_parallel_size)
     if not config.cuda_graphs:
         out.flag("cuda_graphs", "no CUDA graphs, and no torch.compile either", "--enforce-eager")
     out.flag("seed", _SEED, "--seed", config.seed)
@@ -234,6 +241,7 @@ def _sglang(config: EngineConfig, out: Command) -> None:
     if config.attention_backend != "auto":
         backend = {"triton": "triton", "sdpa": "torch_native"}[config.attention_backend]
         out.flag("attention_backend", "the kernel", "--attention-backend", backend)
+    out.flag("tensor_parallel_size", _SHARED, "--tp-size", config.tensor_parallel_size)
     if not config.cuda_graphs:
         out.flag("cuda_graphs", "no CUDA graphs of decode steps", "--disable-decode-cuda-graph")
         out.flag("cuda_graphs", "nor of prompts", "--disable-prefill-cuda-graph")
@@ -303,6 +311,8 @@ def _no_twin(config: EngineConfig, out: Command) -> None:
         without["num_threads"] = f"set OMP_NUM_THREADS={config.num_threads} for it"
     if config.adaptive_threads:
         without["adaptive_threads"] = "its threads keep their number, whatever else runs"
+    if config.max_step_seconds is not None:
+        without["max_step_seconds"] = "its token budget stays; choose one that keeps steps short enough"
     if config.as_t4:
         without["as_t4"] = "float16 is asked for; kernels for newer GPUs are used all the same"
     without["max_trace_steps"] = "it keeps no record of its steps; /metrics has the counts"
@@ -314,17 +324,37 @@ def _no_twin(config: EngineConfig, out: Command) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print both command lines. Returns the exit status."""
+    """Print both command lines, or write a trace as a page. Returns the exit status."""
     parser = cli.Parser(
-        prog="labkit.export", description="Command lines that serve the same model with vLLM and SGLang."
+        prog="labkit.export",
+        description="Command lines that serve the same model with vLLM and SGLang; or a run as one web page.",
+    )
+    parser.add_argument(
+        "--html", metavar="TRACE", help="write this trace (JSON Lines) as one web page beside it, and no more"
     )
     cli.add_engine(parser, num_blocks=None)
     given = vars(parser.parse_args(arguments))
     try:
-        names = {entry.name for entry in fields(EngineConfig)}
-        found = commands(EngineConfig(**{name: value for name, value in given.items() if name in names}))
-    except ValueError as error:
-        print(f"labkit.export: {' '.join(str(error).split())}", file=sys.stderr)
+        if given["html"] is not None:
+            text = _write_page(Path(given["html"]))
+        else:
+            names = {entry.name for entry in fields(EngineConfig)}
+            found = commands(EngineConfig(**{name: value for name, value in given.items() if name in names}))
+            text = "\n\n".join(map(str, found.values()))
+    except (ValueError, OSError) as error:
+        about = "" if given["html"] is None else "--html: "
+        print(f"labkit.export: {about}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print("\n\n".join(map(str, found.values())))
+    print(text)
     return 0
+
+
+def _write_page(source: Path) -> str:
+    """Write the trace in a file as a page beside it; return what to say of it."""
+    target = source.parent / f"{source.stem}.html"
+    if target == source:
+        raise ValueError(f"{source} would be overwritten: give the trace another ending than .html")
+    trace = Trace.load(source)
+    export_html(trace, target)
+    size = f"{target.stat().st_size / 1000:.0f} KB"
+    return f"{target}: {len(trace)} steps, {size}. {trace.note}".rstrip()

@@ -266,7 +266,8 @@ def _check_record(record: StepRecord, meta: TraceMeta, last: int, number: int) -
             fail(f"block {block} is outside the pool of {meta.num_blocks}")
     if not 0 <= record.free_blocks <= meta.num_blocks:
         fail(f"free_blocks must be between 0 and {meta.num_blocks}, not {record.free_blocks}")
-    counts = [*record.starts, *record.num_tokens, *record.padding, record.waiting]
+    counts = [*record.starts, *record.num_tokens, *record.padding, record.waiting, record.threads]
+    counts += [record.sent_in_layers, record.sent_elsewhere]
     counts += [count for row in record.allowed for count in row]
     counts += [count for arrival in record.arrived for count in arrival[1:3]]
     counts += [count for _, cached, _, looked_up in record.admitted for count in (cached, looked_up)]

@@ -115,8 +115,12 @@ class StepRecord:
     - `free_blocks` counts after the step, when the requests that finished in it have given theirs back.
     - `published` blocks can be found by later requests from now on, `evicted` ones no longer can.
     - `returned` blocks were taken for rejected drafts: they leave their block tables after the step.
-    - `time` is when the step ended, in seconds since the trace began, and `seconds` how long it took. Only
-      these two differ from run to run, so they do not count when records are compared.
+    - `sent_in_layers` and `sent_elsewhere` count the bytes that each process of a parallel model sent to the
+      others, and `sending` the seconds that this took the first of them, with waiting for the others.
+    - `time` is when the step ended, in seconds since the trace began, and `seconds` how long it took.
+      `threads` is the number of a CPU's threads from this step on, where it follows what other processes
+      leave and has just changed; else 0. Only these three and `sending` differ from run to run, so they do
+      not count when records are compared.
     """
 
     step: int
@@ -142,8 +146,12 @@ class StepRecord:
     blocked: tuple[str, str] | None = None
     held_back: str = ""
     free_blocks: int = 0
+    sent_in_layers: int = 0
+    sent_elsewhere: int = 0
+    sending: float = field(default=0.0, compare=False)
     time: float = field(default=0.0, compare=False)
     seconds: float = field(default=0.0, compare=False)
+    threads: int = field(default=0, compare=False)
 
     @property
     def rows(self) -> list[Row]:

@@ -6,7 +6,8 @@ is imported when the first figure is drawn. In this folder:
 - `facts/` holds what a trace shows, worked out once as plain objects;
 - `figures/` draws these facts with plotly, `text.py` writes them, and `style.py` is the look that all share;
 - `picture.py` pairs each figure with its text twin, for notebooks and exercises;
-- `replay_data.py` and `perfetto.py` export a whole trace, to the web page's replay and to a trace viewer;
+- `replay_data.py` and `perfetto.py` export a whole trace, to the web page's replay and to a trace viewer, and
+  `run_page.py` packs the replay with its trace into one file;
 - `live_feed.py`, `live_numbers.py`, `events.py` and `inspect.py` tell a browser what an engine does now;
   `wire.py` names the rows that travel there, and `static/`, which `assets.py` reads, draws them.
 """

@@ -21,9 +21,12 @@ def events_of(record: StepRecord, held_back: str = "") -> Iterator[Event]:
     Kinds and their numbers: "arrive" (prompt tokens), "abort" (blocks given back), "preempt" (blocks given
     back), "evict" (cached blocks forgotten), "admit" (blocks held now), "hit" (tokens found, tokens looked
     up), "hold" (the word says why no more is drafted), "return" (blocks given back because drafts were
-    wrong), "finish" (blocks given back; the word is the reason).
+    wrong), "threads" (the number of threads from now on), "finish" (blocks given back; the word is the
+    reason).
     """
     step = record.step
+    if record.threads:
+        yield Event(step, "threads", "", record.threads)
     for arrival in record.arrived:
         yield Event(step, "arrive", arrival.request_id, arrival.num_prompt_tokens)
     for request_id, reason, blocks in record.finished:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from labkit.trace.records import StepRecord
 from labkit.trace.trace import Trace
@@ -37,11 +38,13 @@ class Inspector:
         decode: the tokenizer's function from token ids to text.
         token_ids: a function from a request's id to its prompt and answer so far; it raises KeyError for a
             request that is no longer known.
+        beginning: the tokens with which every chat begins here.
     """
 
     trace: Trace
     decode: Decode
     token_ids: Callable[[str], list[int]]
+    beginning: tuple[int, ...] = ()
 
     def look(self, block: object = None, step: int | None = None) -> StepFacts | BlockFacts:
         """The facts of a block, if one is named, or else of a step; raises as the method for it does."""
@@ -104,7 +107,8 @@ class Inspector:
             raise ValueError(f"block must be between 0 and {num_blocks - 1}, not {block!r}")
         records = self.trace.records
         if not records:
-            return {"block": block, "owners": [], "cached": False, "last": None, "tokens": None}
+            nothing = {"owners": [], "cached": False, "last": None, "tokens": None, "begins": ""}
+            return cast(BlockFacts, {"block": block, **nothing})
         latest = records[-1].step
         state = self.trace.state(latest, after=True) if step is None else self.trace.state(step)
         owners = []
@@ -120,15 +124,24 @@ class Inspector:
             known = max(owners, key=lambda owner: owner.filled)
         elif last and cached:
             known = Owner(last.request, last.position, size)
+        ids = known and self._ids(known, None if step is None else self.trace.at(step))
         return {
             "block": block,
             "owners": owners,
             "cached": cached,
             "last": last,
-            "tokens": known and self._tokens(known, None if step is None else self.trace.at(step)),
+            "tokens": None if ids is None else words_of(ids, self.decode),
+            "begins": self._begins(known, ids) if known and ids else "",
         }
 
-    def _tokens(self, owner: Owner, record: StepRecord | None) -> list[str] | None:
+    def _begins(self, owner: Owner, ids: list[int]) -> str:
+        """What a block at the beginning of every chat is part of; "" for any other block."""
+        start = owner.position * self.trace.meta.block_size
+        if tuple(ids) != self.beginning[start : start + len(ids)]:
+            return ""
+        return "system prompt" if "system" in self.decode(list(self.beginning)) else "chat template"
+
+    def _ids(self, owner: Owner, record: StepRecord | None) -> list[int] | None:
         """The tokens in a block of an owner, after the latest step or during that of the record."""
         try:
             ids = self.token_ids(owner.request)
@@ -138,7 +151,7 @@ class Inspector:
             if row.request_id == owner.request and row.drafted:  # its drafts lie there, accepted or not
                 ids = [*ids[: row.start + 1], *row.drafted]
         start = owner.position * self.trace.meta.block_size
-        return words_of(ids[start : start + owner.filled], self.decode)
+        return ids[start : start + owner.filled]
 
 
 def last_owner(trace: Trace, block: int, step: int) -> LastOwner | None:

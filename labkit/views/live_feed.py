@@ -21,12 +21,14 @@ from labkit.trace.pool_state import PoolState
 from labkit.trace.records import StepRecord, TraceMeta
 from labkit.views import style
 from labkit.views.events import KEPT, events_of
+from labkit.views.facts.joins import Joins
 from labkit.views.live_numbers import Numbers
 from labkit.views.wire import (
     Blocked,
     Ended,
     Event,
     Held,
+    Joined,
     Lane,
     Pictures,
     Plan,
@@ -89,6 +91,8 @@ class Frame:
     events: tuple[Event, ...]
     queue: tuple[str, ...]  # in the order in which they will be admitted
     held: tuple[Held, ...]
+    joins: tuple[Joined, ...]
+    joins_changed: int  # the step in which they did
     numbers: dict[str, Any]
 
 
@@ -115,10 +119,11 @@ class Feed:
         self._ended: deque[_GrowingLane] = deque()
         self._steps: deque[Step] = deque(maxlen=WINDOW)
         self._events: deque[Event] = deque(maxlen=KEPT)
+        self._joins = Joins()
         self._numbers = Numbers()
         self._held_back = ""  # the reason that was given last for drafting no more
         self._step = -1
-        self._frame = Frame(-1, 0, 0.0, (), "", (), (), (), (), (), self._numbers.pack())
+        self._frame = Frame(-1, 0, 0.0, (), "", (), (), (), (), (), (), -1, self._numbers.pack())
 
     # -- steps in ---------------------------------------------------------------------------------
 
@@ -135,6 +140,7 @@ class Feed:
             self._forget(record.step - WINDOW)
             self._steps.append(self._count(record))
             self._numbers.append(record)
+            self._joins.append(record)
             self._events.extend(events_of(record, self._held_back))
             self._held_back = record.held_back or self._held_back
             self._step = record.step
@@ -217,6 +223,8 @@ class Feed:
                 events=tuple(self._events),
                 held=tuple(Held(*pair) for pair in state.held.items()),
                 queue=tuple(state.queue),
+                joins=self._joins.rows(),
+                joins_changed=self._joins.changed,
                 numbers=self._numbers.pack(),
             )
             return self._frame
@@ -247,6 +255,8 @@ class Feed:
                 "held": frame.held,
                 "numbers": frame.numbers,
             }
+        if full or frame.joins_changed > after:
+            answer["joins"] = frame.joins
         return answer
 
     def preview(self, record: StepRecord, decode: Decode | None = None) -> Plan | None:

@@ -113,6 +113,14 @@ def _steps(trace: Trace, clock: _Clock) -> Iterator[Event]:
         }
         if record.drafted:
             facts |= {"tokens drafted": record.total_drafted, "drafts right": record.total_accepted}
+        if record.sent_in_layers or record.sent_elsewhere:
+            facts |= {
+                "bytes sent in layers": record.sent_in_layers,
+                "other bytes sent": record.sent_elsewhere,
+                "ms of sending": round(1000 * record.sending, 3),
+            }
+        if record.threads:
+            facts["threads from now on"] = record.threads
         if record.held_back:
             facts["drafts held back"] = style.label(record.held_back, 200)
         if record.blocked:

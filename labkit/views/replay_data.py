@@ -181,6 +181,9 @@ def _events(record: StepRecord) -> list[tuple[str, str]]:
     found = [*arrived, *preempted, *admitted, *returned, *finished][:MAX_LISTED]
     if record.evicted:
         found.append(("", f"{style.plural(len(record.evicted), 'cached page')} evicted"))
+    if record.threads:
+        words = f"{style.plural(record.threads, 'thread')} from now on: as many cores as other programs leave"
+        found.append(("", words))
     if record.held_back:
         found.append(("", record.held_back))
     return found

@@ -84,6 +84,20 @@ class Event(NamedTuple):
     word: str = ""
 
 
+class Joined(NamedTuple):
+    """What requests cost those that they joined, in step `step`: a verdict, and the rest of the sentence.
+
+    There is no verdict until it is measured. Label and colour are those of the first request.
+    """
+
+    step: int
+    requests: Sequence[str] = ()
+    label: str = ""
+    color: int = 0
+    verdict: str = ""
+    story: str = ""
+
+
 class Held(NamedTuple):
     """A request that waits for the prompt of another one, which it shares."""
 
@@ -223,6 +237,7 @@ class Pictures(TypedDict, total=False):
     events: Sequence[Event]
     queue: Sequence[str]
     held: Sequence[Held]
+    joins: Sequence[Joined]
     numbers: dict[str, Any]
 
 
@@ -260,13 +275,17 @@ class StepFacts(TypedDict):
 
 
 class BlockFacts(TypedDict):
-    """One block: its owners, the last one it had, and the tokens in it, each as text (None: not known)."""
+    """One block: its owners, the last one it had, and the tokens in it, each as text (None: not known).
+
+    `begins` says what it is part of, if every chat begins with it: the system prompt, or the chat template.
+    """
 
     block: int
     owners: Sequence[Owner]
     cached: bool
     last: LastOwner | None
     tokens: Sequence[str] | None
+    begins: str
 
 
 class ReplayLane(TypedDict):

@@ -182,6 +182,8 @@ def test_perplexity_is_that_of_the_logits_and_int8_stays_near(tiny: LoadedModel)
         (["--watched", "0"], "--watched must be at least 1"),
         (["--peers"], "--peers goes with --ladder"),
         (["--rungs", "int8"], "--rungs goes with --ladder"),
+        (["--busy"], "--busy goes with --peer"),
+        (["--peer", "vllm"], "--peer takes transformers, vllm=PYTHON"),
         (["--stream", "--figure", "x.html"], "--figure goes with --ladder"),
         (["--ladder", "--shapes", "tiny", "--figure", "x.html"], "--figure draws one ladder"),
         (["--ladder", "--shapes", "GPT-9"], "no shape 'GPT-9'"),

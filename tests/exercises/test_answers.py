@@ -8,6 +8,7 @@ remember earlier calls, know only the sizes that the notebook prints, or are nea
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections.abc import Iterator
@@ -17,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from labkit.exercises import find, judge
-from tests.exercising import function_from, solution
+from labkit.exercises import Verdict, find, judge
+from tests.exercising import boxes, folded, function_from, notebook, solution
 
 HERE = Path(__file__).parent / "answers"
 _SECTION = re.compile(r"^## (wrong|right): (.+)\n((?:(?!## ).*\n?)*)", re.MULTILINE)
@@ -44,6 +45,14 @@ def answer(exercise: str, text: str) -> Any:
     return function_from(code.replace(before, after), name)
 
 
+@functools.cache
+def verdict_of(exercise: str, kind: str, text: str) -> Verdict:
+    torch.manual_seed(0)
+    random.seed(0)
+    patience = _PATIENCE if kind == "right" else _PATIENCE / 4
+    return judge(exercise, answer(exercise, text), patience=patience)
+
+
 @pytest.mark.parametrize(
     ("exercise", "kind", "text"),
     [
@@ -52,11 +61,21 @@ def answer(exercise: str, text: str) -> Any:
     ],
 )
 def test_the_judge_tells_right_from_wrong(exercise: str, kind: str, text: str) -> None:
-    torch.manual_seed(0)
-    random.seed(0)
-    patience = _PATIENCE if kind == "right" else _PATIENCE / 4
-    verdict = judge(exercise, answer(exercise, text), patience=patience)
+    verdict = verdict_of(exercise, kind, text)
     assert verdict.state == kind, verdict.text
+
+
+@pytest.mark.parametrize("exercise", sorted({exercise for exercise, *_ in sections()}))
+def test_a_notebook_says_of_wrong_answers_what_the_judge_says(exercise: str) -> None:
+    """Beside each solution, in quotation marks, stand sentences of verdicts on answers of these kinds."""
+    prose = boxes(notebook(exercise[:2]).cells)[exercise]
+    quotes = [
+        quote for body in folded(prose, "Typical wrong answers") for quote in re.findall("“(.+?)”", body)
+    ]
+    assert len(quotes) >= 2
+    told = [verdict_of(*one[:2], one[3]).text for one in sections() if one[:2] == (exercise, "wrong")]
+    for quote in quotes:
+        assert any(quote in " ".join(text.split()) for text in told), quote
 
 
 def test_every_exercise_has_enough_answers_of_both_kinds() -> None:
@@ -64,4 +83,4 @@ def test_every_exercise_has_enough_answers_of_both_kinds() -> None:
     for exercise in {exercise for exercise, _ in found}:
         assert find(exercise)
         assert found.count((exercise, "wrong")) >= 12 and found.count((exercise, "right")) >= 4, exercise
-    assert len({exercise for exercise, _ in found}) == 21
+    assert len({exercise for exercise, _ in found}) == 22

@@ -1,18 +1,165 @@
-"""Exercise 05.1: plausible ways to share out a budget wrongly, and several right ones."""
+"""Exercise 05.1: chunks that break a promise, and right ones; and schedulers that a rule plugs into."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from labkit.config import EngineConfig
 from labkit.core.block_pool import InvariantError
 from labkit.engine import Engine
-from labkit.exercises.e05 import NEWCOMERS, Split, run_split, scheduler_of, split_budget
+from labkit.exercises.common import Job, serve, tiny_engine
+from labkit.exercises.e05 import (
+    FIXED,
+    PROMISE,
+    Clock,
+    Split,
+    chunk_size,
+    first_token_of,
+    keeping,
+    longest_step,
+    microseconds,
+    run_chunks,
+    scheduler_of,
+)
 from labkit.sampling_params import SamplingParams
 from labkit.views.facts.token_timeline import token_timeline_of
 from tests.exercising import assert_accepted, assert_open, assert_refused, function_from, solution
 
 Answer = tuple[list[int], list[int]]
+
+# -- right ----------------------------------------------------------------------------------------
+
+
+def test_the_solution_in_the_notebook_keeps_the_promise_and_beats_every_fixed_budget() -> None:
+    verdict = assert_accepted("05.1", function_from(solution("05", "05.1"), "chunk_size"))
+    assert "no step took longer than 10.0 ms" in verdict.text
+    assert "after 435 ms; with 12 tokens in each step" in " ".join(verdict.text.split())
+    assert "it takes 537 ms" in verdict.text and len(verdict.pictures) == 2
+
+
+def test_the_stub_is_open() -> None:
+    def chunk_size(answers: list[int], computed: int, missing: int, promise: int, clock: Clock) -> int:
+        raise NotImplementedError
+
+    assert_open("05.1", chunk_size)
+
+
+@given(
+    clock=st.builds(Clock, st.integers(0, 3000), st.integers(1, 300), st.integers(0, 20)),
+    answers=st.lists(st.integers(1, 400), min_size=1, max_size=8),
+    prompt=st.tuples(st.integers(0, 500), st.integers(1, 200)),
+    promise=st.integers(0, 200_000),
+)
+def test_no_larger_chunk_keeps_the_promise(
+    clock: Clock, answers: list[int], prompt: tuple[int, int], promise: int
+) -> None:
+    computed, missing = prompt
+    chunk = chunk_size(answers, computed, missing, promise, clock)
+    assert 1 <= chunk <= missing
+    assert chunk == 1 or clock.step(answers, computed, chunk) <= promise
+    assert chunk == missing or clock.step(answers, computed, chunk + 1) > promise
+
+
+@given(st.lists(st.integers(1, 50), max_size=5), st.integers(0, 60), st.integers(1, 40))
+def test_the_clock_counts_every_key_that_is_read(answers: list[int], computed: int, chunk: int) -> None:
+    counted = Clock(0, 0, 1).step(answers, computed, chunk)
+    assert counted == sum(answers) + sum(computed + place for place in range(1, chunk + 1))
+
+
+# -- wrong: each for its own reason ---------------------------------------------------------------
+
+
+def nothing_if_too_much(answers: list[int], computed: int, missing: int, promise: int, clock: Clock) -> int:
+    chunk = chunk_size(answers, computed, missing, promise, clock)
+    return chunk if clock.step(answers, computed, chunk) <= promise or not answers else 0
+
+
+def always_bound(answers: list[int], computed: int, missing: int, promise: int, clock: Clock) -> int:
+    return chunk_size(answers or [0], computed, missing, promise, clock)
+
+
+def more_than_it_misses(answers: list[int], computed: int, missing: int, promise: int, clock: Clock) -> int:
+    return chunk_size(answers, computed, 1000, promise, clock) if answers else missing
+
+
+def no_keys(answers: list[int], computed: int, missing: int, promise: int, clock: Clock) -> int:
+    return chunk_size(answers, computed, missing, promise, clock._replace(per_key=0))
+
+
+def answers_read_nothing(answers: list[int], computed: int, missing: int, promise: int, clock: Clock) -> int:
+    return chunk_size([0] * len(answers), computed, missing, promise, clock)
+
+
+def as_at_its_start(answers: list[int], computed: int, missing: int, promise: int, clock: Clock) -> int:
+    return chunk_size(answers, 0, missing, promise, clock)
+
+
+def strictly(answers: list[int], computed: int, missing: int, promise: int, clock: Clock) -> int:
+    return chunk_size(answers, computed, missing, promise - 1, clock)
+
+
+def a_fraction(answers: list[int], computed: int, missing: int, promise: int, clock: Clock) -> float:
+    return float(chunk_size(answers, computed, missing, promise, clock))
+
+
+def appends(answers: list[int], computed: int, missing: int, promise: int, clock: Clock) -> int:
+    chunk = chunk_size(answers, computed, missing, promise, clock)
+    answers.append(computed)
+    return chunk
+
+
+@pytest.mark.parametrize(
+    ("wrong", "fragment"),
+    [
+        (nothing_if_too_much, "the prompt goes on in every step"),
+        (always_bound, "where nobody writes an answer, the promise binds nobody"),
+        (more_than_it_misses, "no more tokens than the prompt still misses"),
+        (no_keys, "the token of an answer reads the keys of its whole text"),
+        (answers_read_nothing, "the token of an answer reads the keys of its whole text"),
+        (as_at_its_start, "the keys of the whole prompt before the chunk"),
+        (strictly, "a step that takes exactly as long as the promise keeps it"),
+        (a_fraction, "return a whole number of tokens"),
+        (appends, "leave the list of answers as it is"),
+    ],
+)
+def test_wrong_ones_are_refused_for_their_own_reason(wrong: Any, fragment: str) -> None:
+    verdict = assert_refused("05.1", wrong, fragment)
+    assert "promise" in verdict.text and "Clock(" in verdict.text
+
+
+# -- the promise, in the engine -------------------------------------------------------------------
+
+
+def test_chunks_shrink_as_the_prompt_grows_and_every_step_takes_about_as_long() -> None:
+    engine = run_chunks(chunk_size)
+    rows = [
+        (r, row) for r in engine.trace for row in r.rows if row.request_id == "long" and row.num_tokens > 1
+    ]
+    *chunks, _ = [row.num_tokens for _, row in rows]  # the last one is what is left
+    assert chunks == sorted(chunks, reverse=True) and chunks[0] > 3 * chunks[-1]
+    steps = [microseconds(record) for record, _ in rows[:-1]]
+    assert min(steps) > 0.9 * PROMISE and max(steps) <= PROMISE
+
+
+def test_the_largest_fixed_budget_that_keeps_the_promise_is_slower() -> None:
+    fixed, larger, ours = run_chunks(budget=FIXED), run_chunks(budget=FIXED + 1), run_chunks(chunk_size)
+    assert longest_step(fixed) <= PROMISE < longest_step(larger)
+    assert first_token_of(ours, "long") < first_token_of(fixed, "long")
+
+
+def test_two_prompts_that_come_together_keep_it_too() -> None:
+    sizes = dict(num_blocks=400, block_size=4, max_num_seqs=8, max_num_batched_tokens=512)
+    engine = tiny_engine(scheduler_class=keeping(chunk_size), **sizes)
+    serve(engine, [Job(9, 60), Job(9, 50), Job(150, 5, step=4), Job(120, 5, step=4), Job(7, 5, step=5)])
+    assert longest_step(engine) <= PROMISE
+    assert all(output.finish_reason == "length" for output in engine.outputs.values())
+
+
+# -- a rule that shares out a step ----------------------------------------------------------------
 
 
 def in_turn(budget: int, missing: list[int], order: list[int]) -> list[int]:
@@ -42,145 +189,36 @@ def evenly(budget: int, running: list[int], waiting: list[int]) -> Answer:
     return cut(given, running)
 
 
-def newest_first(budget: int, running: list[int], waiting: list[int]) -> Answer:
-    missing = [*running, *waiting]
-    answers = [i for i, most in enumerate(running) if most == 1]
-    others = [i for i in reversed(range(len(missing))) if i not in answers]
-    return cut(in_turn(budget, missing, answers + others), running)
-
-
-@pytest.mark.parametrize("right", [split_budget, shortest_first, evenly, newest_first])
-def test_right_ones_are_accepted(right: Split) -> None:
-    verdict = assert_accepted("05.1", right)
-    assert "Longest gap: 16 tokens (reference 16)" in verdict.text
-    assert [caption for caption, _ in verdict.pictures] == ["Your split:", "The reference:"]
-    assert "16 tokens computed" in verdict.pictures[0][1].twin
-
-
-def test_the_solution_in_the_notebook_beats_the_reference() -> None:
-    verdict = assert_accepted("05.1", function_from(solution("05", "05.1"), "split_budget"))
-    assert "after 4.0 steps on average (reference 6.7), the last after 8 (8)" in verdict.text
-
-
-def test_the_stub_is_open() -> None:
-    def split_budget(budget: int, running: list[int], waiting: list[int]) -> Answer:
-        raise NotImplementedError
-
-    assert_open("05.1", split_budget)
-
-
 def prompts_first(budget: int, running: list[int], waiting: list[int]) -> Answer:
     missing = [*running, *waiting]
     order = sorted(range(len(missing)), key=lambda i: -missing[i])
     return cut(in_turn(budget, missing, order), running)
 
 
-def in_order(budget: int, running: list[int], waiting: list[int]) -> Answer:
-    """Rows as they come: a prompt in front of an answer takes all."""
-    return cut(in_turn(budget, [*running, *waiting], list(range(len(running) + len(waiting)))), running)
-
-
 def all_of_it(budget: int, running: list[int], waiting: list[int]) -> Answer:
     return running, waiting
 
 
-def budget_for_each(budget: int, running: list[int], waiting: list[int]) -> Answer:
-    return [min(most, budget) for most in running], [min(most, budget) for most in waiting]
+def split_budget(budget: int, running: list[int], waiting: list[int]) -> Answer:
+    """First come, first served: the engine's own rule."""
+    missing = [*running, *waiting]
+    order = sorted(range(len(missing)), key=lambda i: i >= len(running) or missing[i] > 1)
+    return cut(in_turn(budget, missing, order), running)
 
 
-def decode_on_top(budget: int, running: list[int], waiting: list[int]) -> Answer:
-    """Answers are not taken off the budget."""
-    missing = [0 if i < len(running) and most == 1 else most for i, most in enumerate([*running, *waiting])]
-    given = in_turn(budget, missing, list(range(len(missing))))
-    return cut([1 if i < len(running) and running[i] == 1 else n for i, n in enumerate(given)], running)
+ANSWERS = [Job(length, 30, name=f"answer {length}") for length in (4, 6, 3)]
+NEWCOMERS = [Job(length, 6, step=5, name=f"prompt {length}") for length in (60, 24, 8)]
 
 
-def equal_shares(budget: int, running: list[int], waiting: list[int]) -> Answer:
-    """Rounded down, and what a short one leaves is lost."""
-    share = budget // max(1, len(running) + len(waiting))
-    return [min(most, share) for most in running], [min(most, share) for most in waiting]
+def run_split(split: Split | None = None) -> Engine:
+    sizes = dict(num_blocks=96, block_size=4, max_num_seqs=8, max_num_batched_tokens=16)
+    scheduler = scheduler_of(split) if split else None
+    return serve(
+        tiny_engine(scheduler_class=scheduler, enable_prefix_caching=False, **sizes), [*ANSWERS, *NEWCOMERS]
+    )
 
 
-def one_prompt_a_step(budget: int, running: list[int], waiting: list[int]) -> Answer:
-    given, offered = split_budget(budget, running, waiting[:1])
-    return given, offered + [0] * len(waiting[1:])
-
-
-def whole_prompts_only(budget: int, running: list[int], waiting: list[int]) -> Answer:
-    given, _ = split_budget(budget, running, [])
-    left = budget - sum(given)
-    offered = []
-    for most in waiting:
-        offered.append(most if most <= left else 0)
-        left -= offered[-1]
-    return given, offered
-
-
-def fills_up(budget: int, running: list[int], waiting: list[int]) -> Answer:
-    """The first prompt gets all that is left, needed or not."""
-    given = [1 if most == 1 else 0 for most in running]
-    places = [i for i, most in enumerate(running) if most > 1]
-    offered = [0] * len(waiting)
-    if places:
-        given[places[0]] = budget - sum(given)
-    elif waiting:
-        offered[0] = budget - sum(given)
-    return given, offered
-
-
-def below_zero(budget: int, running: list[int], waiting: list[int]) -> Answer:
-    given, left = [], budget
-    for most in [*running, *waiting]:
-        given.append(min(most, left))
-        left -= most
-    return cut(given, running)
-
-
-def one_list(budget: int, running: list[int], waiting: list[int]) -> list[int]:
-    return in_turn(budget, [*running, *waiting], list(range(len(running) + len(waiting))))
-
-
-def fractions(budget: int, running: list[int], waiting: list[int]) -> tuple[list[float], list[float]]:
-    share = min(1.0, budget / max(1, sum(running) + sum(waiting)))
-    return [most * share for most in running], [most * share for most in waiting]
-
-
-@pytest.mark.parametrize(
-    "wrong, fragment",
-    [
-        (prompts_first, "a running row that misses one token gets it in every step"),
-        (in_order, "a running row that misses one token gets it in every step"),
-        (all_of_it, "a step never computes more tokens than its budget"),
-        (budget_for_each, "a step never computes more tokens than its budget"),
-        (decode_on_top, "a step never computes more tokens than its budget"),
-        (equal_shares, "stays unused while a request misses tokens"),
-        (one_prompt_a_step, "stays unused while a request misses tokens"),
-        (whole_prompts_only, "stays unused while a request misses tokens"),
-        (fills_up, "no request computes more tokens than it misses"),
-        (below_zero, "a number of tokens is 0 or more"),
-        (one_list, "return two lists of whole numbers"),
-        (fractions, "return two lists of whole numbers"),
-    ],
-)
-def test_wrong_ones_are_refused_for_their_own_reason(wrong: Split, fragment: str) -> None:
-    verdict = assert_refused("05.1", wrong, fragment)
-    assert "split_budget(" in verdict.text
-
-
-def test_what_is_handed_in_stays_as_it_was() -> None:
-    def uses_up(budget: int, running: list[int], waiting: list[int]) -> Answer:
-        answer = split_budget(budget, running, waiting)
-        running.clear()
-        waiting.clear()
-        return answer
-
-    assert_refused("05.1", uses_up, "leave the two lists as they are")
-
-
-# -- in the engine --------------------------------------------------------------------------------
-
-
-def test_the_reference_plans_as_the_engine_does() -> None:
+def test_the_rule_of_the_engine_plans_as_the_engine_does() -> None:
     ours, theirs = run_split(split_budget), run_split()
     for one, other in zip(ours.trace, theirs.trace, strict=True):
         assert one.rows == other.rows

@@ -1,155 +1,133 @@
-"""Exercise 11.1: plausible ways to choose a budget wrongly, and right ones; and the clock behind it."""
+"""Exercise 11.1: doors that refuse the wrong people, and right ones; and the clock behind it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from itertools import pairwise
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from labkit.analysis.capacity import Demand, Settings, draw_demands, replay
-from labkit.analysis.client_measures import Slo
+from labkit.analysis.client_measures import summary
 from labkit.exercises import e11
-from labkit.exercises.e11 import BUDGETS, CLOCK, TICK, Measured, choose_budget, measured_at, serve
+from labkit.exercises.e11 import CLOCK, SLO, TICK, retry_after, rush, serve
 from tests.exercising import assert_accepted, assert_open, assert_refused, function_from, solution
-
-Rows = list[Measured]
-
-
-def keeping(rows: Sequence[Measured], slo: Slo) -> Rows:
-    return [row for row in rows if row.ttft <= slo.ttft and row.itl <= slo.itl]
-
 
 # -- right ----------------------------------------------------------------------------------------
 
 
-def loop(measured: Rows, slo: Slo) -> int | None:
-    best = None
-    for row in measured:
-        if row.ttft > slo.ttft or row.itl > slo.itl:
-            continue
-        if best is None or row.tokens > best.tokens or (row.tokens == best.tokens and row < best):
-            best = row
-    return best.budget if best else None
-
-
-def by_sorting(measured: Rows, slo: Slo) -> int | None:
-    order = sorted(measured, key=lambda row: (-row.tokens, row.budget))
-    return next((budget for budget, ttft, itl, _ in order if ttft <= slo.ttft and itl <= slo.itl), None)
-
-
-@pytest.mark.parametrize("right", [loop, by_sorting])
-def test_right_ones_are_accepted(right: Any) -> None:
-    verdict = assert_accepted("11.1", right)
-    assert "your rule chose a budget of 96 (reference 96)" in verdict.text
-    assert [caption.partition(":")[0] for caption, _ in verdict.pictures] == [
-        "At your budget",
-        "At the one with most",
-    ]
-
-
-def test_the_solution_in_the_notebook_is_accepted() -> None:
-    assert_accepted("11.1", function_from(solution("11", "11.1"), "choose_budget"))
+def test_the_solution_in_the_notebook_is_accepted_and_stands_at_the_door() -> None:
+    verdict = assert_accepted("11.1", function_from(solution("11", "11.1"), "retry_after"))
+    assert "7.4 a second were served within the SLO (reference 7.4), and without a door 1.1" in verdict.text
+    assert verdict.score in verdict.text and len(verdict.pictures) == 2
 
 
 def test_the_stub_is_open() -> None:
-    def choose_budget(measured: Rows, slo: Slo) -> int | None:
+    def retry_after(waiting: int, free_seats: int, finished: list[float], now: float, promise: float) -> int:
         raise NotImplementedError
 
-    assert_open("11.1", choose_budget)
+    assert_open("11.1", retry_after)
 
 
-# -- wrong ----------------------------------------------------------------------------------------
+@given(
+    sizes=st.tuples(st.integers(0, 60), st.integers(0, 20)),
+    ends=st.lists(st.integers(0, 9 * 1024).map(lambda ticks: ticks * TICK)),
+    promise=st.integers(0, 40).map(lambda eighths: eighths / 8),
+)
+def test_who_comes_again_after_so_long_finds_the_promise_kept(
+    sizes: tuple[int, int], ends: list[float], promise: float
+) -> None:
+    """The queue empties at the rate that was told, and nobody joins it meanwhile."""
+    (waiting, free), now = sizes, 9.0
+    seconds = retry_after(waiting, free, sorted(ends), now, promise)
+    rate = sum(end > now - 4 for end in ends) / 4
+    left = max(0.0, waiting - free - rate * seconds)
+    if rate:
+        assert left / rate <= promise + 1e-9
+        assert not seconds or (waiting - free - rate * (seconds - 1)) / rate > promise - 1e-9
+    else:
+        assert seconds == (waiting > free)
 
 
-def most_tokens(measured: Rows, slo: Slo) -> int | None:
-    """Ignore how much was promised, as long as some setting keeps it."""
-    return choose_budget(measured, Slo(9e9, 9e9)) if keeping(measured, slo) else None
+# -- wrong: each for its own reason ---------------------------------------------------------------
 
 
-def forgets_itl(measured: Rows, slo: Slo) -> int | None:
-    return choose_budget(measured, Slo(slo.ttft, 9e9))
+def everybody(*situation: Any) -> int:
+    return 0
 
 
-def forgets_ttft(measured: Rows, slo: Slo) -> int | None:
-    return choose_budget(measured, Slo(9e9, slo.itl))
+def seats_forgotten(waiting: int, free: int, finished: list[float], now: float, promise: float) -> int:
+    return retry_after(waiting, 0, finished, now, promise)
 
 
-def one_of_the_two(measured: Rows, slo: Slo) -> int | None:
-    keep = [row for row in measured if row.ttft <= slo.ttft or row.itl <= slo.itl]
-    return max(keep, key=lambda row: (row.tokens, -row.budget)).budget if keep else None
+def all_ends(waiting: int, free: int, finished: list[float], now: float, promise: float) -> int:
+    return retry_after(waiting, free, [now] * len(finished), now, promise)
 
 
-def strict(measured: Rows, slo: Slo) -> int | None:
-    keep = [row for row in measured if row.ttft < slo.ttft and row.itl < slo.itl]
-    return max(keep, key=lambda row: (row.tokens, -row.budget)).budget if keep else None
+def late(waiting: int, free: int, finished: list[float], now: float, promise: float) -> float:
+    """By how much the wait is longer than the promise."""
+    rate = sum(time > now - 4 for time in finished) / 4
+    return max(0, waiting - free) / rate - promise if rate else 1
 
 
-def largest(measured: Rows, slo: Slo) -> int | None:
-    return max((row.budget for row in keeping(measured, slo)), default=None)
+def strictly(*situation: Any) -> int:
+    return 1 if situation[0] > situation[1] and late(*situation) == 0 else retry_after(*situation)
 
 
-def smallest(measured: Rows, slo: Slo) -> int | None:
-    return min((row.budget for row in keeping(measured, slo)), default=None)
+def rounded_down(*situation: Any) -> int:
+    return max(1, math.floor(late(*situation))) if retry_after(*situation) else 0
 
 
-def first_that_keeps(measured: Rows, slo: Slo) -> int | None:
-    return next((row.budget for row in keeping(measured, slo)), None)
+def open_without_a_rate(waiting: int, free: int, finished: list[float], now: float, promise: float) -> int:
+    return retry_after(waiting, free, finished, now, promise) if any(t > now - 4 for t in finished) else 0
 
 
-def larger_of_two(measured: Rows, slo: Slo) -> int | None:
-    keep = keeping(measured, slo)
-    return max(keep, key=lambda row: (row.tokens, row.budget)).budget if keep else None
+def a_truth(*situation: Any) -> str:
+    return "no"
 
 
-def least_bad(measured: Rows, slo: Slo) -> int | None:
-    late = lambda row: max(row.ttft / slo.ttft, row.itl / slo.itl)  # noqa: E731
-    right = choose_budget(measured, slo)
-    return right or (min(measured, key=late).budget if measured else None)
-
-
-def zero_for_none(measured: Rows, slo: Slo) -> int:
-    return choose_budget(measured, slo) or 0
-
-
-def whole_row(measured: Rows, slo: Slo) -> Measured | None:
-    keep = keeping(measured, slo)
-    return max(keep, key=lambda row: (row.tokens, -row.budget)) if keep else None
-
-
-def trades(measured: Rows, slo: Slo) -> int | None:
-    """A little late is all right where there is time to spare elsewhere."""
-    keep = [row for row in measured if row.ttft / slo.ttft + row.itl / slo.itl <= 2]
-    return max(keep, key=lambda row: (row.tokens, -row.budget)).budget if keep else None
-
-
-def none_if_any_breaks(measured: Rows, slo: Slo) -> int | None:
-    return choose_budget(measured, slo) if len(keeping(measured, slo)) == len(measured) else None
+def pops(waiting: int, free: int, finished: list[float], now: float, promise: float) -> int:
+    seconds = retry_after(waiting, free, finished, now, promise)
+    del finished[:1]
+    return seconds
 
 
 @pytest.mark.parametrize(
-    "wrong, fragment",
+    ("wrong", "fragment"),
     [
-        (most_tokens, "ITL must keep its objective"),
-        (forgets_itl, "ITL must keep its objective"),
-        (forgets_ttft, "TTFT must keep its objective"),
-        (one_of_the_two, "ITL must keep its objective"),
-        (strict, "a time that equals its objective keeps it"),
-        (largest, "take the one with most tokens/s"),
-        (smallest, "take the one with most tokens/s"),
-        (first_that_keeps, "take the one with most tokens/s"),
-        (larger_of_two, "take the smaller one"),
-        (least_bad, "if no budget keeps both objectives, return None"),
-        (zero_for_none, "return the number of one of the measured budgets, not its row, or None"),
-        (whole_row, "return the number of one of the measured budgets, not its row, or None"),
-        (trades, "TTFT must keep its objective"),
-        (none_if_any_breaks, "return None only if no budget keeps both"),
+        (everybody, "a queue of `ahead` requests that leaves at `rate` a second"),
+        (seats_forgotten, "those in the queue who find a free seat"),
+        (all_ends, "the rate counts those who ended within the last 4 seconds"),
+        (strictly, "a wait that equals the promise keeps it"),
+        (rounded_down, "rounded up"),
+        (open_without_a_rate, "there is no rate"),
+        (a_truth, "return a whole number of seconds"),
+        (pops, "leave the list of times as it is"),
     ],
 )
 def test_wrong_ones_are_refused_for_their_own_reason(wrong: Any, fragment: str) -> None:
     verdict = assert_refused("11.1", wrong, fragment)
-    assert "choose_budget returned" in verdict.text and "Slo(ttft=" in verdict.text
+    assert "waiting " in verdict.text and "promise " in verdict.text
+
+
+# -- at the door ----------------------------------------------------------------------------------
+
+
+def test_a_door_keeps_the_promise_to_those_it_lets_in() -> None:
+    without, through = rush(14), rush(14, retry_after)
+    good = [summary(run.measures, slo=SLO).good or 0 for run in (without, through)]
+    assert without.refused == 0 and len(through.measures) + through.refused == 240
+    assert good[1] > 5 * good[0]
+    longest = max(measure.ttft for measure in through.measures)
+    assert longest < max(measure.ttft for measure in without.measures) / 5
+
+
+def test_a_door_that_is_never_needed_refuses_nobody() -> None:
+    assert rush(2, retry_after).refused == 0
+    assert rush(2, retry_after).measures == rush(2).measures
 
 
 # -- the clock ------------------------------------------------------------------------------------
@@ -190,10 +168,3 @@ def test_a_load_that_makes_no_sense_is_refused() -> None:
         serve(load(2, 1), clients=0)
     with pytest.raises(ValueError, match="demands is empty"):
         serve([])
-
-
-def test_the_budget_trades_one_wait_for_the_other() -> None:
-    small, middle, large = (measured_at(budget) for budget in (BUDGETS[0], 96, BUDGETS[-1]))
-    assert small.itl < middle.itl < large.itl
-    assert small.ttft > middle.ttft > large.ttft
-    assert small.tokens < middle.tokens < large.tokens

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labkit import Engine, EngineConfig
+from labkit import Engine, EngineConfig, SamplingParams, Trace
 from labkit.kernels import threads
 from labkit.kernels.threads import ThreadBudget, Usage, measure_usage
+from labkit.views.events import events_of
 from tests.waiting import wait_for
 
 
@@ -94,3 +98,55 @@ def test_the_switch_and_a_single_thread() -> None:
         assert Engine(EngineConfig("tiny-random", num_threads=1), say=None).threads is None
     finally:
         torch.set_num_threads(before)
+
+
+def lowered_engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """An engine on a machine with two cores, one of which others keep busy: it has just left it to them."""
+    monkeypatch.setattr(threads, "_cores", lambda: set(range(2)))
+    engine = Engine(EngineConfig("tiny-random", num_threads=2), say=None)
+    begin = time.perf_counter() - 1.0
+    looks = iter([Usage(0.0, begin)])
+    engine.threads = ThreadBudget(
+        2, lambda: next(looks, None) or Usage(time.perf_counter() - begin, time.perf_counter())
+    )
+    engine.add_request([1, 2, 3], SamplingParams(max_tokens=4, ignore_eos=True))
+    engine.step()
+    return engine
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_trace_says_when_the_number_changes(monkeypatch: pytest.MonkeyPatch, torch_threads: None) -> None:
+    engine = lowered_engine(monkeypatch)
+    assert torch.get_num_threads() == 1
+    engine.run()
+    assert [record.threads for record in engine.trace.records] == [0, 1, 0, 0]
+    engine.add_request([1, 2, 3], SamplingParams(max_tokens=1))
+    first = engine.step()  # the engine had rested
+    assert first.threads == 2 and torch.get_num_threads() == 2
+    events = [event for record in engine.trace.records for event in events_of(record)]
+    assert [(event.step, event.first) for event in events if event.kind == "threads"] == [(1, 1), (4, 2)]
+    again = Trace.from_lines(engine.trace.lines())
+    assert [record.threads for record in again.records] == [0, 1, 0, 0, 2]
+
+
+def test_an_engine_built_while_another_has_lowered_the_threads(
+    monkeypatch: pytest.MonkeyPatch, torch_threads: None
+) -> None:
+    first = lowered_engine(monkeypatch)
+    second = Engine(EngineConfig("tiny-random"), say=None)
+    assert second.threads is not None and second.threads.most == second.threads.now == 2
+    assert torch.get_num_threads() == 2
+    first.run()  # and gives its threads back
+    second = lowered_engine(monkeypatch)
+    assert torch.get_num_threads() == 1
+    del second  # in the middle of its work
+    gc.collect()
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    assert Engine(EngineConfig("tiny-random"), say=None).threads is None  # what was asked for since

@@ -1,4 +1,4 @@
-"""The model that all tests of the page run on, and a lab with room for experiments, which people visit."""
+"""The model that all tests of the page run on, and labs: one that people visit, and one that nobody does."""
 
 from __future__ import annotations
 
@@ -22,9 +22,23 @@ def model() -> LoadedModel:
     return load_model("tiny-random", say=None)
 
 
+@pytest.fixture
+def own(model: LoadedModel) -> Iterator[Lab]:
+    """A lab without a page, in which nothing depends on how long a step takes."""
+    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=128, speculative_gate=False))) as live:
+        own = Lab(live)
+        yield own
+        own.close()
+
+
 @pytest.fixture(scope="module")
-def house(model: LoadedModel) -> Iterator[tuple[Lab, str]]:
-    sizes = {"num_blocks": 96, "max_num_seqs": 8, "max_num_batched_tokens": 128}
+def house(model: LoadedModel, request: pytest.FixtureRequest) -> Iterator[tuple[Lab, str]]:
+    """A lab that is served, and its address. A module that needs more pages says so with `NUM_BLOCKS`."""
+    sizes = {
+        "num_blocks": getattr(request.module, "NUM_BLOCKS", 96),
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 128,
+    }
     config = EngineConfig(model=model, speculative_gate=False, **sizes)
     with AsyncEngine(Engine(config)) as live:
         lab = Lab(live, grace=0.2, limits=Limits(requests=40, answer_tokens=300))

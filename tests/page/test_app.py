@@ -16,6 +16,7 @@ import torch
 
 import app
 from labkit.page.gradio_page import Page
+from labkit.page.joining import lan_address
 from labkit.page.sse import PATH
 from labkit.serving.asgi import beside
 
@@ -149,6 +150,25 @@ def test_start_and_ctrl_c() -> None:
         assert process.returncode == 0 and errors == ""
     finally:
         process.kill()
+
+
+def test_the_hosts_link_can_be_opened_from_elsewhere() -> None:
+    port, here = free_port(), lan_address()
+    command = [sys.executable, "app.py", "--model", "tiny-random", "--port", str(port), "--no-share"]
+    process = subprocess.Popen(
+        [*command, "--host", "0.0.0.0"], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    with process:
+        try:
+            lines = []
+            while not lines or not lines[-1].startswith("Ctrl-C"):
+                lines.append(process.stdout.readline())
+                assert lines[-1], lines
+        finally:
+            process.kill()
+    local, reached = (f"http://{host}:{port}" for host in ("127.0.0.1", here or "127.0.0.1"))
+    assert f"The lab is at {local}{f', and for other machines at {reached}' if here else ''}\n" in lines
+    assert any(line.startswith(f"Its host has {reached}/?host=") for line in lines)
 
 
 def test_on_colab_a_public_link_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,7 +201,7 @@ def test_pictures_are_drawn_and_follow_the_theme(visit: Callable[..., Visitor], 
     assert (
         me.page.locator('canvas[data-picture="pages"]')
         .get_attribute("aria-label")
-        .startswith("Pages of the KV cache. Step")
+        .startswith("Pages of the KV cache. Now, after step")
     )
 
 

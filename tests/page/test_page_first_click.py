@@ -36,6 +36,10 @@ def knob(me: Visitor, name: str, value: Any) -> None:
     me.page.fill(f".lk-knob [name={name}]", str(value))
 
 
+def form(me: Visitor) -> list[str]:
+    return [me.page.input_value(field) for field in ("#lk-prompt textarea", "#lk-max-tokens input")]
+
+
 # -- the tour -------------------------------------------------------------------------------------
 
 
@@ -44,7 +48,8 @@ def test_the_tour_goes_through_five_steps_on_the_real_page(
     come: Callable[..., Visitor], lab: Lab, size: tuple[int, int]
 ) -> None:
     me = come(width=size[0], height=size[1])
-    lab.session.live.speed = 20.0
+    me.fill("my own words", 33)
+    lab.session.live.speed = 100.0
     assert me.look(PLACE) == -1, "nobody asked for it"
     me.page.click(".lk-tour-start")
     for place in range(5):
@@ -58,10 +63,45 @@ def test_the_tour_goes_through_five_steps_on_the_real_page(
             me.page.keyboard.press("Enter")
     me.page.locator(".lk-pause").evaluate("(button) => button.click()")
     me.until("document.querySelector('.lk-tour h2').textContent.endsWith('\\u2713')")
-    assert me.page.locator(".lk-card.lk-mine").count() == 2
+    assert me.page.locator(".lk-card.lk-mine").count() == 3
+    runs = [set(record.requests) for record in lab.session.live.records()]
+    assert any({"1", "2"} <= together for together in runs), "the second joins while the first runs"
     me.page.click(".lk-tour-next")
     me.until(f"{PLACE} === -1 && !document.querySelector('.lk-toured, .lk-tour')")
+    assert form(me) == ["my own words", "33"]
     lab.session.live.resume()
+
+
+@pytest.mark.parametrize(
+    "pace, most, tokens", [(0.0005, None, 1500), (0.05, None, 200), (2.0, None, 120), (0.05, 64, 64)]
+)
+def test_the_first_answer_of_the_tour_is_long_enough_on_any_machine(
+    come: Callable[..., Visitor], pace: float, most: int | None, tokens: int
+) -> None:
+    me = come(width=1280, height=800)
+    me.look(
+        "Object.assign(lab.state, { steps: [{ seconds: it[0] }, { seconds: it[0] }], most: it[1] })",
+        [pace, most],
+    )
+    me.page.click(".lk-tour-start")
+    for place in range(3):
+        me.until(f"{PLACE} === it", place)
+        me.page.keyboard.press("ArrowRight")
+    me.until(f"{PLACE} === 3")
+    assert form(me)[1] == str(tokens)
+    me.page.keyboard.press("Escape")
+    assert form(me) == ["", "64"], "what the tour wrote is gone"
+
+
+def test_the_form_is_as_it_was_after_a_reload(come: Callable[..., Visitor]) -> None:
+    me = come()
+    me.fill("my own words", 33, 0.5)
+    me.page.wait_for_function("sessionStorage.getItem('labkit-form')?.includes('0.5')")
+    me.page.reload()
+    me.until("lab?.state.meta && lab.visitor()")
+    me.until("document.querySelector('#lk-prompt textarea').value === 'my own words'")
+    assert form(me) == ["my own words", "33"] and me.page.input_value("#lk-temperature input") == "0.5"
+    assert form(come()) == ["", "64"], "another visitor begins anew"
 
 
 def test_the_tour_is_offered_once_and_its_keys_are_its_own(come: Callable[..., Visitor]) -> None:

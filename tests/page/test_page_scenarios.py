@@ -1,8 +1,7 @@
-"""The page in a real browser: its scenarios, which it calls presets, its knobs and its three questions."""
+"""The page in a real browser: its scenarios, which it calls presets, its knobs and two questions."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import pytest
@@ -29,6 +28,9 @@ def test_each_scenario_plays_from_its_link(
     assert lab.session.live.records() == (), "a link alone disturbs nobody"
     me.page.click(".lk-on .lk-play")
     wait_for(lambda: lab.session.submissions._serial == len(scenario.requests))
+    words = "It plays by itself: there is nothing to press."
+    me.until("document.querySelector('.lk-on .lk-changes').textContent === it", words)
+    assert me.page.inner_text(".lk-on .lk-play") == "Play again"
     me.until("document.querySelectorAll('.lk-card.lk-mine').length === it", len(scenario.requests))
     wait_for(lambda: not lab.session.live.num_unfinished)
     for name, value in scenario.settings.items():
@@ -119,7 +121,7 @@ def test_a_knob_that_cannot_be_is_answered_by_a_sentence(come: Callable[..., Vis
     assert lab.settings == lab.base
 
 
-# -- three questions ------------------------------------------------------------------------------
+# -- two questions ------------------------------------------------------------------------------
 
 
 def test_two_questions_start_a_race_each(come: Callable[..., Visitor]) -> None:
@@ -136,35 +138,3 @@ def test_two_questions_start_a_race_each(come: Callable[..., Visitor]) -> None:
     box = me.page.locator(".lkr-verdict").bounding_box()
     last = me.page.locator(".lkr-track").last.bounding_box()
     assert box["y"] > 0 and last["y"] + last["height"] <= 800, "the answer and both pictures need no scroll"
-
-
-def test_the_third_question_says_what_a_request_costs_the_others(
-    come: Callable[..., Visitor], lab: Lab
-) -> None:
-    me = come()
-    me.page.click("[role=tab]:has-text('Race')")
-    me.page.click(".lk-questions [data-scenario=long]")
-    me.until("document.querySelector('.lk-joined').textContent.includes('Since then each waits')")
-    assert me.page.url.endswith("?ask=joining")
-    wait_for(lambda: lab.session.submissions._serial == 8 and not lab.session.live.busy)
-    records = lab.session.live.records()
-    me.until("lab.state.step === it", records[-1].step)
-    read = [r for r in records if "6" in r.requests and r.kinds[r.requests.index("6")] != "d"]
-    tokens = sum(r.num_tokens[r.requests.index("6")] for r in read)
-    before = [r for r in records if r.step < read[0].step][-8:]
-    assert {r.kinds for r in before} == {"dddddd"} and len(read) == 1
-    said = me.page.inner_text(".lk-joined")
-    assert said.startswith("One more request: each of the others waits ")
-    assert f"Request 6 joined 6 others in step {read[0].step}." in said
-    assert f"Reading its prompt ({tokens} tokens) made that step " in said
-    shown = re.search(r"instead of ([0-9.]+) ms", said)
-    usual = sum(r.seconds for r in before) / len(before)
-    assert shown and float(shown[1]) == pytest.approx(1000 * usual, rel=0.06)
-    gap, rate = re.search(
-        r"\(([0-9.]+) ms before\), and all together get [0-9.,]+ tokens/s \(([0-9.,]+) ", said
-    ).groups()
-    pace = float(rate.replace(",", ""))
-    assert pace * float(gap) / 1000 == pytest.approx(6, rel=0.1), "gap and rate are of the same steps"
-    me.look("lab.select({ request: '0' })")  # which joined nobody: what was said stays
-    me.until("lab.state.selected.request === '0'")
-    assert "joined" in me.page.inner_text(".lk-joined")

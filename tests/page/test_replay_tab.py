@@ -64,6 +64,9 @@ def agrees(me: Looker, trace: Trace, step: int) -> None:
     }
     words = me.page.inner_text(".lkr-now")
     assert words.startswith(f"Step {step}: ") and f"{pool.owned} of " in words
+    waiting, usage = trace.at(step).waiting, round(100 * pool.owned / trace.meta.num_blocks)
+    meters = me.page.get_attribute('[data-picture="meters"]', "aria-label")
+    assert f"wasted: {usage}%; running, waiting: " in meters and meters.endswith(f", {waiting}")
 
 
 # -- looking --------------------------------------------------------------------------------------

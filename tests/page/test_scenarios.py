@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from labkit.config import EngineConfig
@@ -19,20 +17,12 @@ from tests.waiting import wait_for
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)
 
 
-@pytest.fixture
-def lab(model: LoadedModel) -> Iterator[Lab]:
-    with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=128))) as live:
-        lab = Lab(live)
-        yield lab
-        lab.close()
-
-
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
-def test_each_scenario_plays_to_its_end_and_shows_what_it_says(lab: Lab, scenario: Scenario) -> None:
-    assert lab.play("me", scenario.name) == {"done": True}
+def test_each_scenario_plays_to_its_end_and_shows_what_it_says(own: Lab, scenario: Scenario) -> None:
+    assert own.play("me", scenario.name) == {"done": True}
     for name, value in scenario.settings.items():
-        assert lab.settings[name] == value
-    live, submissions = lab.session.live, lab.session.submissions
+        assert own.settings[name] == value
+    live, submissions = own.session.live, own.session.submissions
     wait_for(lambda: submissions._serial == len(scenario.requests) and not live.num_unfinished)
     records = live.records()
     reasons = {finish.reason for record in records for finish in record.finished}
@@ -56,53 +46,94 @@ def test_each_scenario_plays_to_its_end_and_shows_what_it_says(lab: Lab, scenari
         assert max(record.waiting for record in records) >= 8
 
 
-def test_a_scenario_played_again_keeps_the_knobs_that_were_turned(lab: Lab) -> None:
-    lab.play("me", "uneven")
-    assert lab.settings["max_num_seqs"] == 4
-    lab.change({"scheduler": "static", "max_num_seqs": 6}, running="cancel")
-    lab.play("me", "uneven")
-    assert (lab.settings["scheduler"], lab.settings["max_num_seqs"]) == ("static", 6)
-    live = lab.session.live
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_a_scenario_played_twice_tells_the_same_story_in_steps(own: Lab, scenario: Scenario) -> None:
+    stories = []
+    for _ in range(2):
+        assert own.play("me", scenario.name) == {"done": True}
+        wait_for(
+            lambda: own.session.submissions._serial == len(scenario.requests) and not own.session.live.busy
+        )
+        stories.append(own.session.live.records())
+    assert stories[0] == stories[1], "what a first run left in the prefix cache answered for the second"
+
+
+def test_a_question_asked_again_has_its_own_settings_again(own: Lab) -> None:
+    own.play("me", "long", anew=True)
+    own.change({"scheduler": "static", "max_num_batched_tokens": 256}, running="cancel")
+    own.play("me", "long")
+    assert (own.settings["scheduler"], own.settings["max_num_batched_tokens"]) == ("static", 256)
+    own.play("me", "long", anew=True, running="cancel")
+    assert (own.settings["scheduler"], own.settings["max_num_batched_tokens"]) == ("continuous", 64)
+
+
+def test_what_a_scenario_changes_is_known_before_and_what_was_chosen_after(own: Lab) -> None:
+    assert own.status()["changes"]["long"] == {"max_num_batched_tokens": 64}
+    own.change({"max_num_seqs": 6})
+    own.play("me", "long")
+    status = own.status()
+    assert status["played_after"] == -1 and status["chosen"]["max_num_seqs"] == 6
+    assert status["chosen"]["max_num_batched_tokens"] == own.base["max_num_batched_tokens"] != 64
+    own.change(status["chosen"], running="cancel")
+    assert own.settings == status["chosen"] and own.status()["played_after"] is None
+
+
+def test_with_locked_settings_a_scenario_plays_on_the_engine_that_there_is(own: Lab) -> None:
+    session = own.session
+    own.set_open("knobs", False)
+    for _ in range(2):
+        assert own.play("me", "uneven")["done"]
+        wait_for(lambda: not session.live.busy)
+    assert own.session is session and own.status()["played_after"] > 0
+
+
+def test_a_scenario_played_again_keeps_the_knobs_that_were_turned(own: Lab) -> None:
+    own.play("me", "uneven")
+    assert own.settings["max_num_seqs"] == 4
+    own.change({"scheduler": "static", "max_num_seqs": 6}, running="cancel")
+    own.play("me", "uneven")
+    assert (own.settings["scheduler"], own.settings["max_num_seqs"]) == ("static", 6)
+    live = own.session.live
     wait_for(lambda: not live.num_unfinished)
     assert any("i" in record.kinds for record in live.records()), "a static batch has idle rows"
-    lab.play("me", "burst")
-    assert (lab.settings["scheduler"], lab.settings["max_num_seqs"]) == ("static", 16)
+    own.play("me", "burst")
+    assert (own.settings["scheduler"], own.settings["max_num_seqs"]) == ("static", 16)
 
 
-def test_a_link_may_bring_settings(lab: Lab) -> None:
-    lab.play("me", "small", {"num_blocks": 30, "scheduler": "static"})
-    assert (lab.settings["num_blocks"], lab.settings["scheduler"]) == (30, "static")
+def test_a_link_may_bring_settings(own: Lab) -> None:
+    own.play("me", "small", {"num_blocks": 30, "scheduler": "static"})
+    assert (own.settings["num_blocks"], own.settings["scheduler"]) == (30, "static")
 
 
-def test_a_scenario_asks_before_it_restarts_what_runs(lab: Lab) -> None:
-    lab.session.live.pause()
-    lab.session.submissions.inject("me", "hello", LONG)
-    assert lab.play("me", "small") == {"ask": 1} and lab.status()["played"] == ""
-    assert lab.play("me", "small", running="cancel") == {"done": True} and lab.status()["played"] == "small"
+def test_a_scenario_asks_before_it_restarts_what_runs(own: Lab) -> None:
+    own.session.live.pause()
+    own.session.submissions.inject("me", "hello", LONG)
+    assert own.play("me", "small") == {"ask": 1} and own.status()["played"] == ""
+    assert own.play("me", "small", running="cancel") == {"done": True} and own.status()["played"] == "small"
 
 
 def test_scenarios_are_bounded_like_everything_else(model: LoadedModel) -> None:
     with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=128))) as live:
-        lab = Lab(live, limits=Limits(requests=8, queue=20))
+        own = Lab(live, limits=Limits(requests=8, queue=20))
         with pytest.raises(ValueError, match="needs 32 requests, and the lab takes 20 of all"):
-            lab.play("me", "burst")
+            own.play("me", "burst")
         for name in ("no such preset", None, 7):
             with pytest.raises(ValueError, match="There is no preset"):
-                lab.play("me", name)  # type: ignore[arg-type]
+                own.play("me", name)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="this engine holds 64 at most"):
-            lab.play("me", "long", {"num_blocks": 4})
-        lab.close()
+            own.play("me", "long", {"num_blocks": 4})
+        own.close()
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_each_scenario_plays_under_the_limits_of_a_class(model: LoadedModel, scenario: Scenario) -> None:
     with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=256))) as live:
-        lab = Lab(live, limits=Limits(requests=2, answer_tokens=4, prompt_tokens=8), knobs=False)
-        lab.session.live.pause()
-        assert lab.play("me", scenario.name)["done"]
-        wait_for(lambda: lab.session.live.num_unfinished)
+        own = Lab(live, limits=Limits(requests=2, answer_tokens=4, prompt_tokens=8), knobs=False)
+        own.session.live.pause()
+        assert own.play("me", scenario.name)["done"]
+        wait_for(lambda: own.session.live.num_unfinished)
         with pytest.raises(ValueError, match=r"2 is the limit: wait until (all of yours|some) have ended"):
             for _ in range(3):
-                lab.play("me", scenario.name)
-        lab.play("you", scenario.name)
-        lab.close()
+                own.play("me", scenario.name)
+        own.play("you", scenario.name)
+        own.close()

@@ -14,7 +14,10 @@ import pytest
 
 from labkit.config import EngineConfig
 from labkit.serving import export
+from labkit.trace.trace import Trace
+from labkit.views.run_page import page
 from tests.conftest import loaded
+from tests.views.stories import busy, trace_of
 
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DRAFT = {"speculative": "draft", "draft_model": "owner/small"}
@@ -43,6 +46,7 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "attention_backend": [{"attention_backend": "triton"}, {"attention_backend": "sdpa"}],
     "cuda_graphs": [{"cuda_graphs": False}],
     "as_t4": [{"as_t4": True}],
+    "tensor_parallel_size": [{"tensor_parallel_size": 2}],
     "max_trace_steps": [{"max_trace_steps": 5}],
     "audit": [{"audit": True}],
     "seed": [{"seed": 7}],
@@ -93,6 +97,7 @@ def test_the_flags_of_a_plain_engine() -> None:
         "--enable-chunked-prefill": None,
         "--enable-prefix-caching": None,
         "--scheduling-policy": "priority",
+        "--tensor-parallel-size": "1",
         "--seed": "0",
     }
     assert found["sglang"].argv[:3] == ["python", "-m", "sglang.launch_server"]
@@ -109,6 +114,7 @@ def test_the_flags_of_a_plain_engine() -> None:
         "--enable-priority-scheduling": None,
         "--schedule-low-priority-values-first": None,
         "--default-priority-value": "0",
+        "--tp-size": "1",
         "--random-seed": "0",
     }
 
@@ -240,3 +246,43 @@ def test_the_program_says_in_a_line_what_cannot_be(capsys: pytest.CaptureFixture
     assert "tiny-random" in first and "max_num_batched_tokens" in second
     with pytest.raises(SystemExit):
         export.main(["--block-size", "0"])
+
+
+# -- a run as a page ------------------------------------------------------------------------------
+
+
+def test_a_trace_becomes_a_page_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    busy().save(tmp_path / "run.jsonl")
+    assert export.main(["--html", str(tmp_path / "run.jsonl")]) == 0
+    text = (tmp_path / "run.html").read_text(encoding="utf-8")
+    assert text == page(Trace.load(tmp_path / "run.jsonl"))
+    said, blamed = capsys.readouterr()
+    assert said == f"{tmp_path / 'run.html'}: 26 steps, {len(text.encode()) / 1000:.0f} KB.\n" and not blamed
+    whole = (tmp_path / "run.jsonl").read_text()
+    (tmp_path / "torn.jsonl").write_text(whole[:-9])
+    assert export.main(["--html", str(tmp_path / "torn.jsonl")]) == 0
+    assert "25 steps" in (said := capsys.readouterr().out) and "torn off" in said
+
+
+def test_what_is_no_trace_or_cannot_be_written_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {
+        "perfetto.json": ('{"traceEvents": []}', "a trace in Perfetto's format"),
+        "page.jsonl": ("<html></html>", "a web page"),
+        "empty.jsonl": ("\n".join(trace_of().lines()), "trace holds no steps"),
+        "bent.jsonl": ("\n".join(busy().lines()).replace('"step":3', '"step":"3"'), "line 5"),
+        "run.html": ("\n".join(busy().lines()), "would be overwritten"),
+        "folder.jsonl": ("\n".join(busy().lines()), "path: cannot be written"),
+    }
+    (tmp_path / "folder.html").mkdir()
+    for name, (text, reason) in files.items():
+        (tmp_path / name).write_text(text)
+        assert export.main(["--html", str(tmp_path / name)]) == 2
+        said, blamed = capsys.readouterr()
+        assert not said and blamed.startswith("labkit.export: --html: ") and reason in blamed
+        assert blamed.count("\n") == 1
+    for missing in (tmp_path / "no.jsonl", ""):
+        assert export.main(["--html", str(missing)]) == 2
+        assert capsys.readouterr().err.startswith("labkit.export: --html: ")
+    assert {path.name for path in tmp_path.iterdir()} == {*files, "folder.html"}

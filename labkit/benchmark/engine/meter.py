@@ -91,9 +91,12 @@ def peak_memory(device: torch.device) -> int | None:
 
     None if the system does not say.
     """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()
+
+
+def peak_resident(pid: int | None = None) -> int | None:
+    """The most bytes that a process has held, by default this one; None if the system does not say."""
+    status = Path(f"/proc/{pid or 'self'}/status")
     if status.is_file():
         # Not getrusage: what it says on Linux is inherited from the process that started this one.
         for line in status.read_text(encoding="ascii", errors="replace").splitlines():
@@ -103,7 +106,7 @@ def peak_memory(device: torch.device) -> int | None:
     if sys.platform == "darwin":
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return None if pid else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     import psutil
 
-    return getattr(psutil.Process().memory_info(), "peak_wset", None)
+    return getattr(psutil.Process(pid).memory_info(), "peak_wset", None)

@@ -92,7 +92,7 @@ def _clock(one: Result, other: Result, trust: float) -> str:
     """A sentence on seconds, which says what they can be trusted for."""
     both = f"{one.seconds:.1f} s against {other.seconds:.1f} s"
     if _alike(one.seconds, other.seconds, trust):
-        return f"On the clock, {both}: no difference beyond the noise of this machine ({trust:.0%})."
+        return f"On the clock, {both}: no difference beyond noise. Steps of one size differed by as much."
     if (one.steps - other.steps) * (one.seconds - other.seconds) >= 0:
         return f"On the clock, {both}."
     return (
@@ -104,7 +104,11 @@ def _clock(one: Result, other: Result, trust: float) -> str:
 def _alike(one: float, other: float, trust: float) -> str:
     """Words for two times that are no further apart than the noise of the race, else ""."""
     low, high = sorted((one, other))
-    return " (no difference beyond the noise of this machine)" if high <= low * (1 + trust) else ""
+    return (
+        " (no difference beyond noise: steps of one size differed by as much)"
+        if high <= low * (1 + trust)
+        else ""
+    )
 
 
 def _per_step(result: Result) -> float:

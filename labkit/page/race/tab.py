@@ -86,10 +86,10 @@ def build_race_tab(
         chosen = COURSES.get(course)
         return (chosen.look, list(chosen.settings)) if chosen else ("", [])
 
-    def draw(name: str | None) -> tuple[Any, Any, Any]:
+    def draw(name: str | None) -> tuple[Any, ...]:
         latest = track.latest()
         if latest is None:
-            return gr.skip(), gr.skip(), gr.skip()
+            return gr.skip(), gr.skip(), gr.skip(), gr.skip()
         results = {result.setting.name: result for result in latest.results}
         chosen = name if name in results else next(iter(results))
         trace = results[chosen].trace
@@ -97,7 +97,8 @@ def build_race_tab(
         rates = views.throughput(trace).update_traces(
             line_shape="hv", selector={"type": "scatter"}
         )  # a step is one: it has no slope
-        return which, views.batch_timeline(trace), rates
+        plots = (gr.Plot(figure, visible=True) for figure in (views.batch_timeline(trace), rates))
+        return which, *plots, ""
 
     bare: dict[str, Any] = {"apply_default_css": False, "padding": False}
     line = bare | {"html_template": "<p></p>", "js_on_load": _LINE}
@@ -133,8 +134,9 @@ def build_race_tab(
         with gr.Row(equal_height=False):
             which = gr.Dropdown([], label="Setting", interactive=True, elem_id="lkr-which", min_width=200)
             again = gr.Button("Draw the latest race", elem_id="lkr-draw", min_width=160)
-        timeline = gr.Plot(label="Batch timeline", show_label=False)
-        rates = gr.Plot(label="Throughput", show_label=False)
+        none = gr.HTML("No race yet. Its figures are drawn here once it has run.", elem_id="lkr-none", **line)
+        timeline = gr.Plot(label="Batch timeline", show_label=False, visible=False)
+        rates = gr.Plot(label="Throughput", show_label=False, visible=False)
     quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_name": False}
     button.click(start, [course, settings], [refused, view], **quick)
     course.input(suggest, course, [look, settings], **quick)
@@ -143,7 +145,11 @@ def build_race_tab(
         chosen = [course, settings, look, refused, view]
         asked.click(partial(ask, name, names), None, chosen, **quick)
     settings.change(_meaning, settings, meaning, **quick)
-    drawn: dict[str, Any] = {"inputs": which, "outputs": [which, timeline, rates], "concurrency_limit": 2}
+    drawn: dict[str, Any] = {
+        "inputs": which,
+        "outputs": [which, timeline, rates, none],
+        "concurrency_limit": 2,
+    }
     gr.on([figures.expand, again.click], draw, api_name=False, **drawn)
     which.input(draw, api_name=False, **drawn)
     return view

@@ -45,8 +45,7 @@ Object.assign(labkit, (() => {
       if (reset && feed !== state.feed) {
         byId.clear();
         list.replaceChildren();
-        state.mine.clear();
-        state.names.clear();
+        for (const known of [state.mine, state.names, state.presets]) known.clear();
         since = -1;
       } else if (reset) { // all of them once more: those that are not among them are no more
         const there = new Set(items.map((item) => item.id));
@@ -112,6 +111,7 @@ Object.assign(labkit, (() => {
       const card = { element, head, whose, status, tokens, body, why, item, mine: false, max: item.max_tokens };
       Object.assign(card, { text: "", length: 0, reason: "" });
       if (item.name) pictures.names.set(item.id, item.name);
+      if (item.preset) pictures.presets.add(item.id);
       if (isMine(item)) claim(card);
       const prompt = part("p", "lk-prompt", item.prompt);
       prompt.title = item.prompt; // it is cut off after a line
@@ -186,7 +186,13 @@ Object.assign(labkit, (() => {
       for (const [id, card] of byId) card.element.classList.toggle("lk-hot", id === request);
     }
 
-    return { question, answer, recognise, rename, byId };
+    // How many cards of what people typed are here, and whether anybody's request is under way.
+    function typed() {
+      const all = [...byId.values()];
+      return { cards: all.filter(({ item }) => !item.preset).length, running: all.some(({ reason }) => !reason) };
+    }
+
+    return { question, answer, recognise, rename, typed, byId };
   }
 
   return { cards };

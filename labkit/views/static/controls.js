@@ -13,13 +13,16 @@ Object.assign(labkit, (() => {
     ["num_blocks", "Pages", "In the KV cache. Few enough, and requests must wait or are preempted.", "pages"],
     ["max_num_seqs", "Seats", "How many requests run at once.", "requests"],
     ["max_num_batched_tokens", "Token budget", "How many tokens one step computes at most.", "tokens a step"],
+    ["max_step_seconds", "Step time", "How many seconds a step should take at most. The token budget follows: it shrinks " +
+      "where a step would take longer.", ["off", "0.02", "0.05", "0.1", "0.2", "0.5"]],
     ["enable_prefix_caching", "Prefix cache", "Keep pages whose tokens are known, for prompts that begin the same way.", true],
     ["enable_chunked_prefill", "Chunked prefill", "Read a long prompt in pieces beside the others' decode. Without it, " +
       "a step reads whole prompts or decodes.", true],
   ];
 
   const NAMES = { ngram: "n-gram" };
-  const toText = (value) => (value === null ? "off" : String(value)), fromText = (text) => (text === "off" ? null : text);
+  const toText = (value) => (value === null ? "off" : String(value)), 
+    fromText = (text) => (text === "off" ? null : Number(text) || text);
 
   // The scenario and the knobs that the address asks for.
   function fromAddress(search) {
@@ -33,11 +36,12 @@ Object.assign(labkit, (() => {
     return { scenario: query.get("preset") || "", settings };
   }
 
-  function controls(root, scenarios, ask, say) {
+  // `typed()` says how many cards of what people typed are on the page, and whether any request is under way.
+  function controls(root, scenarios, ask, say, typed) {
     const left = document.querySelector("#lk-left"), tabs = [...root.querySelectorAll(".lk-what [role=tab]")];
     const list = root.querySelector(".lk-scenarios"), knobs = root.querySelector(".lk-knobs");
     const all = root.querySelector(".lk-all"), undo = root.querySelector(".lk-undo"), reset = root.querySelector(".lk-reset");
-    const question = root.querySelector(".lk-question"), apply = root.querySelector(".lk-apply");
+    const question = root.querySelector(".lk-question"), apply = root.querySelector(".lk-apply"), putBack = document.querySelector(".lk-put-back");
     const inputs = new Map(), wanted = fromAddress(location.search);
     let status = null, chosen = "", again = null, fresh = true, ready = () => {}, asked = false;
 
@@ -82,11 +86,19 @@ Object.assign(labkit, (() => {
       if (answer.ask) {
         again = (choice) => act(name, argument, choice);
         pose(`${labkit.count(answer.ask, "request")} ${answer.ask === 1 ? "is" : "are"} under way, perhaps of other people ` +
-          "too. This restarts the engine. What shall become of them?", ["finish", "cancel", "leave"]);
+          `too. ${restarts(argument)}. What shall become of them?`, ["finish", "cancel", "leave"]);
       }
     }
 
+    // What `change` or `play` does to the engine.
+    function restarts({ scenario, settings, anew }) {
+      const own = anew ? missing(scenarios.find(({ name }) => name === scenario).settings) : {};
+      const words = labkit.settingsWords({ ...status?.changes[scenario], ...own, ...settings });
+      return `This restarts the engine${words && ` with ${words}`}`;
+    }
+
     const CHOICES = {
+      go: ["Restart and play", () => again("ask")],
       finish: ["Let them finish first", () => again("finish")],
       cancel: ["Cancel them", () => again("cancel")],
       leave: ["Change nothing", () => {}],
@@ -107,6 +119,7 @@ Object.assign(labkit, (() => {
       });
       question.replaceChildren(part("p", "", words), ...buttons);
       question.hidden = false;
+      question.scrollIntoView({ block: "nearest" });
       if (!choices.includes("keep")) buttons[0].focus();
     }
 
@@ -145,10 +158,13 @@ Object.assign(labkit, (() => {
       list.querySelector("button").focus();
     });
 
-    function start(name) {
-      const settings = wanted.scenario === name ? wanted.settings : {};
-      act("play", { scenario: name, settings });
+    function start(name, anew = false) {
+      const argument = { scenario: name, anew, settings: wanted.scenario === name ? wanted.settings : {} };
       wanted.scenario = ""; // the link has been followed; from now on the knobs decide
+      const { cards, running } = typed();
+      if (!cards || running || !status?.knobs) return act("play", argument); // the lab asks about those that run
+      again = (choice) => act("play", argument, choice);
+      pose(`${restarts(argument)}: the pictures and ${labkit.count(cards, "card")} go.`, ["go", "leave"]);
     }
 
     // From elsewhere on the page.
@@ -156,7 +172,7 @@ Object.assign(labkit, (() => {
       asked = true; // by a question, which the address names
       turn("scenarios");
       choose(name);
-      start(name);
+      start(name, true);
     }
 
     for (const scenario of scenarios) {
@@ -172,7 +188,7 @@ Object.assign(labkit, (() => {
       });
       const row = part("div", "lk-scenario-row");
       row.append(button, link, labkit.copyButton("Copy link", () => link.href));
-      more.append(part("p", "lk-look", scenario.look), row);
+      more.append(part("p", "lk-look", scenario.look), part("p", "lk-changes"), row);
       item.append(open, more);
       list.append(item);
     }
@@ -203,11 +219,10 @@ Object.assign(labkit, (() => {
       reset.hidden = !moved || !status?.knobs;
     }
 
-    // The settings that the lab started with, where the engine has others.
-    function fromStart() {
-      const entries = Object.entries(status?.base ?? {}).filter(([name, value]) => status.settings[name] !== value);
-      return Object.fromEntries(entries);
-    }
+    // Those of some settings that the engine does not have: of those that the lab started with, and of those that people
+    // chose before a preset changed them.
+    const missing = (settings = {}) => Object.fromEntries(Object.entries(settings).filter(([name, value]) => status.settings[name] !== value));
+    const fromStart = () => missing(status?.base), back = () => missing(status?.chosen);
 
     function changed() {
       const settings = {};
@@ -238,6 +253,7 @@ Object.assign(labkit, (() => {
     });
     undo.addEventListener("click", () => fill(status.settings));
     reset.addEventListener("click", () => act("change", { settings: fromStart() }));
+    putBack.addEventListener("click", () => act("change", { settings: back() }));
 
     // -- what the lab says ------------------------------------------------------------------------
 
@@ -247,8 +263,17 @@ Object.assign(labkit, (() => {
       for (const { input } of inputs.values()) input.disabled = !status.knobs;
       root.querySelector(".lk-locked").hidden = status.knobs;
       for (const scenario of scenarios) {
-        list.querySelector(`[data-scenario="${scenario.name}"] .lk-link`).href = linkTo(scenario);
+        const item = list.querySelector(`[data-scenario="${scenario.name}"]`), played = status.played === scenario.name && status.played_after !== null;
+        const words = labkit.settingsWords(status.changes[scenario.name]);
+        item.querySelector(".lk-link").href = linkTo(scenario);
+        item.querySelector(".lk-play").textContent = played ? "Play again" : "Play";
+        item.querySelector(".lk-changes").textContent = played ? "It plays by itself: there is nothing to press."
+          : words && status.knobs ? `It restarts the engine with ${words}.` : "";
+        item.classList.toggle("lk-played", played);
       }
+      const moved = back();
+      putBack.hidden = !Object.keys(moved).length || !status.knobs;
+      putBack.title = `The preset changed the settings. This restarts the engine with ${labkit.settingsWords(moved)}, as before`;
       if (status.pending) {
         again = (choice) => act("change", { settings: status.pending }, choice);
         pose("The engine restarts with other settings as soon as what runs has finished.", ["now", "keep"]);

@@ -60,7 +60,7 @@ function start() {
   if (!roots.every((root) => document.querySelector(root))) return requestAnimationFrame(start);
   const [cardsRoot, sideRoot, submitRoot, , , joinRoot] = roots.map((root) => document.querySelector(root));
   const cards = labkit.cards(cardsRoot, ask, (item) => Boolean(me.mark) && item.owner === me.mark);
-  const controls = labkit.controls(submitRoot, SCENARIOS, ask, say);
+  const controls = labkit.controls(submitRoot, SCENARIOS, ask, say, cards.typed);
   const hostRoot = document.querySelector("#lk-host .lk-host"), host = hostRoot && labkit.host(hostRoot, ask, say);
   let version = -1;
   const lab = {
@@ -71,7 +71,8 @@ function start() {
       if (update.lab.problem) say(update.lab.problem);
       controls.show(update.lab);
       const { settings, base } = update.lab;
-      state.changed = new Set(Object.keys(base).filter((name) => settings[name] !== base[name]));
+      state.changed = new Map(Object.entries(settings).filter(([name, value]) => value !== base[name]));
+      Object.assign(state, { played: update.lab.played, playedAfter: update.lab.played_after, playedFeed: state.feed, most: update.lab.most });
       labkit.tellFacts(state);
     },
   };

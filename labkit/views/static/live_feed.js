@@ -26,7 +26,7 @@ const labkit = (() => {
   function createState() {
     return { feed: "", step: -1, meta: null, speculative: "", palette: [], window: 200, tables: [], owners: new Map(),
              cached: new Uint8Array(0), lanes: new Map(), steps: [], events: [], queue: [], held: new Map(),
-             numbers: {}, busy: false, gutter: GUTTER, names: new Map(), plan: null, past: null, mine: new Set(), pending: [], hover: {}, selected: {}, drawn: -1, frames: 0 };
+             joins: [], numbers: {}, busy: false, gutter: GUTTER, names: new Map(), plan: null, past: null, mine: new Set(), presets: new Set(), played: "", playedAfter: null, playedFeed: "", pending: [], hover: {}, selected: {}, drawn: -1, frames: 0 };
   }
 
   // Take in all pictures (`full`), or what is new since the last ones. Returns whether there was anything new.
@@ -39,9 +39,9 @@ const labkit = (() => {
     }
     state.step = pictures.step;
     if (!pictures.steps) return false;
-    const { cached, queue, held, numbers, tables } = pictures;
+    const { cached, queue, held, numbers, tables, joins = state.joins } = pictures;
     const owners = ownersOf(tables, state.meta.block_size, pictures.full ? undefined : state);
-    Object.assign(state, { queue, numbers, tables, cached: bitsOf(cached), owners });
+    Object.assign(state, { queue, numbers, tables, joins, cached: bitsOf(cached), owners });
     state.held = new Map(held.map(({ request, parent }) => [request, parent]));
     state.events.push(...pictures.events);
     state.events.splice(0, state.events.length - EVENTS);
@@ -136,7 +136,7 @@ const labkit = (() => {
   function themeOf(element, state) {
     const css = getComputedStyle(element);
     const variable = (name) => css.getPropertyValue(`--lk-${name}`).trim();
-    const theme = { hatches: new Map(), font: `11px ${css.fontFamily}`, bold: `600 11px ${css.fontFamily}` };
+    const theme = { hatches: new Map(), font: `11px ${css.fontFamily}`, small: `9px ${css.fontFamily}`, bold: `600 11px ${css.fontFamily}` };
     for (const name of ["ink", "muted", "line", "paper", "free", "cached", "waiting", "usage"]) {
       theme[name] = variable(name);
     }
@@ -352,12 +352,12 @@ const labkit = (() => {
     }
     text(ctx, "step", time.left - 8, height - AXIS / 2 + 1, theme.muted, "right");
     crosshair(ctx, state, theme, time, floor);
-    const labelEvery = Math.ceil(11 / rows.pitch);
+    const named = labkit.labelled(state, rows);
     rows.shown.forEach((lane, row) => {
       const focus = focusOf(state);
       ctx.globalAlpha = focus === undefined || focus === lane.request ? 1 : 0.22;
       const y = row * rows.pitch, middle = y + rows.pitch / 2;
-      if (row % labelEvery === 0 || focus === lane.request) {
+      if (named.has(row)) {
         const mine = state.mine.has(lane.request);
         ctx.font = mine ? theme.bold : theme.font;
         text(ctx, labkit.rowLabel?.(ctx, state, lane) ?? lane.label, time.left - 8, Math.max(6, middle), mine ? theme.ink : theme.muted, "right");
@@ -382,9 +382,9 @@ const labkit = (() => {
     if (lane.ended >= time.first) drawEnd(ctx, theme, time.x(lane.ended + 1), y, height);
   }
 
-  // A small square where a request ends, as in the figures.
+  // A small square where a request ends, as in the figures: its right side is the end of the step.
   function drawEnd(ctx, theme, x, y, height) {
-    const size = Math.min(7, height), left = x - size / 2, top = y + (height - size) / 2;
+    const size = Math.min(7, height), left = x - size, top = y + (height - size) / 2;
     box(ctx, left, top, size, size, theme.paper);
     outline(ctx, left, top, size, size, theme.ink, Math.min(1.25, size / 2));
   }
@@ -415,7 +415,7 @@ const labkit = (() => {
       box(ctx, x, y + height * 0.7, width, 1, color);
     } else if (kind === "w") {
       for (let dot = x + 1; dot < x + width - 1; dot += 4) box(ctx, dot, middle - 0.75, 1.5, 1.5, theme.waiting);
-    } else if (kind === "e") drawEnd(ctx, theme, x + width / 2, y, height); // in a legend
+    } else if (kind === "e") drawEnd(ctx, theme, x + width / 2 + Math.min(7, height) / 2, y, height); // in a legend
     else if (kind === "x") {
       const arm = Math.min(4, height / 2), center = x + width / 2;
       ctx.strokeStyle = theme.ink;

@@ -179,7 +179,8 @@ Object.assign(labkit, (() => {
   // A request, a step or a block is selected once, marked everywhere, and described in the side panel.
   function selection(root, ask, state, live, show, side, within) {
     let facts = null, asked = 0;
-    const notice = root.querySelector(".lk-back"), effect = root.querySelector(".lk-joined");
+    const notice = root.querySelector(".lk-back"), line = root.querySelector(".lk-summary");
+    const tell = labkit.joins(root.querySelector(".lk-joins"), state, { select });
 
     async function select(next) {
       state.selected = next;
@@ -200,21 +201,12 @@ Object.assign(labkit, (() => {
     function refresh(error = "") {
       notice.hidden = !state.past;
       if (state.past) notice.firstElementChild.textContent = `Pages as they were in step ${state.past.step}. `;
+      if (state.meta) line.textContent = labkit.summary(state);
       side.update(facts, error);
       tell();
       show.redraw();
     }
     notice.querySelector("button").addEventListener("click", () => select({}));
-
-    // Say what the selected request cost those that it joined; else what the latest one cost that joined others. What
-    // was said stays until there is something else to say, or another engine.
-    let told = "";
-    function tell() {
-      if (told !== state.feed) effect.textContent = effect.dataset.none;
-      told = state.feed;
-      const words = (state.selected.request && labkit.joinWords(state, state.selected.request)) || labkit.joinWords(state);
-      if (words && effect.textContent !== words) effect.textContent = words;
-    }
 
     // Say the tokens of a block, a moment after the pointer comes to rest on it.
     let resting = 0;
@@ -222,7 +214,7 @@ Object.assign(labkit, (() => {
       clearTimeout(resting);
       resting = setTimeout(async () => {
         const answer = await ask("look", { block, step: state.past?.step });
-        if (answer?.tokens && state.hover.block === block) show.say(labkit.blockWords(state, block, answer.tokens), x, y);
+        if (answer?.tokens && state.hover.block === block) show.say(labkit.blockWords(state, block, answer), x, y);
       }, 150);
     }
 
@@ -279,7 +271,7 @@ Object.assign(labkit, (() => {
     let paused = false, said = 0, timer = 0, asking = false, eagerUntil = 0, following = Boolean(stream);
 
     function take(update) {
-      const { feed, tables } = state, { pictures, plan } = update, before = state.plan?.key ?? 0;
+      const { feed, tables, pending } = state, { pictures, plan } = update, before = state.plan?.key ?? 0;
       const fresh = labkit.apply(state, pictures);
       if (fresh) labkit.land(state, pictures.full ? [] : tables);
       clock.show(update.live);
@@ -295,13 +287,13 @@ Object.assign(labkit, (() => {
       if (live.paused !== paused) side.reveal(live.paused ? "step" : "");
       ({ paused } = live);
       for (const extra of extras) extra.answer(update, state, show);
-      const woken = update.busy !== state.busy;
+      const woken = update.busy !== state.busy || Boolean(update.lab) || pending !== state.pending;
       state.busy = update.busy;
       if (!fresh && !pictures.full && !planned && !woken) return;
       root.classList.toggle("lk-cold", !state.steps.length && !state.plan && !state.busy);
-      line.textContent = labkit.summary(state);
       const words = labkit.numberWords(state);
       for (const item of numbers) item.querySelector("dd").textContent = words[item.dataset.number];
+      chosen.refresh();
       for (const canvas of Object.values(show.canvases)) {
         canvas.setAttribute("aria-label", `${canvas.dataset.name}. ${line.textContent}`);
       }
@@ -309,7 +301,6 @@ Object.assign(labkit, (() => {
         spoken.textContent = line.textContent;
         said = Date.now();
       }
-      chosen.refresh();
       if (fresh && !pictures.full) fly(state, state.palette);
     }
 

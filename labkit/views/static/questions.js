@@ -15,7 +15,7 @@ Object.assign(labkit, (() => {
       if (course) race(course);
       else {
         play(scenario);
-        document.querySelector("#lk-live .lk-joined").scrollIntoView({ block: "center" }); // on a small screen
+        document.querySelector("#lk-live .lk-joins").scrollIntoView({ block: "center" }); // on a small screen
       }
       labkit.address.show({ ask: name });
     }

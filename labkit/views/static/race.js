@@ -89,6 +89,8 @@ Object.assign(labkit, (() => {
       root.classList.toggle("lkr-drafting", tracks.some(({ data }) => data.drafting));
       theme = null;
       requestAnimationFrame(again); // the legend, too
+      const figures = document.querySelector("#lkr-draw");
+      if (figures?.offsetParent) figures.click(); // they are open: this race's take the place of what is there
       if (watched || matchMedia("(prefers-reduced-motion: reduce)").matches) go(length());
       else play(true);
     }
@@ -143,7 +145,7 @@ Object.assign(labkit, (() => {
     function play(on) {
       playing += 1; // what played before stops
       const turn = playing, button = find(".lkr-play");
-      button.textContent = on ? "Pause" : "Play";
+      button.textContent = on ? "Pause" : "Play again";
       button.setAttribute("aria-pressed", String(on));
       if (!on) return;
       if (now >= length()) now = 0;
@@ -180,9 +182,11 @@ Object.assign(labkit, (() => {
       const memory = { ...area, top: area.top + area.height + 8, height: MEMORY };
       labkit.drawAxis(ctx, theme, area, view, clock.unit, height - 8);
       labkit.drawLanes(ctx, data, theme, clock, area, view, { rows, now });
+      ctx.font = theme.small; // rows are as high as a name of this size
       rows.forEach((lane, row) => {
         labkit.text(ctx, lane.label, area.left - 8, area.top + (row + 0.5) * LANE, theme.muted, "right");
       });
+      ctx.font = theme.font;
       labkit.drawMemory(ctx, data, theme, clock, memory, view, { now, top });
       labkit.text(ctx, `${Math.round(100 * top)}%`, area.left - 8, memory.top + 3, theme.muted, "right");
       labkit.text(ctx, "0", area.left - 8, memory.top + MEMORY - 2, theme.muted, "right");

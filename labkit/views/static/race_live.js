@@ -70,6 +70,7 @@ Object.assign(labkit, (() => {
       }
       if (data) draw(data, theme, {});
       const named = data?.lanes.length ? data.lanes : recorded?.lanes ?? [];
+      ctx.font = theme.small;
       named.forEach(({ label }, row) => labkit.text(ctx, label, area.left - 8, area.top + (row + 0.5) * lane, theme.muted, "right"));
       if (done) labkit.box(ctx, cut - 0.75, 0, 1.5, height - axis, theme.ink);
       const words = done ? `step ${done}: ${labkit.count(sum(data.steps.sampled), "token")}` : "its turn comes";

@@ -12,7 +12,7 @@ Object.assign(labkit, (() => {
       .map((canvas) => [canvas.dataset.picture, canvas]));
     const scrub = find(".lkr-scrub"), source = find(".lkr-source");
     const state = labkit.createState(), frames = new Map(), uploads = [];
-    let opened = "", data = null, at = 0, playing = null, wanted = null, drawn = -1, focus, theme = null, opening = 0;
+    let opened = "", data = null, at = 0, playing = null, wanted = null, drawn = -1, focus, theme = null, strips = [], opening = 0;
 
     // -- which trace ------------------------------------------------------------------------------
 
@@ -106,10 +106,11 @@ Object.assign(labkit, (() => {
 
     function paint() {
       if (!data || !canvases.strip.clientWidth) return;
-      theme ||= labkit.themeOf(root, state);
+      if (!theme) dress();
       const frame = frames.get(at);
       paintStrip();
       paintLanes();
+      paintMeters();
       if (!frame) return;
       labkit.lookBack(state, frame);
       const canvas = canvases.pages;
@@ -172,6 +173,21 @@ Object.assign(labkit, (() => {
       if (hidden) labkit.text(ctx, `and ${hidden} more`, width - 6, area.height - 8, theme.muted, "right");
     }
 
+    // Below the batch, and in the same columns.
+    function paintMeters() {
+      const { ctx, width, height } = labkit.context(canvases.meters), view = windowOf(width);
+      const pitch = (width - labkit.GUTTER - labkit.RIGHT) / (view.to - view.from), left = labkit.GUTTER;
+      const time = { first: 0, pitch, left, x: (place) => left + place * pitch };
+      const part = (values) => values?.slice(view.from, view.to);
+      const inView = strips.map((strip) => ({ ...strip, values: part(strip.values), over: part(strip.over) }));
+      const steps = inView[0].values.map((_, step) => ({ step }));
+      ctx.globalAlpha = 0.14;
+      labkit.box(ctx, time.x(at - view.from), 0, Math.max(2, pitch), height, theme.ink);
+      ctx.globalAlpha = 1;
+      ctx.font = theme.font;
+      labkit.drawStrips(ctx, theme, time, steps, inView, strips.map(({ words }) => words(at)), width, height);
+    }
+
     // -- words ------------------------------------------------------------------------------------
 
     const nameOf = (number) => data.lanes[number]?.name ?? "?";
@@ -194,6 +210,7 @@ Object.assign(labkit, (() => {
         + `${owned[at]} of ${count(blocks, "page")} owned, ${empty}% of their slots empty; `
         + `${count(computed[at], "token")} computed, ${sampled[at]} generated`
         + `${drafted?.[at] ? `: ${labkit.draftWords(drafted[at], accepted[at])}` : ""}.`;
+      canvases.meters.setAttribute("aria-label", strips.map(({ name, words }) => `${name}: ${words(at)}`).join("; "));
       const doing = new Map(frame.batch.map((row) => [row.lane, row]));
       const told = frame.events.map(({ lane, words }) => line(lane, words));
       find(".lkr-events").replaceChildren(...(told.length ? told : [el("p", "lkr-none", "Nobody came or went.")]));
@@ -250,11 +267,13 @@ Object.assign(labkit, (() => {
       return Math.floor(((x - area.left) * data.count) / area.width);
     });
     let held = null; // the window, which stays where it is while the pointer drags
-    canvases.lanes.addEventListener("pointerdown", () => { held = windowOf(canvases.lanes.clientWidth); }, true);
-    seek(canvases.lanes, (x, width) => {
-      const room = width - labkit.GUTTER - labkit.RIGHT;
-      return Math.floor(held.from + ((x - labkit.GUTTER) * (held.to - held.from)) / room);
-    });
+    for (const canvas of [canvases.lanes, canvases.meters]) {
+      canvas.addEventListener("pointerdown", () => { held = windowOf(canvas.clientWidth); }, true);
+      seek(canvas, (x, width) => {
+        const room = width - labkit.GUTTER - labkit.RIGHT;
+        return Math.floor(held.from + ((x - labkit.GUTTER) * (held.to - held.from)) / room);
+      });
+    }
     for (const button of root.querySelectorAll("[data-save]")) {
       button.onclick = async () => {
         button.disabled = true;
@@ -265,7 +284,7 @@ Object.assign(labkit, (() => {
           return;
         }
         const link = el("a");
-        link.href = URL.createObjectURL(new Blob([answer.text], { type: "application/json" }));
+        link.href = URL.createObjectURL(new Blob([answer.text], { type: answer.type }));
         link.download = answer.name;
         link.click();
         setTimeout(() => URL.revokeObjectURL(link.href), 10000);
@@ -281,7 +300,12 @@ Object.assign(labkit, (() => {
         labkit.drawSpan(ctx, theme, canvas.dataset.swatch, theme.muted, 0, 0, width, height);
       }
     }
-    const again = () => { if (data) { theme = labkit.themeOf(root, state); drawn = -1; swatches(); paint(); } };
+    function dress() {
+      theme = labkit.themeOf(root, state);
+      strips = labkit.stripsOf(labkit.meterSteps(data), data.meta, theme);
+      if (!data.timed) strips[0].name = "tokens a step";
+    }
+    const again = () => { if (data) { dress(); drawn = -1; swatches(); paint(); } };
     new ResizeObserver(again).observe(canvases.strip);
     const dark = () => document.body.classList.contains("dark");
     let was = dark();

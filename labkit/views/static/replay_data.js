@@ -29,6 +29,15 @@ Object.assign(labkit, (() => {
     return Math.max(0, Math.min(data.count - 1, toward > 0 ? low : low - 1));
   }
 
+  // The steps as the meters take them, by their places. Where the trace has no clock, each counts as a second.
+  function meterSteps(data) {
+    const { step, sampled, owned, filled, running, waiting, begin, end } = data.steps, size = data.meta.block_size;
+    return step.map((_, i) => ({
+      step: i, seconds: data.timed ? end[i] - begin[i] : 1, sampled: sampled[i], used: owned[i],
+      wasted: owned[i] * size - filled[i], running: running[i], waiting: waiting[i],
+    }));
+  }
+
   // When each step begins and ends, in steps or in seconds.
   function clockOf(data, unit) {
     if (unit === "seconds" && data.timed) {
@@ -138,5 +147,5 @@ Object.assign(labkit, (() => {
     return made;
   };
 
-  return { unpack, clockOf, stepAtTime, drawLanes, drawMemory, drawAxis, lanesIn, el, count };
+  return { unpack, meterSteps, clockOf, stepAtTime, drawLanes, drawMemory, drawAxis, lanesIn, el, count };
 })());

@@ -107,6 +107,7 @@ Object.assign(labkit, (() => {
         : owned ? `Owned by one request.${facts.cached ? " It is full, and in the prefix cache." : ""}`
         : facts.cached ? `Only cached: free to take, but its tokens are still known. Held last by ${last || "nobody"}.`
         : `Free.${last ? ` Held last by ${last}.` : ""}`;
+      if (facts.begins) lead.textContent += ` It holds the ${labkit.beginsWords(facts.begins)}.`;
       const items = facts.owners.map(({ request, position, filled }) => {
         return line(known(request), `block ${position} of its table, ${filled} of ${state.meta.block_size} tokens filled`);
       });

@@ -10,24 +10,47 @@ Object.assign(labkit, (() => {
   // What to look at, what to say, what to do before, and when the visitor has done it (null: when they say so).
   const STEPS = [
     ["#lk-inject", "Inject", "A request is a question and the tokens of its answer. One is written down for you: press Inject.",
-      { before: () => write(FIRST, 160), done: ({ cards }, begun) => mine(cards).length > begun }],
+      { before: ({ panel }) => write(FIRST, Math.min(160, panel.state.most ?? 160)), done: ({ cards }, begun) => mine(cards).length > begun }],
     [".lk figure:last-of-type", "Prefill", "A row is a request, a column is a step of the engine. The high box at the beginning of "
       + "your row is prefill: all tokens of the question were read in one step. The bar after it is decode: one token a step.", {}],
     [".lk figure:first-of-type", "A page fills", "The squares in your request's colour are its pages of the KV cache, 16 tokens each unless "
       + "somebody changed that. Each step puts one more token into the last one. When it is full, the request takes a free page. Point at one to read it.", {}],
-    ["#lk-inject", "A second joins", "Press Inject again, while the first one runs. The second gets a row of its own in the next step, "
-      + "and nobody stops: that is continuous batching.", { before: () => write(SECOND, 120), done: ({ cards }, begun) => mine(cards).length > begun }],
+    ["#lk-inject", "A second joins", "Press Inject: your question is asked once more, and while its answer is written the tour sends a second one. "
+      + "That gets a row of its own in the next step, and nobody stops: this is continuous batching.",
+      { before: ({ panel }) => write(FIRST, longEnough(panel.state)), done: joins }],
     [".lk-pause", "Pause and predict", "Press Pause. Before it runs, the list under Step says what the next step will do: who computes how "
       + "many tokens, who takes which page, and who waits, and why. Guess first, then press Step and see.", { done: ({ panel }) => panel.live.paused, last: true }],
   ];
 
+  const SECONDS = 10; // for which the first answer runs, at least, so that the second comes while it does
+  const FEWEST = 120, MOST = 1500; // its tokens
+
+  // How many tokens that takes at the pace of the latest steps.
+  function longEnough({ steps, most }) {
+    const pace = steps.slice(-20).map(({ seconds }) => seconds).sort((one, other) => one - other);
+    const tokens = pace.length ? Math.round(SECONDS / pace[pace.length >> 1]) : FEWEST;
+    return Math.min(most ?? MOST, Math.max(FEWEST, Math.min(MOST, tokens)));
+  }
+
+  // Send the second as soon as the first is on its way; it is done when both have a card.
+  function joins({ cards }, begun) {
+    const there = mine(cards).length - begun;
+    if (there === 1 && document.querySelector(INPUTS[0]).value !== SECOND) {
+      write(SECOND, FEWEST);
+      document.querySelector("#lk-inject").click();
+    }
+    return there > 1;
+  }
+
+  const INPUTS = ["#lk-prompt textarea", "#lk-max-tokens input"];
+
   // Type into a form that gradio draws.
   function write(prompt, tokens) {
-    for (const [field, value] of [["#lk-prompt textarea", prompt], ["#lk-max-tokens input", tokens]]) {
-      const input = document.querySelector(field);
+    [prompt, tokens].forEach((value, place) => {
+      const input = document.querySelector(INPUTS[place]);
       input.value = value;
       input.dispatchEvent(new Event("input", { bubbles: true }));
-    }
+    });
   }
 
   const remembered = () => { try { return localStorage.getItem(SEEN); } catch { return "yes"; } };
@@ -37,12 +60,14 @@ Object.assign(labkit, (() => {
 
   function tour(page) {
     const start = document.querySelector(".lk-tour-start"), no = document.querySelector(".lk-tour-no");
-    let card = null, place = 0, begun = 0, timer = 0, target = null;
+    let card = null, place = 0, begun = 0, timer = 0, target = null, typed = null;
     no.hidden = Boolean(remembered());
     start.classList.toggle("lk-offered", !no.hidden);
 
     function over() {
       remember();
+      if (typed) write(...typed); // what stood in the form before
+      typed = null;
       no.hidden = true;
       start.classList.remove("lk-offered");
       clearInterval(timer);
@@ -55,6 +80,7 @@ Object.assign(labkit, (() => {
       over();
       document.querySelector("#lk-live-tab-button")?.click();
       page.controls.turn("prompt");
+      typed = INPUTS.map((field) => document.querySelector(field).value);
       card = part("section", "lk-tour");
       card.setAttribute("role", "dialog");
       card.setAttribute("aria-label", "Tour of the page");
@@ -66,7 +92,7 @@ Object.assign(labkit, (() => {
         move();
       });
       document.body.append(card);
-      timer = setInterval(look, 250);
+      timer = setInterval(look, 100);
       go(0);
     }
 
@@ -81,7 +107,7 @@ Object.assign(labkit, (() => {
       place = next;
       begun = mine(page.cards).length;
       const [where, title, words, { before }] = STEPS[place];
-      before?.();
+      before?.(page);
       target?.classList.remove("lk-toured");
       target = document.querySelector(where);
       target.classList.add("lk-toured");

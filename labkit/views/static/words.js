@@ -2,40 +2,64 @@
 Object.assign(labkit, (() => {
   const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 
+  const DRAFTS = { ngram: "n-gram drafts", draft: "drafts of a model" };
+  const FLAGS = { enable_prefix_caching: "prefix cache", enable_chunked_prefill: "chunked prefill" };
+
+  // One setting of the engine.
+  function settingWords(name, value) {
+    if (name in FLAGS) return `${value ? "" : "no "}${FLAGS[name]}`;
+    const words = { kv_policy: `${value} memory`, num_blocks: count(value ?? 0, "page"), block_size: `pages of ${count(value ?? 0, "token")}`,
+                    max_num_seqs: count(value ?? 0, "seat"), max_num_batched_tokens: `${count(value ?? 0, "token")} a step`,
+                    scheduler: `${value} batching`, speculative: DRAFTS[value] ?? "no drafts" };
+    return words[name];
+  }
+
+  // Several settings, as in "64 tokens a step and 4 seats".
+  function settingsWords(settings) {
+    const words = Object.entries(settings).map(([name, value]) => settingWords(name, value));
+    return words.length > 1 ? `${words.slice(0, -1).join(", ")} and ${words.at(-1)}` : words.join("");
+  }
+
   // What the engine runs with: words, and whether that was changed since the lab started. Where the `changed` settings
-  // are known, the scheduler stands first and they come next.
+  // are known, with their values, the scheduler stands first and they come next.
   function settings(meta, speculative, changed = null) {
     const where = meta.dtype && `${meta.dtype} on ${meta.device}`;
-    const drafts = { ngram: "n-gram drafts", draft: "drafts of a model" }[speculative];
+    const flags = Object.keys(FLAGS).map((name) => [name, changed?.has(name) && settingWords(name, changed.get(name))]);
     const facts = [
       ["", meta.model], ["", where], ["kv_policy", changed?.has("kv_policy") && `${meta.kv_policy} memory`],
       ["num_blocks", `${count(meta.num_blocks, "page")} of ${count(meta.block_size, "token")}`],
       ["max_num_seqs", count(meta.max_num_seqs, "seat")], ["max_num_batched_tokens", `${count(meta.max_num_batched_tokens, "token")} a step`],
-      ["scheduler", meta.scheduler], ["speculative", drafts],
+      ["scheduler", meta.scheduler], ["speculative", DRAFTS[speculative]], ...flags,
     ].filter(([, words]) => words);
     const isChanged = ([name]) => Boolean(changed?.has(name) || (name === "num_blocks" && changed?.has("block_size")));
     const rank = (fact) => (!changed ? 0 : fact[0] === "scheduler" ? 0 : isChanged(fact) ? 1 : 2);
     return facts.sort((one, other) => rank(one) - rank(other)).map((fact) => [fact[1], isChanged(fact)]);
   }
 
-  // The pictures in a sentence or two, for people who do not see them.
-  function summary(state) {
-    const now = labkit.latest(state), { meta } = state;
-    const pool = count(meta.num_blocks, "page");
-    const size = count(meta.block_size, "token"), seats = count(meta.max_num_seqs, "seat");
-    if (!now && state.busy) return `The first step is being computed. ${pool} of ${size}; ${seats}.`;
-    if (!now) return `Idle. ${pool} of ${size}, all free; ${seats}.`;
-    const counts = labkit.kinds(state);
-    const used = counts.owned + counts.shared;
-    const people = `${state.tables.length} running, ${now.waiting} waiting`;
-    const parts = [`Step ${now.step}: ${people}, ${used} of ${pool} in use`];
-    if (counts.shared) parts.push(`${counts.shared} shared`);
-    if (counts.cached) parts.push(`${counts.cached} cached`);
-    const why = now.blocked ? ` Request ${now.blocked.request} waits: ${now.blocked.reason}.` : "";
-    return `${parts.join(", ")}.${why}`;
+  // How many requests run and wait now, as their cards say: one that no step has seen yet waits, too.
+  function people(state) {
+    return { running: state.tables.length, waiting: (labkit.latest(state)?.waiting ?? 0) + state.pending.length };
   }
 
-  function blockWords(state, block, tokens = null) {
+  // The pictures in a sentence or two, for people who do not see them: of a step that is looked back at, if there is
+  // one, or else of now. The sentence says which.
+  function summary(state) {
+    const now = labkit.latest(state), { meta, past } = state, { running, waiting } = people(state);
+    const pool = count(meta.num_blocks, "page");
+    const size = count(meta.block_size, "token"), seats = count(meta.max_num_seqs, "seat");
+    if (!now && state.busy) return `The first step is being computed: ${running} running, ${waiting} waiting. ${pool} of ${size}; ${seats}.`;
+    if (!now) return `Idle. ${pool} of ${size}, all free; ${seats}.`;
+    const counts = labkit.kinds(state), row = past ? state.steps.find(({ step }) => step === past.step) : now;
+    const parts = [`${counts.owned + counts.shared} of ${pool} in use`];
+    if (counts.shared) parts.push(`${counts.shared} shared`);
+    if (counts.cached) parts.push(`${counts.cached} cached`);
+    const who = past ? `Step ${past.step}, looked back at: ${past.tables.length} ran, ${row?.waiting ?? "some"} waited`
+      : `Now, after step ${now.step}: ${running} running, ${waiting} waiting`;
+    const why = row?.blocked ? ` Request ${row.blocked.request} ${past ? "waited" : "waits"}: ${row.blocked.reason}.` : "";
+    return `${who}, ${parts.join(", ")}.${why}`;
+  }
+
+  function blockWords(state, block, { tokens = null, begins = "" } = {}) {
     const kind = labkit.blockKind(state, block), owners = labkit.ownersAt(state, block);
     const size = state.meta.block_size, next = state.past ? undefined : state.plan?.taken.get(block);
     const lines = [`Page ${block}: ${kind === "cached" ? "cached and free" : kind}`];
@@ -48,9 +72,12 @@ Object.assign(labkit, (() => {
     const until = owners.length ? "" : " until someone needs the page";
     if (labkit.isCached(state, block)) lines.push(`in the prefix cache${until}`);
     if (next) lines.push(`the next step gives it to request ${next.request}`);
+    if (begins) lines.push(beginsWords(begins));
     if (tokens) lines.push(`“${tokens.join("").replace(/\s+/g, " ").trim()}”`);
     return lines;
   }
+
+  const beginsWords = (begins) => `${begins}, shared: every chat here begins with it`;
 
   function laneWords(state, lane, step) {
     const lines = [`Request ${lane.request}, step ${step}`];
@@ -134,68 +161,13 @@ Object.assign(labkit, (() => {
     if (kind === "preempt") return `is preempted: gives ${count(first, "page")} back`;
     if (kind === "evict") return `${count(first, "cached page")} forgotten to make room`;
     if (kind === "hold") return word;
+    if (kind === "threads") return `${count(first, "thread")} from now on: as many cores as other programs leave`;
     if (kind === "return") return `gives ${count(first, "page")} back, because its drafts were wrong`;
     if (kind === "abort") return first ? `is cancelled, and gives ${count(first, "page")} back` : "is cancelled";
     return `ends (${word}), and gives ${count(first, "page")} back`;
   }
 
   const seconds = (value) => (value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(1)} s`);
-
-  // What it cost the others that a request (without `id`, the latest) joined a running batch: from the steps before it
-  // came, those in which its prompt was read, and those since. "" if it joined no others, or too little is known.
-  function joinWords(state, id) {
-    const reads = (span) => span.kind === "p" || span.kind === "c", reading = new Set();
-    for (const { spans } of state.lanes.values()) {
-      for (const { first, last } of spans.filter(reads)) for (let step = first; step <= last; step++) reading.add(step);
-    }
-    const lanes = id === undefined ? [...state.lanes.values()].reverse() : [state.lanes.get(id)].filter(Boolean);
-    for (const lane of lanes) {
-      const words = joined(state, lane, reads, reading);
-      if (words) return words;
-    }
-    return "";
-  }
-
-  function joined(state, lane, reads, reading) {
-    const first = lane.spans.findIndex((span) => span.kind !== "w"), start = lane.spans[first];
-    if (!start || !reads(start)) return "";
-    const parts = [];
-    for (let i = first; lane.spans[i] && reads(lane.spans[i]); i++) parts.push(lane.spans[i]);
-    const end = parts.at(-1).last, { steps } = state, place = steps.findIndex((row) => row.step === start.first);
-    // Steps of one size beside it, up to eight, in which nobody's prompt was read.
-    const calm = (from, move) => {
-      const found = [];
-      for (let i = from; steps[i] && found.length < 8; i += move) {
-        if (reading.has(steps[i].step) || steps[i].running !== steps[from].running) break;
-        if (steps[i].sampled) found.push(steps[i]);
-      }
-      return found;
-    };
-    const before = place > 0 ? calm(place - 1, -1) : [];
-    const came = [...state.lanes.values()].filter((other) => other.spans.some((span) => span.first === start.first && reads(span)));
-    const others = (steps[place]?.running ?? 0) - came.length;
-    if (before.length < 3 || others < 1) return "";
-    const during = steps.filter((row) => row.step >= start.first && row.step <= end);
-    const after = steps.findIndex((row) => row.step > end), since = after < 0 ? [] : calm(after, 1);
-    // Gap and rate are of the same steps: the mean seconds of a step, and its tokens over that.
-    const total = (rows, field) => rows.reduce((sum, row) => sum + row[field], 0);
-    const gap = (rows) => total(rows, "seconds") / rows.length, rate = (rows) => total(rows, "sampled") / total(rows, "seconds");
-    const exact = (value) => (value < 0.01 ? `${(1000 * value).toPrecision(2)} ms` : seconds(value));
-    const tokens = parts.reduce((sum, span) => sum + span.tokens, 0), whose = `its prompt (${count(tokens, "token")})`;
-    const took = during.length > 1 ? `took ${during.length} steps, of ${exact(gap(during))} each` : `made that step ${exact(gap(during))} long`;
-    const story = `Request ${lane.request} joined ${count(others, "other")} in step ${start.first}. Reading ${whose} ${took}, instead of ${exact(gap(before))}.`;
-    if (since.length < 3) return story;
-    return `${verdict(gap(since) / gap(before), rate(since) / rate(before))} ${story} Since then each waits ${exact(gap(since))} for a token `
-      + `(${exact(gap(before))} before), and all together get ${labkit.short(rate(since))} tokens/s (${labkit.short(rate(before))} before).`;
-  }
-
-  // The cost of one more request in a sentence, from two ratios: of what each waits for a token, and of all tokens.
-  function verdict(wait, pace) {
-    const alike = (ratio) => Math.abs(ratio - 1) < 0.1; // what steps of one size differ by
-    const waits = alike(wait) ? "as long as before" : wait > 1 ? `${wait.toFixed(1)} times as long` : "less than before";
-    const gets = alike(pace) ? "as many tokens a second" : `${pace.toFixed(1)} times as many tokens a second`;
-    return `One more request: each of the others waits ${waits} for a token, and all together get ${gets}.`;
-  }
 
   // The numbers beside the pictures, as text by name; "–" where nothing was measured.
   function numberWords(state) {
@@ -213,5 +185,5 @@ Object.assign(labkit, (() => {
     };
   }
 
-  return { seconds, settings, summary, blockWords, laneWords, meterWords, whyWords, rowWords, eventWords, numberWords, joinWords, count };
+  return { seconds, settings, settingsWords, summary, blockWords, laneWords, meterWords, whyWords, rowWords, eventWords, numberWords, people, beginsWords, count };
 })());

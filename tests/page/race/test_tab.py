@@ -82,7 +82,7 @@ def test_nothing_plays_by_itself_for_those_who_want_no_motion(visit: Callable[..
     if not me.look("it.shown()"):
         run_race(me)
     me.until("it.shown() && it.now() === it.length()")
-    assert me.page.inner_text(".lkr-play") == "Play"
+    assert me.page.inner_text(".lkr-play") == "Play again"
 
 
 def test_the_verdict_stands_above_the_pictures(visit: Callable[..., Looker]) -> None:
@@ -180,6 +180,17 @@ def test_two_people_and_one_race(visit: Callable[..., Looker], monkeypatch: pyte
     other.until("!it.status().running")
     assert other.page.is_hidden(".lkr-failure")
     assert not slow.go.is_set()
+
+
+def test_figures_that_are_open_are_drawn_when_a_race_is_over(visit: Callable[..., Looker]) -> None:
+    me = visit()
+    me.page.click("text=Figures to zoom into")
+    if not me.look("it.shown()"):
+        me.page.wait_for_selector("#lkr-none:has-text('No race yet')")
+        assert me.page.locator("#lkr-figures .plot-container:visible").count() == 0, "no empty frames"
+    run_race(me)
+    me.until("document.querySelectorAll('#lkr-figures .js-plotly-plot').length === 2")
+    me.until("!document.querySelector('#lkr-none p').textContent")
 
 
 def test_figures_to_zoom_into(visit: Callable[..., Looker]) -> None:
