@@ -64,7 +64,7 @@ Event = tuple[str, Any, Any]
 
 def _examine(kind: Callable[[], Turns]) -> None:
     for number, (events, rule) in enumerate(_stories()):
-        # Other people in each story, so that what one object remembers of another does no harm before the end.
+        # Other people in each story, so that what one object remembers of another does no harm.
         named = [(what, _renamed(first, number), _renamed(second, number)) for what, first, second in events]
         _tell(kind(), named, rule)
     rule = "two schedulers know nothing of each other: make what you count in `__init__`"
