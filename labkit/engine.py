@@ -47,7 +47,7 @@ from labkit.schedulers import scheduler_class
 from labkit.schedulers.audit import Auditor
 from labkit.speculative.draft_model import draft_model, make_speculator
 from labkit.structured.compiler import FormCompiler
-from labkit.structured.form import AnswerForm
+from labkit.structured.form import AnswerForm, masked
 from labkit.trace.records import StepRecord, TraceMeta
 from labkit.trace.trace import Trace
 
@@ -376,10 +376,11 @@ class Engine(EngineCore):
                     output.logprobs.extend(result.logprobs[row][: len(tokens)])
                 if request.reader:
                     output.text = request.reader.text
-        for request in self.scheduler.running:  # tokens that a form forces take the place of drafts
-            known = len(request.token_ids)
-            if request.form and request.form.forced and request.num_computed_tokens == known - 1:
-                request.drafts = request.form.forced[: request.max_len - known - 1]
+        for request in [request for request in self.scheduler.running if request.form]:
+            known, forced = len(request.token_ids), request.form.forced
+            if forced and request.num_computed_tokens == known - 1:  # these take the place of drafts
+                request.drafts = forced[: request.max_len - known - 1]
+            request.form.start(request.drafts)
         for request_id, reason, _ in record.finished:
             request = self._unfinished.pop(request_id)
             if output := self.outputs.get(request_id):
@@ -389,7 +390,7 @@ class Engine(EngineCore):
                 output.error = request.error
                 output.metrics.finish_time = end
                 output.finish_reason = reason  # last, so that other threads can trust the rest
-            request.reader = None  # a static batch keeps its finished members, and `preview` copies them
+            request.reader = request.form = None  # a static batch keeps its finished members, and `preview` copies them
 
     # -- the end ----------------------------------------------------------------------------------
 

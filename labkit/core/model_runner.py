@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -16,12 +15,11 @@ from labkit.core.kv_cache import KVShape, PagedKVCache
 from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import Request
 from labkit.core.sampler import logprobs_of, sample
-from labkit.outputs import TokenLogprobs, in_one_line
+from labkit.outputs import TokenLogprobs
 
 _UNSOUND = "the model gave NaN or infinity for this request"
 _FEW_LOGITS = 64  # positions of a prompt whose logits are in memory at once
 Chosen = tuple[int, TokenLogprobs | None, bool]  # a token, its log-probabilities, and whether they are sound
-Masks = dict[int, Future[Tensor]]  # rows whose answers have a form: bool (places, vocab_size)
 Ends = dict[int, int]  # rows of a plan, each with the place of its last token in the flattened batch
 
 
@@ -71,7 +69,6 @@ class ModelRunner:
         self.backend, self.graphs = backend, graphs
         self.sample = sample  # these two can be replaced, to time them or to try another rule
         self.accept: Callable[[Sequence[int], Sequence[int]], int] = accept
-        self._mask_maker = ThreadPoolExecutor(1, "masks")
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute every row of a plan in one forward pass, and sample where a row reaches its end."""
@@ -84,10 +81,9 @@ class ModelRunner:
         if rows:
             order = row_order(spans)
             rows, spans = [rows[i] for i in order], [spans[i] for i in order]
-            masks = self._start_masks(plan)
             hidden, ends = self._forward(plan, rows, spans)
             if picked := self._pick(plan, ends, hidden, result):
-                self._sample(plan, picked, hidden, masks, result)
+                self._sample(plan, picked, hidden, result)
             for row in [row for row in rows if plan.requests[row].params.prompt_logprobs is not None]:
                 self._read_prompt(plan, row, hidden[ends[row] + 1 - plan.num_tokens[row] :], result)
         return result
@@ -112,17 +108,14 @@ class ModelRunner:
         inputs = torch.tensor([token_ids + zeros, positions + zeros], device=self.cache.device)  # in one copy
         return self.model(inputs[0], inputs[1], self.cache, metadata), ends
 
-    def _start_masks(self, plan: StepPlan) -> Masks:
-        """Have the masks of answers with a form made on a thread, while the model computes."""
-        wanted = [(row, r.form) for row, r in enumerate(plan.requests) if r.form and plan.samples(row)]
-        return {row: self._mask_maker.submit(f.masks, plan.drafts.get(row, ())) for row, f in wanted}
-
     # Sampling has three stages: which rows, one call for all of them, and what is kept.
     def _pick(self, plan: StepPlan, ends: Ends, hidden: Tensor, result: StepResult) -> Ends:
         """Return the rows that sample."""
         picked, others = Ends(), Ends()
         for row in (*ends, *plan.forks):
-            (picked if plan.samples(row) else others)[row] = ends[plan.forks.get(row, row)]
+            known = len(plan.requests[row].token_ids) + len(plan.drafts.get(row, ()))
+            at_end = plan.starts[row] + plan.num_tokens[row] == known
+            (picked if at_end else others)[row] = ends[plan.forks.get(row, row)]
         if others:  # no logits will tell whether these are sound, and to ask here is to wait for a GPU
             last = hidden[torch.tensor(list(others.values()), device=hidden.device)]  # (rows, hidden_size)
             # A NaN anywhere in a row reaches its last token: later tokens attend to all before them.
@@ -130,29 +123,18 @@ class ModelRunner:
             result.errors |= {row: _UNSOUND for row, fine in zip(others, sound, strict=True) if not fine}
         return picked
 
-    def _sample(self, plan: StepPlan, picked: Ends, hidden: Tensor, masks: Masks, result: StepResult) -> None:
+    def _sample(self, plan: StepPlan, picked: Ends, hidden: Tensor, result: StepResult) -> None:
         """Sample all of these rows in one call: each after its last known token, and after each draft."""
         places: list[int] = []
         requests: list[Request] = []  # as they stand at each place
-        masked: dict[int, slice] = {}  # the rows with a mask, and their places among these
         for row, place in picked.items():
             request, drafts = plan.requests[row], plan.drafts.get(row, ())
             places += range(place - len(drafts), place + 1)
             requests.append(request)
             requests += [request.ahead(drafts[:n]) for n in range(1, len(drafts) + 1)]
-            if row in masks:
-                masked[row] = slice(len(requests) - len(drafts) - 1, len(requests))
         places += range(len(hidden) - plan.num_idle, len(hidden))  # idle seats of a static batch
         logits = self.model.logits(hidden[torch.tensor(places, device=hidden.device)])
-        logits = logits[: len(requests)].clone() if masked else logits[: len(requests)]
-        for row, at in masked.items():
-            try:
-                allowed = masks[row].result()
-                logits[at].masked_fill_(~allowed.to(logits.device), -torch.inf)
-                result.allowed[row] = tuple(allowed.sum(-1).tolist())
-            except Exception as error:  # no other request shall suffer
-                result.errors[row] = in_one_line(error)
-        chosen = zip(*self.sample(logits, requests), strict=True)
+        chosen = zip(*self.sample(logits[: len(requests)], requests), strict=True)
         for row in picked:
             self._keep(plan, row, chosen, result)
 

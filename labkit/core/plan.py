@@ -51,11 +51,6 @@ class StepPlan:
         self.starts.append(start)
         self.num_tokens.append(num_tokens)
 
-    def samples(self, row: int) -> bool:
-        """Whether a row reaches the end of what its request knows, and so samples what comes next."""
-        known = len(self.requests[row].token_ids) + len(self.drafts.get(row, ()))
-        return self.starts[row] + self.num_tokens[row] == known
-
     def draft(self, row: int, drafts: tuple[int, ...]) -> None:
         """Let a row that computes all its known tokens check these drafts, too."""
         self.drafts[row] = drafts
@@ -71,8 +66,6 @@ class StepResult:
     logprobs: list[tuple[TokenLogprobs, ...]] = field(default_factory=list)  # empty, or one entry per row
     errors: dict[int, str] = field(default_factory=dict)  # rows that failed, and what went wrong
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # what each row adds
-    # Where a form restricts an answer: how many tokens it allowed in the place of each sampled one.
-    allowed: dict[int, tuple[int, ...]] = field(default_factory=dict)
     traffic: dict[str, float] = field(default_factory=dict)  # of a parallel model, as fields of `StepRecord`
 
 

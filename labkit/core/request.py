@@ -1,8 +1,4 @@
-"""A request in the engine: a list of tokens, and how many of them are computed. No tensors here.
-
-`num_computed_tokens` counts the tokens whose keys and values are in the cache. Everything the scheduler does
-follows from the distance between it and the number of tokens.
-"""
+"""A request in the engine: a list of tokens, and how many of them are computed. No tensors here."""
 
 from __future__ import annotations
 
@@ -27,14 +23,6 @@ class TokenReader(Protocol):
     def finish(self) -> bool: ...  # no more tokens will come: release the text held back
 
 
-class AnswerForm(Protocol):
-    """The form that an answer must have, and how far it has come in it (see `labkit.structured`)."""
-
-    def push(self, token: int) -> bool: ...  # take the next token; True if nothing may follow
-
-    def masks(self, drafts: Sequence[int]) -> Any: ...  # bool (1 + drafts, vocab_size): what is allowed there
-
-
 @dataclass(slots=True, eq=False, repr=False)
 class Request:
     """One answer that is being generated: the scheduler plans it, and the model runner computes it.
@@ -53,7 +41,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()  # the end of sequence, unless it is ignored, and stop_token_ids
     prompt: str | None = None  # its text, if it came as text
     reader: TokenReader | None = None
-    form: AnswerForm | None = None
+    form: Any = None  # what its answer must be like: an `AnswerForm` of `labkit.structured`
     arrival: int = 0  # its place in the order of arrival, which the scheduler sets
     status: Status = "waiting"
     error: str | None = None
@@ -82,13 +70,11 @@ class Request:
         """Append the next token of the answer; return why the request ends with it, or None."""
         self.token_ids.append(token)
         try:  # the reader sees every token, a stop token too: it skips those that are no text
-            stop = token in self.stop_ids
-            stop |= self.reader is not None and self.reader.push(token)
-            stop = stop or (self.form is not None and self.form.push(token))
+            ends = [part.push(token) for part in (self.form, self.reader) if part is not None]
         except Exception as error:  # no other request shall suffer
             self.error = in_one_line(error)
             return "error"
-        if stop:
+        if any(ends) or token in self.stop_ids:
             return "stop"
         return "length" if len(self.token_ids) >= self.max_len else None
 

@@ -7,11 +7,17 @@ come next, what follows a token, back again for drafts that were only tried, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from labkit.core.request import Request
+
+Sample = Callable[[Tensor, Sequence[Request]], Any]  # `labkit.core.sampler.sample`
+_maker = ThreadPoolExecutor(1, "masks")  # makes masks while the model computes
 
 
 class Matcher(Protocol):
@@ -50,21 +56,45 @@ class AnswerForm:
         matcher: the answer's place in its form.
         stop_ids: the tokens that end it; they are allowed where the form is complete.
         jump_ahead: whether `forced` names the tokens that must come next.
+
+    Attributes:
+        forced: the tokens that must come next.
+        allowed: for each token that was taken since `start`, how many were allowed in its place.
     """
 
     def __init__(self, matcher: Matcher, stop_ids: frozenset[int], *, jump_ahead: bool) -> None:
         self._matcher, self._jump_ahead = matcher, jump_ahead
         self._stop_ids = sorted(stop_ids)
-        self.forced: tuple[int, ...] = ()  # the tokens that must come next
+        self.forced: tuple[int, ...] = ()
+        self._num_taken = 0
         self._look_ahead()
+        self.start()
 
     def push(self, token: int) -> bool:
         """Take the next token of the answer. Return whether nothing may follow it."""
+        masks, place = self._making.result(), len(self.allowed)
+        self.allowed += (int(masks[min(place, len(masks) - 1)].sum()),)
+        self._num_taken += 1
+        if token in self._stop_ids:
+            return True
         if not self._matcher.advance(token):
             raise ValueError(f"token {token} breaks the form that the answer must have")
         self.forced = self.forced[1:]
         self._look_ahead()
         return self._matcher.is_over
+
+    def start(self, drafts: Sequence[int] = ()) -> None:
+        """Begin to make the masks of the next step, on a thread: of the next place, and after each draft."""
+        self.allowed: tuple[int, ...] = ()
+        self._drafts = tuple(drafts)
+        self._making: Future[Tensor] = _maker.submit(self.masks, self._drafts)
+
+    def result(self, request: Request) -> Tensor:
+        """Return what is allowed next where a request stands, drafts ahead or not: bool (tokens,)."""
+        drafts = tuple(request.output_token_ids[self._num_taken :])
+        if drafts != self._drafts[: len(drafts)]:
+            self.start(drafts)
+        return self._making.result()[len(drafts)]
 
     def masks(self, drafts: Sequence[int] = ()) -> Tensor:
         """Return which tokens may come next, and after each draft: bool (1 + drafts, tokens).
@@ -99,3 +129,17 @@ class AnswerForm:
     def _look_ahead(self) -> None:
         if self._jump_ahead and not self.forced:
             self.forced = tuple(self._matcher.forced())
+
+
+def masked(sample: Sample) -> Sample:
+    """Return a sampler that gives each answer only tokens that its form allows."""
+
+    def sample_masked(logits: Tensor, requests: Sequence[Request]) -> Any:
+        rows = [row for row, request in enumerate(requests) if request.form is not None]
+        if rows:
+            allowed = torch.stack([requests[row].form.result(requests[row]) for row in rows])
+            logits = logits.clone()
+            logits[rows] = logits[rows].masked_fill(~allowed.to(logits.device), -torch.inf)
+        return sample(logits, requests)
+
+    return sample_masked
