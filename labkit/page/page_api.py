@@ -108,8 +108,11 @@ class Api:
         return await _answer(lambda: self._known(order) and self.lab.play(visitor, scenario, settings, **how))
 
     async def rename(self, order: dict[str, Any]) -> str:
-        """Take a name that others see."""
-        name = self.lab.visitors.rename(text_in(order, "visitor"), text_in(order, "name"))
+        """Take a name that others see. A page sends it first, and is heard from with it."""
+        visitor, visitors = text_in(order, "visitor"), self.lab.visitors
+        if visitor not in visitors:  # else its first request, if it comes before its next pull, is nobody's
+            visitors.hear(visitor)
+        name = visitors.rename(visitor, text_in(order, "name"))
         return json.dumps({"name": name})
 
     def _change(self, order: dict[str, Any], settings: dict[str, Any], running: str) -> dict[str, Any]:

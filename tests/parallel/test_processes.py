@@ -75,6 +75,8 @@ def test_the_others_end_with_the_model() -> None:
 def test_no_process_is_left_behind(how: signal.Signals) -> None:
     """A Ctrl-C goes to the whole terminal; here it goes to the first process alone."""
     script = (
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
         "from labkit import Engine, EngineConfig, SamplingParams\n"
         "engine = Engine(EngineConfig('tiny-random', tensor_parallel_size=2), say=None)\n"
         "print(engine.model.module.workers.processes[0].pid, flush=True)\n"
@@ -87,7 +89,9 @@ def test_no_process_is_left_behind(how: signal.Signals) -> None:
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
     )
     with first:
-        other = psutil.Process(int(first.stdout.readline()))
-        first.send_signal(how)
-        wait_for(lambda: gone(other))
-        first.kill()
+        try:
+            other = psutil.Process(int(first.stdout.readline()))
+            first.send_signal(how)
+            wait_for(lambda: gone(other))
+        finally:
+            first.kill()

@@ -148,7 +148,9 @@ def test_damage_is_found_wherever_it_is(place: int, bit: int) -> None:
 BUFFER = KVPages([1, 2, 3, 4], torch.arange(64.0).view(2, 1, 2, 2, 4, 2), "a model").to_bytes()
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"\xff" * 40, BUFFER[:-1], BUFFER[:30], BUFFER + b"0"])
+@pytest.mark.parametrize(
+    "data", [b"", b"{}", b"\xff" * 40, BUFFER[:-1], BUFFER[:30], BUFFER + b"0"], ids=range(6)
+)
 def test_what_is_no_buffer_of_pages_is_named(data: bytes) -> None:
     with pytest.raises(TransferError, match="these"):
         KVPages.from_bytes(data)

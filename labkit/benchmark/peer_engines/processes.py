@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from labkit.benchmark.engine.meter import peak_resident
 from labkit.benchmark.serving.processes import ServerProcess
 
 _WORKER = Path(__file__).with_name("worker.py")
+_LOOK = 0.5  # seconds between looks at whether a process is still there
 _STOP = 20.0  # seconds until a process must be gone
 _SPACE_GIB = "1"  # of the KV cache of vLLM, which would take 4 otherwise
 
@@ -97,6 +100,7 @@ class Worker:
             stderr=self._log,
             text=True,
             encoding="utf-8",
+            start_new_session=True,
         )
         self.process = psutil.Process(self._popen.pid)
         try:
@@ -118,21 +122,20 @@ class Worker:
 
     def close(self) -> None:
         """End the process and its children, by force if they do not end in time."""
-        family = _family(self.process) if self.process.is_running() else []
-        for each in family:  # its children too: they may not end with it
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.terminate()
-        _, alive = psutil.wait_procs(family, _STOP)
-        for each in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-        psutil.wait_procs(alive, _STOP)
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):  # all of them: children may outlive their parent
+                os.killpg(self._popen.pid, how)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(_STOP)
         self._popen.communicate()  # which closes the pipes
         self._log.close()
 
     def _read(self) -> dict[str, Any]:
-        line = self._popen.stdout.readline() if self._popen.stdout else ""
-        if line:
+        pipe = self._popen.stdout
+        while pipe and not select.select([pipe], [], [], _LOOK)[0]:
+            if self._popen.poll() is not None:  # its children may hold the pipe open, and say nothing
+                pipe = None
+        if line := pipe.readline() if pipe else "":
             return json.loads(line)
         self._log.seek(0)
         words = [word for word in self._log.read().decode(errors="replace").splitlines() if word.strip()]
