@@ -152,7 +152,8 @@ class Engine(EngineCore):
         self.speculator = make_speculator(config, self.model, self.runner, draft, say)
         bound = config.max_step_seconds
         self.step_bound = StepBound(policy, bound, config.block_size) if bound else None
-        threads = config.num_threads or usual_threads()
+        # The processes of a parallel model have shared the threads out when it was loaded.
+        threads = torch.get_num_threads() if parallel else config.num_threads or usual_threads()
         adaptive = config.adaptive_threads and module.device.type == "cpu" and threads > 1 and not parallel
         self.threads = ThreadBudget(threads) if adaptive else None
         if torch.get_num_threads() != threads:  # another engine has left cores to other processes
@@ -270,7 +271,7 @@ class Engine(EngineCore):
             for i, name in enumerate(answer_ids(request_id, params.n))
         )
         first.children = others
-        self._check_unused(first)
+        self.check_unused(first)
         self.scheduler.check(first)
         return first
 
@@ -289,7 +290,8 @@ class Engine(EngineCore):
             return None
         return self.forms.start(params.structured, stop_ids, params.max_tokens)
 
-    def _check_unused(self, request: Request) -> None:
+    def check_unused(self, request: Request) -> None:
+        """Raise `ValueError` if an output has the id of a request or one of its children."""
         for member in (request, *request.children):
             if member.request_id in self.outputs:
                 raise ValueError(f"request_id {member.request_id!r} is already in use")
@@ -301,15 +303,14 @@ class Engine(EngineCore):
 
     def add(self, request: Request) -> None:
         """Queue a request and its children, for the next step on. Raises as `add_request` does."""
-        self.scheduler.check(request)
-        self.register(request)
+        self.check_unused(request)
+        family = [request, *request.children]  # the scheduler may take the children over at once
         super().add(request)
+        self.open_outputs(family)
 
-    def register(self, request: Request) -> None:
-        """Open an output for a request and its children. Raises `ValueError` if an id is in use."""
-        self._check_unused(request)
-        family = [request, *request.children]
-        now = time.perf_counter()
+    def open_outputs(self, family: Sequence[Request]) -> None:
+        """Open an output for a request and its children, whose ids nobody has."""
+        request, now = family[0], time.perf_counter()
         for index, member in enumerate(family):
             self._unfinished[member.request_id] = member
             self.outputs[member.request_id] = RequestOutput(

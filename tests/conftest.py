@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+import tests.own_progress  # noqa: F401
+
 # Where there is no GPU, Triton's kernels run on the CPU. To be said before anything imports Triton.
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 # Tests run side by side, as do the notebooks' kernels: threads that wait for each other would take it all.

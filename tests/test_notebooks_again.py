@@ -41,8 +41,8 @@ def test_the_tour_foretells_the_run_again() -> None:
 
 
 def test_calls_can_be_made_again_until_the_server_is_closed() -> None:
-    opens, calls = place("11", "door.start()"), place("11", "client = OpenAI(")
+    opens, calls = place("11", "serving.start()"), place("11", "client = OpenAI(")
     *_, first, again = run("11", [1, opens, calls, calls])
     assert first == again and first.count("first: ") == 1
     with pytest.raises(CellExecutionError, match="the server is closed: run the first cell of this section"):
-        run("11", [1, opens, calls, "server.should_exit = True\ndoor.join()", calls])
+        run("11", [1, opens, calls, "server.should_exit = True\nserving.join()", calls])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 
-from labkit.analysis.capacity.clock import FittedClock, fit
+from labkit.analysis.capacity.clock import TERMS, FittedClock, fit
 from labkit.analysis.roofline import StepWork
 from labkit.core.scheduler import Scheduler
 from labkit.trace.records import StepRecord
@@ -27,7 +27,8 @@ class StepBound:
     """Sets a scheduler's token budget before each step, so that the step takes no longer than a bound.
 
     Answers that run get their tokens all the same, and beside them there are always `least` tokens for
-    prompts, so that these get on. Where that alone takes longer than the bound, steps do.
+    prompts, so that these get on. Where that alone takes longer than the bound, steps do. So does one
+    in which a newcomer finds a long prompt in the prefix cache: its keys are not known before.
 
     Args:
         scheduler: the scheduler whose `max_num_batched_tokens` is set, never above what it is now.
@@ -53,12 +54,13 @@ class StepBound:
             self._recent.append(record.seconds / max(self._clock(work), 1e-9))
         self._seen.setdefault(work.tokens.bit_length(), deque(maxlen=_KEPT)).append(record)
         self._until_fit -= 1
-        samples = [each for some in self._seen.values() for each in some]
-        # Steps of one size do not tell what a step costs and what its tokens do.
-        if self._until_fit <= 0 and len(self._seen) > 1 and len(samples) > 5:
-            self._clock = fit(samples)
-            self._recent.clear()
-            self._until_fit = min(_EVERY, len(samples) // 2)
+        if self._until_fit <= 0:
+            samples = [each for some in self._seen.values() for each in some]
+            if len(samples) > 5:
+                # Steps of one size do not tell what a step costs and what a token does: then tokens cost all.
+                self._clock = fit(samples, TERMS[:3] if len(self._seen) > 1 else ("tokens", "keys"))
+                self._recent.clear()
+                self._until_fit = min(_EVERY, len(samples) // 2)
         left = self.seconds * _MARGIN
         if self._clock is None:  # a step with a fixed part never takes more than its share of tokens
             self._set(int(work.tokens * min(_GROWTH, left / max(record.seconds, 1e-9))))

@@ -81,8 +81,9 @@ class DisaggregatedEngine(Engine):
         if short or request.params.prompt_logprobs is not None or self._failure:
             super().add(request)
             return
+        self.check_unused(request)
         self.scheduler.check(request)
-        self.register(request)
+        self.open_outputs([request, *request.children])
         self._outside[request.request_id] = request
         self.elsewhere[request.request_id] = _UNSENT
 
@@ -125,12 +126,14 @@ class DisaggregatedEngine(Engine):
 
     def _send(self) -> None:
         """Send prompts, in order of priority, as long as there are seats and pages for them here."""
+        unsent = [r for name, r in self._outside.items() if self.elsewhere[name] == _UNSENT]
+        if not unsent:
+            return
         there = [r for name, r in self._outside.items() if self.elsewhere[name] == _THERE]
         here = self.scheduler.requests.values()
         seats = self.scheduler.max_num_seqs - sum(1 + len(r.children) for r in there) - len(here)
         coming = [*there, *(r for r in here if r.status == "waiting")]
         room = self.pool.num_free - sum(self.pool.blocks_for(r.num_prompt_tokens + 1) for r in coming)
-        unsent = [r for name, r in self._outside.items() if self.elsewhere[name] == _UNSENT]
         for request in sorted(unsent, key=lambda r: r.priority):
             need = self.pool.blocks_for(request.num_prompt_tokens + 1)
             if (seats < 1 or need > room) and (there or here):  # alone, it has all the room that there is
@@ -167,7 +170,7 @@ class DisaggregatedEngine(Engine):
 
     def _arrive(self, request: Request) -> None:
         del self._outside[request.request_id], self.elsewhere[request.request_id]
-        EngineCore.add(self, request)  # it is registered already
+        EngineCore.add(self, request)  # its output is open already
         for child in [child.request_id for child in request.children]:
             if child in self._aborted:
                 self._aborted.discard(child)
@@ -181,10 +184,8 @@ class DisaggregatedEngine(Engine):
             self.scheduler.finish(member, "error")
 
     def _tell(self, message: Load | Prompt | Forget) -> None:
-        pipe = ends(self._other.stdin)
         with contextlib.suppress(OSError):  # that it has ended is learnt where its answers are read
-            pickle.dump(message, pipe)
-            pipe.flush()
+            processes.send(ends(self._other.stdin), message)
 
 
 def _receive(pipe: IO[bytes], arrived: queue.SimpleQueue[Arrival | None]) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import queue
-import signal
-import sys
 import threading
 import time
 from typing import BinaryIO
@@ -15,6 +12,7 @@ from labkit.config import EngineConfig
 from labkit.disaggregated.messages import Computed, Forget, Load, Prompt
 from labkit.engine import Engine
 from labkit.outputs import in_one_line
+from labkit.parallel.processes import answer, send
 from labkit.sampling_params import SamplingParams
 from labkit.transfer import export_kv
 
@@ -25,7 +23,7 @@ def run(messages: BinaryIO, answers: BinaryIO) -> None:
     """Compute the prompts that arrive, as one batch that they join and leave."""
     load: Load = pickle.load(messages)
     engine = Engine(EngineConfig(**load.config), say=None)
-    _send(answers, Computed("", b"", 0.0))  # ready
+    send(answers, Computed("", b"", 0.0))  # ready
     inbox: queue.SimpleQueue[Prompt | Forget | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(messages, inbox), daemon=True).start()
     began: dict[str, float] = {}
@@ -43,7 +41,7 @@ def run(messages: BinaryIO, answers: BinaryIO) -> None:
                 )
                 began[message.request_id] = time.perf_counter()
             except ValueError as error:
-                _send(answers, Computed(message.request_id, b"", 0.0, in_one_line(error)))
+                send(answers, Computed(message.request_id, b"", 0.0, in_one_line(error)))
         for request_id, reason, _ in engine.step().finished:
             output = engine.outputs.pop(request_id)
             seconds = time.perf_counter() - began.pop(request_id)
@@ -51,7 +49,7 @@ def run(messages: BinaryIO, answers: BinaryIO) -> None:
                 pages, error = b"", output.error or ""
                 if not error:
                     pages = export_kv(engine, output.prompt_token_ids).to_bytes()
-                _send(answers, Computed(request_id, pages, seconds, error))
+                send(answers, Computed(request_id, pages, seconds, error))
 
 
 def _read(messages: BinaryIO, inbox: queue.SimpleQueue[Prompt | Forget | None]) -> None:
@@ -62,13 +60,5 @@ def _read(messages: BinaryIO, inbox: queue.SimpleQueue[Prompt | Forget | None]) 
         inbox.put(None)
 
 
-def _send(answers: BinaryIO, what: Computed) -> None:
-    pickle.dump(what, answers)
-    answers.flush()
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    own = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not come between answers
-    run(sys.stdin.buffer, own)
+    answer(run)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -17,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from labkit.models.cache_dir import system_folder
 from labkit.views.picture import in_colab
 
 _LONGEST = 400  # characters of a score
@@ -92,13 +92,8 @@ def progress_file() -> Path:
     """Return `$LABKIT_PROGRESS`, or a file in the place that the operating system has for a user's data."""
     if chosen := os.environ.get("LABKIT_PROGRESS"):
         return Path(chosen).expanduser().absolute()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
-    else:
-        base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(base) / "labkit" / "progress.jsonl"
+    place = system_folder("Application Support", "XDG_DATA_HOME", ".local/share")
+    return place / "labkit" / "progress.jsonl"
 
 
 def keep(exercise_id: str, score: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from labkit.core.model import Transformer
 from labkit.kernels.int8 import from_quantized, pick_kernel, quantize
 from labkit.models.architecture import build, shape_of
-from labkit.models.cache_dir import cache_dir
+from labkit.models.cache_dir import cache_dir, written_whole
 from labkit.models.checkpoint import Config
 from labkit.models.progress import Say, tell
 
@@ -65,14 +64,11 @@ def int8_model(
 
 def _keep(copy: Path, tensors: dict[str, Tensor], say: Say | None) -> None:
     """Save a copy, whole or not at all."""
-    part = copy.with_suffix(f".{os.getpid()}.part")
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part)
-        part.replace(copy)
+        with written_whole(copy) as part:
+            save_file(tensors, part)
     except OSError as error:  # a full or read-only disk: we do without the copy
-        if part.is_file():
-            part.unlink()
         tell(say, f"The copy could not be kept: {error}")
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, BinaryIO
 
 
 def start(module: str) -> subprocess.Popen[bytes]:
@@ -41,3 +44,17 @@ def ends(pipe: IO[bytes] | None) -> IO[bytes]:
     if pipe is None:
         raise ValueError("this process was started without pipes")
     return pipe
+
+
+def send(pipe: IO[bytes], message: Any) -> None:
+    """Write a message to a pipe, at once. Raises `OSError` if nobody reads it any more."""
+    pickle.dump(message, pipe)
+    pipe.flush()
+
+
+def answer(run: Callable[[BinaryIO, BinaryIO], None]) -> None:
+    """Be a process that `start` started: run a function of messages and answers. Ctrl-C is not for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not come between answers
+    run(sys.stdin.buffer, answers)

@@ -5,10 +5,8 @@ It ends when its standard input does.
 
 from __future__ import annotations
 
-import os
+import contextlib
 import pickle
-import signal
-import sys
 from typing import BinaryIO
 
 import torch
@@ -22,6 +20,7 @@ from labkit.outputs import in_one_line
 from labkit.parallel.group import Group
 from labkit.parallel.load import spread_over
 from labkit.parallel.messages import Forward, Load, Logits
+from labkit.parallel.processes import answer, send
 
 
 class Worker:
@@ -88,15 +87,9 @@ def run(messages: BinaryIO, answers: BinaryIO) -> None:
 
 
 def _answer(answers: BinaryIO, what: str | None) -> None:
-    try:
-        pickle.dump(what, answers)
-        answers.flush()
-    except OSError:  # nobody listens any more
-        pass
+    with contextlib.suppress(OSError):  # nobody listens any more
+        send(answers, what)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    own = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not come between answers
-    run(sys.stdin.buffer, own)
+    answer(run)

@@ -60,8 +60,7 @@ class Workers:
         """
         with self.together():
             for process, own in zip(self.processes, arguments, strict=True):
-                pickle.dump(Load(own, self.meeting, threads), ends(process.stdin))
-                ends(process.stdin).flush()
+                processes.send(ends(process.stdin), Load(own, self.meeting, threads))
             for process in self.processes:
                 pickle.load(ends(process.stdout))  # nothing, as soon as it has loaded
             self.group = Group(self.meeting, 0, 1 + len(self.processes), device)

@@ -8,7 +8,10 @@ from __future__ import annotations
 import argparse
 import os
 import socket
-from typing import TYPE_CHECKING, NoReturn
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from labkit.config import EngineConfig
 
 if TYPE_CHECKING:
     from labkit.models.load import LoadedModel
@@ -209,6 +212,16 @@ def check_address(host: str, port: int) -> None:
         ) from None
 
 
+def engine_config(options: argparse.Namespace, **own: Any) -> EngineConfig:
+    """Return the settings that options stand for: each option of a field's name is that field, but for `own`.
+
+    Raises:
+        ValueError: as `EngineConfig` does.
+    """
+    names = {entry.name for entry in fields(EngineConfig)}
+    return EngineConfig(**{name: value for name, value in vars(options).items() if name in names} | own)
+
+
 def load(options: argparse.Namespace, *, trace_steps: int) -> AsyncEngine:
     """Load the model and start the engine.
 
@@ -219,30 +232,14 @@ def load(options: argparse.Namespace, *, trace_steps: int) -> AsyncEngine:
     Raises:
         StartError: if the engine cannot start.
     """
-    from labkit.config import EngineConfig
     from labkit.disaggregated import DisaggregatedEngine
     from labkit.engine import Engine
     from labkit.models.errors import is_out_of_memory
     from labkit.serving.async_engine import AsyncEngine
 
     def build() -> Engine:
-        config = EngineConfig(
-            model=options.model,
-            dtype=options.dtype,
-            device=options.device,
-            quantization=options.quantization,
-            block_size=options.block_size,
-            num_blocks=options.num_blocks,
-            max_num_seqs=options.max_num_seqs,
-            max_num_batched_tokens=options.max_num_batched_tokens,
-            scheduler=options.scheduler,
-            tensor_parallel_size=options.tensor_parallel_size,
-            speculative=options.speculative,
-            draft_model=_draft_model(options),
-            num_speculative_tokens=options.num_speculative_tokens,
-            max_trace_steps=trace_steps,
-            generation_config=options.generation_config,
-        )
+        own = {"draft_model": _draft_model(options), "max_trace_steps": trace_steps}
+        config = engine_config(options, **own)
         return DisaggregatedEngine(config) if options.disaggregated else Engine(config)
 
     try:

@@ -333,16 +333,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--html", metavar="TRACE", help="write this trace (JSON Lines) as one web page beside it, and no more"
     )
     cli.add_engine(parser, num_blocks=None)
-    given = vars(parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
     try:
-        if given["html"] is not None:
-            text = _write_page(Path(given["html"]))
+        if options.html is not None:
+            text = _write_page(Path(options.html))
         else:
-            names = {entry.name for entry in fields(EngineConfig)}
-            found = commands(EngineConfig(**{name: value for name, value in given.items() if name in names}))
-            text = "\n\n".join(map(str, found.values()))
+            text = "\n\n".join(map(str, commands(cli.engine_config(options)).values()))
     except (ValueError, OSError) as error:
-        about = "" if given["html"] is None else "--html: "
+        about = "" if options.html is None else "--html: "
         print(f"labkit.export: {about}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(text)

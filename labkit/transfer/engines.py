@@ -15,6 +15,7 @@ import torch
 
 from labkit.core.attention import Span, build_metadata
 from labkit.engine import Engine
+from labkit.models.cache_dir import written_whole
 from labkit.parallel.model import ParallelTransformer
 from labkit.transfer.pages import KVPages, TransferError
 
@@ -91,13 +92,9 @@ def import_kv(engine: Engine, pages: KVPages, *, compare: bool = True) -> int:
 
 def save_session(engine: Engine, token_ids: Sequence[int], path: str | os.PathLike[str]) -> int:
     """Keep the pages of a text in a file; return how many tokens that is. Raises as `export_kv` does."""
-    pages, file = export_kv(engine, token_ids), Path(path)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
+    pages = export_kv(engine, token_ids)
+    with written_whole(Path(path)) as part:
         part.write_bytes(pages.to_bytes())
-        part.replace(file)  # whole or not at all
-    finally:
-        part.unlink(missing_ok=True)
     return len(pages.token_ids)
 
 

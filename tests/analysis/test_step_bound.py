@@ -31,8 +31,9 @@ class Server:
 
     def add(self, prompt: int, answer: int) -> None:
         params = SamplingParams(max_tokens=answer, ignore_eos=True)
-        name = str(len(self.scheduler.requests) + 1000 * len(self.records))
-        self.scheduler.add(Request(name, list(range(1, prompt + 1)), params, max_len=prompt + answer))
+        name = len(self.scheduler.requests) + 1000 * len(self.records)
+        tokens = [name, *range(1, prompt)]  # nobody finds another's prompt in the prefix cache
+        self.scheduler.add(Request(str(name), tokens, params, max_len=prompt + answer))
 
     def step(self) -> StepRecord:
         running = self.scheduler.running

@@ -7,6 +7,7 @@ import json
 import stat
 import sys
 import textwrap
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -23,6 +24,7 @@ from labkit.benchmark.peer_engines.compare import compare, read_peers
 from labkit.benchmark.peer_engines.processes import Sizes, busy_core, llama_server, worker
 from labkit.benchmark.peer_engines.table import Row, ratios
 
+PATIENCE = 120  # seconds until a test gives up; nothing is decided by it
 SIZES = Sizes("tiny-random", "", threads=1, seats=3, budget=64, longest=60)
 JOBS = [Job([number + 1] * (number + 2), 3 + number % 4) for number in range(8)]
 
@@ -39,7 +41,13 @@ def program(path: Path, text: str) -> str:
 
 
 def ended(pids: Sequence[int]) -> bool:
-    return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids)
+    """Whether they end, now or soon: the kernel takes its time with what is killed."""
+    until = time.monotonic() + PATIENCE
+    left = set(pids)
+    while left and time.monotonic() < until:
+        time.sleep(0.01)
+        left = {pid for pid in left if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"}
+    return not left
 
 
 # -- what is asked for ----------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def test_a_file_that_cannot_be_written_costs_one_line(
 def test_it_lies_where_the_system_keeps_a_users_data(
     platform: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress.sys, "platform", platform)
+    monkeypatch.setattr(sys, "platform", platform)
     for name, folder in (("XDG_DATA_HOME", "data"), ("LOCALAPPDATA", "local"), ("HOME", "home")):
         monkeypatch.setenv(name, str(tmp_path / folder))
     assert str(progress_file()).startswith(str(tmp_path / "new"))  # $LABKIT_PROGRESS comes first
@@ -134,8 +134,8 @@ def test_it_lies_where_the_system_keeps_a_users_data(
 
 
 def test_a_test_run_never_writes_into_the_users_own_file() -> None:
-    """`conftest.py` beside the README names a file in a folder of its own, for kernels too."""
-    code = "import conftest; from labkit.exercises.progress import progress_file; print(progress_file())"
+    """`own_progress.py` names a file in a folder of its own, for kernels too."""
+    code = "import tests.own_progress; from labkit.exercises import progress; print(progress.progress_file())"
     users = {"LABKIT_PROGRESS": "/users/own.jsonl"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ | users, capture_output=True, text=True

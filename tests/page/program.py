@@ -14,6 +14,15 @@ ROOT = Path(__file__).parents[2]
 PATIENCE = 120  # seconds until a test gives up; nothing is decided by it
 
 
+def until_it_listens(process: subprocess.Popen[str]) -> list[str]:
+    """What the program prints until it has started."""
+    lines = []
+    while not lines or not lines[-1].startswith("Ctrl-C"):
+        lines.append(process.stdout.readline())
+        assert lines[-1], lines
+    return lines
+
+
 @contextlib.contextmanager
 def program(*options: str, port: int | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process, once it listens, and its address."""
@@ -25,10 +34,7 @@ def program(*options: str, port: int | None = None) -> Iterator[tuple[subprocess
     )
     with process:
         try:
-            lines = []
-            while not lines or not lines[-1].startswith("Ctrl-C"):
-                lines.append(process.stdout.readline())
-                assert lines[-1], lines
+            until_it_listens(process)
             yield process, f"http://127.0.0.1:{port}"
         finally:
             process.kill()

@@ -19,6 +19,7 @@ from labkit.page.gradio_page import Page
 from labkit.page.joining import lan_address
 from labkit.page.sse import PATH
 from labkit.serving.asgi import beside
+from tests.page.program import until_it_listens
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120  # seconds until a test gives up; nothing is decided by it
@@ -160,10 +161,7 @@ def test_the_hosts_link_can_be_opened_from_elsewhere() -> None:
     )
     with process:
         try:
-            lines = []
-            while not lines or not lines[-1].startswith("Ctrl-C"):
-                lines.append(process.stdout.readline())
-                assert lines[-1], lines
+            lines = until_it_listens(process)
         finally:
             process.kill()
     local, reached = (f"http://{host}:{port}" for host in ("127.0.0.1", here or "127.0.0.1"))

@@ -33,7 +33,7 @@ def answered(me: Visitor, lab: Lab) -> list[str]:
 
 
 def steps_in(words: str) -> list[str]:
-    return re.findall(r"steps? \d+(?: to \d+)?|of \d[\d,]* tokens|\d+ chunks", words)
+    return re.findall(r"steps? \d+(?: to \d+)?|(?<!each )of \d[\d,]* tokens|\d+ chunks", words)
 
 
 def test_the_third_question_is_answered_in_a_box_of_its_own(come: Callable[..., Visitor], lab: Lab) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from labkit import Engine, EngineConfig, SamplingParams
 from labkit.parallel import ParallelError, group
@@ -61,6 +62,19 @@ def test_a_process_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ParallelError, match="the processes of this model failed"):
         engine.step()
     assert gone(process)
+
+
+def test_processes_share_the_threads_of_one() -> None:
+    usual = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        engine = engine_of_two()
+        assert torch.get_num_threads() == 1  # and as many in the other
+        engine.add_request("The rabbit", SamplingParams(max_tokens=2))
+        engine.run()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(usual)
 
 
 def test_the_others_end_with_the_model() -> None:

@@ -200,7 +200,12 @@ def test_chat_and_its_usage(client: OpenAI, site: Served) -> None:
 
 
 def test_a_stream_and_its_usage(client: OpenAI, site: Served) -> None:
-    answer, whole = client.stream(temperature=0, max_tokens=12), client.chat(temperature=0, max_tokens=12)
+    site.live.speed = 20  # so slow that a reader keeps up
+    try:
+        answer = client.stream(temperature=0, max_tokens=12)
+    finally:
+        site.live.speed = None
+    whole = client.chat(temperature=0, max_tokens=12)
     assert "".join(answer.texts) == whole.texts[0]
     assert sum(map(bool, answer.texts)) > 3  # it came in pieces
     assert (answer.reason, answer.usage) == (whole.reason, whole.usage)

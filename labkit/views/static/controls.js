@@ -21,7 +21,7 @@ Object.assign(labkit, (() => {
   ];
 
   const NAMES = { ngram: "n-gram" };
-  const toText = (value) => (value === null ? "off" : String(value)), 
+  const toText = (value) => (value === null ? "off" : String(value)),
     fromText = (text) => (text === "off" ? null : Number(text) || text);
 
   // The scenario and the knobs that the address asks for.

@@ -1,0 +1,54 @@
+"""The options that programs share, and the settings that they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from labkit.config import EngineConfig
+from labkit.serving import cli
+
+
+def options(*given: str):
+    parser = cli.Parser()
+    cli.add_engine(parser, num_blocks=None)
+    return parser.parse_args(given)
+
+
+def test_every_option_reaches_the_settings() -> None:
+    given = {
+        "model": "tiny-random",
+        "device": "cpu",
+        "dtype": "float32",
+        "quantization": "int8",
+        "num_blocks": 50,
+        "block_size": 8,
+        "max_num_seqs": 3,
+        "max_num_batched_tokens": 70,
+        "tensor_parallel_size": 2,
+        "max_step_seconds": 0.5,
+        "speculative": "ngram",
+        "num_speculative_tokens": 4,
+        "generation_config": "labkit",
+    }
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    config = cli.engine_config(options(*words))
+    assert {name: getattr(config, name) for name in given} == given
+    known = {entry.name for entry in fields(EngineConfig)}
+    untold = vars(options()).keys() & known - given.keys()
+    assert untold == {"scheduler", "draft_model"}  # which go with other settings
+    assert cli.engine_config(options("--scheduler", "naive")).scheduler == "naive"
+    assert cli.engine_config(options(), draft_model="small", speculative="draft").draft_model == "small"
+
+
+def test_a_started_engine_has_the_settings_of_its_options() -> None:
+    asked = options("--model", "tiny-random", "--max-step-seconds", "0.5", "--num-blocks", "20")
+    with cli.load(asked, trace_steps=7) as live:
+        config = live.engine.config
+        assert (config.max_step_seconds, config.num_blocks, config.max_trace_steps) == (0.5, 20, 7)
+
+
+def test_settings_that_cannot_work_together_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_step_seconds needs scheduler"):
+        cli.engine_config(options("--max-step-seconds", "1", "--scheduler", "naive"))
