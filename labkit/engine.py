@@ -47,7 +47,7 @@ from labkit.schedulers import scheduler_class
 from labkit.schedulers.audit import Auditor
 from labkit.speculative.draft_model import draft_model, make_speculator
 from labkit.structured.compiler import FormCompiler
-from labkit.structured.form import AnswerForm, masked
+from labkit.structured.form import AnswerForm
 from labkit.trace.records import StepRecord, TraceMeta
 from labkit.trace.trace import Trace
 
@@ -112,7 +112,7 @@ class Engine(EngineCore):
             self.auditor = Auditor(
                 self.scheduler, self.pool, config.max_num_batched_tokens, config.max_num_seqs
             )
-        self.forms = FormCompiler(self.model, jump_ahead=config.jump_ahead)
+        self.forms = FormCompiler(self.model)
         self.outputs: dict[str, RequestOutput] = {}
         self._unfinished: dict[str, Request] = {}
         self._numbers = itertools.count()
@@ -378,9 +378,10 @@ class Engine(EngineCore):
                 if request.reader:
                     output.text = request.reader.text
         for request in [request for request in self.scheduler.running if request.form]:
-            known, forced = len(request.token_ids), request.form.forced
-            if forced and request.num_computed_tokens == known - 1:  # these take the place of drafts
-                request.drafts = forced[: request.max_len - known - 1]
+            known, drafts = len(request.token_ids), request.drafts if self.speculator else ()
+            if self.config.jump_ahead and request.num_computed_tokens == known - 1:
+                drafts = request.form.forced or drafts  # these are always accepted
+            request.drafts = drafts[: request.max_len - known - 1]
             request.form.start(request.drafts)
         for request_id, reason, _ in record.finished:
             request = self._unfinished.pop(request_id)
@@ -391,7 +392,7 @@ class Engine(EngineCore):
                 output.error = request.error
                 output.metrics.finish_time = end
                 output.finish_reason = reason  # last, so that other threads can trust the rest
-            request.reader = request.form = None  # a static batch keeps its finished members, and `preview` copies them
+            request.reader = request.form = None  # a static batch keeps members that `preview` copies
 
     # -- the end ----------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from functools import cached_property, lru_cache
 
 from labkit.models.load import LoadedModel
@@ -17,22 +18,20 @@ _MOST_FORMS = 16  # that are kept compiled
 
 
 class FormCompiler:
-    """Compiles forms for a model. Any thread may call it.
+    """Compiles forms for a model, each once. Any thread may call it: the others wait until a form is compiled.
 
     A choice and a regular expression become an automaton of our own, JSON and grammars go to the library.
 
     Args:
         model: the model.
-        jump_ahead: whether tokens that a form forces are computed without a choice, several in a step.
     """
 
-    def __init__(self, model: LoadedModel, *, jump_ahead: bool = True) -> None:
-        self._model, self._jump_ahead = model, jump_ahead
-        self.compile = lru_cache(_MOST_FORMS)(self._compile)
+    def __init__(self, model: LoadedModel) -> None:
+        self._model, self._lock = model, threading.RLock()
+        self._compiled = lru_cache(_MOST_FORMS)(self._compile)
 
     @cached_property
-    def vocabulary(self) -> Vocabulary:
-        """The model's tokens."""
+    def _vocabulary(self) -> Vocabulary:
         if isinstance(self._model.tokenizer, NoTokenizer):
             raise ValueError("structured needs text, and the model has no tokenizer")
         ends = self._model.eos_token_ids
@@ -40,35 +39,45 @@ class FormCompiler:
 
     @cached_property
     def _guidance(self) -> Guidance:
-        return Guidance(self.vocabulary, self._model.eos_token_ids)
+        return Guidance(self._vocabulary)
+
+    def compile(self, asked: Structured) -> CompiledForm:
+        """Return a form for the model's vocabulary. Raises as `start` does."""
+        with self._lock:
+            return self._compiled(asked)
 
     def start(self, asked: Structured, stop_ids: frozenset[int], max_tokens: int) -> AnswerForm:
         """Return the form of a new answer.
 
         Args:
             asked: what the request asks for.
-            stop_ids: the tokens that end the answer.
+            stop_ids: the tokens that end the answer. Those that write nothing are allowed where the form is
+                complete, any other where the form allows its text.
             max_tokens: the most tokens that it may have.
 
         Raises:
             ValueError: for a form that is not supported, that no answer has, or only the empty one, or that
-                needs more tokens; the message names the part.
+                is known to need more tokens; the message names the part.
         """
         form = self.compile(asked)
-        if form.fewest_tokens > max_tokens:
-            raise ValueError(
-                f"max_tokens must be at least {form.fewest_tokens} for this form: no shorter answer has it, "
-                f"and {max_tokens} is the limit"
-            )
         matcher = form.start()
         if matcher.is_over:
             raise ValueError(f"structured: {asked.kind}: only the empty answer has this form")
-        return AnswerForm(matcher, stop_ids, jump_ahead=self._jump_ahead)
+        tokens = self._vocabulary.tokens
+        silent = frozenset(token for token in stop_ids if not tokens[token])
+        answer = AnswerForm(matcher, len(tokens), silent)
+        fewest = max(form.fewest_tokens, len(answer.forced))
+        if fewest > max_tokens:
+            raise ValueError(
+                f"max_tokens must be at least {fewest} for this form: no shorter answer has it, "
+                f"and {max_tokens} is the limit"
+            )
+        return answer
 
     def _compile(self, asked: Structured) -> CompiledForm:
         if asked.kind == "choice":
-            return TokenDFA("|".join(map(re.escape, asked.value)), self.vocabulary)
+            return TokenDFA("|".join(map(re.escape, asked.value)), self._vocabulary)
         text = str(asked.value)
         if asked.kind == "regex":
-            return TokenDFA(text, self.vocabulary)
+            return TokenDFA(text, self._vocabulary)
         return self._guidance.compile(asked.kind, text)

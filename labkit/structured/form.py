@@ -2,22 +2,33 @@
 
 A backend compiles a form once (`CompiledForm`) and then follows each answer (`Matcher`): which tokens may
 come next, what follows a token, back again for drafts that were only tried, and which tokens must come.
-`AnswerForm` adds what does not depend on the backend: where an answer may end, drafts, and jump-ahead.
+`AnswerForm` adds what does not depend on the backend: where an answer may end, drafts, and forced tokens.
+The sampler asks it what is allowed next, and `Request.append` tells it what came.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from labkit.core.request import Request
+from labkit.outputs import in_one_line
 
-Sample = Callable[[Tensor, Sequence[Request]], Any]  # `labkit.core.sampler.sample`
-_maker = ThreadPoolExecutor(1, "masks")  # makes masks while the model computes
+
+@lru_cache(maxsize=1)
+def _maker() -> ThreadPoolExecutor:
+    """Return the thread that makes masks while the model computes."""
+    return ThreadPoolExecutor(1, "masks")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_maker.cache_clear)  # threads do not live on in a child
 
 
 class Matcher(Protocol):
@@ -49,26 +60,31 @@ class CompiledForm(Protocol):
 class AnswerForm:
     """What the tokens of one answer may be, one after the other.
 
-    With jump-ahead, a token that the form forces is the only one that its place allows, so that the answer is
-    the same whether a step computes one of these tokens or all of them.
+    Where the form leaves one text alone, its tokens are those that the tokenizer makes of it: no others are
+    allowed there. So the answer is the same whether a step computes one of these tokens or all of them.
+
+    A mask that cannot be made is all False, and `error` says why: only this answer ends with it.
 
     Args:
         matcher: the answer's place in its form.
-        stop_ids: the tokens that end it; they are allowed where the form is complete.
-        jump_ahead: whether `forced` names the tokens that must come next.
+        num_tokens: the size of the vocabulary.
+        stop_ids: the tokens without text that end the answer; they are allowed where the form is complete.
 
     Attributes:
-        forced: the tokens that must come next.
+        forced: the tokens that must come next, as far as that is known.
         allowed: for each token that was taken since `start`, how many were allowed in its place.
+        error: what went wrong when a mask was made; "" if nothing has.
     """
 
-    def __init__(self, matcher: Matcher, stop_ids: frozenset[int], *, jump_ahead: bool) -> None:
-        self._matcher, self._jump_ahead = matcher, jump_ahead
+    def __init__(self, matcher: Matcher, num_tokens: int, stop_ids: frozenset[int]) -> None:
+        self._matcher, self._num_tokens = matcher, num_tokens
         self._stop_ids = sorted(stop_ids)
-        self.forced: tuple[int, ...] = ()
         self._num_taken = 0
-        self._look_ahead()
-        self.start()
+        self.allowed: tuple[int, ...] = ()
+        self.error = ""
+        self.forced = self._look_ahead(())
+        self._drafts: tuple[int, ...] = ()
+        self._making = self._submit(())
 
     def push(self, token: int) -> bool:
         """Take the next token of the answer. Return whether nothing may follow it."""
@@ -79,67 +95,68 @@ class AnswerForm:
             return True
         if not self._matcher.advance(token):
             raise ValueError(f"token {token} breaks the form that the answer must have")
-        self.forced = self.forced[1:]
-        self._look_ahead()
+        self.forced = self._look_ahead(self.forced[1:])
         return self._matcher.is_over
 
     def start(self, drafts: Sequence[int] = ()) -> None:
         """Begin to make the masks of the next step, on a thread: of the next place, and after each draft."""
-        self.allowed: tuple[int, ...] = ()
-        self._drafts = tuple(drafts)
-        self._making: Future[Tensor] = _maker.submit(self.masks, self._drafts)
+        if self.allowed or tuple(drafts) != self._drafts:
+            self.allowed, self._drafts = (), tuple(drafts)
+            self._making = self._submit(self._drafts)
 
-    def result(self, request: Request) -> Tensor:
-        """Return what is allowed next where a request stands, drafts ahead or not: bool (tokens,)."""
+    def allowed_next(self, request: Request) -> Tensor:
+        """Return what may come next where a request stands, drafts ahead or not: bool (tokens,)."""
         drafts = tuple(request.output_token_ids[self._num_taken :])
-        if drafts != self._drafts[: len(drafts)]:
-            self.start(drafts)
-        return self._making.result()[len(drafts)]
+        known = not self.allowed and drafts == self._drafts[: len(drafts)]
+        making = self._making if known else self._submit(drafts)  # a model that drafts asks for others
+        return making.result()[len(drafts)]
 
-    def masks(self, drafts: Sequence[int] = ()) -> Tensor:
+    def _submit(self, drafts: tuple[int, ...]) -> Future[Tensor]:
+        return _maker().submit(self._masks, drafts)
+
+    def _masks(self, drafts: Sequence[int]) -> Tensor:
         """Return which tokens may come next, and after each draft: bool (1 + drafts, tokens).
 
         After the first draft that breaks the form, the rest say nothing: it will not be accepted.
         """
-        rows = [self._mask(0)]
-        taken = 0
-        for draft in drafts:
-            fits = bool(rows[-1][draft]) and self._matcher.advance(draft)
-            taken += fits
-            if not fits or self._matcher.is_over:
-                break
-            rows.append(self._mask(taken))
-        rows += rows[-1:] * (1 + len(drafts) - len(rows))
-        self._matcher.rollback(taken)
-        return torch.stack(rows)
+        rows: list[Tensor] = []
+        try:
+            self._follow(drafts, rows)
+        except Exception as error:  # no other request shall suffer
+            self.error = in_one_line(error)
+            rows.append(torch.zeros(self._num_tokens, dtype=torch.bool))
+        return torch.stack(rows + rows[-1:] * (1 + len(drafts) - len(rows)))
 
-    def _mask(self, place: int) -> Tensor:
-        """Return what is allowed `place` tokens further on, where the matcher stands."""
+    def _follow(self, drafts: Sequence[int], rows: list[Tensor]) -> None:
+        """Append a row for the next place, and one after each draft that fits, as `push` would go on."""
+        forced, taken = self.forced, 0
+        try:
+            rows.append(self._mask(forced))
+            for draft in drafts:
+                if not rows[-1][draft] or draft in self._stop_ids or not self._matcher.advance(draft):
+                    break
+                taken += 1
+                if self._matcher.is_over:
+                    break
+                forced = self._look_ahead(forced[1:])
+                rows.append(self._mask(forced))
+        finally:
+            self._matcher.rollback(taken)
+
+    def _mask(self, forced: Sequence[int]) -> Tensor:
+        """Return what is allowed where the matcher stands: the first forced token, if there is one."""
+        if forced:
+            mask = torch.zeros(self._num_tokens, dtype=torch.bool)
+            mask[forced[0]] = True
+            return mask
         mask = self._matcher.mask()
-        if place < len(self.forced):
-            mask = torch.zeros_like(mask)
-            mask[self.forced[place]] = True
-        elif self._matcher.may_end and self._stop_ids:
+        if self._matcher.may_end and self._stop_ids:
             mask = mask.clone()
             mask[self._stop_ids] = True
         if not mask.any():
             raise ValueError("no token of the vocabulary can go on in the form that the answer must have")
         return mask
 
-    def _look_ahead(self) -> None:
-        if self._jump_ahead and not self.forced:
-            self.forced = tuple(self._matcher.forced())
-
-
-def masked(sample: Sample) -> Sample:
-    """Return a sampler that gives each answer only tokens that its form allows."""
-
-    def sample_masked(logits: Tensor, requests: Sequence[Request]) -> Any:
-        rows = [row for row, request in enumerate(requests) if request.form is not None]
-        if rows:
-            allowed = torch.stack([requests[row].form.result(requests[row]) for row in rows])
-            logits = logits.clone()
-            logits[rows] = logits[rows].masked_fill(~allowed.to(logits.device), -torch.inf)
-        return sample(logits, requests)
-
-    return sample_masked
+    def _look_ahead(self, forced: tuple[int, ...]) -> tuple[int, ...]:
+        """Return what is forced where the matcher stands, if this is what is left of what was forced."""
+        return forced or (() if self._matcher.may_end else tuple(self._matcher.forced()))

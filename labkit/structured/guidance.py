@@ -47,11 +47,10 @@ class Guidance:
 
     Args:
         vocabulary: the vocabulary.
-        ends: the tokens that end an answer.
     """
 
-    def __init__(self, vocabulary: Vocabulary, ends: frozenset[int]) -> None:
-        self._vocabulary, self._ends = vocabulary, sorted(ends)
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -59,8 +58,7 @@ class Guidance:
         library()
         from llguidance import LLTokenizer, TokenizerWrapper
 
-        wrapper = TokenizerWrapper(_Tokens(self._vocabulary, self._ends))
-        return LLTokenizer(wrapper, eos_token=self._ends or None)
+        return LLTokenizer(TokenizerWrapper(_Tokens(self._vocabulary)))
 
     def compile(self, kind: str, text: str) -> GuidedForm:
         """Return the form of a JSON schema ("json") or a Lark grammar ("grammar").
@@ -72,16 +70,16 @@ class Guidance:
         matcher = library().LLMatcher(self.tokenizer, _HEAD + grammar, log_level=0)
         if matcher.is_error():
             raise ValueError(f"structured: {kind}: {_reason(matcher.get_error())}")
-        return GuidedForm(matcher, len(self._vocabulary.tokens), self._ends)
+        return GuidedForm(matcher, len(self._vocabulary.tokens))
 
 
 class _Tokens:
-    """What the library asks of a tokenizer."""
+    """What the library asks of a tokenizer. A token that no model has ends its texts: ours are not its business."""
 
-    def __init__(self, vocabulary: Vocabulary, ends: list[int]) -> None:
-        self.tokens = vocabulary.tokens
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.eos_token_id = len(vocabulary.tokens)
+        self.tokens = [*vocabulary.tokens, b""]
         self.special_token_ids = [token for token, data in enumerate(self.tokens) if not data]
-        self.eos_token_id = ends[0] if ends else len(self.tokens) - 1
         self.bos_token_id = None
         self._encode = vocabulary.encode
 
@@ -92,21 +90,21 @@ class _Tokens:
 class GuidedForm:
     """A compiled grammar; `start` begins an answer."""
 
-    fewest_tokens = 0
+    fewest_tokens = 0  # the library does not tell, and to find the shortest text is to search
 
-    def __init__(self, matcher: Any, num_tokens: int, ends: list[int]) -> None:
-        self._matcher, self._num_tokens, self._ends = matcher, num_tokens, ends
+    def __init__(self, matcher: Any, num_tokens: int) -> None:
+        self._matcher, self._num_tokens = matcher, num_tokens
 
     def start(self) -> GuidedMatcher:
         """Return a matcher of one answer, at its beginning."""
-        return GuidedMatcher(self._matcher.deep_copy(), self._num_tokens, self._ends)
+        return GuidedMatcher(self._matcher.deep_copy(), self._num_tokens)
 
 
 class GuidedMatcher:
     """Where an answer is in a grammar: a `Matcher`."""
 
-    def __init__(self, matcher: Any, num_tokens: int, ends: list[int]) -> None:
-        self._matcher, self._num_tokens, self._ends = matcher, num_tokens, ends
+    def __init__(self, matcher: Any, num_tokens: int) -> None:
+        self._matcher, self._num_tokens = matcher, num_tokens
 
     @property
     def may_end(self) -> bool:
@@ -119,9 +117,7 @@ class GuidedMatcher:
     def mask(self) -> Tensor:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
-        allowed = np.unpackbits(bits, bitorder="little", count=self._num_tokens).view(bool)
-        allowed[self._ends] = False
-        return torch.from_numpy(allowed)
+        return torch.from_numpy(np.unpackbits(bits, bitorder="little", count=self._num_tokens).view(bool))
 
     def advance(self, token: int) -> bool:
         fits = self._matcher.try_consume_tokens([token]) == 1
