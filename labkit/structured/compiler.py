@@ -60,12 +60,9 @@ class FormCompiler:
                 is known to need more tokens; the message names the part.
         """
         form = self.compile(asked)
-        matcher = form.start()
-        if matcher.is_over:
-            raise ValueError(f"structured: {asked.kind}: only the empty answer has this form")
         tokens = self._vocabulary.tokens
         silent = frozenset(token for token in stop_ids if not tokens[token])
-        answer = AnswerForm(matcher, len(tokens), silent)
+        answer = AnswerForm(form.start(), len(tokens), silent)
         fewest = max(form.fewest_tokens, len(answer.forced))
         if fewest > max_tokens:
             raise ValueError(
@@ -75,6 +72,13 @@ class FormCompiler:
         return answer
 
     def _compile(self, asked: Structured) -> CompiledForm:
+        form = self._backend(asked)
+        first = form.start()
+        if first.may_end and not first.mask().any():
+            raise ValueError(f"structured: {asked.kind}: only the empty answer has this form")
+        return form
+
+    def _backend(self, asked: Structured) -> CompiledForm:
         if asked.kind == "choice":
             return TokenDFA("|".join(map(re.escape, asked.value)), self._vocabulary)
         text = str(asked.value)

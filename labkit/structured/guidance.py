@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from labkit.structured.dates import with_real_dates
 from labkit.structured.vocabulary import Vocabulary
 
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -38,8 +39,8 @@ def json_grammar(schema: str) -> str:
     """Return the part of a grammar that stands for JSON of a schema."""
     tree = json.loads(schema)
     if isinstance(tree, bool):
-        tree = {} if tree else {"not": {}}
-    return f"%json {json.dumps(tree | {'x-guidance': SPACING})}"
+        tree = {} if tree else {"enum": []}
+    return f"%json {json.dumps(with_real_dates(tree) | {'x-guidance': SPACING})}"
 
 
 class Guidance:

@@ -27,6 +27,17 @@ MOST_ROWS = 40_000  # of the table over bytes, each of 1 KiB
 _LAST = 0x10FFFF
 _SURROGATES = (0xD800, 0xDFFF)  # no text that is UTF-8 has them
 
+_UNSUPPORTED = {
+    "ASSERT": "lookaround",
+    "GROUPREF_EXISTS": "a condition",
+    "GROUPREF": "a backreference",
+    "BOUNDARY": "a word boundary",
+    "AT_BEGINNING": "^ elsewhere than at the beginning",
+    "AT_END": "$ elsewhere than at the end",
+    "ATOMIC": "an atomic group",
+    "POSSESSIVE": "a possessive repeat",
+}
+
 Ranges = tuple[tuple[int, int], ...]  # of code points, both ends included, in order and apart
 
 
@@ -161,8 +172,9 @@ def _ranges(name: Any, value: Any, flags: int) -> Ranges:
             negate = str(value[0][0]) == "NEGATE"
             inside = [pair for item in value[negate:] for pair in _ranges(*item, flags)]
             return _others(inside) if negate else _union(inside)
-    what = "lookaround" if "ASSERT" in str(name) else str(value if str(name) == "AT" else name)
-    raise ValueError(f"structured: regex: {what.lower().replace('_', ' ')} is not supported")
+    what = str(value if str(name) == "AT" else name)
+    words = next((words for key, words in _UNSUPPORTED.items() if key in what), what.lower())
+    raise ValueError(f"structured: regex: {words} is not supported")
 
 
 @lru_cache
