@@ -166,11 +166,17 @@ class SamplingParams:
             computes its whole prompt, and takes nothing from the prefix cache.
         logit_bias: numbers to add to the logits of token ids, before anything else.
         skip_special_tokens: whether special tokens, such as the end of sequence, are left out of the text.
+        structured: the form that the text must have: what `Structured.of` takes, a choice, a regular
+            expression, a JSON schema or a grammar. It goes before `min_tokens`: an answer ends where its form
+            lets nothing follow. What cuts it before, `max_tokens` or a stop string, may leave it incomplete.
 
     The logits are divided by the temperature first. Then top-k keeps exactly k tokens, top-p counts the
     probabilities of those, and min-p drops those that are too far from the likeliest. vLLM differs in two
     places: min-p goes first there, so that top-p counts what min-p has left, and top-k keeps all tokens that
     tie for the k-th place.
+
+    Log-probabilities are the model's own, before bias, penalties, filters and the mask of a form (vLLM's
+    default, `raw_logprobs`): a token that a form forces may have a low one.
 
     A token that ends the answer is part of its text, unless it is special and special tokens are left out.
 

@@ -18,7 +18,7 @@ _MOST_FORMS = 16  # that are kept compiled
 
 
 class FormCompiler:
-    """Compiles forms for a model, each once. Any thread may call it: the others wait until a form is compiled.
+    """Compiles forms for a model, each once. Any thread may call it; a second one waits for the first.
 
     A choice and a regular expression become an automaton of our own, JSON and grammars go to the library.
 

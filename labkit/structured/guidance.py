@@ -75,7 +75,7 @@ class Guidance:
 
 
 class _Tokens:
-    """What the library asks of a tokenizer. A token that no model has ends its texts: ours are not its business."""
+    """What the library asks of a tokenizer. It wants a token that ends texts, and gets one that no model has."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.eos_token_id = len(vocabulary.tokens)

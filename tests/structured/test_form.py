@@ -55,7 +55,9 @@ def test_masks_after_drafts_are_those_that_would_come_without(asked: Any, rng: r
     while place < len(answer):
         drafts = answer[place : place + rng.randint(0, 4)]
         if rng.random() < 0.3 and drafts:
-            drafts[rng.randrange(len(drafts))] = rng.randrange(len(vocabulary().tokens))  # it may break the form
+            drafts[rng.randrange(len(drafts))] = rng.randrange(
+                len(vocabulary().tokens)
+            )  # it may break the form
         quick.start(drafts)
         for count in range(len(drafts) + 1):
             if place + count < len(masks) and drafts[:count] == answer[place : place + count]:
@@ -155,7 +157,9 @@ def test_threads_share_what_one_of_them_compiles(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_process_makes_masks_of_its_own() -> None:
-    new({"choice": ["yes", "no"]}).allowed_next(request_of(new({"choice": ["yes", "no"]}), []))  # a thread runs
+    new({"choice": ["yes", "no"]}).allowed_next(
+        request_of(new({"choice": ["yes", "no"]}), [])
+    )  # a thread runs
     child = os.fork()
     if not child:
         form = new({"choice": ["yes", "no"]})

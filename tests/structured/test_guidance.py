@@ -67,14 +67,26 @@ def test_forced_tokens_are_allowed_and_a_walk_can_be_taken_back(name: str, rng: 
 @pytest.mark.parametrize(
     ("schema", "values"),
     [
-        ({"format": "date", "type": "string"}, ["2024-02-29", "2023-02-29", "1900-02-29", "2000-02-29", "0000-01-01"]),
-        ({"format": "date", "type": "string"}, ["2023-02-28", "2023-04-31", "2023-12-31", "0001-01-01", "9999-10-30"]),
+        (
+            {"format": "date", "type": "string"},
+            ["2024-02-29", "2023-02-29", "1900-02-29", "2000-02-29", "0000-01-01"],
+        ),
+        (
+            {"format": "date", "type": "string"},
+            ["2023-02-28", "2023-04-31", "2023-12-31", "0001-01-01", "9999-10-30"],
+        ),
         ({"format": "time", "type": "string"}, ["22:17:59Z", "22:17:60Z", "22:17:00z", "22:17:00.5+01:00"]),
         ({"format": "date-time", "type": "string"}, ["2024-02-29T01:02:03Z", "2023-02-29T01:02:03Z"]),
         ({"format": "date-time", "type": "string"}, ["2024-01-01T01:02:60Z", "2024-01-01T01:02:03.25-02:00"]),
-        ({"anyOf": [{"format": "date", "type": "string"}, {"type": "null"}]}, [None, "2023-02-29", "2023-02-20"]),
+        (
+            {"anyOf": [{"format": "date", "type": "string"}, {"type": "null"}]},
+            [None, "2023-02-29", "2023-02-20"],
+        ),
         ({"type": "string", "format": "date", "pattern": "^20"}, ["2023-02-20", "1923-02-20", "2023-02-29"]),
-        ({"type": "object", "properties": {"format": {"const": "date"}}}, [{"format": "date"}, {"format": "time"}]),
+        (
+            {"type": "object", "properties": {"format": {"const": "date"}}},
+            [{"format": "date"}, {"format": "time"}],
+        ),
         ({"enum": ["yes", 1, None]}, ["yes", 1, None, "no", True]),
         (True, [1, "a", None, {"a": []}]),
     ],
@@ -103,7 +115,7 @@ def test_what_is_not_supported_is_named(schema: Any, part: str) -> None:
 
 @pytest.mark.parametrize("text", ["begin: /a/", "start: other", "start: /a"])
 def test_a_grammar_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="^structured: grammar: "):
+    with pytest.raises(ValueError, match=r"^structured: grammar: "):
         guidance().compile("grammar", text)
 
 

@@ -11,9 +11,25 @@ from hypothesis import strategies as st
 
 from labkit.structured.regex_dfa import ByteDFA, regex_dfa
 
-ALPHABET = "abB1_- .\n\t\u00e9\u0660\u20ac\u4e00\U0001f600"  # of one to four bytes; letters, digits and others
+ALPHABET = (
+    "abB1_- .\n\t\u00e9\u0660\u20ac\u4e00\U0001f600"  # of one to four bytes; letters, digits and others
+)
 ATOMS = [re.escape(char) for char in ALPHABET]
-ATOMS += [".", r"\d", r"\D", r"\w", r"\W", r"\s", r"\S", "[a-c]", "[^a]", r"[\d_]", r"[^\w ]", "[\u00e0-\u4e00]", "[B-b]"]
+ATOMS += [
+    ".",
+    r"\d",
+    r"\D",
+    r"\w",
+    r"\W",
+    r"\s",
+    r"\S",
+    "[a-c]",
+    "[^a]",
+    r"[\d_]",
+    r"[^\w ]",
+    "[\u00e0-\u4e00]",
+    "[B-b]",
+]
 REPEATS = ["*", "+", "?", "{2}", "{1,3}", "{0,2}", "{2,}", "*?", "+?", "??", "{1,2}?"]
 GROUPS = ["(?:{})", "({})", "(?P<n>{})", "(?s:{})", "(?a:{})"]
 
@@ -41,7 +57,9 @@ def matches(dfa: ByteDFA, text: str) -> bool:
 
 
 @given(whole, st.lists(st.text(ALPHABET, max_size=6), min_size=1, max_size=20), st.data())
-def test_an_automaton_matches_what_fullmatch_does(pattern: str, texts: list[str], data: st.DataObject) -> None:
+def test_an_automaton_matches_what_fullmatch_does(
+    pattern: str, texts: list[str], data: st.DataObject
+) -> None:
     dfa = regex_dfa(pattern)
     if dfa.start and "(?a" not in pattern:
         texts.append(data.draw(st.from_regex(pattern, fullmatch=True)))
@@ -73,7 +91,9 @@ def test_every_state_leads_to_a_match_and_the_shortest_is_known(pattern: str) ->
     assert reached <= left
 
 
-@pytest.mark.parametrize("pattern", [r"\d", r"\w", r"\s", r"\D", r"\W", r"\S", ".", "(?s:.)", r"(?a:\w)", "[^\u00e9]"])
+@pytest.mark.parametrize(
+    "pattern", [r"\d", r"\w", r"\s", r"\D", r"\W", r"\S", ".", "(?s:.)", r"(?a:\w)", "[^\u00e9]"]
+)
 def test_a_class_has_the_characters_that_python_has_in_it(pattern: str) -> None:
     dfa, wanted = regex_dfa(pattern), re.compile(pattern)
     for point in (*range(0x3000), *range(0x3000, 0xD800, 97), *range(0xE000, sys.maxunicode + 1, 997)):
@@ -82,7 +102,14 @@ def test_a_class_has_the_characters_that_python_has_in_it(pattern: str) -> None:
 
 def test_bytes_that_are_no_utf8_match_nothing() -> None:
     dfa = regex_dfa("(?s:.)*")
-    for bad in (b"\x80", b"\xc0\x80", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", b"\xe0\x80\x80", b"\xf4\x90\x80\x80"):
+    for bad in (
+        b"\x80",
+        b"\xc0\x80",
+        b"\xed\xa0\x80",
+        b"\xf5\x80\x80\x80",
+        b"\xe0\x80\x80",
+        b"\xf4\x90\x80\x80",
+    ):
         state = dfa.start
         for byte in bad:
             state = dfa.table[state, byte]
@@ -134,8 +161,15 @@ def test_what_only_newer_pythons_know_is_not_supported_either(pattern: str) -> N
 
 @pytest.mark.parametrize(
     "pattern",
-    ["a{20000}", "(a|b)*a(a|b){20}", r"\w{1,5000}", "((a?){100}){1000}", "(.*a.{14})", "(((a{99}){99}){99}){99}"],
+    [
+        "a{20000}",
+        "(a|b)*a(a|b){20}",
+        r"\w{1,5000}",
+        "((a?){100}){1000}",
+        "(.*a.{14})",
+        "(((a{99}){99}){99}){99}",
+    ],
 )
 def test_what_would_grow_without_end_is_refused_soon(pattern: str) -> None:
-    with pytest.raises(ValueError, match="structured: regex: .* more than"):
+    with pytest.raises(ValueError, match=r"structured: regex: .* more than"):
         regex_dfa(pattern)

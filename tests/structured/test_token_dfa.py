@@ -38,9 +38,7 @@ def test_a_mask_is_what_trying_every_token_gives(pattern: str, rng: random.Rando
     form = TokenDFA(pattern, vocabulary())
     for text, allowed in walk(form.start(), rng, 5):
         tried = {
-            token
-            for token, data in enumerate(vocabulary().tokens)
-            if data and leads_on(form, text + data)
+            token for token, data in enumerate(vocabulary().tokens) if data and leads_on(form, text + data)
         }
         assert allowed == tried, (pattern, text)
 
@@ -90,10 +88,22 @@ def test_what_breaks_the_form_changes_nothing_and_what_fits_is_taken_back() -> N
     assert not matcher.advance(next(t for t, data in enumerate(vocabulary().tokens) if not data))
 
 
-WORDS = ["the same", "the same thing", "them", "together", "12:30", "12:35", "a  b", "\u4e00\u4e8c", "\u4e00\u4e09"]
+WORDS = [
+    "the same",
+    "the same thing",
+    "them",
+    "together",
+    "12:30",
+    "12:35",
+    "a  b",
+    "\u4e00\u4e8c",
+    "\u4e00\u4e09",
+]
 
 
-@given(st.lists(st.sampled_from(WORDS) | st.text("the .\u00e9", min_size=1, max_size=8), min_size=1, max_size=4))
+@given(
+    st.lists(st.sampled_from(WORDS) | st.text("the .\u00e9", min_size=1, max_size=8), min_size=1, max_size=4)
+)
 def test_forced_tokens_are_those_of_every_answer_as_the_tokenizer_writes_it(choices: list[str]) -> None:
     form = TokenDFA("|".join(map(re.escape, choices)), vocabulary())
     forced = form.start().forced()
