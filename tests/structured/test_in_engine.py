@@ -6,6 +6,7 @@ import functools
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -19,6 +20,8 @@ from labkit.models.load import LoadedModel
 from labkit.models.tiny import tiny_random
 from labkit.outputs import RequestOutput
 from labkit.structured.form import AnswerForm
+from labkit.trace.trace import Trace
+from labkit.views import text
 from tests.structured.forms import tiny, vocabulary
 from tests.structured.schemas import SCHEMAS
 
@@ -288,3 +291,19 @@ def test_a_rule_of_your_own_for_drafts_cannot_break_a_form() -> None:
     output = engine.outputs[name]
     assert output.finish_reason != "error" or "breaks the form" in output.error
     engine.runner.accept = model_runner.accept
+
+
+def test_the_timeline_says_what_a_form_forced_and_what_it_left(tmp_path: Path) -> None:
+    engine, (output,) = answers(0.0, [{"json": SCHEMAS["long_keys"]}])
+    allowed = [count for record in engine.trace for row in record.rows for count in row.allowed]
+    forced = allowed.count(1)
+    left = sorted(count for count in allowed if count > 1)
+    assert len(allowed) == len(output.token_ids) and left
+    words = (
+        f"a form forced {forced} of {len(allowed)} tokens, and left {left[len(left) // 2]:,} to choose from"
+    )
+    assert words in " ".join(text.batch_timeline(engine.trace).split())
+    free, _ = answers(0.0, [None])
+    assert "a form" not in text.batch_timeline(free.trace)
+    engine.trace.save(tmp_path / "run.jsonl")
+    assert words in " ".join(text.batch_timeline(Trace.load(tmp_path / "run.jsonl")).split())
