@@ -15,6 +15,7 @@ import torch
 
 from labkit import Engine, EngineConfig, SamplingParams
 from labkit.core import model_runner
+from labkit.disaggregated.engine import DisaggregatedEngine
 from labkit.models.architecture import build
 from labkit.models.load import LoadedModel
 from labkit.models.tiny import tiny_random
@@ -143,6 +144,23 @@ def test_two_processes_give_the_same_tokens(alone: tuple[float, list[list[int]]]
     engine.run()
     same = [engine.outputs[name].token_ids == tokens for name, tokens in zip(ids, wanted, strict=True)]
     assert all(same)
+
+
+def test_prompts_computed_elsewhere_give_the_same_tokens(alone: tuple[float, list[list[int]]]) -> None:
+    """The form stays in the process in which the answer grows."""
+    temperature, wanted = alone
+    engine = DisaggregatedEngine(
+        EngineConfig("tiny-random", num_blocks=1500, block_size=4, num_threads=1), say=None
+    )
+    ids = [
+        engine.add_request(
+            PROMPT, SamplingParams(max_tokens=60, temperature=temperature, seed=number, structured=each)
+        )
+        for number, each in enumerate(ASKED)
+    ]
+    while engine.has_unfinished:
+        engine.step()
+    assert [engine.outputs[name].token_ids for name in ids] == wanted
 
 
 def test_jump_ahead_takes_fewer_steps_and_the_trace_says_what_was_forced() -> None:
