@@ -187,7 +187,7 @@ def _convert(name: str, value: Any, kind: str) -> Any:
     """Turn JSON's lists into tuples and named tuples, and check the types on the way."""
     if name in _NESTED:
         return tuple(_entry(name, _NESTED[name], item) for item in _list(name, value))
-    if name in ("sampled", "drafted"):
+    if name in ("sampled", "drafted", "allowed"):
         return tuple(_ints(name, item) for item in _list(name, value))
     if name == "blocked":
         head, why = _list(name, value)
@@ -245,13 +245,15 @@ def _check_record(record: StepRecord, meta: TraceMeta, last: int, number: int) -
     columns = (record.kinds, record.starts, record.num_tokens, record.sampled)
     if any(len(column) != len(record.requests) for column in columns):
         fail("the columns requests, kinds, starts, num_tokens and sampled differ in length")
-    for name in ("padding", "drafted"):
+    for name in ("padding", "drafted", "allowed"):
         if getattr(record, name) and len(getattr(record, name)) != len(record.requests):
             fail(f"{name} must have one entry per request")
     if set(record.kinds) - KINDS.keys():
         fail(f"kinds must be made of the letters {', '.join(KINDS)}, not {record.kinds!r}")
     if any(len(row.sampled) > len(row.drafted) + 1 for row in record.rows if record.drafted):
         fail("a row has sampled more than its drafts and a token")
+    if any(row.allowed and len(row.allowed) != len(row.sampled) for row in record.rows if record.allowed):
+        fail("allowed must have a count for each token that a row has sampled")
     moved = [*record.preempted, *record.taken, *record.returned]
     if any(len(entry.blocks) > meta.num_blocks for entry in moved):
         fail(f"more blocks than the pool has ({meta.num_blocks})")
@@ -266,6 +268,7 @@ def _check_record(record: StepRecord, meta: TraceMeta, last: int, number: int) -
         fail(f"free_blocks must be between 0 and {meta.num_blocks}, not {record.free_blocks}")
     counts = [*record.starts, *record.num_tokens, *record.padding, record.waiting, record.threads]
     counts += [record.sent_in_layers, record.sent_elsewhere]
+    counts += [count for row in record.allowed for count in row]
     counts += [count for arrival in record.arrived for count in arrival[1:3]]
     counts += [count for _, cached, _, looked_up in record.admitted for count in (cached, looked_up)]
     if min(counts, default=0) < 0:

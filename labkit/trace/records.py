@@ -82,19 +82,25 @@ class Row(NamedTuple):
     sampled: tuple[int, ...]
     padding: int
     drafted: tuple[int, ...] = ()
+    allowed: tuple[int, ...] = ()
 
     @property
     def num_accepted(self) -> int:
         """How many of the drafted tokens were accepted, and so are part of the answer."""
         return max(0, len(self.sampled) - 1) if self.drafted else 0
 
+    @property
+    def num_forced(self) -> int:
+        """How many of the sampled tokens were the only ones that the form of the answer allowed."""
+        return self.allowed.count(1)
+
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
     """One step of the engine.
 
-    From `requests` to `drafted`, the columns have one entry per request that ran; `padding` and `drafted` are
-    empty where no request has any.
+    From `requests` to `allowed`, the columns have one entry per request that ran; `padding`, `drafted` and
+    `allowed` are empty where no request has any.
 
     - `kinds` has one letter per request: p, the whole prompt (or all that was missing of it); c, a chunk of
       the prompt; d, decode; i, an idle seat of a static batch.
@@ -103,6 +109,8 @@ class StepRecord:
     - `padding` counts slots that were computed for nothing, in a static batch.
     - `drafted` holds the tokens that were guessed and verified in this step; `held_back` says why there were
       not more.
+    - `allowed` says, for each sampled token of an answer that has a form, how many tokens the form allowed in
+      its place: 1 where it forced one. It is empty for a row without a form, and where no row has one.
     - `waiting` counts the queue after the step was planned; `blocked` names its head and why it waits.
     - `free_blocks` counts after the step, when the requests that finished in it have given theirs back.
     - `published` blocks can be found by later requests from now on, `evicted` ones no longer can.
@@ -123,6 +131,7 @@ class StepRecord:
     sampled: tuple[tuple[int, ...], ...] = ()
     padding: tuple[int, ...] = ()
     drafted: tuple[tuple[int, ...], ...] = ()
+    allowed: tuple[tuple[int, ...], ...] = ()
     arrived: tuple[Arrival, ...] = ()
     reprioritised: tuple[Priority, ...] = ()
     admitted: tuple[Admission, ...] = ()
@@ -149,8 +158,10 @@ class StepRecord:
         """One `Row` per request that ran, in batch order."""
         padding = self.padding or (0,) * len(self.requests)
         drafted = self.drafted or ((),) * len(self.requests)
-        columns = (self.requests, self.kinds, self.starts, self.num_tokens, self.sampled, padding, drafted)
-        return [Row(r, KINDS[k], *rest) for r, k, *rest in zip(*columns, strict=True)]
+        allowed = self.allowed or ((),) * len(self.requests)
+        columns = (self.requests, self.kinds, self.starts, self.num_tokens, self.sampled)
+        rows = zip(*columns, padding, drafted, allowed, strict=True)
+        return [Row(r, KINDS[k], *rest) for r, k, *rest in rows]
 
     @property
     def total_tokens(self) -> int:
