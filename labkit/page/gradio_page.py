@@ -62,7 +62,8 @@ EIGHT = (
 )
 SHARES = (0.25, 0.1, 0.6, 0.8, 1.0, 0.5, 0.4, 1.0)  # of max tokens, so that answers end at different times
 SCRIPTS = (
-    *("live_feed.js", "regions.js", "token_flow.js", "lane_labels.js", "meters.js", "words.js", "side.js"),
+    *("live_feed.js", "regions.js", "token_flow.js", "lane_labels.js", "communication.js", "meters.js"),
+    *("words.js", "side.js"),
     *("address.js", "controls.js", "host.js", "projector.js", "joins.js", "panel.js", "follow.js"),
     *("cards.js", "questions.js", "tour.js", "glue.js"),
 )

@@ -168,6 +168,11 @@ class StepRecord:
         return sum(map(len, self.drafted))
 
     @property
+    def total_sent(self) -> int:
+        """How many bytes each process of a parallel model sent to the others."""
+        return self.sent_in_layers + self.sent_elsewhere
+
+    @property
     def total_accepted(self) -> int:
         """How many of the guessed tokens were accepted."""
         return sum(row.num_accepted for row in self.rows) if self.drafted else 0

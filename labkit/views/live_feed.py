@@ -198,6 +198,9 @@ class Feed:
             wasted=wasted_slots(self._state),
             drafted=record.total_drafted if record.drafted else 0,
             accepted=record.total_accepted if record.drafted else 0,
+            sent_in_layers=record.sent_in_layers,
+            sent_elsewhere=record.sent_elsewhere,
+            sending=round(record.sending, 6),
         )
 
     # -- pictures out -----------------------------------------------------------------------------

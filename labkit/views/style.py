@@ -129,6 +129,15 @@ def plural(count: float, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
+def size(count: float) -> str:
+    """Return a number of bytes in words: 1,234 is 1.23 kB."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while count >= 999.5 and len(units) > 1:
+        count /= 1000
+        units.pop(0)
+    return f"{count:.3g} {units[0]}" if count < 999.5 else f"{count:,.0f} {units[0]}"
+
+
 def drafts(drafted: int, accepted: int) -> str:
     """Say in words what became of drafts."""
     return f"{drafted} drafted, {accepted} of them right"

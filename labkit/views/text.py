@@ -212,6 +212,8 @@ def throughput(trace: Trace, *, window: float | None = None) -> str:
         ("running", rates.running, "d"),
         ("waiting", rates.waiting, "d"),
     ]
+    if rates.sent:
+        rows.append(("communication", rates.sending, ".0%"))
     per_column = -(-len(rates.steps) // 64)
     width = -(-len(rates.steps) // per_column)
     lines = [*_headline(rates.headline), "", f"{'':20}{'steps':<{width}}  at most"]

@@ -71,6 +71,9 @@ class Step(NamedTuple):
     wasted: int
     drafted: int = 0
     accepted: int = 0
+    sent_in_layers: int = 0  # bytes, as in `StepRecord`
+    sent_elsewhere: int = 0
+    sending: float = 0.0  # seconds
 
 
 class Event(NamedTuple):

@@ -18,6 +18,7 @@ Object.assign(labkit, (() => {
       theme ??= labkit.themeOf(root, state);
       const most = Math.max(120, Math.min(280, window.innerHeight * 0.22));
       canvases.pages.style.height = `${labkit.blocksHeight(state, canvases.pages.clientWidth, most)}px`;
+      root.classList.toggle("lk-sending", labkit.sends(state.steps));
       paint("pages", labkit.drawBlocks);
       paint("timeline", labkit.drawTimeline);
       paint("meters", labkit.drawMeters);

@@ -114,7 +114,8 @@ Object.assign(labkit, (() => {
       `${labkit.short(rate)} tokens/s over the last 8 steps`,
       `${row.used} of ${count(state.meta.num_blocks, "page")} in use (${used})`,
       `${row.running} running, ${row.waiting} waiting`,
-    ];
+      labkit.sentWords(row),
+    ].filter(Boolean);
   }
 
   // Why a request does not run, in a sentence; "" if it runs or is over. While the engine is paused, the plan for
