@@ -177,4 +177,21 @@ SCENARIOS = (
         {"speculative": "ngram", "scheduler": "continuous", "max_num_seqs": 1},
     ),
 )
-BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
+APART = Scenario(  # offered where another process computes prompts
+    "apart",
+    "Prefill apart from decode",
+    "Six answers are being written while two long prompts are computed by the prefill engine, on the left: "
+    "no bar has a gap, and then their pages fly into this engine's pool, where the answers begin. Each card "
+    "says where its request is.",
+    (
+        *(ScenarioRequest(question, 100) for question in _QUESTIONS[:6]),
+        ScenarioRequest(_LONG, 24, after=15),
+        ScenarioRequest("Say what is missing from this report. " + _LONG, 24, after=20),
+    ),
+    {"scheduler": "continuous", "enable_prefix_caching": True},
+)
+
+
+def by_name(*, apart: bool) -> dict[str, Scenario]:
+    """Return the scenarios that a lab offers, by name: one more where prompts are computed `apart`."""
+    return {scenario.name: scenario for scenario in (*SCENARIOS, *([APART] if apart else []))}

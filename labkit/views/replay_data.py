@@ -169,6 +169,7 @@ def _why(state: PoolState, record: StepRecord, request_id: str) -> str:
 
 def _events(record: StepRecord) -> list[tuple[str, str]]:
     """List who came and went in a step, and why."""
+    moved = [(m.request_id, style.moved_words(m)) for m in record.moved]
     arrived = [(a.request_id, f"arrives with {a.num_prompt_tokens} prompt tokens") for a in record.arrived]
     admitted = []
     for admission in record.admitted:
@@ -183,7 +184,7 @@ def _events(record: StepRecord) -> list[tuple[str, str]]:
         (name, f"gives {style.plural(len(blocks), 'page')} back, because its drafts were wrong")
         for name, blocks in record.returned
     ]
-    found = [*arrived, *preempted, *admitted, *returned, *finished][:MAX_LISTED]
+    found = [*moved, *arrived, *preempted, *admitted, *returned, *finished][:MAX_LISTED]
     if record.evicted:
         found.append(("", f"{style.plural(len(record.evicted), 'cached page')} evicted"))
     if record.threads:

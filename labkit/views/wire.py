@@ -101,6 +101,23 @@ class Joined(NamedTuple):
     story: str = ""
 
 
+class Elsewhere(NamedTuple):
+    """A request that has not arrived in this engine; place and amount are those of `Moved`."""
+
+    request: str
+    label: str
+    color: int
+    place: str
+    amount: int
+
+
+class FarPool(NamedTuple):
+    """The pool of the engine that computes prompts."""
+
+    num_blocks: int
+    tables: Sequence[Table]
+
+
 class Held(NamedTuple):
     """A request that waits for the prompt of another one, which it shares."""
 
@@ -240,6 +257,8 @@ class Pictures(TypedDict, total=False):
     events: Sequence[Event]
     queue: Sequence[str]
     held: Sequence[Held]
+    elsewhere: Sequence[Elsewhere]
+    far: FarPool
     joins: Sequence[Joined]
     numbers: dict[str, Any]
 
