@@ -180,9 +180,9 @@ SCENARIOS = (
 APART = Scenario(  # offered where another process computes prompts
     "apart",
     "Prefill apart from decode",
-    "Six answers are being written while two long prompts are computed by the prefill engine, on the left: "
-    "no bar has a gap, and then their pages fly into this engine's pool, where the answers begin. Each card "
-    "says where its request is.",
+    "Six answers are being written while two long prompts are computed by the prefill engine, on the left; "
+    "then their pages fly into the pool on the right, where the answers begin, and no step of this engine "
+    "computes more than the end of a prompt. Each card says where its request is.",
     (
         *(ScenarioRequest(question, 100) for question in _QUESTIONS[:6]),
         ScenarioRequest(_LONG, 24, after=15),

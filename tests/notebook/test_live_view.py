@@ -96,7 +96,7 @@ def test_the_page_and_the_notebook_draw_with_the_same_files(kernel: None, engine
     for name in (*names, "panel.js", "cards.js"):
         assert asset(name) in script
     assert json.dumps(asset("live_feed.html")) in script and asset("live_feed.css") in styles
-    assert len(script) + len(styles) < 126_000
+    assert len(script) + len(styles) < 134_000
 
 
 def test_without_anywidget_it_says_what_is_missing(

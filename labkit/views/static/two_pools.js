@@ -13,7 +13,9 @@ Object.assign(labkit, (() => {
     const before = state.elsewhere, come = [];
     state.far = far;
     state.elsewhere = new Map(elsewhere.map((one) => [one.request, one]));
-    for (const { request, blocks } of far.tables) state.left.set(request, blocks);
+    for (const { request, computed, blocks } of far.tables) { // whole pages travel
+      state.left.set(request, blocks.slice(0, Math.floor(computed / state.meta.block_size)));
+    }
     for (const { request, blocks } of sent.full ? [] : state.tables) {
       const from = state.left.get(request) ?? [];
       if (!before.has(request) && !from.length) continue;
