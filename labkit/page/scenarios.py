@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from labkit.disaggregated import DisaggregatedEngine
+from labkit.engine import Engine
 from labkit.page.knobs import SIZES
 
 
@@ -192,6 +194,14 @@ APART = Scenario(  # offered where another process computes prompts
 )
 
 
-def by_name(*, apart: bool) -> dict[str, Scenario]:
-    """Return the scenarios that a lab offers, by name: one more where prompts are computed `apart`."""
+def offered(engine: Engine) -> dict[str, Scenario]:
+    """Return the scenarios for an engine, by name: one more where another process computes prompts."""
+    apart = isinstance(engine, DisaggregatedEngine)
     return {scenario.name: scenario for scenario in (*SCENARIOS, *([APART] if apart else []))}
+
+
+def find(scenarios: Mapping[str, Scenario], name: object) -> Scenario:
+    """Return the scenario of a name, which may be anything. Raises ValueError if there is none."""
+    if not isinstance(name, str) or name not in scenarios:
+        raise ValueError(f"There is no preset {str(name)[:40]!r}: known are {', '.join(scenarios)}.")
+    return scenarios[name]
