@@ -23,6 +23,7 @@ Object.assign(labkit, (() => {
       from.slice(0, blocks.length).forEach((block, i) => come.push({ from: block, to: blocks[i], color }));
       if (!state.elsewhere.has(request)) state.left.delete(request);
     }
+    for (const id of state.left.keys()) if (state.lanes.get(id)?.ended >= 0) state.left.delete(id); // it never came
     const now = performance.now();
     state.carried = state.carried.filter(({ until }) => until > now).concat(come.map((one) => ({ ...one, until: now + SHOWN })));
     return come;
