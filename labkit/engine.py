@@ -38,6 +38,7 @@ from labkit.models.load import LoadedModel
 from labkit.models.no_tokenizer import NoTokenizer
 from labkit.models.progress import Say
 from labkit.models.prompts import Prompt, check_tokens, read_prompt
+from labkit.offload import OffloadingPool, offloading_pool
 from labkit.outputs import RequestMetrics, RequestOutput
 from labkit.parallel.group import ParallelError
 from labkit.parallel.load import model_of
@@ -101,6 +102,8 @@ class Engine(EngineCore):
                 f"max_model_len must be at most {module.max_model_len}, the limit of {self.model.name}, "
                 f"not {config.max_model_len}"
             )
+        if config.kv_offloading_size is not None and (pool or isinstance(module, ParallelTransformer)):
+            raise ValueError("kv_offloading_size needs labkit's own pool, and a model in one process")
         asked = config.generation_config == "auto"
         self.sampling_defaults = sampling_defaults(self.model.generation) if asked else {}
         draft = draft_model(config, self.model, say)
@@ -128,7 +131,11 @@ class Engine(EngineCore):
         backend, reserve = tried_backend(module, config, say)
         num_blocks = config.num_blocks or self._fitting_blocks(reserve, draft)
         cache, graphs = warm_up(module, backend, config, num_blocks, reserve=reserve, say=say)
-        blocks = (pool or BlockPool)(cache.num_blocks, config.block_size)  # fewer, if memory did not suffice
+        # There may be fewer blocks than asked for, if memory did not suffice.
+        if config.kv_offloading_size is not None:
+            blocks = offloading_pool(config, cache, say)
+        else:
+            blocks = (pool or BlockPool)(cache.num_blocks, config.block_size)
         blocks.enable_prefix_caching = config.enable_prefix_caching
         make = scheduler_class(
             scheduler or config.scheduler, enable_chunked_prefill=config.enable_chunked_prefill
@@ -384,6 +391,8 @@ class Engine(EngineCore):
     def release(self) -> None:
         """Give back the memory of the KV cache and the graphs. The engine can only be read from now on."""
         self.__dict__.pop("runner", None)  # it may be gone already
+        if isinstance(self.pool, OffloadingPool):
+            self.pool.store.close()
         self.speculator = None  # a model that drafts has a cache of its own
 
     # -- a look ahead -----------------------------------------------------------------------------
@@ -399,7 +408,8 @@ class Engine(EngineCore):
         shared = {id(part): part for part in kept}
         # A large pool holds a hundred thousand numbers. They are copied at once where they are known to be
         # numbers, so not in a pool of your own.
-        for flat in (getattr(self.pool, name) for name in _FLAT if type(self.pool) is BlockPool):
+        known = type(self.pool) in (BlockPool, OffloadingPool)
+        for flat in (getattr(self.pool, name) for name in _FLAT if known):
             shared[id(flat)] = copy.copy(flat)
         scheduler = copy.deepcopy(self.scheduler, shared)  # and the pool, which it holds
         plan = scheduler.schedule()

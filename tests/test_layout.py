@@ -31,6 +31,7 @@ RANKS = {
     "models": 5,
     "speculative": 6,
     "parallel": 6,
+    "offload": 6,
     "analysis": 6,
     "engine": 7,
     "transfer": 8,
