@@ -113,6 +113,8 @@ def _steps(trace: Trace, clock: _Clock) -> Iterator[Event]:
         }
         if record.drafted:
             facts |= {"tokens drafted": record.total_drafted, "drafts right": record.total_accepted}
+        if record.restored:
+            facts["evicted pages brought back"] = len(record.restored)
         if record.sent_in_layers or record.sent_elsewhere:
             facts |= {
                 "bytes sent in layers": record.sent_in_layers,

@@ -17,6 +17,8 @@ from labkit.models.load import load_model
 from labkit.offload.stores import FileStore, HostStore, Store
 from labkit.trace.trace import Trace
 from labkit.transfer import export_kv, import_kv
+from labkit.views import perfetto
+from labkit.views.replay_data import frames, lanes_of
 from tests.conftest import greedy, loaded
 from tests.engines import drain, engine_of, random_prompt
 
@@ -152,6 +154,12 @@ def test_the_trace_is_written_and_read_with_it(tmp_path: Path) -> None:
     again = Trace.load(tmp_path / "run.jsonl")
     assert [record.restored for record in again] == [record.restored for record in engine.trace]
     assert restored(engine) == 9
+    told = [what for frame in frames(again, lanes_of(again), 0, len(again)) for _, what in frame["events"]]
+    assert "9 evicted pages brought back, not computed" in told
+    facts = [event["args"] for event in perfetto.events(again) if event["name"].startswith("step")]
+    assert [fact.get("evicted pages brought back", 0) for fact in facts if "requests" in fact] == [
+        len(record.restored) for record in again
+    ]
 
 
 def test_a_session_is_saved_with_what_was_evicted() -> None:
