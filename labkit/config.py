@@ -192,7 +192,7 @@ class EngineConfig(ModelConfig):
                 f"not {self.scheduler!r}"
             )
         if self.tensor_parallel_size > 1:
-            raise ValueError("kv_offloading_size needs tensor_parallel_size 1: pages lie in one process")
+            raise ValueError("kv_offloading_size needs tensor_parallel_size 1: pages must lie in one process")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:

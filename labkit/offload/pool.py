@@ -20,8 +20,9 @@ class OffloadingPool(BlockPool):
     Both happen while a step is planned, before it writes to any block. What comes back goes into a block
     like any other, and into the prefix tree: from there on, it is a block that was never away.
 
-    In the store a block has a name of 256 bits, which stands for all tokens up to its end: the nodes of
-    the tree do not last as long.
+    In the store a block has a name of 256 bits, which stands for all tokens up to its end: the nodes of the
+    tree do not last as long. (Compare LMCache, vLLM's `OffloadingConnector` and SGLang's HiCache, which copy
+    blocks when they are full, beside the steps, where this copies them late, and within a step.)
 
     Args:
         num_blocks, block_size: the sizes, as of any pool.

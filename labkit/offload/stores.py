@@ -1,7 +1,7 @@
 """Where evicted blocks are kept: in host memory, or in a file.
 
-A block is in the pool or in the store, never in both: it comes here when it is evicted, and leaves when it
-goes back. So the blocks that came first are those whose last use is longest ago, and they make room first.
+A block comes here when it is evicted, and leaves when it goes back. So the blocks that came first are those
+whose last use is longest ago, and they make room first.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -221,7 +223,7 @@ def test_fewer_bits_go_and_come_as_they_are(dtype: str, tmp_path: Path) -> None:
 def test_the_least_recently_used_block_makes_room(capacity: int, moves: list[tuple[bool, int]]) -> None:
     cache = loaded("llama").module.kv_shape.new_cache(8, 4)
     cache.blocks[:] = torch.arange(9.0)[None, :, None, None, None, None]
-    stores = [Store(capacity), HostStore(cache, capacity), FileStore(cache, capacity, "/tmp")]
+    stores = [Store(capacity), HostStore(cache, capacity), FileStore(cache, capacity, tempfile.gettempdir())]
     model: list[int] = []
     for comes, block in moves:
         if comes:
@@ -321,8 +323,6 @@ def test_the_file_is_seen_by_nobody_and_goes_with_the_engine(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
     assert len(engine.pool.store)
     del engine
-    import gc
-
     gc.collect()
     assert file.closed
 
