@@ -195,10 +195,9 @@ class BlockPool:
     def _evict(self, block: int) -> None:
         del self.block_of[self.key_of.pop(block)]
         del self.node_of[block]
-        if block in self._published:  # since the last record: then no record names it at all
+        if block in self._published:  # since the last record, in which it can no longer be found
             self._published.remove(block)
-        else:
-            self._evicted.append(block)
+        self._evicted.append(block)
 
     def drain_changes(self) -> dict[str, tuple[int, ...]]:
         """Return the blocks published and evicted since the last call, as fields of `StepRecord`."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import uuid
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
 from labkit.core.kv_cache import PagedKVCache
 from labkit.models.progress import Say
 from labkit.offload.stores import FileStore, HostStore, Store
+
+_PLAIN = ("ref_counts", "free", "cached", "forked", "block_of", "key_of", "node_of")
 
 
 class OffloadingPool(BlockPool):
@@ -108,12 +111,23 @@ def _name(before: bytes, token_ids: Sequence[int]) -> bytes:
     return hashlib.sha256(before + array("q", token_ids).tobytes()).digest()
 
 
-def offloading_pool(config: EngineConfig, cache: PagedKVCache, say: Say | None) -> OffloadingPool:
-    """Make the pool of a cache, with a store as the configuration asks for it.
+def make_pool(
+    own: Callable[..., BlockPool] | None, config: EngineConfig, cache: PagedKVCache, say: Say | None
+) -> BlockPool:
+    """Make the pool of a cache, as the configuration asks for it.
+
+    Args:
+        own: a class of the caller's own, or None.
+        config, cache: the settings, and the cache that has the pool's blocks.
+        say: the function that gets a line if evicted blocks cannot be kept.
 
     Raises:
-        ValueError: if `kv_offloading_size` is less than a block.
+        ValueError: if `kv_offloading_size` is less than a block, or cannot work with this pool or cache.
     """
+    if config.kv_offloading_size is None:
+        return (own or BlockPool)(cache.num_blocks, config.block_size)
+    if own or type(cache) is not PagedKVCache:
+        raise ValueError("kv_offloading_size needs labkit's own pool, and pages that lie in this process")
     block_bytes = cache.blocks[:, 0].nbytes
     capacity = int(config.kv_offloading_size * 2**30 // block_bytes)
     if not capacity:
@@ -126,3 +140,15 @@ def offloading_pool(config: EngineConfig, cache: PagedKVCache, say: Say | None) 
     else:
         store = FileStore(cache, capacity, config.kv_offloading_dir, say)
     return OffloadingPool(cache.num_blocks, config.block_size, store)
+
+
+def close_pool(pool: BlockPool) -> None:
+    """Give back the memory that a pool keeps evicted blocks in, if it does."""
+    if isinstance(pool, OffloadingPool):
+        pool.store.close()
+
+
+def plain_parts(pool: BlockPool) -> list[Any]:
+    """Return what a pool holds of plain values alone; nothing of a pool whose class is not known here."""
+    names = _PLAIN if type(pool) in (BlockPool, OffloadingPool) else ()
+    return [getattr(pool, name) for name in names]
