@@ -29,6 +29,7 @@ from labkit.core.recorder import record_step
 from labkit.core.request import Request
 from labkit.core.sampler import mix
 from labkit.core.scheduler import Scheduler
+from labkit.kernels.int8_kv import kv_shape
 from labkit.kernels.threads import ThreadBudget, usual_threads
 from labkit.kernels.warmup import free_bytes, tried_backend, warm_up, warm_up_lock
 from labkit.models.cache_dir import keep_compiled
@@ -169,7 +170,8 @@ class Engine(EngineCore):
         """
         config, module = self.config, self.model.module
         modules = [module, draft.module] if draft else [module]
-        block = sum(each.kv_shape.bytes_per_token for each in modules) * config.block_size
+        shapes = [kv_shape(each, config.kv_cache_dtype) for each in modules]
+        block = sum(shape.bytes_per_token for shape in shapes) * config.block_size
         if module.device.type == "cuda":
             budget = _GPU_POOL_SHARE * (free_bytes(module.device) - reserve)
         else:
