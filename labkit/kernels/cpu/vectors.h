@@ -7,7 +7,6 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
-#include <cstring>
 #include <type_traits>
 
 namespace {
@@ -33,18 +32,19 @@ inline Vec load(const Half* from, int64_t count) {
 }
 
 inline Vec load(const int8_t* from, int64_t count) {
-  float numbers[kLanes] = {};
-  if (count >= kLanes) {  // in vectors that every compiler has: two instructions
-    using Bytes [[gnu::vector_size(kLanes)]] = int8_t;
-    using Whole [[gnu::vector_size(kLanes * 4)]] = int32_t;
-    using Floats [[gnu::vector_size(kLanes * 4)]] = float;
-    Bytes bytes;
-    std::memcpy(&bytes, from, sizeof bytes);
-    const Floats floats = __builtin_convertvector(__builtin_convertvector(bytes, Whole), Floats);
-    std::memcpy(numbers, &floats, sizeof numbers);
-  } else {
-    std::copy_n(from, count, numbers);
+#if defined(CPU_CAPABILITY_AVX512)  // ATen converts whole vectors of bytes alone, and would read too far
+  if (count >= kLanes) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
   }
+#elif defined(CPU_CAPABILITY_AVX2)
+  if (count >= kLanes) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+  }
+#endif
+  float numbers[kLanes] = {};
+  std::copy_n(from, std::min(count, kLanes), numbers);
   return Vec::loadu(numbers);
 }
 
