@@ -125,7 +125,7 @@ def split(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the keys and values (..., block_size, head_dim) of pieces (..., block_size, head_dim + 4)."""
     numbers, scales = split(blocks)
-    return (numbers * scales[..., None]).to(dtype)
+    return numbers.to(dtype).mul_(scales[..., None])  # whole numbers are exact in any dtype
 
 
 def read_tokens(blocks: Tensor, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -135,7 +135,7 @@ def read_tokens(blocks: Tensor, slots: Tensor, dtype: torch.dtype) -> tuple[Tens
     kv_heads, size = blocks.shape[2:4]
     numbers, scales = split(blocks.flatten(0, 2))
     place = slots // size, slots % size  # (2, T * kv_heads)
-    found = (numbers[place] * scales[place][..., None]).to(dtype)
+    found = numbers[place].to(dtype).mul_(scales[place][..., None])
     k, v = found.unflatten(1, (-1, kv_heads)).unbind(0)
     return k, v
 

@@ -11,7 +11,7 @@ import socket
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from labkit.config import EngineConfig
+from labkit.config import KV_CACHE_DTYPES, EngineConfig
 
 if TYPE_CHECKING:
     from labkit.models.load import LoadedModel
@@ -107,6 +107,12 @@ def add_engine(parser: argparse.ArgumentParser, *, num_blocks: int | None) -> No
         type=positive,
         default=num_blocks,
         help=f"blocks of the KV cache{few} (default: {usual})",
+    )
+    add(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        default="auto",
+        help="the KV cache in 8 bits, or in the dtype of the model (default: %(default)s)",
     )
     add("--block-size", type=positive, default=16, help="tokens in a block (default: %(default)s)")
     add("--max-num-seqs", type=positive, default=32, help="requests that run at once (default: %(default)s)")
