@@ -74,8 +74,8 @@ class EngineConfig(ModelConfig):
             says.
         block_size: the number of tokens in a block of the KV cache.
         num_blocks: the number of blocks in the pool; None sizes it from the memory that is free.
-        kv_cache_dtype: the dtype of the KV cache: None or "auto" is that of the model; "int8" is 8 bits with a
-            scale for each token and head, 0.27 of the bytes of fp32 and nearly as exact (vLLM calls it
+        kv_cache_dtype: the dtype of the KV cache: None or "auto" is that of the model; "int8" is 8 bits with
+            a scale for each token and head, in 0.27 of the bytes of fp32 and nearly as exact (vLLM calls it
             "int8_per_token_head").
         max_model_len: the longest prompt and answer together, in tokens; None takes the model's own limit,
             but no more than the pool holds.

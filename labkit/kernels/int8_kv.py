@@ -1,6 +1,6 @@
 """A KV cache in 8 bits: whole numbers, with a scale for each token and head.
 
-A key x of a head becomes `round(x / scale)`, from -127 to 127, with `scale = max |x| / 127`; a value likewise.
+A key x of a head becomes `round(x / scale)`, from -127 to 127, with `scale = max |x| / 127`; so does a value.
 So no number is off by more than half a scale, and a token with large numbers makes no other coarse: scales
 are found when a token is written, and need no calibration. Whoever reads computes in the dtype of the model.
 A kernel need not even make numbers of that dtype in memory: a key's scale can be multiplied into its score,
@@ -22,7 +22,6 @@ exact; `tests/kernels/test_int8_kv.py` bounds what that costs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -129,7 +128,7 @@ def dequantize(blocks: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def read_tokens(blocks: Tensor, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the keys and values (T, kv_heads, head_dim) in these slots of one layer, of either cache."""
+    """Return keys and values (T, kv_heads, head_dim) in these slots of one layer, of either cache."""
     if blocks.dtype != torch.int8:
         return kv_cache.read_tokens(blocks, slots)
     kv_heads, size = blocks.shape[2:4]
@@ -141,7 +140,7 @@ def read_tokens(blocks: Tensor, slots: Tensor, dtype: torch.dtype) -> tuple[Tens
 
 
 def read_rows(blocks: Tensor, pieces: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return keys and values (rows, kv_heads, width * block_size, head_dim) of whole tables, of either cache."""
+    """Return keys and values (rows, kv_heads, width * block_size, head_dim) of tables, of either cache."""
     if blocks.dtype != torch.int8:
         return kv_cache.read_rows(blocks, pieces)
     found = dequantize(blocks.flatten(0, 2).index_select(0, pieces.flatten()), dtype)

@@ -111,8 +111,7 @@ def add_engine(parser: argparse.ArgumentParser, *, num_blocks: int | None) -> No
     add(
         "--kv-cache-dtype",
         choices=KV_CACHE_DTYPES,
-        default="auto",
-        help="the KV cache in 8 bits, or in the dtype of the model (default: %(default)s)",
+        help="the dtype of the KV cache (default: that of the model, as auto says too)",
     )
     add("--block-size", type=positive, default=16, help="tokens in a block (default: %(default)s)")
     add("--max-num-seqs", type=positive, default=32, help="requests that run at once (default: %(default)s)")

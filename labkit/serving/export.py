@@ -161,7 +161,7 @@ def _vllm(config: EngineConfig, out: Command) -> None:
     if config.kv_cache_dtype != "int8":
         out.same["kv_cache_dtype"] = "that of the model"
     elif config.device == "cpu":
-        out.without_twin["kv_cache_dtype"] = "'int8': its Triton kernel has that, its kernels for a CPU do not"
+        out.without_twin["kv_cache_dtype"] = "'int8': its kernels for a CPU do not have it"
     else:
         why = "8 bits with a scale per token and head; in its Triton kernel, not on a CPU"
         out.flag("kv_cache_dtype", why, "--kv-cache-dtype", "int8_per_token_head")
