@@ -46,9 +46,10 @@ def shape_of(dim: int, dtype: torch.dtype = torch.float32, kv_heads: int = 2, la
 def written(shape: KVShape, num_blocks: int, size: int) -> tuple[PagedKVCache, PagedKVCache]:
     """A cache in 8 bits with keys and values in every place, and one that holds what it gives back."""
     cache, plain = in_int8(shape).new_cache(num_blocks, size), shape.new_cache(num_blocks, size)
-    places = torch.arange(num_blocks * size)
+    places = torch.arange(num_blocks * size, device=shape.device)
     slots = cache.slots(places // size, places % size)
-    k, v = torch.randn(2, len(places), shape.num_kv_heads, shape.head_dim).to(shape.dtype)
+    kv = torch.randn(2, len(places), shape.num_kv_heads, shape.head_dim, device=shape.device)
+    k, v = kv.to(shape.dtype)
     cache.write(0, k, v, slots)
     plain.blocks.copy_(dequantize(cache.blocks, shape.dtype))
     return cache, plain
