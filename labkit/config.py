@@ -97,6 +97,8 @@ class EngineConfig(ModelConfig):
         num_speculative_tokens: the most drafts that a request has in a step.
         speculative_gate: whether to draft only where that pays, judged by what steps cost on this machine and
             how often drafts were accepted.
+        jump_ahead: whether tokens that the form of a structured answer forces are computed together, in one
+            step, as the tokenizer writes them; without it, each is sampled like any other.
         num_threads: the number of PyTorch's threads on a CPU, in the whole process; None leaves PyTorch's own
             choice (the physical cores, or OMP_NUM_THREADS).
         adaptive_threads: whether a CPU uses fewer threads while other processes keep its cores busy, since
@@ -136,6 +138,7 @@ class EngineConfig(ModelConfig):
     draft_model: str | os.PathLike[str] | Loaded | None = None
     num_speculative_tokens: int = 8
     speculative_gate: bool = True
+    jump_ahead: bool = True
     num_threads: int | None = None
     adaptive_threads: bool = True
     attention_backend: Literal["auto", "sdpa", "triton"] = "auto"
@@ -161,6 +164,7 @@ class EngineConfig(ModelConfig):
             if self.scheduler != "continuous" or not self.enable_chunked_prefill:
                 raise ValueError("max_step_seconds needs scheduler 'continuous' and enable_chunked_prefill")
         flags = ("enable_prefix_caching", "enable_chunked_prefill", "speculative_gate", "adaptive_threads")
+        flags += ("jump_ahead",)
         for name in (*flags, "cuda_graphs", "as_t4", "audit"):
             check_flag(name, getattr(self, name))
         check_number("seed", self.seed, -(2**63), 2**63 - 1, whole=True)

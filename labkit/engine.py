@@ -47,6 +47,8 @@ from labkit.sampling_params import SamplingParams, check_number
 from labkit.schedulers import scheduler_class
 from labkit.schedulers.audit import Auditor
 from labkit.speculative.draft_model import draft_model, make_speculator
+from labkit.structured.compiler import FormCompiler
+from labkit.structured.form import AnswerForm
 from labkit.trace.records import StepRecord, TraceMeta
 from labkit.trace.trace import Trace
 
@@ -111,6 +113,7 @@ class Engine(EngineCore):
             self.auditor = Auditor(
                 self.scheduler, self.pool, config.max_num_batched_tokens, config.max_num_seqs
             )
+        self.forms = FormCompiler(self.model)
         self.outputs: dict[str, RequestOutput] = {}
         self._unfinished: dict[str, Request] = {}
         self._numbers = itertools.count()
@@ -168,16 +171,15 @@ class Engine(EngineCore):
 
         On a GPU, `reserve` bytes are kept free.
         """
-        config, module = self.config, self.model.module
+        config, module, size = self.config, self.model.module, self.config.block_size
         modules = [module, draft.module] if draft else [module]
-        shapes = [kv_shape(each, config.kv_cache_dtype) for each in modules]
-        block = sum(shape.bytes_per_token for shape in shapes) * config.block_size
+        block = size * sum(kv_shape(each, config.kv_cache_dtype).bytes_per_token for each in modules)
         if module.device.type == "cuda":
             budget = _GPU_POOL_SHARE * (free_bytes(module.device) - reserve)
         else:
             budget = min(_CPU_POOL_BYTES, psutil.virtual_memory().available / 2)
         longest = min(config.max_model_len or module.max_model_len, module.max_model_len)
-        wanted = config.max_num_seqs * -(-longest // config.block_size)
+        wanted = config.max_num_seqs * -(-longest // size)
         blocks = min(wanted, int(budget // block))
         if blocks < 1:
             raise ValueError(f"too little memory: one page of the KV cache takes {block / 2**20:.1f} MiB")
@@ -264,6 +266,7 @@ class Engine(EngineCore):
                 stop_ids=stop_ids,
                 prompt=text,
                 reader=self._reader(params, token_ids) if has_text else None,
+                form=self._form(params, stop_ids),
                 family=request_id,
             )
             for i, name in enumerate(answer_ids(request_id, params.n))
@@ -282,6 +285,11 @@ class Engine(EngineCore):
             keep_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
         )
+
+    def _form(self, params: SamplingParams, stop_ids: frozenset[int]) -> AnswerForm | None:
+        if params.structured is None:
+            return None
+        return self.forms.start(params.structured, stop_ids, params.max_tokens)
 
     def check_unused(self, request: Request) -> None:
         """Raise `ValueError` if an output has the id of a request or one of its children."""
@@ -370,6 +378,12 @@ class Engine(EngineCore):
                     output.logprobs.extend(result.logprobs[row][: len(tokens)])
                 if request.reader:
                     output.text = request.reader.text
+        for request in [request for request in self.scheduler.running if request.form]:
+            known, drafts = len(request.token_ids), request.drafts if self.speculator else ()
+            if self.config.jump_ahead and request.num_computed_tokens == known - 1:
+                drafts = request.form.forced or drafts  # these are always accepted
+            request.drafts = drafts[: request.max_len - known - 1]
+            request.form.start(request.drafts)
         for request_id, reason, _ in record.finished:
             request = self._unfinished.pop(request_id)
             if output := self.outputs.get(request_id):
@@ -379,7 +393,7 @@ class Engine(EngineCore):
                 output.error = request.error
                 output.metrics.finish_time = end
                 output.finish_reason = reason  # last, so that other threads can trust the rest
-            request.reader = None  # a static batch keeps its finished members, and `preview` copies them
+            request.reader = request.form = None  # a static batch keeps members that `preview` copies
 
     # -- the end ----------------------------------------------------------------------------------
 
@@ -397,7 +411,7 @@ class Engine(EngineCore):
         `waiting` are those after the plan. Call it where `step` may be called; it raises as planning does.
         """
         requests = self.scheduler.requests.values()
-        kept = [part for r in requests for part in (r.params, r.reader, r.prompt_logprobs)]
+        kept = [part for r in requests for part in (r.params, r.reader, r.form, r.prompt_logprobs)]
         shared = {id(part): part for part in kept}
         # A large pool holds a hundred thousand numbers. They are copied at once where they are known to be
         # numbers, so not in a pool of your own.

@@ -30,6 +30,7 @@ RANKS = {
     "kernels": 4,
     "models": 5,
     "speculative": 6,
+    "structured": 6,
     "parallel": 6,
     "analysis": 6,
     "engine": 7,

@@ -19,6 +19,7 @@ def record_step(
         late = head.family != head.request_id or head.request_id in {a.request_id for a in changes.arrived}
         why = "it joined the queue when this step was over" if late else "the scheduler gave no reason"
         blocked = (head.request_id, why)
+    allowed = tuple([request.form.allowed if request.form else () for request in plan.requests])
     return StepRecord(
         step,
         requests=tuple([request.request_id for request in plan.requests]),
@@ -28,6 +29,7 @@ def record_step(
         sampled=tuple(result.sampled),
         padding=tuple(plan.padding) if any(plan.padding) else (),  # of a static batch
         drafted=tuple([plan.drafts.get(i, ()) for i in range(len(plan.requests))]) if plan.drafts else (),
+        allowed=allowed if any(allowed) else (),  # where an answer must have a form
         arrived=tuple(changes.arrived),
         reprioritised=tuple(changes.reprioritised),
         admitted=tuple(plan.admitted),

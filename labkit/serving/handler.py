@@ -157,7 +157,7 @@ class Handler:
         head = {"id": answer_id, "created": int(time.time()), "model": body.model}
         tokenizer = None if params.logprobs is None else live.engine.model.tokenizer
         promises_usage = bool(body.stream_options and body.stream_options.include_usage)
-        written = write(head, tokenizer, promises_usage, params.skip_special_tokens)
+        written = write(head, tokenizer, promises_usage, params.skip_special_tokens, body.may_call)
         call = Call(live, body, client, prompts, params, len(prompts) * params.n, written, began)
         self._under_way += Counter({client: call.num_answers})  # the engine learns of them when tokenised
         try:

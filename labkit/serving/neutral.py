@@ -21,7 +21,6 @@ _BOTH: dict[str, tuple[Any, ...]] = {
     "prompt_cache_key": (_HINT,),
     "prompt_cache_retention": (_HINT,),
     "safety_identifier": (_HINT,),
-    "response_format": ({"type": "text"},),
     # vLLM, transformers, llama.cpp and others that speak the same protocol
     "allowed_token_ids": ([],),
     "bad_words": ([],),
@@ -51,14 +50,11 @@ NEUTRAL: dict[Where, dict[str, tuple[Any, ...]]] = {
         "add_special_tokens": (False,),
         "documents": ([],),
         "echo": (False,),
-        "function_call": ("none", "auto"),  # as with tools: with no function there, all of these are none
+        "function_call": ("none", "auto"),  # with no function there, both are none
         "functions": ([],),
         "mm_processor_kwargs": ({},),
         "modalities": (["text"],),
-        "parallel_tool_calls": (False, True),
         "reasoning_effort": ("none",),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "verbosity": ("medium",),
     },
     "stream_options": {"continuous_usage_stats": (False,), "include_obfuscation": (False,)},
@@ -71,7 +67,6 @@ NEUTRAL: dict[Where, dict[str, tuple[Any, ...]]] = {
         "reasoning_content": ("",),
         "refusal": ("",),
         "thinking_blocks": ([],),
-        "tool_calls": ([],),
         "videos": ([],),
     },
     "part": {"annotations": ([],), "cache_control": (_HINT,), "citations": ([],)},

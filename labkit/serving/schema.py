@@ -6,16 +6,21 @@ refused by its name, unless its value asks for nothing (`labkit.serving.neutral`
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 from transformers import PreTrainedTokenizerBase
 
 from labkit.models.chat import as_chat, check_variables, text_of
-from labkit.sampling_params import MAX_LOGPROBS, SamplingParams
+from labkit.models.tools import for_template
+from labkit.sampling_params import MAX_LOGPROBS, SamplingParams, Structured
 from labkit.serving.errors import RequestError
+from labkit.serving.forms import of_response_format, of_structured_outputs
 from labkit.serving.neutral import Where, first_that_asks
+from labkit.serving.tool_calls import call_grammar, checked_tools, offered
 
 Number = StrictInt | StrictFloat
 Token = Annotated[StrictInt, Field(ge=0)]
@@ -26,7 +31,7 @@ Tokens = Annotated[list[Token], Field(fail_fast=True)]
 Stop = Annotated[StrictStr, Field(max_length=256)]
 Stops = Annotated[list[Stop], Field(fail_fast=True, max_length=16)]
 
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; chat goes on until the model ends
 _MARKS = 16  # characters that a chat template writes round a message, at least
 
@@ -68,6 +73,27 @@ class Body(BaseModel):
     include_stop_str_in_output: StrictBool | None = None
     skip_special_tokens: StrictBool | None = None
     priority: StrictInt | None = None
+    structured_outputs: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None  # OpenAI's, for chat
+
+    may_call: ClassVar[bool] = False  # whether an answer may call functions
+
+    @property
+    def form_field(self) -> str:
+        """The field that says which form an answer must have."""
+        return "structured_outputs" if self.structured_outputs else "response_format"
+
+    def form(self) -> Structured | None:
+        """The form that an answer must have. Raises `RequestError` (400) or `ValueError`."""
+        asked = [
+            of_response_format(self.response_format) if self.response_format else None,
+            of_structured_outputs(self.structured_outputs) if self.structured_outputs else None,
+        ]
+        found = [form for form in asked if form]
+        if len(found) > 1:
+            words = "structured_outputs and response_format both name a form: give one of them"
+            raise RequestError(400, words, param="structured_outputs")
+        return found[0] if found else None
 
     def refuse_unknown(self) -> None:
         """Raise `RequestError` (400) for the first field that we do not have, unless it asks for nothing."""
@@ -129,6 +155,7 @@ class Body(BaseModel):
         if self.stop == "" or self.stop == []:
             del given["stop"]
         given |= {"max_tokens": max_tokens, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+        given["structured"] = self.form()
         said = {name: value for name, value in given.items() if value is not None}
         return SamplingParams(**(dict(defaults) | said))
 
@@ -196,15 +223,46 @@ class Part(BaseModel):
         return {"type": self.type, "text": self.text}
 
 
+class CalledFunction(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: StrictStr
+    arguments: StrictStr
+
+
+class ToolCall(BaseModel):
+    """A call that an earlier answer made. Streams number them, and some clients send that back."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: StrictStr | None = None
+    type: Literal["function"] = "function"
+    index: StrictInt | None = None
+    function: CalledFunction
+
+    def plain(self) -> dict[str, Any]:
+        """The call as it was written. Raises `RequestError` (400) for arguments that are no JSON object."""
+        try:
+            arguments = json.loads(self.function.arguments)
+        except ValueError:
+            arguments = None
+        if not isinstance(arguments, dict):
+            words = "messages: tool_calls: arguments must be the JSON of an object"
+            raise RequestError(400, words, param="messages")
+        return {"id": self.id, "type": self.type, "function": self.function.model_dump()}
+
+
 class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: StrictStr
     content: StrictStr | Annotated[list[Part], Field(fail_fast=True)] | None = None
     name: StrictStr | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    tool_call_id: StrictStr | None = None
 
     def plain(self) -> dict[str, Any]:
-        """Role, content and name, as they were sent. Raises `RequestError` (400) for more than text."""
+        """Role, content, name and calls, as they came. Raises `RequestError` (400) for more than text."""
         if (name := first_that_asks("message", self.model_extra)) is not None:
             raise RequestError(400, f"messages: {name} is not supported here", param="messages")
         if self.role not in ROLES:
@@ -217,6 +275,10 @@ class Message(BaseModel):
         message = {"role": "system" if self.role == "developer" else self.role, "content": content}
         if self.name is not None:
             message["name"] = self.name
+        if self.tool_calls and self.role == "assistant":
+            message["tool_calls"] = [call.plain() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
         try:
             (text_of(message) + (self.name or "")).encode()
         except UnicodeEncodeError:
@@ -238,6 +300,34 @@ class ChatBody(Body):
     add_generation_prompt: StrictBool | None = None
     continue_final_message: StrictBool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    tool_choice: StrictStr | dict[str, Any] | None = None
+    parallel_tool_calls: StrictBool | None = None
+
+    @cached_property
+    def offer(self) -> tuple[list[dict[str, Any]], str]:
+        """The functions that the answer may call, and how. Raises as `offered` does."""
+        return offered(checked_tools(self.tools or []), self.tool_choice)
+
+    @property
+    def may_call(self) -> bool:  # type: ignore[override]
+        return self.offer[1] != "none"
+
+    @property
+    def form_field(self) -> str:
+        """See `Body`."""
+        return "tools" if self.may_call else super().form_field
+
+    def form(self) -> Structured | None:
+        """See `Body`. What an answer may call is a form, too."""
+        form, (tools, how) = super().form(), self.offer
+        if how == "none":
+            return form
+        if form:
+            words = f"{super().form_field} and tools both name a form: give one of them"
+            raise RequestError(400, words, param=super().form_field)
+        several = self.parallel_tool_calls is not False
+        return Structured.of({"grammar": call_grammar(tools, how, several=several)})
 
     def prompts(self) -> list[Conversation]:
         """One conversation."""
@@ -257,12 +347,13 @@ class ChatBody(Body):
         variables = self.chat_template_kwargs or {}
         check_variables(tokenizer, variables)
         try:
+            messages, more = for_template(tokenizer, prompt, self.offer[0])
             return as_chat(
                 tokenizer,
-                prompt,
+                messages,
                 add_generation_prompt=self.add_generation_prompt is not False,
                 continue_final_message=bool(self.continue_final_message),
-                variables=variables,
+                variables={**variables, **more},
             )
         except Exception as error:  # some models' templates refuse some conversations, in their own words
             raise RequestError(400, f"messages: the chat template says: {error}", param="messages") from None
@@ -288,6 +379,8 @@ class ChatBody(Body):
 def field_of(body: Body, message: str, otherwise: str) -> str:
     """The field that an error of the engine is about: its message begins with the engine's name for it."""
     name = message.split(maxsplit=1)[0].rstrip(":").partition("[")[0] if message.strip() else ""
+    if name == "structured":
+        return body.form_field
     if name not in {*CompletionBody.model_fields, *ChatBody.model_fields}:
         name = otherwise
     if isinstance(body, ChatBody):

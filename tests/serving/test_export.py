@@ -41,6 +41,7 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "draft_model": [DRAFT],
     "num_speculative_tokens": [{"speculative": "ngram", "num_speculative_tokens": 3}],
     "speculative_gate": [],  # for the default is what has no twin
+    "jump_ahead": [],  # likewise
     "fused_projections": [{"fused_projections": False}],
     "packed_weights": [{"packed_weights": False}],
     "num_threads": [{"num_threads": 2}],
