@@ -15,6 +15,7 @@ QUANTIZATIONS = ("int8",)
 DRAFTERS = ("ngram", "draft")
 GENERATION_CONFIGS = ("auto", "labkit")
 ATTENTION_BACKENDS = ("auto", "sdpa", "triton")
+KV_CACHE_DTYPES = ("auto", "int8")
 T4_DTYPES = ("auto", "float16", "fp16", "half")
 
 
@@ -73,6 +74,9 @@ class EngineConfig(ModelConfig):
             says.
         block_size: the number of tokens in a block of the KV cache.
         num_blocks: the number of blocks in the pool; None sizes it from the memory that is free.
+        kv_cache_dtype: the dtype of the KV cache: None or "auto" is that of the model; "int8" is 8 bits with
+            a scale for each token and head, in 0.27 of the bytes of fp32 and nearly as exact (vLLM calls it
+            "int8_per_token_head").
         max_model_len: the longest prompt and answer together, in tokens; None takes the model's own limit,
             but no more than the pool holds.
         max_num_seqs: the number of seats: how many requests run at once.
@@ -124,6 +128,7 @@ class EngineConfig(ModelConfig):
 
     block_size: int = 16
     num_blocks: int | None = None
+    kv_cache_dtype: Literal["auto", "int8"] | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
@@ -170,6 +175,7 @@ class EngineConfig(ModelConfig):
         check_number("seed", self.seed, -(2**63), 2**63 - 1, whole=True)
         _check_choice("scheduler", self.scheduler, SCHEDULERS)
         _check_choice("generation_config", self.generation_config, GENERATION_CONFIGS)
+        _check_choice("kv_cache_dtype", self.kv_cache_dtype, (None, *KV_CACHE_DTYPES))
         _check_choice("kv_policy", self.kv_policy, KV_POLICIES)
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         _check_choice("speculative", self.speculative, (None, *DRAFTERS))

@@ -29,6 +29,7 @@ from labkit.core.recorder import record_step
 from labkit.core.request import Request
 from labkit.core.sampler import mix
 from labkit.core.scheduler import Scheduler
+from labkit.kernels.int8_kv import kv_shape
 from labkit.kernels.threads import ThreadBudget, usual_threads
 from labkit.kernels.warmup import free_bytes, tried_backend, warm_up, warm_up_lock
 from labkit.models.cache_dir import keep_compiled
@@ -170,16 +171,15 @@ class Engine(EngineCore):
 
         On a GPU, `reserve` bytes are kept free.
         """
-        config, module = self.config, self.model.module
+        config, module, size = self.config, self.model.module, self.config.block_size
         modules = [module, draft.module] if draft else [module]
-        block = sum(each.kv_shape.bytes_per_token for each in modules) * config.block_size
+        block = size * sum(kv_shape(each, config.kv_cache_dtype).bytes_per_token for each in modules)
         if module.device.type == "cuda":
             budget = _GPU_POOL_SHARE * (free_bytes(module.device) - reserve)
         else:
             budget = min(_CPU_POOL_BYTES, psutil.virtual_memory().available / 2)
         longest = min(config.max_model_len or module.max_model_len, module.max_model_len)
-        wanted = config.max_num_seqs * -(-longest // config.block_size)
-        blocks = min(wanted, int(budget // block))
+        blocks = min(config.max_num_seqs * -(-longest // size), int(budget // block))
         if blocks < 1:
             raise ValueError(f"too little memory: one page of the KV cache takes {block / 2**20:.1f} MiB")
         return blocks

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import mul
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -134,6 +134,7 @@ class Shape:
         windows: Each sliding window (None: no window), with the number of layers that have it.
         weight_bytes: The size of an element of a matrix, in layers, embedding and output layer.
         value_bytes: The size of any other number: activations, keys and values, norms.
+        int8_kv: Whether keys and values are in 8 bits instead, each with a scale.
     """
 
     hidden: int
@@ -146,10 +147,11 @@ class Shape:
     windows: tuple[tuple[int | None, int], ...]
     weight_bytes: int
     value_bytes: int
+    int8_kv: bool = False
 
     @classmethod
-    def of(cls, loaded: LoadedModel) -> Shape:
-        """Return the shape of a loaded model.
+    def of(cls, loaded: LoadedModel, kv_cache_dtype: str | None = None) -> Shape:
+        """Return the shape of a loaded model, with the KV cache that `EngineConfig` names so.
 
         Raises:
             ValueError: If the model is not of our own code.
@@ -162,12 +164,13 @@ class Shape:
                 f"the work of a step is known for models of the Llama shape, not {loaded.config.model_type}"
             )
         layers = Counter(layer.self_attn.window for layer in module.layers)
-        return cls.of_config(
+        shape = cls.of_config(
             loaded.config,
             tuple(layers.items()),
             weight_bytes=1 if loaded.quantization == "int8" else module.dtype.itemsize,
             value_bytes=module.dtype.itemsize,
         )
+        return replace(shape, int8_kv=kv_cache_dtype == "int8")
 
     @classmethod
     def of_config(
@@ -234,7 +237,8 @@ class Shape:
         if step.sampled:
             moved += self.matrix_bytes(self.vocab, self.hidden)
             operations += 2 * self.vocab * self.hidden * (step.sampled + _idle_seats(record))
-        kv_bytes = 2 * self.kv_heads * self.head_dim * self.value_bytes  # of one token in one layer
+        vector = self.head_dim + _SCALE_BYTES if self.int8_kv else self.head_dim * self.value_bytes
+        kv_bytes = 2 * self.kv_heads * vector  # of one token in one layer
         written = sum(record.num_tokens)
         for window, layers in self.windows:
             rows = list(zip(record.starts, record.num_tokens, strict=True))
@@ -258,7 +262,7 @@ class ModelSize:
         heads: The number of query heads in each layer.
         kv_heads: The number of heads of keys and values in each layer.
         weight_bytes: The size of one parameter: 2 in half precision, 1 in eight bits.
-        kv_value_bytes: The size of one number in the KV cache.
+        kv_value_bytes: The size of one number in the KV cache; 1 + 4 / head_dim in eight bits, with scales.
         hidden, vocab: The numbers of a token's state, and of tokens; only processes that share it need them.
         activation_bytes: The size of one number of a state.
     """

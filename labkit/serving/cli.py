@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from labkit.config import EngineConfig
+from labkit.config import KV_CACHE_DTYPES, EngineConfig
 
 if TYPE_CHECKING:
     from labkit.engine import Engine
@@ -120,6 +120,11 @@ def add_engine(parser: argparse.ArgumentParser, *, num_blocks: int | None) -> No
         type=positive,
         default=num_blocks,
         help=f"blocks of the KV cache{few} (default: {usual})",
+    )
+    add(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        help="the dtype of the KV cache (default: that of the model, as auto says too)",
     )
     add("--block-size", type=positive, default=16, help="tokens in a block (default: %(default)s)")
     add(

@@ -159,6 +159,13 @@ def _vllm(config: EngineConfig, out: Command) -> None:
         out.same["num_blocks"] = "what memory holds (--gpu-memory-utilization)"
     else:
         out.flag("num_blocks", "blocks of the KV cache", "--num-gpu-blocks-override", config.num_blocks)
+    if config.kv_cache_dtype != "int8":
+        out.same["kv_cache_dtype"] = "that of the model"
+    elif config.device == "cpu":
+        out.without_twin["kv_cache_dtype"] = "'int8': its kernels for a CPU do not have it"
+    else:
+        why = "8 bits with a scale per token and head; in its Triton kernel, not on a CPU"
+        out.flag("kv_cache_dtype", why, "--kv-cache-dtype", "int8_per_token_head")
     if config.max_model_len is not None:
         out.flag("max_model_len", "longest prompt + answer", "--max-model-len", config.max_model_len)
     elif config.num_blocks is not None:
@@ -220,6 +227,10 @@ def _sglang(config: EngineConfig, out: Command) -> None:
     else:
         tokens = config.num_blocks * config.block_size
         out.flag("num_blocks", "tokens of the KV cache: blocks x block size", "--max-total-tokens", tokens)
+    if config.kv_cache_dtype == "int8":
+        out.without_twin["kv_cache_dtype"] = "'int8': its eight bits are fp8, without a scale for each token"
+    else:
+        out.same["kv_cache_dtype"] = "that of the model"
     if config.max_model_len is not None:
         out.flag("max_model_len", "longest prompt + answer", "--context-length", config.max_model_len)
     else:

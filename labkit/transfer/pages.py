@@ -31,7 +31,8 @@ class KVPages:
 
     Attributes:
         token_ids: the tokens whose keys and values these are: as many as the pages hold.
-        blocks: (layers, pages, 2, kv_heads, block_size, head_dim), keys and then values, on the CPU.
+        blocks: (layers, pages, 2, kv_heads, block_size, head_dim), keys and then values, on the CPU; or those
+            of an `Int8KVCache`, with their scales.
         model: the name of the model, for messages.
     """
 

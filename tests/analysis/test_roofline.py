@@ -26,6 +26,7 @@ from labkit.analysis.capacity import (
 from labkit.analysis.device_probe import measure_ceiling
 from labkit.analysis.devices import Ceiling
 from labkit.analysis.roofline import Shape, Work, keys_read, pairs_seen
+from labkit.kernels.int8_kv import kv_shape
 from labkit.trace.records import StepRecord
 from tests.conftest import loaded
 
@@ -88,6 +89,15 @@ def test_a_step_of_int8_reads_a_byte_for_a_weight_and_a_scale_for_a_channel() ->
     per_layer = 480 + 4 * (16 + 8 + 24 + 8) + 4 * 2 * 8
     assert shape.work(STEP).bytes == 2 * (per_layer + 32 * 13) + 5 * (8 + 4) + 8 * 4 + (80 + 40)
     assert shape.work(STEP).operations == 10656
+
+
+def test_keys_and_values_in_8_bits_are_a_byte_each_and_a_scale_for_a_head() -> None:
+    model, plain = loaded("llama"), Shape.of(loaded("llama"))
+    less = plain.work(STEP).bytes - Shape.of(model, "int8").work(STEP).bytes
+    moved = StepWork.of(STEP).keys + sum(STEP.num_tokens)  # read and written
+    exact, small = (kv_shape(model.module, dtype).bytes_per_token for dtype in (None, "int8"))
+    assert less == moved * (exact - small)
+    assert Shape.of(model, "auto") == plain
 
 
 def test_padding_is_computed_and_an_idle_seat_goes_through_the_output_layer() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from labkit import EngineConfig, SamplingParams
+from labkit import Engine, EngineConfig, SamplingParams
 from labkit.disaggregated import DisaggregatedEngine
 from labkit.disaggregated.engine import _THERE
 from labkit.serving.async_engine import AsyncEngine
@@ -51,6 +51,20 @@ def test_answers_are_those_of_one_engine(family: str, num_blocks: int, tmp_path:
             assert output.metrics.num_cached_tokens >= (len(prompt) - 1) // 4 * 4
     if num_blocks == 400:
         assert max(record.total_tokens for record in engine.trace) <= 6 * 5  # no step computed a long prompt
+
+
+@pytest.mark.usefixtures("in_threads")
+def test_pages_in_8_bits_arrive_as_well() -> None:
+    prompt = random_prompt(random.Random(4), 30)
+    one, two = (
+        Engine(EngineConfig("tiny-random", kv_cache_dtype="int8"), say=None),
+        engine_of(kv_cache_dtype="int8"),
+    )
+    for engine in (one, two):
+        engine.add_request(prompt, params(9), request_id="a")
+        drain(engine)
+    assert two.outputs["a"].token_ids == one.outputs["a"].token_ids
+    assert two.outputs["a"].metrics.num_cached_tokens == 28
 
 
 @pytest.mark.usefixtures("in_threads")

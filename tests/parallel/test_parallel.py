@@ -100,6 +100,29 @@ def test_answers_that_share_blocks_are_copied_in_all_processes(saved: dict[str, 
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
+def test_each_process_keeps_its_heads_in_8_bits(saved: dict[str, Path]) -> None:
+    """A scale belongs to a head, so nothing is rounded otherwise than in one process."""
+    prompt = random_prompt(random.Random(1), 10)
+    model = parallel(saved["llama"], 2)
+    for params in (
+        SamplingParams(ignore_eos=True, max_tokens=20),
+        SamplingParams(ignore_eos=True, max_tokens=10, n=3, temperature=1, seed=4),
+    ):
+        found, taken = [], []
+        for one in (str(saved["llama"]), model):
+            engine = engine_of(one, kv_cache_dtype="int8", num_blocks=24)
+            engine.add_request(prompt, params)
+            drain(engine)
+            found.append([output.token_ids for output in engine.outputs.values()])
+            taken.append(engine.runner.cache.blocks.nbytes)
+        assert found[0] == found[1]
+        assert engine.runner.cache.blocks.dtype == torch.int8 and taken[0] == 2 * taken[1]
+    exact = engine_of(model)  # beside it, with the same processes
+    name = exact.add_request(prompt, SamplingParams(ignore_eos=True, max_tokens=9))
+    drain(exact)
+    assert exact.outputs[name].token_ids == generate(reference("llama"), prompt, 9)
+
+
 def test_whole_numbers_are_cut_before_they_are_rounded(saved: dict[str, Path]) -> None:
     """Each process rounds its own part: close to what one computes, and no more than that."""
     prompt, hidden = random_prompt(random.Random(2), 30), []

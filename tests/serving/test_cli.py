@@ -23,6 +23,7 @@ def test_every_option_reaches_the_settings() -> None:
         "dtype": "float32",
         "quantization": "int8",
         "num_blocks": 50,
+        "kv_cache_dtype": "int8",
         "block_size": 8,
         "max_num_seqs": 3,
         "max_num_batched_tokens": 70,

@@ -28,6 +28,7 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "device": [{"device": "cpu"}, {"device": "cuda:1"}],
     "block_size": [{"block_size": 4}, {"block_size": 32}],
     "num_blocks": [{"num_blocks": 100}],
+    "kv_cache_dtype": [{"kv_cache_dtype": "int8"}, {"kv_cache_dtype": "int8", "device": "cpu"}],
     "max_model_len": [{"max_model_len": 300}],
     "max_num_seqs": [{"max_num_seqs": 3}],
     "max_num_batched_tokens": [{"max_num_batched_tokens": 700}],
@@ -138,6 +139,7 @@ def test_the_flags_of_a_plain_engine() -> None:
             {"--kv-offloading-size": "2.5"},
             {"--enable-hierarchical-cache": None, "--hicache-size": "3"},
         ),
+        ({"kv_cache_dtype": "int8"}, {"--kv-cache-dtype": "int8_per_token_head"}, {}),
         ({"max_model_len": 300}, {"--max-model-len": "300"}, {"--context-length": "300"}),
         ({"scheduler": "naive"}, {"--max-num-seqs": "1"}, {"--max-running-requests": "1"}),
         (
