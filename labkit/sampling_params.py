@@ -125,7 +125,7 @@ def _schema(name: str, value: Any) -> str:
     try:
         schema = json.loads(value) if isinstance(value, str) else value
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{name} is no JSON schema: {error}") from None
     if not isinstance(schema, Mapping | bool):
         raise ValueError(f"{name} must be a schema: a dictionary, its JSON, or a pydantic model, not {text}")

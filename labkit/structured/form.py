@@ -52,7 +52,7 @@ class Matcher(Protocol):
 class CompiledForm(Protocol):
     """A form for one vocabulary, which any number of answers share."""
 
-    fewest_tokens: int  # no answer has less; 0 if nobody knows
+    fewest_tokens: int  # no answer has less, but the shortest may have more
 
     def start(self) -> Matcher: ...  # at the beginning of an answer
 

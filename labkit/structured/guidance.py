@@ -7,6 +7,7 @@ space after a comma and a colon, and nowhere else: small models that may write s
 from __future__ import annotations
 
 import json
+import math
 import re
 from functools import cached_property
 from types import ModuleType
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from labkit.structured.dates import with_real_dates
+from labkit.structured.shortest import fewest_bytes
 from labkit.structured.vocabulary import Vocabulary
 
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -36,11 +38,14 @@ def library() -> ModuleType:
 
 
 def json_grammar(schema: str) -> str:
-    """Return the part of a grammar that stands for JSON of a schema."""
+    """Return the part of a grammar that stands for JSON of a schema. Raises as `Guidance.compile` does."""
     tree = json.loads(schema)
     if isinstance(tree, bool):
         tree = {} if tree else {"enum": []}
-    return f"%json {json.dumps(with_real_dates(tree) | {'x-guidance': SPACING})}"
+    try:
+        return f"%json {json.dumps(with_real_dates(tree) | {'x-guidance': SPACING})}"
+    except RecursionError:
+        raise ValueError("structured: json: the schema is nested too deeply") from None
 
 
 class Guidance:
@@ -71,11 +76,15 @@ class Guidance:
         matcher = library().LLMatcher(self.tokenizer, _HEAD + grammar, log_level=0)
         if matcher.is_error():
             raise ValueError(f"structured: {kind}: {_reason(matcher.get_error())}")
-        return GuidedForm(matcher, len(self._vocabulary.tokens))
+        least = fewest_bytes(json.loads(text)) if kind == "json" else 0
+        if least == math.inf:
+            raise ValueError(f"structured: {kind}: no answer of this schema ends: it requires itself")
+        fewest = math.ceil(least / self._vocabulary.longest)
+        return GuidedForm(matcher, len(self._vocabulary.tokens), fewest)
 
 
 class _Tokens:
-    """What the library asks of a tokenizer. It wants a token that ends texts, and gets one that no model has."""
+    """What the library asks of a tokenizer. The token that ends texts is one that no model has."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.eos_token_id = len(vocabulary.tokens)
@@ -91,10 +100,8 @@ class _Tokens:
 class GuidedForm:
     """A compiled grammar; `start` begins an answer."""
 
-    fewest_tokens = 0  # the library does not tell, and to find the shortest text is to search
-
-    def __init__(self, matcher: Any, num_tokens: int) -> None:
-        self._matcher, self._num_tokens = matcher, num_tokens
+    def __init__(self, matcher: Any, num_tokens: int, fewest_tokens: int) -> None:
+        self._matcher, self._num_tokens, self.fewest_tokens = matcher, num_tokens, fewest_tokens
 
     def start(self) -> GuidedMatcher:
         """Return a matcher of one answer, at its beginning."""
