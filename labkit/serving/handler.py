@@ -292,7 +292,7 @@ class Handler:
                 async for index, piece in pieces:
                     if piece.finish_reason in ("error", "abort"):
                         yield index, piece._replace(finish_reason=None)  # what a slow reader has not seen yet
-                        error = _failed(piece)
+                        error = _failed(piece, call.body)
                         call.status = error.status
                         raise error
                     yield index, piece
@@ -338,7 +338,10 @@ def _at_once(answer: Piece | RequestOutput) -> FinishReason | None:
     return answer.finish_reason and "length"
 
 
-def _failed(piece: Piece) -> RequestError:
+def _failed(piece: Piece, body: Body) -> RequestError:
     if piece.finish_reason == "error":
-        return RequestError(500, piece.error or "the request failed", code="engine_error")
+        error = piece.error or "the request failed"
+        if error.startswith("structured"):  # a form that becomes too large on the way
+            return refusal(body, ValueError(error), "prompt")
+        return RequestError(500, error, code="engine_error")
     return RequestError(503, "the request was ended before its answer was complete", code="aborted")

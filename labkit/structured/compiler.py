@@ -74,7 +74,13 @@ class FormCompiler:
     def _compile(self, asked: Structured) -> CompiledForm:
         form = self._backend(asked)
         first = form.start()
-        if first.may_end and not first.mask().any():
+        try:
+            something = first.mask().any()
+        except (
+            ValueError
+        ) as error:  # of a grammar that nothing can begin, or that is too large for its parser
+            raise ValueError(f"structured: {asked.kind}: no answer can begin: {error}") from None
+        if first.may_end and not something:
             raise ValueError(f"structured: {asked.kind}: only the empty answer has this form")
         return form
 

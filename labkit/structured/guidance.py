@@ -148,4 +148,5 @@ class GuidedMatcher:
 
 def _reason(message: str) -> str:
     """Return the part of the library's message that says what is wrong."""
-    return re.sub(r"^at .*?: failed to compile JSON schema: ", "", message).partition("\n")[0]
+    first, *more = re.sub(r"^at .*?: failed to compile JSON schema: ", "", message).splitlines() or [message]
+    return " ".join([first, *(line for line in more if line.startswith("error: "))])
