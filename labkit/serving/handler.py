@@ -341,7 +341,7 @@ def _at_once(answer: Piece | RequestOutput) -> FinishReason | None:
 def _failed(piece: Piece, body: Body) -> RequestError:
     if piece.finish_reason == "error":
         error = piece.error or "the request failed"
-        if error.startswith("structured"):  # a form that becomes too large on the way
-            return refusal(body, ValueError(error), "prompt")
+        if (message := error.removeprefix("ValueError: ")).startswith("structured"):  # too large on the way
+            return refusal(body, ValueError(message), "prompt")
         return RequestError(500, error, code="engine_error")
     return RequestError(503, "the request was ended before its answer was complete", code="aborted")

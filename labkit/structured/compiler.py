@@ -76,10 +76,9 @@ class FormCompiler:
         first = form.start()
         try:
             something = first.mask().any()
-        except (
-            ValueError
-        ) as error:  # of a grammar that nothing can begin, or that is too large for its parser
-            raise ValueError(f"structured: {asked.kind}: no answer can begin: {error}") from None
+        except ValueError as error:  # nothing can begin it, or it is too large
+            why = str(error).removeprefix("structured: ")
+            raise ValueError(f"structured: {asked.kind}: no answer can begin: {why}") from None
         if first.may_end and not something:
             raise ValueError(f"structured: {asked.kind}: only the empty answer has this form")
         return form

@@ -123,7 +123,7 @@ class AnswerForm:
         try:
             self._follow(drafts, rows)
         except Exception as error:  # no other request shall suffer
-            self.error = f"structured: {in_one_line(error)}"
+            self.error = in_one_line(error)
             rows.append(torch.zeros(self._num_tokens, dtype=torch.bool))
         return torch.stack(rows + rows[-1:] * (1 + len(drafts) - len(rows)))
 

@@ -143,7 +143,7 @@ class GuidedMatcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():  # it stays in its errors, and raises none
-            raise ValueError(_reason(self._matcher.get_error()))
+            raise ValueError(f"structured: {_reason(self._matcher.get_error())}")
 
 
 def _reason(message: str) -> str:
