@@ -56,6 +56,8 @@ def of_structured_outputs(given: Mapping[str, Any]) -> Structured | None:
         raise _wrong("structured_outputs", f"one of {', '.join(_OUTPUTS)} is allowed, not {', '.join(asked)}")
     if not asked:
         return None
+    if not isinstance(choice := asked.get("choice", []), list):
+        raise _wrong("structured_outputs", f"choice must be a list of strings, not {_shown(choice)}")
     if "json_object" not in asked:
         return Structured.of(asked)
     if asked["json_object"] is not True:
