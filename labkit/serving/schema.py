@@ -7,6 +7,7 @@ refused by its name, unless its value asks for nothing (`labkit.serving.neutral`
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
@@ -388,8 +389,8 @@ def refusal(body: Body, error: ValueError, otherwise: str) -> RequestError:
     message = str(error)
     name = field_of(body, message, otherwise)
     if message.startswith("structured"):  # the calls of tools are a grammar, which a client has not seen
-        said = message.removeprefix("structured: grammar: " if name == "tools" else "structured")
-        message = f"{name}: {said}" if name == "tools" else name + said
+        said = re.sub("^structured: grammar:? " if name == "tools" else "^structured:? ", "", message)
+        message = f"{name}: {said}"
     return RequestError(400, message, param=name)
 
 
