@@ -453,13 +453,9 @@ def test_why_an_answer_ended(calls: str, text: str, ended: Any, reason: str) -> 
     written = ChatFormat({}, calls=calls)
     output = RequestOutput("a", [1], [], text, ended, RequestMetrics(0.0))
     assert written.choice(0, "", output)["finish_reason"] == reason
-    chunks = [
-        chunk
-        for place, letter in enumerate(text)
-        for chunk in written.growth(
-            0, "", Piece(letter, [], [], ended if place == len(text) - 1 else None, None)
-        )
-    ]
+    pieces = [Piece(letter, [], [], None, None) for letter in text]
+    pieces[-1] = pieces[-1]._replace(finish_reason=ended)
+    chunks = [chunk for piece in pieces for chunk in written.growth(0, "", piece)]
     assert [chunk["finish_reason"] for chunk in chunks if chunk["finish_reason"]] == [reason]
 
 
