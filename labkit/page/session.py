@@ -370,6 +370,7 @@ class Lab:
         scenario = BY_NAME.get(name) if isinstance(name, str) else None
         if scenario is None:
             raise ValueError(f"There is no preset {str(name)[:40]!r}: known are {', '.join(BY_NAME)}.")
+        self.limits.check_room(0, 0, len(scenario.requests))  # before anything ends for it
         check_settings(settings or {})
         locked = not self.open_to("knobs") and visitor not in self.hosts
         wanted = {} if locked else self._needed(name, settings or {}, anew)

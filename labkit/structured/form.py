@@ -1,5 +1,7 @@
 """The form of one answer as the engine sees it, over what any backend says of it.
 
+Masks are NumPy's until the sampler has them: PyTorch would share such small work out among its threads.
+
 A backend compiles a form once (`CompiledForm`) and then follows each answer (`Matcher`): which tokens may
 come next, what follows a token, back again for drafts that were only tried, and which tokens must come.
 `AnswerForm` adds what does not depend on the backend: where an answer may end, drafts, and forced tokens.
@@ -14,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +43,7 @@ class Matcher(Protocol):
     @property
     def is_over(self) -> bool: ...  # whether it has, and nothing may follow
 
-    def mask(self) -> Tensor: ...  # bool (tokens,): which may come next; those that end answers may not
+    def mask(self) -> np.ndarray: ...  # bool (tokens,): which may come next; those that end answers may not
 
     def advance(self, token: int) -> bool: ...  # take a token; False, and no change, if it breaks the form
 
@@ -89,7 +92,7 @@ class AnswerForm:
     def push(self, token: int) -> bool:
         """Take the next token of the answer. Return whether nothing may follow it."""
         masks, place = self._making.result(), len(self.allowed)
-        self.allowed += (int(masks[min(place, len(masks) - 1)].sum()),)
+        self.allowed += (int(np.count_nonzero(masks[min(place, len(masks) - 1)])),)
         self._num_taken += 1
         if token in self._stop_ids:
             return True
@@ -109,25 +112,25 @@ class AnswerForm:
         drafts = tuple(request.output_token_ids[self._num_taken :])
         known = not self.allowed and drafts == self._drafts[: len(drafts)]
         making = self._making if known else self._submit(drafts)  # a model that drafts asks for others
-        return making.result()[len(drafts)]
+        return torch.from_numpy(making.result()[len(drafts)])
 
-    def _submit(self, drafts: tuple[int, ...]) -> Future[Tensor]:
+    def _submit(self, drafts: tuple[int, ...]) -> Future[np.ndarray]:
         return _maker().submit(self._masks, drafts)
 
-    def _masks(self, drafts: Sequence[int]) -> Tensor:
+    def _masks(self, drafts: Sequence[int]) -> np.ndarray:
         """Return which tokens may come next, and after each draft: bool (1 + drafts, tokens).
 
         After the first draft that breaks the form, the rest say nothing: it will not be accepted.
         """
-        rows: list[Tensor] = []
+        rows: list[np.ndarray] = []
         try:
             self._follow(drafts, rows)
         except Exception as error:  # no other request shall suffer
             self.error = in_one_line(error)
-            rows.append(torch.zeros(self._num_tokens, dtype=torch.bool))
-        return torch.stack(rows + rows[-1:] * (1 + len(drafts) - len(rows)))
+            rows.append(np.zeros(self._num_tokens, bool))
+        return np.stack(rows + rows[-1:] * (1 + len(drafts) - len(rows)))
 
-    def _follow(self, drafts: Sequence[int], rows: list[Tensor]) -> None:
+    def _follow(self, drafts: Sequence[int], rows: list[np.ndarray]) -> None:
         """Append a row for the next place, and one after each draft that fits, as `push` would go on."""
         forced, taken = self.forced, 0
         try:
@@ -143,15 +146,15 @@ class AnswerForm:
         finally:
             self._matcher.rollback(taken)
 
-    def _mask(self, forced: Sequence[int]) -> Tensor:
+    def _mask(self, forced: Sequence[int]) -> np.ndarray:
         """Return what is allowed where the matcher stands: the first forced token, if there is one."""
         if forced:
-            mask = torch.zeros(self._num_tokens, dtype=torch.bool)
+            mask = np.zeros(self._num_tokens, bool)
             mask[forced[0]] = True
             return mask
         mask = self._matcher.mask()
         if self._matcher.may_end and self._stop_ids:
-            mask = mask.clone()
+            mask = mask.copy()
             mask[self._stop_ids] = True
         if not mask.any():
             raise ValueError("no token of the vocabulary can go on in the form that the answer must have")

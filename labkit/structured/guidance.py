@@ -14,8 +14,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from labkit.structured.dates import with_real_dates
 from labkit.structured.shortest import fewest_bytes
@@ -122,10 +120,10 @@ class GuidedMatcher:
     def is_over(self) -> bool:
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
-    def mask(self) -> Tensor:
+    def mask(self) -> np.ndarray:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
-        return torch.from_numpy(np.unpackbits(bits, bitorder="little", count=self._num_tokens).view(bool))
+        return np.unpackbits(bits, bitorder="little", count=self._num_tokens).view(bool)
 
     def advance(self, token: int) -> bool:
         fits = self._matcher.try_consume_tokens([token]) == 1

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from labkit.structured.regex_dfa import ByteDFA, regex_dfa
 from labkit.structured.vocabulary import Vocabulary
@@ -35,6 +34,7 @@ class TokenDFA:
         self.dfa: ByteDFA = regex_dfa(pattern, vocabulary.single_bytes)
         if not self.dfa.start:
             raise ValueError("structured: no answer that this model can write has this form")
+        self._trie = vocabulary.trie  # made here, where no step waits for it
         self.mask = lru_cache(_MOST_MASKS)(self._mask)
 
     @property
@@ -46,8 +46,8 @@ class TokenDFA:
         """Return a matcher of one answer, at its beginning."""
         return TokenMatcher(self)
 
-    def _mask(self, state: int) -> Tensor:
-        return torch.from_numpy(self.vocabulary.trie.walk(self.dfa.table, state) > 0)
+    def _mask(self, state: int) -> np.ndarray:
+        return self._trie.walk(self.dfa.table, state) > 0
 
     def forced_bytes(self, state: int) -> tuple[bytes, frozenset[int]]:
         """Return the bytes that must follow a state, up to a choice, and those that it is among."""
@@ -76,7 +76,7 @@ class TokenMatcher:
     def is_over(self) -> bool:
         return self.may_end and not self._dfa.table[self._states[-1]].any()
 
-    def mask(self) -> Tensor:
+    def mask(self) -> np.ndarray:
         return self._form.mask(self._states[-1])
 
     def advance(self, token: int) -> bool:

@@ -6,6 +6,7 @@ import functools
 import random
 from collections.abc import Iterator
 
+import numpy as np
 from torch import Tensor
 
 from labkit.models.load import LoadedModel, load_model
@@ -31,8 +32,8 @@ def guidance() -> Guidance:
     return Guidance(vocabulary())
 
 
-def tokens_of(mask: Tensor) -> set[int]:
-    return set(mask.nonzero()[:, 0].tolist())
+def tokens_of(mask: np.ndarray | Tensor) -> set[int]:
+    return set(np.flatnonzero(mask).tolist())
 
 
 def walk(matcher: Matcher, rng: random.Random, most: int = 12) -> Iterator[tuple[bytes, set[int]]]:

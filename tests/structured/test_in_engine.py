@@ -6,6 +6,7 @@ import functools
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -14,11 +15,14 @@ import torch
 
 from labkit import Engine, EngineConfig, SamplingParams
 from labkit.core import model_runner
+from labkit.disaggregated.engine import DisaggregatedEngine
 from labkit.models.architecture import build
 from labkit.models.load import LoadedModel
 from labkit.models.tiny import tiny_random
 from labkit.outputs import RequestOutput
 from labkit.structured.form import AnswerForm
+from labkit.trace.trace import Trace
+from labkit.views import text
 from tests.structured.forms import tiny, vocabulary
 from tests.structured.schemas import SCHEMAS
 
@@ -140,6 +144,23 @@ def test_two_processes_give_the_same_tokens(alone: tuple[float, list[list[int]]]
     engine.run()
     same = [engine.outputs[name].token_ids == tokens for name, tokens in zip(ids, wanted, strict=True)]
     assert all(same)
+
+
+def test_prompts_computed_elsewhere_give_the_same_tokens(alone: tuple[float, list[list[int]]]) -> None:
+    """The form stays in the process in which the answer grows."""
+    temperature, wanted = alone
+    engine = DisaggregatedEngine(
+        EngineConfig("tiny-random", num_blocks=1500, block_size=4, num_threads=1), say=None
+    )
+    ids = [
+        engine.add_request(
+            PROMPT, SamplingParams(max_tokens=60, temperature=temperature, seed=number, structured=each)
+        )
+        for number, each in enumerate(ASKED)
+    ]
+    while engine.has_unfinished:
+        engine.step()
+    assert [engine.outputs[name].token_ids for name in ids] == wanted
 
 
 def test_jump_ahead_takes_fewer_steps_and_the_trace_says_what_was_forced() -> None:
@@ -288,3 +309,19 @@ def test_a_rule_of_your_own_for_drafts_cannot_break_a_form() -> None:
     output = engine.outputs[name]
     assert output.finish_reason != "error" or "breaks the form" in output.error
     engine.runner.accept = model_runner.accept
+
+
+def test_the_timeline_says_what_a_form_forced_and_what_it_left(tmp_path: Path) -> None:
+    engine, (output,) = answers(0.0, [{"json": SCHEMAS["long_keys"]}])
+    allowed = [count for record in engine.trace for row in record.rows for count in row.allowed]
+    forced = allowed.count(1)
+    left = sorted(count for count in allowed if count > 1)
+    assert len(allowed) == len(output.token_ids) and left
+    words = (
+        f"a form forced {forced} of {len(allowed)} tokens, and left {left[len(left) // 2]:,} to choose from"
+    )
+    assert words in " ".join(text.batch_timeline(engine.trace).split())
+    free, _ = answers(0.0, [None])
+    assert "a form" not in text.batch_timeline(free.trace)
+    engine.trace.save(tmp_path / "run.jsonl")
+    assert words in " ".join(text.batch_timeline(Trace.load(tmp_path / "run.jsonl")).split())

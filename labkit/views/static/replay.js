@@ -170,7 +170,7 @@ Object.assign(labkit, (() => {
         labkit.text(ctx, lane.label, area.left - 8, area.top + (row + 0.5) * area.pitch, theme.muted, "right");
       });
       labkit.box(ctx, x, area.height, Math.max(2, pitch), 3, theme.ink);
-      if (hidden) labkit.text(ctx, `and ${hidden} more`, width - 6, area.height - 8, theme.muted, "right");
+      if (hidden) labkit.text(ctx, `${hidden} more`, area.left - 8, height - 8, theme.muted, "right"); // below their names
     }
 
     // Below the batch, and in the same columns.
