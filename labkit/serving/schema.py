@@ -388,9 +388,11 @@ def refusal(body: Body, error: ValueError, otherwise: str) -> RequestError:
     """The answer (400) to a call that the engine refuses, in the words of the call."""
     message = str(error)
     name = field_of(body, message, otherwise)
-    if message.startswith("structured"):  # the calls of tools are a grammar, which a client has not seen
-        said = re.sub("^structured: grammar:? " if name == "tools" else "^structured:? ", "", message)
-        message = f"{name}: {said}"
+    if name == "tools":  # what they are to the engine, a client has not seen
+        said = re.sub("^structured: (grammar:? )?", "", message)
+        message = f"tools: {body.offer.in_its_words(said)}"
+    elif message.startswith("structured"):
+        message = name + message.removeprefix("structured")
     return RequestError(400, message, param=name)
 
 

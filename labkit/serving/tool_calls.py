@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,20 +110,29 @@ class Offer:
         Args:
             otherwise: the form of an answer that calls none: JSON, or None for any text.
         """
-        bodies = []
-        for tool in self.tools:
+        bodies = []  # each on a line of its own, from the second on: see `in_its_words`
+        for number, tool in enumerate(self.tools):
             function = tool["function"]
             schema = json.dumps({"type": "object"} | (function.get("parameters") or _NO_ARGUMENTS))
             begin, end = json.dumps(f"{NAME}{function['name']}{ARGUMENTS}"), json.dumps(END)
-            bodies.append(f"{begin} {json_grammar(schema)} {end}")
-        rules = [f"body: {' | '.join(bodies)}", f'call: "{CALL}" body']
+            bodies.append(f"function{number}: {begin} {json_grammar(schema)} {end}")
+        either = " | ".join(f"function{number}" for number in range(len(bodies)))
+        call = f'call: "{CALL}" body'
         start = 'call ("\\n" call)*' if self.several else "call"
         if self.how == "auto" and otherwise:
             start += f" | {json_grammar(str(otherwise.value))}"
         elif self.how == "auto":  # any text, until a call begins
-            rules[1] = f'head[lazy]: TEXT "{CALL}"\ntail: TEXT\nTEXT: /(.|\\n)*/'
+            call = f'head[lazy]: TEXT "{CALL}"\ntail: TEXT\nTEXT: /(.|\\n)*/'
             start = "(head body)* tail" if self.several else "tail | head body"
-        return Structured.of({"grammar": "\n".join([f"start: {start}", *rules])})
+        rules = [f"start: {start}", *bodies, f"body: {either}", call]
+        return Structured.of({"grammar": "\n".join(rules)})
+
+    def in_its_words(self, message: str) -> str:
+        """What is wrong in a line of the form's grammar, as a client knows it: in which function."""
+        line = re.match(r"line (\d+): ", message)
+        if line is None or not 0 <= (number := int(line[1]) - 2) < len(self.tools):
+            return message
+        return f"the parameters of {self.tools[number]['function']['name']!r}: {message[line.end() :]}"
 
 
 def _named(choice: Any, tools: Mapping[str, Any]) -> str:

@@ -172,7 +172,7 @@ REFUSED = [
     (outputs(regex="(a|b)*a(a|b){30}"), "more than 10,000 states"),
     (outputs(json='{"type"'), "json is no JSON schema"),
     (outputs(json=7), "json must be a schema"),
-    (outputs(grammar="wibble"), "grammar: "),
+    (outputs(grammar='start: a\na = "b"'), "grammar: line 2: "),
     (outputs(grammar="start: start"), "no answer can begin"),
     (outputs(grammar='start: nowhere'), "nowhere"),
 ]  # fmt: skip

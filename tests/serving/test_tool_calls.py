@@ -197,7 +197,8 @@ REFUSED = [
     ({"tools": [tool(wibble=1)]}, 400, "wibble is not supported here"),
     ({"tools": [NOW, NOW]}, 400, "two functions have the name 'now'"),
     ({"tools": [tool(parameters={"type": "array"})]}, 400, "the parameters of 'a' must be of type object"),
-    ({"tools": [tool(parameters={"properties": {"a": {"type": "x"}}})]}, 400, "tools: Invalid type: x"),
+    ({"tools": [NOW, tool(parameters={"properties": {"b": {"type": "x"}}})]}, 400,
+     "tools: the parameters of 'a': Invalid type: x"),
     ({"tools": [tool(parameters={"$ref": "#"})]}, 400, "tools: "),
     ({"tools": [tool(name=f"a{i}") for i in range(129)]}, 422, "at most 128 items"),
     ({"tools": [tool(name="two words")]}, 422, "tools.0.function.name: string should match pattern"),
@@ -254,12 +255,19 @@ def test_tools_count_as_a_part_of_the_prompt(site: Served) -> None:
     assert error["code"] == "context_length_exceeded"
 
 
+def test_a_hint_to_a_cache_is_let_pass(site: Served) -> None:
+    hint = {"cache_control": {"type": "ephemeral"}}
+    tools = [NOW | hint, tool(**hint, strict=None, parameters=None)]
+    assert chat(site, tools=tools, max_tokens=1).status_code == 200
+
+
 def test_tools_have_a_size_that_they_may_have() -> None:
     body = ChatBody(model=MODEL, messages=TALK, tools=[tool(parameters={"description": "x" * 70_000})])
     with pytest.raises(ValueError, match="at most 65,536 characters") as raised:
         body.form()
     error = refusal(body, raised.value, "prompt")
     assert error.param == "tools" and error.message.startswith("tools: must have at most")
+    assert refusal(body, ValueError("structured: it grew"), "prompt").message == "tools: it grew"
 
 
 # -- the grammar, and the reader of what it lets through ------------------------------------------
