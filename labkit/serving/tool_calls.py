@@ -50,8 +50,9 @@ class Tool(BaseModel):
                 raise _wrong("tools", f"{name} is not supported here")
         if (self.function.parameters or {}).get("type", "object") != "object":
             raise _wrong("tools", f"the parameters of {self.function.name!r} must be of type object")
-        known = self.function.model_dump(exclude_none=True, include={*Function.model_fields})
-        return {"type": self.type, "function": known}
+        known = {name: getattr(self.function, name) for name in Function.model_fields}
+        said = {name: value for name, value in known.items() if value is not None}
+        return {"type": self.type, "function": said}
 
 
 @dataclass(frozen=True)

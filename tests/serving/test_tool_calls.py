@@ -255,6 +255,12 @@ def test_tools_count_as_a_part_of_the_prompt(site: Served) -> None:
     assert error["code"] == "context_length_exceeded"
 
 
+def test_a_tool_stays_as_it_came() -> None:
+    came = tool(parameters={"properties": {"a": {"const": None}}}, description="d", strict=True)
+    assert Tool(**came).plain() == came
+    assert Tool(**tool(description=None)).plain() == tool()
+
+
 def test_a_hint_to_a_cache_is_let_pass(site: Served) -> None:
     hint = {"cache_control": {"type": "ephemeral"}}
     tools = [NOW | hint, tool(**hint, strict=None, parameters=None)]
