@@ -128,9 +128,8 @@ def _adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
             row[ids] -= p.presence_penalty + p.frequency_penalty * times
         if early:  # nothing ends the answer before `min_tokens`
             row[list(early)] = -torch.inf
-    if formed := [i for i, request in enumerate(requests) if request.form]:
-        allowed = torch.stack([requests[i].form.allowed_next(requests[i]) for i in formed]).to(logits.device)
-        adjusted[formed] = adjusted[formed].masked_fill_(~allowed, -torch.inf)
+        if request.form:
+            row.masked_fill_(~request.form.allowed_next(request).to(row.device), -torch.inf)
     return adjusted
 
 

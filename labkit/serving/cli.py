@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import os
 import socket
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from labkit.config import EngineConfig
 
 if TYPE_CHECKING:
+    from labkit.engine import Engine
     from labkit.models.load import LoadedModel
     from labkit.serving.async_engine import AsyncEngine
     from labkit.serving.limits import Limits
@@ -222,6 +224,21 @@ def engine_config(options: argparse.Namespace, **own: Any) -> EngineConfig:
     return EngineConfig(**{name: value for name, value in vars(options).items() if name in names} | own)
 
 
+def maker(options: argparse.Namespace) -> Callable[[EngineConfig], Engine]:
+    """Return what makes an engine of the kind that the options ask for, from settings that may have changed.
+
+    A model that is loaded already is loaded again where another process needs it, too.
+    """
+    from labkit.disaggregated import DisaggregatedEngine
+    from labkit.engine import Engine
+
+    def apart(config: EngineConfig) -> Engine:
+        named = {name: getattr(options, name) for name in ("model", "device", "dtype", "quantization")}
+        return DisaggregatedEngine(replace(config, **named))
+
+    return apart if options.disaggregated else Engine
+
+
 def load(options: argparse.Namespace, *, trace_steps: int) -> AsyncEngine:
     """Load the model and start the engine.
 
@@ -232,15 +249,12 @@ def load(options: argparse.Namespace, *, trace_steps: int) -> AsyncEngine:
     Raises:
         StartError: if the engine cannot start.
     """
-    from labkit.disaggregated import DisaggregatedEngine
-    from labkit.engine import Engine
     from labkit.models.errors import is_out_of_memory
     from labkit.serving.async_engine import AsyncEngine
 
     def build() -> Engine:
         own = {"draft_model": _draft_model(options), "max_trace_steps": trace_steps}
-        config = engine_config(options, **own)
-        return DisaggregatedEngine(config) if options.disaggregated else Engine(config)
+        return maker(options)(engine_config(options, **own))
 
     try:
         return AsyncEngine.build(build)

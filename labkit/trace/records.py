@@ -9,6 +9,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 KINDS = {"p": "prefill", "c": "chunk", "d": "decode", "i": "idle"}
+# Where a request is whose prompt another engine computes, until it arrives here.
+PLACES = {
+    "unsent": "waits here for a seat and for room for its pages, before its prompt is sent",
+    "there": "has its prompt computed by the prefill engine",
+    "arriving": "has its pages on the way here",
+}
 
 
 class TraceError(ValueError):
@@ -72,6 +78,35 @@ class Finish(NamedTuple):
     blocks: tuple[int, ...]
 
 
+class Moved(NamedTuple):
+    """A request is somewhere else from now on: `place` is one of `PLACES`, until it arrives in this engine.
+
+    `amount` counts the tokens of its prompt or, of one that is arriving, the bytes of its pages.
+    """
+
+    request_id: str
+    place: str
+    amount: int
+
+
+class Holding(NamedTuple):
+    """The blocks of a request in the prefill engine's pool, and how many of its tokens are computed."""
+
+    request_id: str
+    num_computed_tokens: int
+    blocks: tuple[int, ...]
+
+
+class OtherPool(NamedTuple):
+    """The pool of the engine that computes prompts: what each request held there last.
+
+    A request that has left since the record before is still in it.
+    """
+
+    num_blocks: int
+    tables: tuple[Holding, ...] = ()
+
+
 class Row(NamedTuple):
     """What one request did in one step. `kind` is prefill, chunk, decode or idle (a padded seat)."""
 
@@ -117,6 +152,8 @@ class StepRecord:
     - `returned` blocks were taken for rejected drafts: they leave their block tables after the step.
     - `sent_in_layers` and `sent_elsewhere` count the bytes that each process of a parallel model sent to the
       others, and `sending` the seconds that this took the first of them, with waiting for the others.
+    - `moved` says which requests went where, before they arrive here, and `other_pool` what the engine that
+      computes their prompts holds (None: what it held before, if there is one).
     - `time` is when the step ended, in seconds since the trace began, and `seconds` how long it took.
       `threads` is the number of a CPU's threads from this step on, where it follows what other processes
       leave and has just changed; else 0. Only these three and `sending` differ from run to run, so they do
@@ -149,6 +186,8 @@ class StepRecord:
     sent_in_layers: int = 0
     sent_elsewhere: int = 0
     sending: float = field(default=0.0, compare=False)
+    moved: tuple[Moved, ...] = ()
+    other_pool: OtherPool | None = None
     time: float = field(default=0.0, compare=False)
     seconds: float = field(default=0.0, compare=False)
     threads: int = field(default=0, compare=False)
@@ -177,6 +216,11 @@ class StepRecord:
     def total_drafted(self) -> int:
         """How many tokens were guessed, accepted or not."""
         return sum(map(len, self.drafted))
+
+    @property
+    def total_sent(self) -> int:
+        """How many bytes each process of a parallel model sent to the others."""
+        return self.sent_in_layers + self.sent_elsewhere
 
     @property
     def total_accepted(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from labkit import Engine, EngineConfig, SamplingParams
+from labkit.analysis.roofline import ModelSize, StepWork
 from labkit.models.errors import ModelError
 from labkit.models.load import LoadedModel
 from labkit.parallel import load_parallel
@@ -116,17 +117,22 @@ def test_whole_numbers_are_cut_before_they_are_rounded(saved: dict[str, Path]) -
 
 def test_bytes_are_what_the_formula_says(saved: dict[str, Path]) -> None:
     for world_size in (2, 4):
-        engine = engine_of(parallel(saved["many heads"], world_size))
-        for length in (9, 30, 2):
+        engine = engine_of(parallel(saved["many heads"], world_size), max_num_batched_tokens=16)
+        for length in (90, 9, 2):
             engine.add_request(
                 random_prompt(random.Random(length), length), SamplingParams(ignore_eos=True, max_tokens=5)
             )
         drain(engine)
         layers, hidden, itemsize = 2, 48, 4
         share = 2 * (world_size - 1) / world_size
+        size = ModelSize(  # what the capacity model expects, of which parameters and heads do not matter here
+            1, layers, 12, 4, 4, hidden=hidden, vocab=MANY_HEADS["vocab_size"], activation_bytes=itemsize
+        )
+        assert any(not work.sampled for work in map(StepWork.of, engine.trace))  # chunks of a prompt
         for record in engine.trace:
+            expected = size.traffic(StepWork.of(record), world_size)
+            assert (record.sent_in_layers, record.sent_elsewhere) == (expected.in_layers, expected.elsewhere)
             assert record.sent_in_layers == 2 * layers * record.total_tokens * hidden * itemsize * share
-            assert record.sent_elsewhere > 0
             assert 0 < record.sending < record.seconds
     assert not any(record.sent_in_layers for record in engine_of("tiny-random").trace)
 
