@@ -80,9 +80,14 @@ class Body(BaseModel):
     offer: ClassVar[Offer] = Offer()  # what an answer may call
 
     @property
+    def text_field(self) -> str:
+        """The field that says which form an answer must have that calls nothing."""
+        return "structured_outputs" if self.structured_outputs else "response_format"
+
+    @property
     def form_field(self) -> str:
         """The field that says which form an answer must have."""
-        return "structured_outputs" if self.structured_outputs else "response_format"
+        return self.text_field
 
     def form(self) -> Structured | None:
         """The form that an answer must have. Raises `RequestError` (400) or `ValueError`."""
@@ -324,7 +329,7 @@ class ChatBody(Body):
     @property
     def form_field(self) -> str:
         """See `Body`."""
-        return super().form_field if self.offer.how == "none" else "tools"
+        return self.text_field if self.offer.how == "none" else "tools"
 
     def form(self) -> Structured | None:
         """See `Body`. Calls have a form, too; any other is that of an answer without calls."""
@@ -390,7 +395,9 @@ def refusal(body: Body, error: ValueError, otherwise: str) -> RequestError:
     name = field_of(body, message, otherwise)
     if name == "tools":  # what they are to the engine, a client has not seen
         said = re.sub("^structured: (grammar:? )?", "", message)
-        message = f"tools: {body.offer.in_its_words(said)}"
+        if said.startswith("line 1: "):  # there stands the form of an answer without calls
+            name, said = body.text_field, said.removeprefix("line 1: ")
+        message = f"{name}: {body.offer.in_its_words(said)}"
     elif message.startswith("structured"):
         message = name + message.removeprefix("structured")
     return RequestError(400, message, param=name)

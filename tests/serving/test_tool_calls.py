@@ -151,6 +151,12 @@ def test_a_format_holds_for_an_answer_that_calls_nothing(site: Served) -> None:
     assert forced["message"]["tool_calls"][0]["function"] == {"name": "now", "arguments": "{}"}
 
 
+def test_a_format_beside_tools_is_refused_by_its_own_name(site: Served) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "wibble"}}}
+    error = chat(site, response_format=form).json()["error"]
+    assert (error["param"], error["message"]) == ("response_format", "response_format: Invalid type: wibble")
+
+
 def test_several_answers_call_each_on_its_own(site: Served) -> None:
     choices = chat(site, n=3, tool_choice=named("weather")).json()["choices"]
     for choice in choices:
