@@ -78,7 +78,12 @@ class FormCompiler:
     def _compile(self, asked: Structured) -> CompiledForm:
         form = self._backend(asked)
         first = form.start()
-        if first.may_end and not first.mask().any():
+        try:
+            something = first.mask().any()
+        except ValueError as error:  # nothing can begin it, or it is too large
+            why = str(error).removeprefix("structured: ")
+            raise ValueError(f"structured: {asked.kind}: no answer can begin: {why}") from None
+        if first.may_end and not something:
             raise ValueError(f"structured: {asked.kind}: only the empty answer has this form")
         return form
 
