@@ -117,6 +117,7 @@ def lab_of(live: AsyncEngine, options: argparse.Namespace) -> Lab:
         grace=options.grace,
         knobs=options.knobs,
         clock=options.clock,
+        make=cli.maker(options),
         trace_file=options.trace_file,
     )
 

@@ -29,6 +29,7 @@ from labkit.core.recorder import record_step
 from labkit.core.request import Request
 from labkit.core.sampler import mix
 from labkit.core.scheduler import Scheduler
+from labkit.kernels.int8_kv import kv_shape
 from labkit.kernels.threads import ThreadBudget, usual_threads
 from labkit.kernels.warmup import free_bytes, tried_backend, warm_up, warm_up_lock
 from labkit.models.cache_dir import keep_compiled
@@ -38,6 +39,7 @@ from labkit.models.load import LoadedModel
 from labkit.models.no_tokenizer import NoTokenizer
 from labkit.models.progress import Say
 from labkit.models.prompts import Prompt, check_tokens, read_prompt
+from labkit.offload import close_pool, make_pool, plain_parts
 from labkit.outputs import RequestMetrics, RequestOutput
 from labkit.parallel.group import ParallelError
 from labkit.parallel.load import model_of
@@ -46,13 +48,14 @@ from labkit.sampling_params import SamplingParams, check_number
 from labkit.schedulers import scheduler_class
 from labkit.schedulers.audit import Auditor
 from labkit.speculative.draft_model import draft_model, make_speculator
+from labkit.structured.compiler import FormCompiler
+from labkit.structured.form import AnswerForm
 from labkit.trace.records import StepRecord, TraceMeta
 from labkit.trace.trace import Trace
 
 _CPU_POOL_BYTES = 384 * 2**20  # the most that the default pool takes on a CPU
 _GPU_POOL_SHARE = 0.8  # of the memory that weights and a step leave free; graphs use the rest
 _MAX_ID = 128  # characters
-_FLAT = ("ref_counts", "free", "cached", "forked", "block_of", "key_of", "node_of")  # of a pool: plain values
 
 
 class Engine(EngineCore):
@@ -110,6 +113,7 @@ class Engine(EngineCore):
             self.auditor = Auditor(
                 self.scheduler, self.pool, config.max_num_batched_tokens, config.max_num_seqs
             )
+        self.forms = FormCompiler(self.model)
         self.outputs: dict[str, RequestOutput] = {}
         self._unfinished: dict[str, Request] = {}
         self._numbers = itertools.count()
@@ -128,7 +132,7 @@ class Engine(EngineCore):
         backend, reserve = tried_backend(module, config, say)
         num_blocks = config.num_blocks or self._fitting_blocks(reserve, draft)
         cache, graphs = warm_up(module, backend, config, num_blocks, reserve=reserve, say=say)
-        blocks = (pool or BlockPool)(cache.num_blocks, config.block_size)  # fewer, if memory did not suffice
+        blocks = make_pool(pool, config, cache, say)  # fewer than asked for, if memory did not suffice
         blocks.enable_prefix_caching = config.enable_prefix_caching
         make = scheduler_class(
             scheduler or config.scheduler, enable_chunked_prefill=config.enable_chunked_prefill
@@ -167,16 +171,15 @@ class Engine(EngineCore):
 
         On a GPU, `reserve` bytes are kept free.
         """
-        config, module = self.config, self.model.module
+        config, module, size = self.config, self.model.module, self.config.block_size
         modules = [module, draft.module] if draft else [module]
-        block = sum(each.kv_shape.bytes_per_token for each in modules) * config.block_size
+        block = size * sum(kv_shape(each, config.kv_cache_dtype).bytes_per_token for each in modules)
         if module.device.type == "cuda":
             budget = _GPU_POOL_SHARE * (free_bytes(module.device) - reserve)
         else:
             budget = min(_CPU_POOL_BYTES, psutil.virtual_memory().available / 2)
         longest = min(config.max_model_len or module.max_model_len, module.max_model_len)
-        wanted = config.max_num_seqs * -(-longest // config.block_size)
-        blocks = min(wanted, int(budget // block))
+        blocks = min(config.max_num_seqs * -(-longest // size), int(budget // block))
         if blocks < 1:
             raise ValueError(f"too little memory: one page of the KV cache takes {block / 2**20:.1f} MiB")
         return blocks
@@ -262,6 +265,7 @@ class Engine(EngineCore):
                 stop_ids=stop_ids,
                 prompt=text,
                 reader=self._reader(params, token_ids) if has_text else None,
+                form=self._form(params, stop_ids),
                 family=request_id,
             )
             for i, name in enumerate(answer_ids(request_id, params.n))
@@ -280,6 +284,11 @@ class Engine(EngineCore):
             keep_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
         )
+
+    def _form(self, params: SamplingParams, stop_ids: frozenset[int]) -> AnswerForm | None:
+        if params.structured is None:
+            return None
+        return self.forms.start(params.structured, stop_ids, params.max_tokens)
 
     def check_unused(self, request: Request) -> None:
         """Raise `ValueError` if an output has the id of a request or one of its children."""
@@ -368,6 +377,12 @@ class Engine(EngineCore):
                     output.logprobs.extend(result.logprobs[row][: len(tokens)])
                 if request.reader:
                     output.text = request.reader.text
+        for request in [request for request in self.scheduler.running if request.form]:
+            known, drafts = len(request.token_ids), request.drafts if self.speculator else ()
+            if self.config.jump_ahead and request.num_computed_tokens == known - 1:
+                drafts = request.form.forced or drafts  # these are always accepted
+            request.drafts = drafts[: request.max_len - known - 1]
+            request.form.start(request.drafts)
         for request_id, reason, _ in record.finished:
             request = self._unfinished.pop(request_id)
             if output := self.outputs.get(request_id):
@@ -377,13 +392,14 @@ class Engine(EngineCore):
                 output.error = request.error
                 output.metrics.finish_time = end
                 output.finish_reason = reason  # last, so that other threads can trust the rest
-            request.reader = None  # a static batch keeps its finished members, and `preview` copies them
+            request.reader = request.form = None  # a static batch keeps members that `preview` copies
 
     # -- the end ----------------------------------------------------------------------------------
 
     def release(self) -> None:
         """Give back the memory of the KV cache and the graphs. The engine can only be read from now on."""
         self.__dict__.pop("runner", None)  # it may be gone already
+        close_pool(self.pool)
         self.speculator = None  # a model that drafts has a cache of its own
 
     # -- a look ahead -----------------------------------------------------------------------------
@@ -395,11 +411,11 @@ class Engine(EngineCore):
         `waiting` are those after the plan. Call it where `step` may be called; it raises as planning does.
         """
         requests = self.scheduler.requests.values()
-        kept = [part for r in requests for part in (r.params, r.reader, r.prompt_logprobs)]
+        kept = [part for r in requests for part in (r.params, r.reader, r.form, r.prompt_logprobs)]
         shared = {id(part): part for part in kept}
         # A large pool holds a hundred thousand numbers. They are copied at once where they are known to be
         # numbers, so not in a pool of your own.
-        for flat in (getattr(self.pool, name) for name in _FLAT if type(self.pool) is BlockPool):
+        for flat in plain_parts(self.pool):
             shared[id(flat)] = copy.copy(flat)
         scheduler = copy.deepcopy(self.scheduler, shared)  # and the pool, which it holds
         plan = scheduler.schedule()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -15,6 +16,8 @@ MAX_LOGPROBS = 20
 MAX_N = 64
 TEMPERATURE = 0.0  # unless a request or its model says otherwise: in Python, on the page and in the API
 MIN_TEMPERATURE = 1e-3  # below it, logits divided by it may leave the range of fp32
+MAX_CHOICES = 1000
+MAX_FORM = 65_536  # characters of a regular expression, a schema or a grammar, and of all choices together
 
 
 def check_number(field_name: str, value: object, low: float, high: float, *, whole: bool = False) -> None:
@@ -59,6 +62,79 @@ def suggest_fields(cls: type[T]) -> type[T]:
     return cls
 
 
+@dataclass(frozen=True)
+class Structured:
+    """The form that an answer must have. `Structured.of` makes one from what a caller gives.
+
+    Args:
+        kind: "choice", "regex", "json" or "grammar".
+        value: the choices, or the text of the expression, of the schema (as JSON) or of the grammar.
+    """
+
+    kind: str
+    value: str | tuple[str, ...]
+
+    @classmethod
+    def of(cls, given: object) -> Structured:
+        """Return a form from one of these; the names are those of vLLM's `structured_outputs`.
+
+        - {"choice": strings}: one of them;
+        - {"regex": pattern}: a text that Python's `re.fullmatch` accepts;
+        - {"json": schema}: JSON of a schema, which is a dictionary, its JSON, or a pydantic model;
+        - {"grammar": text}: a text of a Lark grammar, as llguidance reads it;
+        - "json": any JSON object;
+        - a pydantic model: JSON of its schema.
+
+        Raises:
+            ValueError: for anything else; the message names the part and the limit.
+        """
+        if isinstance(given, Structured):
+            return given
+        if given == "json":
+            return cls("json", '{"type": "object"}')
+        if hasattr(given, "model_json_schema"):
+            given = {"json": given}
+        if not isinstance(given, Mapping) or len(given) != 1 or not set(given) <= _FORMS.keys():
+            raise ValueError(
+                f'structured must be "json", a pydantic model, or a dictionary with one of the keys '
+                f"{', '.join(_FORMS)}, not {given!r}"
+            )
+        ((kind, value),) = given.items()
+        value = _FORMS[kind](f"structured: {kind}", value)
+        if (length := len(value) if isinstance(value, str) else sum(map(len, value))) > MAX_FORM:
+            raise ValueError(f"structured: {kind} must have at most {MAX_FORM:,} characters, not {length:,}")
+        return cls(kind, value)
+
+
+def _choices(name: str, value: object) -> tuple[str, ...]:
+    choices = _strings(name, value)
+    if not 0 < len(choices) <= MAX_CHOICES:
+        raise ValueError(f"{name} must have between 1 and {MAX_CHOICES} strings, not {len(choices)}")
+    return choices
+
+
+def _pattern(name: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name} must be a string that is not empty, not {value!r}")
+    return value
+
+
+def _schema(name: str, value: Any) -> str:
+    if hasattr(value, "model_json_schema"):
+        value = value.model_json_schema()
+    try:
+        schema = json.loads(value) if isinstance(value, str) else value
+        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is no JSON schema: {error}") from None
+    if not isinstance(schema, Mapping | bool):
+        raise ValueError(f"{name} must be a schema: a dictionary, its JSON, or a pydantic model, not {text}")
+    return text
+
+
+_FORMS = {"choice": _choices, "regex": _pattern, "json": _schema, "grammar": _pattern}
+
+
 @suggest_fields
 @dataclass(frozen=True)
 class SamplingParams:
@@ -90,11 +166,17 @@ class SamplingParams:
             computes its whole prompt, and takes nothing from the prefix cache.
         logit_bias: numbers to add to the logits of token ids, before anything else.
         skip_special_tokens: whether special tokens, such as the end of sequence, are left out of the text.
+        structured: the form that the text must have: what `Structured.of` takes, a choice, a regular
+            expression, a JSON schema or a grammar. It goes before `min_tokens`: an answer ends where its form
+            lets nothing follow. What cuts it before, `max_tokens` or a stop string, may leave it incomplete.
 
     The logits are divided by the temperature first. Then top-k keeps exactly k tokens, top-p counts the
     probabilities of those, and min-p drops those that are too far from the likeliest. vLLM differs in two
     places: min-p goes first there, so that top-p counts what min-p has left, and top-k keeps all tokens that
     tie for the k-th place.
+
+    Log-probabilities are the model's own, before bias, penalties, filters and the mask of a form (vLLM's
+    default, `raw_logprobs`): a token that a form forces may have a low one.
 
     A token that ends the answer is part of its text, unless it is special and special tokens are left out.
 
@@ -122,6 +204,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     prompt_logprobs: int | None = None
+    structured: Structured | Mapping[str, Any] | type | str | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -164,6 +247,8 @@ class SamplingParams:
             for token, value in bias.items():
                 check_number(f"logit_bias[{token}]", value, -100, 100)
             object.__setattr__(self, "logit_bias", bias)
+        if self.structured is not None:
+            object.__setattr__(self, "structured", Structured.of(self.structured))
 
 
 def _tuple(field_name: str, value: object) -> tuple:

@@ -17,6 +17,7 @@ from labkit.config import EngineConfig
         (dict(max_num_seqs=9, max_num_batched_tokens=8), r"max_num_seqs \(9\) must not exceed"),
         (dict(scheduler="fastest"), "scheduler must be one of continuous, static, .*, not 'fastest'"),
         (dict(kv_policy="all"), "kv_policy must be one of paged, reserved"),
+        (dict(kv_cache_dtype="fp8"), "kv_cache_dtype must be None or 'auto' or 'int8', not 'fp8'"),
         (dict(audit="yes"), "audit must be True or False, not 'yes'"),
         (dict(max_trace_steps=0), "max_trace_steps must be at least 1"),
         (dict(seed=None), "seed must be a whole number"),

@@ -83,6 +83,48 @@ GPUS = {
 
 
 @dataclass(frozen=True)
+class Link:
+    """What connects devices that share a model.
+
+    Attributes:
+        bandwidth: The bytes/s that a device can send while it receives as many.
+        source: The document that has this number. Where it counts both directions, half of it stands here.
+    """
+
+    name: str
+    bandwidth: float
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        check_number("bandwidth", self.bandwidth, 1, math.inf)
+
+
+def _pcie(generation: str, transfers: float) -> Link:
+    """Return a link of 16 lanes, with so many bits/s each, of which 128 in 130 carry data."""
+    source = f"PCI Express Base Specification {generation}: {transfers / 1e9:.0f} GT/s a lane, 128b/130b"
+    return Link(f"PCIe {generation} x16", 16 * transfers * 128 / 130 / 8, source)
+
+
+# NVIDIA's data sheets for NVLink, and the standards for the others. None of them knows headers, switches, or
+# GPUs that reach each other through the processor's memory only: what is measured is less. Nor do they state
+# a latency.
+LINKS = {
+    link.name: link
+    for link in (
+        Link("NVLink A100", 300e9, "NVIDIA A100 80GB SXM, data sheet 2188504: 600 GB/s, both directions"),
+        Link("NVLink H100", 450e9, "NVIDIA H100 SXM, data sheet 2287922: 900 GB/s, both directions"),
+        Link("NVLink H200", 450e9, "NVIDIA H200 SXM, data sheet: 900 GB/s, both directions"),
+        _pcie("3.0", 8e9),
+        _pcie("4.0", 16e9),
+        _pcie("5.0", 32e9),
+        Link("10 GbE", 10e9 / 8, "IEEE 802.3ae: 10 Gb/s, each direction"),
+        Link("25 GbE", 25e9 / 8, "IEEE 802.3by: 25 Gb/s, each direction"),
+        Link("100 GbE", 100e9 / 8, "IEEE 802.3ba: 100 Gb/s, each direction"),
+    )
+}
+
+
+@dataclass(frozen=True)
 class Ceiling:
     """What a device was measured to do: `bandwidth` in bytes/s, `peak` by dtype in operations/s."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import mul
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -41,6 +41,24 @@ class Work:
     def bound(self, bandwidth: float, peak: float) -> str:
         """Return what limits it: "bandwidth" or "compute"."""
         return "compute" if self.operations / peak > self.bytes / bandwidth else "bandwidth"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What each process of a model sends in a step (bytes), and in how many exchanges with the others.
+
+    Attributes:
+        in_layers: The bytes of two all-reduces in each layer.
+        elsewhere: The bytes of embeddings and logits, which all go through the first process.
+    """
+
+    in_layers: float = 0
+    elsewhere: float = 0
+    exchanges: int = 0
+
+    def seconds(self, bandwidth: float, latency: float) -> float:
+        """Return the least time for it, with so many bytes per second and seconds for each exchange."""
+        return (self.in_layers + self.elsewhere) / bandwidth + self.exchanges * latency
 
 
 # -- the rows of a step ---------------------------------------------------------------------------
@@ -116,6 +134,7 @@ class Shape:
         windows: Each sliding window (None: no window), with the number of layers that have it.
         weight_bytes: The size of an element of a matrix, in layers, embedding and output layer.
         value_bytes: The size of any other number: activations, keys and values, norms.
+        int8_kv: Whether keys and values are in 8 bits instead, each with a scale.
     """
 
     hidden: int
@@ -128,10 +147,11 @@ class Shape:
     windows: tuple[tuple[int | None, int], ...]
     weight_bytes: int
     value_bytes: int
+    int8_kv: bool = False
 
     @classmethod
-    def of(cls, loaded: LoadedModel) -> Shape:
-        """Return the shape of a loaded model.
+    def of(cls, loaded: LoadedModel, kv_cache_dtype: str | None = None) -> Shape:
+        """Return the shape of a loaded model, with the KV cache that `EngineConfig` names so.
 
         Raises:
             ValueError: If the model is not of our own code.
@@ -144,12 +164,13 @@ class Shape:
                 f"the work of a step is known for models of the Llama shape, not {loaded.config.model_type}"
             )
         layers = Counter(layer.self_attn.window for layer in module.layers)
-        return cls.of_config(
+        shape = cls.of_config(
             loaded.config,
             tuple(layers.items()),
             weight_bytes=1 if loaded.quantization == "int8" else module.dtype.itemsize,
             value_bytes=module.dtype.itemsize,
         )
+        return replace(shape, int8_kv=kv_cache_dtype == "int8")
 
     @classmethod
     def of_config(
@@ -216,7 +237,8 @@ class Shape:
         if step.sampled:
             moved += self.matrix_bytes(self.vocab, self.hidden)
             operations += 2 * self.vocab * self.hidden * (step.sampled + _idle_seats(record))
-        kv_bytes = 2 * self.kv_heads * self.head_dim * self.value_bytes  # of one token in one layer
+        vector = self.head_dim + _SCALE_BYTES if self.int8_kv else self.head_dim * self.value_bytes
+        kv_bytes = 2 * self.kv_heads * vector  # of one token in one layer
         written = sum(record.num_tokens)
         for window, layers in self.windows:
             rows = list(zip(record.starts, record.num_tokens, strict=True))
@@ -240,7 +262,9 @@ class ModelSize:
         heads: The number of query heads in each layer.
         kv_heads: The number of heads of keys and values in each layer.
         weight_bytes: The size of one parameter: 2 in half precision, 1 in eight bits.
-        kv_value_bytes: The size of one number in the KV cache.
+        kv_value_bytes: The size of one number in the KV cache; 1 + 4 / head_dim in eight bits, with scales.
+        hidden, vocab: The numbers of a token's state, and of tokens; only processes that share it need them.
+        activation_bytes: The size of one number of a state.
     """
 
     parameters: int
@@ -250,11 +274,16 @@ class ModelSize:
     head_dim: int
     weight_bytes: float = 2
     kv_value_bytes: float = 2
+    hidden: int = 0
+    vocab: int = 0
+    activation_bytes: float = 2
 
     def __post_init__(self) -> None:
         for field in ("parameters", "layers", "heads", "kv_heads", "head_dim"):
             check_number(field, getattr(self, field), 1, math.inf, whole=True)
-        for field in ("weight_bytes", "kv_value_bytes"):
+        for field in ("hidden", "vocab"):
+            check_number(field, getattr(self, field), 0, math.inf, whole=True)
+        for field in ("weight_bytes", "kv_value_bytes", "activation_bytes"):
             check_number(field, getattr(self, field), 0.1, 8)
 
     @property
@@ -267,16 +296,42 @@ class ModelSize:
         """What one token needs in the KV cache."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.kv_value_bytes
 
-    def work(self, step: StepWork) -> Work:
-        """Return what a step moves and computes: each token multiplies with every parameter."""
-        moved = self.bytes + self.kv_bytes_per_token * (step.keys + step.tokens)
+    def work(self, step: StepWork, processes: int = 1) -> Work:
+        """Return what a step moves and computes: each token multiplies with every parameter.
+
+        Of several `processes` that share the model it is the part of one: of that with the most KV heads,
+        because a head is never cut.
+        """
+        most = -(-self.kv_heads // processes) / self.kv_heads
+        moved = self.bytes / processes + most * self.kv_bytes_per_token * (step.keys + step.tokens)
         products = 2 * self.parameters * step.tokens
         attention = 4 * self.layers * self.heads * self.head_dim * step.pairs  # q k^T, and the sum of v
-        return Work(moved, products + attention)
+        return Work(moved, (products + attention) / processes)
+
+    def traffic(self, step: StepWork, processes: int) -> Traffic:
+        """Return what each of several processes sends in a step, as labkit's send it (see `labkit.parallel`).
+
+        An all-reduce in a ring sends 2 (p - 1) / p of the tensor (Patarasuk and Yuan 2009). There is one for
+        the embeddings, and two in each layer: after attention and after the MLP. Then the first process sends
+        the states of tokens that sample, and gets from each other one its part of their logits.
+        """
+        if processes == 1 or not step.tokens:
+            return Traffic()
+        state, others = self.hidden * self.activation_bytes, processes - 1
+        all_reduce = step.tokens * state * 2 * others / processes
+        piece = -(-self.vocab // processes) * self.activation_bytes
+        logits = step.sampled * (state + piece) * others
+        return Traffic(
+            2 * self.layers * all_reduce, all_reduce + logits, 2 * self.layers + (3 if step.sampled else 1)
+        )
 
 
 # From the configurations that their makers publish.
 MODELS = {
-    "smollm2-135m": ModelSize(134_515_008, layers=30, heads=9, kv_heads=3, head_dim=64),
-    "llama-3.1-8b": ModelSize(8_030_261_248, layers=32, heads=32, kv_heads=8, head_dim=128),
+    "smollm2-135m": ModelSize(
+        134_515_008, layers=30, heads=9, kv_heads=3, head_dim=64, hidden=576, vocab=49_152
+    ),
+    "llama-3.1-8b": ModelSize(
+        8_030_261_248, layers=32, heads=32, kv_heads=8, head_dim=128, hidden=4096, vocab=128_256
+    ),
 }

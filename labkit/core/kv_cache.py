@@ -55,7 +55,7 @@ class PagedKVCache:
             self.blocks = torch.zeros(sizes, dtype=shape.dtype, device=shape.device)
         # The same memory, seen by token: (layers, blocks, block_size, kv_heads, head_dim).
         self.k, self.v = self.blocks.transpose(3, 4).unbind(2)
-        self.device = self.blocks.device
+        self.device, self.dtype = self.blocks.device, shape.dtype
         # For each layer: (blocks, 2, kv_heads, block_size, head_dim), and the same memory as (n, head_dim).
         self.layers = self.blocks.unbind(0)
         self._vectors = [blocks.view(-1, shape.head_dim) for blocks in self.layers]

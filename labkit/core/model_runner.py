@@ -144,7 +144,7 @@ class ModelRunner:
         tokens, logprobs, sound = zip(*itertools.islice(chosen, 1 + len(drafts)), strict=True)
         accepted = self.accept(drafts, tokens[:-1]) if drafts else 0
         if not all(sound[: accepted + 1]):
-            result.errors[row] = _UNSOUND
+            result.errors[row] = getattr(plan.requests[row].form, "error", "") or _UNSOUND
             return
         result.sampled[row] = (*drafts[:accepted], tokens[accepted])
         if logprobs[0] is not None:

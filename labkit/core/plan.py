@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from labkit.core.request import Request
 from labkit.outputs import TokenLogprobs
@@ -66,7 +67,7 @@ class StepResult:
     logprobs: list[tuple[TokenLogprobs, ...]] = field(default_factory=list)  # empty, or one entry per row
     errors: dict[int, str] = field(default_factory=dict)  # rows that failed, and what went wrong
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # what each row adds
-    traffic: dict[str, float] = field(default_factory=dict)  # of a parallel model, as fields of `StepRecord`
+    traffic: dict[str, Any] = field(default_factory=dict)  # with other processes, as fields of `StepRecord`
 
 
 @dataclass(slots=True)

@@ -12,13 +12,13 @@ def record_step(
 ) -> StepRecord:
     """Return the record of a committed step, and clear the scheduler's list of changes."""
     pool, changes, scheduler.changes = scheduler.pool, scheduler.changes, Changes()
-    published, evicted = pool.drain_changes()  # blocks of the prefix cache
     head, blocked = scheduler.waiting.peek(), plan.blocked
     if head and (blocked is None or blocked[0] != head.request_id):
         # The other answers to a request that has just failed come to the queue after planning.
         late = head.family != head.request_id or head.request_id in {a.request_id for a in changes.arrived}
         why = "it joined the queue when this step was over" if late else "the scheduler gave no reason"
         blocked = (head.request_id, why)
+    allowed = tuple([request.form.allowed if request.form else () for request in plan.requests])
     return StepRecord(
         step,
         requests=tuple([request.request_id for request in plan.requests]),
@@ -28,6 +28,7 @@ def record_step(
         sampled=tuple(result.sampled),
         padding=tuple(plan.padding) if any(plan.padding) else (),  # of a static batch
         drafted=tuple([plan.drafts.get(i, ()) for i in range(len(plan.requests))]) if plan.drafts else (),
+        allowed=allowed if any(allowed) else (),  # where an answer must have a form
         arrived=tuple(changes.arrived),
         reprioritised=tuple(changes.reprioritised),
         admitted=tuple(plan.admitted),
@@ -36,8 +37,7 @@ def record_step(
         copied=tuple(plan.copied),
         finished=tuple(changes.finished),
         returned=tuple(changes.returned),
-        published=published,
-        evicted=evicted,
+        **pool.drain_changes(),  # of the prefix cache
         waiting=scheduler.num_waiting,
         blocked=blocked,
         held_back=plan.held_back,

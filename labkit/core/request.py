@@ -1,15 +1,11 @@
-"""A request in the engine: a list of tokens, and how many of them are computed. No tensors here.
-
-`num_computed_tokens` counts the tokens whose keys and values are in the cache. Everything the scheduler does
-follows from the distance between it and the number of tokens.
-"""
+"""A request in the engine: a list of tokens, and how many of them are computed. No tensors here."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from labkit.outputs import FinishReason, PromptLogprobs, in_one_line
 from labkit.sampling_params import SamplingParams
@@ -45,6 +41,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()  # the end of sequence, unless it is ignored, and stop_token_ids
     prompt: str | None = None  # its text, if it came as text
     reader: TokenReader | None = None
+    form: Any = None  # what its answer must be like: an `AnswerForm` of `labkit.structured`
     arrival: int = 0  # its place in the order of arrival, which the scheduler sets
     status: Status = "waiting"
     error: str | None = None
@@ -73,11 +70,11 @@ class Request:
         """Append the next token of the answer; return why the request ends with it, or None."""
         self.token_ids.append(token)
         try:  # the reader sees every token, a stop token too: it skips those that are no text
-            stop_string = self.reader is not None and self.reader.push(token)
+            ends = [part.push(token) for part in (self.form, self.reader) if part is not None]
         except Exception as error:  # no other request shall suffer
             self.error = in_one_line(error)
             return "error"
-        if stop_string or token in self.stop_ids:
+        if any(ends) or token in self.stop_ids:
             return "stop"
         return "length" if len(self.token_ids) >= self.max_len else None
 

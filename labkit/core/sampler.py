@@ -111,10 +111,9 @@ def _adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
         p = request.params
         plain = p.repetition_penalty == 1 and p.presence_penalty == 0 and p.frequency_penalty == 0
         early = request.stop_ids if len(request.token_ids) - request.num_prompt_tokens < p.min_tokens else ()
-        if plain and not p.logit_bias and not early:
+        if plain and not p.logit_bias and not early and not request.form:
             continue
-        if adjusted is logits:
-            adjusted = logits.clone()
+        adjusted = logits.clone() if adjusted is logits else adjusted
         row = adjusted[i]  # a view: changing it changes `adjusted`
         if p.logit_bias:
             ids = torch.tensor(list(p.logit_bias), device=row.device)
@@ -129,6 +128,8 @@ def _adjust(logits: Tensor, requests: Sequence[Request]) -> Tensor:
             row[ids] -= p.presence_penalty + p.frequency_penalty * times
         if early:  # nothing ends the answer before `min_tokens`
             row[list(early)] = -torch.inf
+        if request.form:
+            row.masked_fill_(~request.form.allowed_next(request).to(row.device), -torch.inf)
     return adjusted
 
 

@@ -253,8 +253,8 @@ class Scheduler:
         left = pool.num_free_without(shared)
         kept = self.watermark if self.running else 0
         if count + kept > left:
-            reason = f"it needs {count} page{'s' * (count > 1)}, and {left} are free"
-            reason += f", {kept} of them kept for growth" if kept else ""
+            more = f" beside {len(shared)} cached" * bool(shared) + f" and {kept} for growth" * bool(kept)
+            reason = f"it needs {count} page{'s' * (count > 1)}{more}, and {left} are free"
             self._stuck = (*attempt, reason)
             return reason
         self._stuck = None

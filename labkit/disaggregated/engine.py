@@ -3,31 +3,67 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import pickle
 import queue
 import threading
 import weakref
 from dataclasses import fields, replace
-from typing import IO
+from typing import IO, Any
 
 import torch
 
 from labkit.config import EngineConfig
 from labkit.core.engine_core import EngineCore
+from labkit.core.model_runner import ModelRunner
+from labkit.core.plan import StepPlan, StepResult
 from labkit.core.request import Request
-from labkit.disaggregated.messages import Computed, Forget, Load, Prompt
+from labkit.disaggregated.messages import Computed, Forget, Leaving, Load, Progress, Prompt
 from labkit.engine import Engine
 from labkit.models.devices import resolve_device
 from labkit.models.load import LoadedModel
 from labkit.models.progress import Say, tell
 from labkit.parallel import processes
 from labkit.parallel.processes import ends
-from labkit.trace.records import StepRecord
+from labkit.trace.records import PLACES, Moved, OtherPool, StepRecord
 from labkit.transfer import KVPages, TransferError, import_kv
 
 _LOOK = 0.1  # seconds to wait for pages where nothing else is to be done, between looks at new commands
-_UNSENT, _THERE = "waiting to be sent", "its prompt is being computed"
-Arrival = tuple[Computed, KVPages | None]
+_UNSENT, _THERE, _ARRIVING = PLACES
+Arrival = tuple[Progress | Leaving | Computed, KVPages | None]
+
+
+class _News:
+    """What the next record says of the requests that are not here, and of the engine that has them."""
+
+    def __init__(self) -> None:
+        self.moved: list[Moved] = []
+        self.pools: list[OtherPool] = []  # what was told of it since the last record
+
+    def drain(self) -> dict[str, Any]:
+        """Return what is new, as fields of `StepRecord`: of each request there, what it held last.
+
+        Those that have left since are told once more, and are gone in the record after it.
+        """
+        tables = {held.request_id: held for pool in self.pools for held in pool.tables}
+        told = [OtherPool(pool.num_blocks, tuple(tables.values())) for pool in self.pools[-1:]]
+        found = {"moved": tuple(self.moved), "other_pool": told[0] if told else None}
+        self.moved, self.pools = [], self.pools[-1:] if told != self.pools[-1:] else []
+        return found
+
+
+class _TellingRunner(ModelRunner):
+    """A model runner whose results also tell the news."""
+
+    def __init__(self, news: _News, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.news = news
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute a plan, as `ModelRunner.run` does. If it raises, the news waits for the next step."""
+        result = super().run(plan)
+        result.traffic = self.news.drain()
+        return result
 
 
 class DisaggregatedEngine(Engine):
@@ -43,7 +79,7 @@ class DisaggregatedEngine(Engine):
         say: as in `Engine`.
 
     Attributes:
-        elsewhere: for each request that has not arrived here, by id, where it is.
+        elsewhere: for each request that has not arrived here, by id, where it is: one of `PLACES`.
 
     Raises:
         ValueError: as `Engine` does, and for settings that cannot work here; the message names them.
@@ -62,11 +98,14 @@ class DisaggregatedEngine(Engine):
         tell(say, "Starting a second process, which computes prompts.")
         self._other = processes.start("labkit.disaggregated.worker")
         self._end_other = weakref.finalize(self, processes.end, self._other)
+        self._news = _News()
+        self.make_runner = functools.partial(_TellingRunner, self._news)
         super().__init__(config, say=say)
         self.elsewhere: dict[str, str] = {}
         self._outside: dict[str, Request] = {}
         self._aborted: set[str] = set()  # answers of n > 1 that were aborted before they arrived
         self._arrived: queue.SimpleQueue[Arrival | None] = queue.SimpleQueue()
+        self._num_blocks_there = 1
         self._failure = ""  # why the other process is of no use any more
         values = {f.name: getattr(config, f.name) for f in fields(config)}
         self._tell(Load(values | {"speculative": None, "draft_model": None}))
@@ -89,7 +128,11 @@ class DisaggregatedEngine(Engine):
         self.scheduler.check(request)
         self.open_outputs([request, *request.children])
         self._outside[request.request_id] = request
-        self.elsewhere[request.request_id] = _UNSENT
+        self._move(request, _UNSENT, request.num_prompt_tokens)
+
+    def _move(self, request: Request, place: str, amount: int) -> None:
+        self.elsewhere[request.request_id] = place
+        self._news.moved.append(Moved(request.request_id, place, amount))
 
     def abort(self, request_id: str) -> bool:
         """End a request at the next step, wherever it is. False if there is none."""
@@ -133,7 +176,7 @@ class DisaggregatedEngine(Engine):
         unsent = [r for name, r in self._outside.items() if self.elsewhere[name] == _UNSENT]
         if not unsent:
             return
-        there = [r for name, r in self._outside.items() if self.elsewhere[name] == _THERE]
+        there = [r for name, r in self._outside.items() if self.elsewhere[name] != _UNSENT]
         here = self.scheduler.requests.values()
         seats = self.scheduler.max_num_seqs - sum(1 + len(r.children) for r in there) - len(here)
         coming = [*there, *(r for r in here if r.status == "waiting")]
@@ -142,7 +185,7 @@ class DisaggregatedEngine(Engine):
             need = self.pool.blocks_for(request.num_prompt_tokens + 1)
             if (seats < 1 or need > room) and (there or here):  # alone, it has all the room that there is
                 return
-            self.elsewhere[request.request_id] = _THERE
+            self._move(request, _THERE, request.num_prompt_tokens)
             self._tell(Prompt(request.request_id, request.token_ids, request.priority))
             there.append(request)
             seats -= 1 + len(request.children)
@@ -154,18 +197,26 @@ class DisaggregatedEngine(Engine):
             code = self._other.wait()
             self._failure = f"the process that computes prompts ended (exit code {code})"
             for name, request in [*self._outside.items()]:
-                if self.elsewhere[name] == _THERE:
-                    self._end(request, self._failure)
-                else:
+                if self.elsewhere[name] == _UNSENT:
                     self._arrive(request)
+                else:
+                    self._end(request, self._failure)
+            self._news.pools.append(OtherPool(self._num_blocks_there))
             return
-        computed, pages = arrival
-        request = self._outside.get(computed.request_id)
+        message, pages = arrival
+        if isinstance(message, Progress):
+            self._news.pools.append(message.pool)
+            self._num_blocks_there = message.pool.num_blocks
+            return
+        request = self._outside.get(message.request_id)
         if request is None:  # aborted meanwhile
+            return
+        if isinstance(message, Leaving):
+            self._move(request, _ARRIVING, message.num_bytes)
             return
         try:
             if pages is None:
-                raise TransferError(f"the prompt failed in its own process: {computed.error}")
+                raise TransferError(f"the prompt failed in its own process: {message.error}")
             import_kv(self, pages, compare=False)
         except TransferError as error:
             self._end(request, str(error))
@@ -196,7 +247,10 @@ def _receive(pipe: IO[bytes], arrived: queue.SimpleQueue[Arrival | None]) -> Non
     """Read and check what the other process sends, beside the steps; None at its end."""
     try:
         while True:
-            computed: Computed = pickle.load(pipe)
-            arrived.put((computed, KVPages.from_bytes(computed.pages) if computed.pages else None))
+            message: Progress | Leaving | Computed = pickle.load(pipe)
+            pages = (
+                KVPages.from_bytes(message.pages) if isinstance(message, Computed) and message.pages else None
+            )
+            arrived.put((message, pages))
     except (EOFError, OSError, ValueError, pickle.UnpicklingError):
         arrived.put(None)

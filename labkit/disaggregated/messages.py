@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from labkit.trace.records import OtherPool
+
 
 @dataclass
 class Load:
@@ -30,6 +32,21 @@ class Forget:
     """A prompt is no longer needed."""
 
     request_id: str
+
+
+@dataclass
+class Progress:
+    """What the engine that computes prompts holds in a step."""
+
+    pool: OtherPool
+
+
+@dataclass
+class Leaving:
+    """A prompt is computed, and its pages come next."""
+
+    request_id: str
+    num_bytes: int
 
 
 @dataclass

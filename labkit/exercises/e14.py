@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from labkit import notebook
-from labkit.analysis.devices import Gpu
-from labkit.analysis.roofline import ModelSize, StepWork
 from labkit.analysis.workload import prose
 from labkit.config import EngineConfig
 from labkit.disaggregated import DisaggregatedEngine
@@ -112,39 +110,6 @@ def on_cpu() -> LoadedModel:
     """The notebook's model on the CPU, where everything of this notebook runs."""
     model = notebook.default_model()
     return model if model.device.type == "cpu" else load_model(model.name, device="cpu", say=None)
-
-
-# -- on paper -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two GPUs that share a model, on paper: a roofline with what they send to each other.
-
-    Args:
-        gpu: its data sheet.
-        model: the sizes of the model.
-        link: the bytes that each GPU can send to the other in a second.
-        start: the seconds that an exchange takes before its first byte arrives.
-    """
-
-    gpu: Gpu
-    model: ModelSize
-    link: float
-    start: float = 0.0
-
-    def alone(self, step: StepWork) -> float:
-        """Seconds of a step on one of them, as if it had room for the whole model."""
-        return self.model.work(step).seconds(self.gpu.bandwidth, self.gpu.flops)
-
-    def sending(self, step: StepWork) -> float:
-        """Seconds in which the two exchange their sums, two a layer, of 2 bytes a number."""
-        hidden = self.model.heads * self.model.head_dim
-        return 2 * self.model.layers * (self.start + step.tokens * hidden * 2 / self.link)
-
-    def together(self, step: StepWork) -> float:
-        """Seconds of a step on both: half of the work each, and then the exchange."""
-        return self.alone(step) / 2 + self.sending(step)
 
 
 # -- prompts that come into running answers ---------------------------------------------------------

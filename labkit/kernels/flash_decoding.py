@@ -34,6 +34,9 @@ The query heads that share a key head are computed together, so that keys and va
 them. Products are multiplied and summed without `tl.dot`: tensor cores need 16 queries at once, the time goes
 into reading, and GPUs before sm_80 have no fast `tl.dot` at all. Powers are of 2, because GPUs have an
 instruction for these; log2(e) is multiplied into the scale. Sums are in fp32 for inputs of any dtype.
+
+Blocks in 8 bits (see `int8_kv`) take a quarter or half of the reading: a key's scale is multiplied into its
+score, and a value's into its weight, once for all heads of a group and all dimensions.
 """
 
 from __future__ import annotations
@@ -81,11 +84,12 @@ def _split_kernel(
     TILE: tl.constexpr,
     GROUP_2: tl.constexpr,
     DIM_2: tl.constexpr,
+    IN_INT8: tl.constexpr,
 ):
     """Compute one split of one row for all query heads of one key head, and write it to `parts` and `logs`.
 
     BLOCK, VALUES, HEAD and SLOT are the strides between blocks, from keys to values, and between heads and
-    tokens.
+    tokens. With IN_INT8, SIZE scales follow the numbers of a head.
     """
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     # The splits share the tokens of this row in whole tiles: by its own length, not by the longest row's.
@@ -113,16 +117,23 @@ def _split_kernel(
         token = first + lane
         live = token < end
         block = tl.load(tables + row * width + token // SIZE, mask=live, other=0).to(tl.int64)
-        slot = block * BLOCK + kv_head * HEAD + token % SIZE * SLOT
+        piece = block * BLOCK + kv_head * HEAD
+        slot = piece + token % SIZE * SLOT
         at = blocks + slot[:, :, None] + dim
         # Nothing is read beyond the end of the row, so what a block held before (NaN, say) has no effect.
         here = live[:, :, None] & (dim < DIM)
         k = tl.load(at, mask=here, other=0.0).to(tl.float32)
         v = tl.load(at + VALUES, mask=here, other=0.0).to(tl.float32)
-        s = tl.where(live, tl.sum(query * k, axis=2), float("-inf"))
+        s = tl.sum(query * k, axis=2)
+        if IN_INT8:
+            scales = (blocks + (piece + SIZE * DIM)).to(tl.pointer_type(tl.float32)) + token % SIZE
+            s = s * tl.load(scales, mask=live, other=0.0)
+        s = tl.where(live, s, float("-inf"))
         new = tl.maximum(m, s)
         old, p = tl.exp2(m - new), tl.exp2(s - new)
         l = l * old + p  # noqa: E741
+        if IN_INT8:
+            p = p * tl.load(scales + VALUES // 4, mask=live, other=0.0)
         a = a * old[:, :, None] + p[:, :, None] * v
         m = new
 
@@ -173,7 +184,8 @@ def paged_decode(
 
     Args:
         q: queries (rows, heads, head_dim), fp16, bf16 or fp32.
-        blocks: the blocks of one layer (num_blocks + 1, 2, kv_heads, block_size, head_dim), in that dtype.
+        blocks: the blocks of one layer (num_blocks + 1, 2, kv_heads, block_size, head_dim), in that dtype, or
+            as `int8_kv` lays them out.
         tables: the blocks of each row in order (rows, width), int32 or int64. Entries beyond a row's length
             are not read.
         lengths: the number of tokens of each row (rows,), with the query's own, int32 or int64, at least 1.
@@ -196,6 +208,7 @@ def paged_decode(
     rows, heads, dim = q.shape
     kv_heads, size = blocks.shape[2:4]
     group = heads // kv_heads
+    in_int8 = blocks.dtype == torch.int8
     group_2, dim_2 = triton.next_power_of_2(group), triton.next_power_of_2(dim)
     out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
     logs = torch.empty((rows, heads, splits), dtype=torch.float32, device=q.device)
@@ -217,7 +230,7 @@ def paged_decode(
             BLOCK=blocks.stride(0),
             VALUES=blocks.stride(1),
             HEAD=blocks.stride(2),
-            SLOT=blocks.stride(3),
+            SLOT=dim if in_int8 else blocks.stride(3),
             SIZE=size,
             KV_HEADS=kv_heads,
             GROUP=group,
@@ -225,6 +238,7 @@ def paged_decode(
             TILE=max(1, min(_MAX_TILE, _TILE_ELEMENTS // (group_2 * dim_2))),
             GROUP_2=group_2,
             DIM_2=dim_2,
+            IN_INT8=in_int8,
             num_warps=4,
         )
         if registers := getattr(kernel, "n_regs", None):  # the interpreter has none

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from labkit.core.attention import Span
-from labkit.core.kv_cache import PagedKVCache, head_pieces, read_rows
+from labkit.core.kv_cache import PagedKVCache, head_pieces
 from labkit.kernels.backend import Backend
+from labkit.kernels.int8_kv import read_rows
 
 _MAX_GROUPS = 4  # groups of decode rows with similar lengths
 _MIN_GROUP = 4  # rows that are worth a call of their own
@@ -42,7 +43,7 @@ class GatheredRows:
     _folded: dict[int | None, Tensor] = field(default_factory=dict)
 
     def attend(self, q: Tensor, blocks: Tensor, *, scale: float, window: int | None) -> Tensor:
-        k, v = read_rows(blocks, self.pieces)  # (rows, kv_heads, width * block_size, head_dim)
+        k, v = read_rows(blocks, self.pieces, q.dtype)  # (rows, kv_heads, width * block_size, head_dim)
         rows, kv_heads, length, dim = k.shape
         mask = self.masks[window]
         queries = mask.shape[2]
@@ -68,7 +69,7 @@ class GatheredRows:
         if window not in self._folded:
             mask = self.masks[window]
             rows, heads, queries, length = mask.shape
-            folded = _zeros((rows, heads, group * queries, length), mask)
+            folded = _zeros((rows, heads, group * queries, length), mask.dtype, mask.device)
             folded.unflatten(2, (group, queries)).copy_(mask[:, :, None])
             self._folded[window] = folded
         return self._folded[window]
@@ -85,7 +86,7 @@ class Chunk:
     masks: dict[int | None, Tensor | None]
 
     def attend(self, q: Tensor, blocks: Tensor, *, scale: float, window: int | None) -> Tensor:
-        k, v = read_rows(blocks, self.pieces)
+        k, v = read_rows(blocks, self.pieces, q.dtype)
         group = q.shape[1] // k.shape[1]
         k, v = (x[:, :, : self.length] for x in (k, v))
         if group > 1:  # not all of PyTorch's kernels group queries; repeating one row's keys is cheap
@@ -97,18 +98,18 @@ class Chunk:
         return out[0].transpose(0, 1)
 
 
-def additive(seen: Tensor, like: Tensor) -> Tensor:
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a mask to add to scores: 0 for a key that is seen, else minus infinity."""
-    return _zeros(seen.shape, like).masked_fill_(~seen, -torch.inf)
+    return _zeros(seen.shape, dtype, seen.device).masked_fill_(~seen, -torch.inf)
 
 
-def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return an empty mask: PyTorch's memory-efficient kernel takes it as it is, in every layer.
 
     Masks whose rows do not begin at multiples of 16 elements it copies; so this is a part of longer rows.
     """
     *others, length = shape
-    return like.new_zeros((*others, -(-length // 16) * 16))[..., :length]
+    return torch.zeros((*others, -(-length // 16) * 16), dtype=dtype, device=device)[..., :length]
 
 
 def block_table(rows: Sequence[Span], cache: PagedKVCache, width: int) -> Tensor:
@@ -159,10 +160,10 @@ def _group(
     """Make one group from its block tables (rows, width) and the positions of its queries (rows, queries)."""
     at = torch.arange(tables.shape[1] * cache.block_size, device=tables.device)
     positions = positions[:, None, :, None]  # to be compared with keys: (rows, 1, queries, length)
-    masks, written_out = {}, cache.device.type == "cpu" and cache.blocks.dtype == torch.float32
+    masks, written_out = {}, cache.device.type == "cpu" and cache.dtype == torch.float32
     for window in windows:
         seen = at <= positions
-        mask = additive(seen if window is None else seen & (at > positions - window), cache.blocks)
+        mask = additive(seen if window is None else seen & (at > positions - window), cache.dtype)
         masks[window] = mask.repeat(1, cache.num_kv_heads, 1, 1) if written_out else mask
     return GatheredRows(
         first, first + positions.numel(), head_pieces(tables, cache.num_kv_heads), masks, written_out
@@ -199,7 +200,7 @@ def _single_chunks(
             else:
                 seen = keys <= queries
                 masks[window] = additive(
-                    seen if window is None else seen & (keys > queries - window), cache.blocks
+                    seen if window is None else seen & (keys > queries - window), cache.dtype
                 )
         pieces = head_pieces(tables, cache.num_kv_heads)
         chunks.append(Chunk(first, first + row.num_queries, row.length, pieces, masks))

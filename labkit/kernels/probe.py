@@ -13,6 +13,7 @@ import torch
 from labkit.core.attention import Span
 from labkit.core.kv_cache import KVShape
 from labkit.kernels.gathered_sdpa import block_table, gathered_rows
+from labkit.kernels.int8_kv import in_int8
 from labkit.kernels.paged_decode import PagedDecode
 from labkit.outputs import in_one_line
 
@@ -21,16 +22,23 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @functools.cache  # also of a failure: there is one answer, and one attempt, for each process
-def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def why_not_triton(
+    device: torch.device, dtype: torch.dtype, head_dim: int, int8_kv: bool = False
+) -> str | None:
     """Return why `flash_decoding` does not work on a device, or None if it computes what PyTorch does.
+
+    With `int8_kv`, it is tried on a KV cache in 8 bits.
 
     Raises:
         torch.OutOfMemoryError: if there is no memory left to try.
     """
     try:
-        cache = KVShape(1, 2, head_dim, dtype, device).new_cache(3, 16)
-        flat = cache.blocks.view(-1)
-        flat.copy_(torch.arange(len(flat), device=device).sin())
+        shape = KVShape(1, 2, head_dim, dtype, device)
+        cache = (in_int8(shape) if int8_kv else shape).new_cache(3, 16)
+        places = torch.arange(3 * 16, device=device)
+        kv = torch.arange(2 * len(places) * 2 * head_dim, device=device).sin().to(dtype)
+        k, v = kv.view(2, len(places), 2, head_dim)
+        cache.write(0, k, v, cache.slots(places // 16, places % 16))
         q = torch.arange(2 * 4 * head_dim, device=device).cos().view(2, 4, head_dim).to(dtype)
         (plain,) = gathered_rows(0, _ROWS, cache, [None])
         lengths = torch.tensor([row.length for row in _ROWS], device=device)

@@ -36,6 +36,7 @@ def choose_backend(
     *,
     wanted: str = "auto",
     as_t4: bool = False,
+    kv_cache_dtype: str | None = None,
 ) -> Backend:
     """Choose how a model of this dtype and head_dim computes attention on this device.
 
@@ -44,6 +45,7 @@ def choose_backend(
         head_dim: the size of an attention head.
         wanted: one of `ATTENTION_BACKENDS`; "auto" is the fastest that is possible.
         as_t4: whether a newer GPU uses only the kernels that a T4 has.
+        kv_cache_dtype: what `EngineConfig` says. All backends read either cache, each by its own kernel.
 
     A kernel of Triton is tried before it is chosen, which compiles it: the first time, that takes seconds.
 
@@ -54,7 +56,7 @@ def choose_backend(
         raise ValueError(f"attention_backend must be one of {', '.join(ATTENTION_BACKENDS)}, not {wanted!r}")
     if as_t4 and device.type != "cuda":
         raise ValueError(f"as_t4 needs a CUDA GPU, and the model is on {device}")
-    lacking = None if wanted == "sdpa" else _why_no_triton(device, dtype, head_dim)
+    lacking = None if wanted == "sdpa" else _why_no_triton(device, dtype, head_dim, kv_cache_dtype)
     if wanted == "triton" and lacking:
         raise ValueError(f"attention_backend must be auto or sdpa here, not 'triton': {lacking}")
     if wanted == "sdpa" or lacking:
@@ -73,7 +75,9 @@ def choose_backend(
     return Backend("triton", reason, paged_rows, chunks, static_paged_rows)
 
 
-def _why_no_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _why_no_triton(
+    device: torch.device, dtype: torch.dtype, head_dim: int, kv_cache_dtype: str | None
+) -> str | None:
     if device.type != "cuda":
         return f"Triton kernels need a CUDA GPU, not {device.type}"
     if importlib.util.find_spec("triton") is None:
@@ -81,7 +85,7 @@ def _why_no_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     capability = torch.cuda.get_device_capability(device)
     if capability < _TRITON_SINCE:
         return f"Triton makes no code for sm_{capability[0]}{capability[1]}"
-    return why_not_triton(device, dtype, head_dim)
+    return why_not_triton(device, dtype, head_dim, kv_cache_dtype == "int8")
 
 
 def _why_no_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

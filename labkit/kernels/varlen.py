@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from labkit.core.attention import Span
-from labkit.core.kv_cache import PagedKVCache, read_tokens
+from labkit.core.kv_cache import PagedKVCache
+from labkit.kernels.int8_kv import read_tokens
 
 
 @dataclass
@@ -33,7 +34,7 @@ class PackedChunks:
     most_tokens: int
 
     def attend(self, q: Tensor, blocks: Tensor, *, scale: float, window: int | None) -> Tensor:
-        k, v = read_tokens(blocks, self.slots)  # (tokens, kv_heads, head_dim)
+        k, v = read_tokens(blocks, self.slots, q.dtype)  # (tokens, kv_heads, head_dim)
         return varlen_attention()(
             q,
             k,

@@ -26,6 +26,7 @@ from labkit.kernels.cpu.attention import IN_PLACE
 from labkit.kernels.cpu.layers import is_fused
 from labkit.kernels.cuda_graphs import Capture, DecodeGraphs
 from labkit.kernels.gathered_sdpa import SDPA
+from labkit.kernels.int8_kv import kv_shape
 from labkit.kernels.select import choose_backend
 from labkit.outputs import in_one_line
 
@@ -93,6 +94,7 @@ def backend_for(model: PagedModel, config: EngineConfig) -> Backend:
             shape.head_dim,
             wanted=config.attention_backend,
             as_t4=config.as_t4,
+            kv_cache_dtype=config.kv_cache_dtype,
         )
     if config.attention_backend == "triton":
         raise ValueError(
@@ -115,7 +117,7 @@ def activation_bytes(model: PagedModel, backend: Backend, config: EngineConfig) 
     longest = min(config.max_model_len or model.max_model_len, model.max_model_len)
     tokens = min(config.max_num_batched_tokens, longest)
     try:
-        cache = model.kv_shape.new_cache(1, size)
+        cache = kv_shape(model, config.kv_cache_dtype).new_cache(1, size)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         table = [0] * -(-longest // size)
@@ -179,15 +181,16 @@ def warm_up(
         capture: a recorder for tests, which makes graphs without a GPU.
 
     Raises:
-        ValueError: if the cache needs more memory than is free, or no decode step fits.
+        ValueError: if the cache needs more memory than is free, no decode step fits, or the model cannot have
+            its cache in the dtype that is asked for.
     """
-    device = model.device
+    device, shape = model.device, kv_shape(model, config.kv_cache_dtype)
     graphed = config.cuda_graphs and isinstance(model, Transformer)
     while True:
         cache = graphs = None
         try:
-            check_memory(model.kv_shape, num_blocks, config.block_size)
-            cache = model.kv_shape.new_cache(num_blocks, config.block_size)
+            check_memory(shape, num_blocks, config.block_size)
+            cache = shape.new_cache(num_blocks, config.block_size)
             if not graphed or (device.type != "cuda" and capture is None):
                 return cache, None
             free = free_bytes(device) if device.type == "cuda" else 2**30

@@ -32,8 +32,9 @@ from transformers import AttentionInterface, AutoModelForCausalLM, Cache, PreTra
 from transformers.masking_utils import AttentionMaskInterface
 
 from labkit.core.attention import AttentionMetadata, Span, attend, build_metadata
-from labkit.core.kv_cache import KVShape, PagedKVCache, read_rows
+from labkit.core.kv_cache import KVShape, PagedKVCache
 from labkit.kernels.gathered_sdpa import SDPA, additive
+from labkit.kernels.int8_kv import read_rows
 from labkit.models.architecture import FLOATS
 from labkit.models.checkpoint import FROM_FILES, read_tensors
 from labkit.models.errors import ModelError, first_line, is_out_of_memory
@@ -227,10 +228,11 @@ class _StepCache(Cache):
             rows = group.pieces.shape[1]
             n = len(queries) // rows
             if mask is None:
-                mask = additive(torch.ones(n, n, dtype=torch.bool, device=q.device).tril(), q)
+                mask = additive(torch.ones(n, n, dtype=torch.bool, device=q.device).tril(), q.dtype)
             # Every key head has the same mask.
             bias = mask.clamp(min=torch.finfo(q.dtype).min).view(rows, -1, n, mask.shape[-1])[:, :1]
-            k, v = (x[:, :, : bias.shape[-1]] for x in read_rows(self.cache.layers[self.layer], group.pieces))
+            found = read_rows(self.cache.layers[self.layer], group.pieces, q.dtype)
+            k, v = (x[:, :, : bias.shape[-1]] for x in found)
             batch = queries.view(rows, n, *q.shape[1:]).transpose(1, 2)
             result, _ = formula(module, batch, k, v, bias, scaling=scale, **extra)
             out[group.first : group.last] = result.reshape(queries.shape)

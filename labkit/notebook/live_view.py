@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 KEEP_OPEN = 4  # pictures that hold on to their engine, whose KV cache is large
 SCRIPTS = (
-    *("live_feed.js", "regions.js", "token_flow.js", "lane_labels.js", "meters.js", "words.js", "side.js"),
-    *("address.js", "joins.js", "panel.js", "cards.js", "widget.js"),
+    *("live_feed.js", "regions.js", "token_flow.js", "lane_labels.js", "communication.js", "meters.js"),
+    *("two_pools.js", "words.js", "side.js", "address.js", "joins.js", "panel.js", "cards.js", "widget.js"),
 )
 HOW_TO = 'Inject: engine.add_request("The sea is", labkit.SamplingParams(max_tokens=16)), then engine.step()'
 GONE = "This picture has let go of its engine, because others were opened since. Run its cell again."

@@ -25,7 +25,6 @@ from labkit.page.joining import Served
 from labkit.page.page_api import Api
 from labkit.page.race.tab import build_race_tab
 from labkit.page.replay_tab import build_replay_tab
-from labkit.page.scenarios import SCENARIOS
 from labkit.page.session import Lab
 from labkit.page.snapshot import Snapshotter
 from labkit.page.sse import PATH, Broadcast
@@ -62,7 +61,8 @@ EIGHT = (
 )
 SHARES = (0.25, 0.1, 0.6, 0.8, 1.0, 0.5, 0.4, 1.0)  # of max tokens, so that answers end at different times
 SCRIPTS = (
-    *("live_feed.js", "regions.js", "token_flow.js", "lane_labels.js", "meters.js", "words.js", "side.js"),
+    *("live_feed.js", "regions.js", "token_flow.js", "lane_labels.js", "communication.js", "meters.js"),
+    *("two_pools.js", "words.js", "side.js"),
     *("address.js", "controls.js", "host.js", "projector.js", "joins.js", "panel.js", "follow.js"),
     *("cards.js", "questions.js", "tour.js", "glue.js"),
 )
@@ -227,7 +227,7 @@ def _live_tab(lab: Lab, api: Api) -> tuple[gr.HTML, list[gr.Component]]:
         message = _html('<p role="alert"></p>', js=SHOW_MESSAGE, elem_id="lk-message")
         view = _html(
             asset("live_feed.html"),
-            js=_script(),
+            js=_script(lab),
             functions=api.functions,
             elem_id="lk-live",
         )
@@ -245,10 +245,11 @@ def _live_tab(lab: Lab, api: Api) -> tuple[gr.HTML, list[gr.Component]]:
     return view, [prompt, *numbers]
 
 
-def _script() -> str:
+def _script(lab: Lab) -> str:
     """The page's JavaScript, the scenarios that it offers, and the address of the broadcast."""
     scenarios = [
-        {"name": s.name, "title": s.title, "look": s.look, "settings": dict(s.settings)} for s in SCENARIOS
+        {"name": s.name, "title": s.title, "look": s.look, "settings": dict(s.settings)}
+        for s in lab.scenarios.values()
     ]
     facts = f"const SCENARIOS = {json.dumps(scenarios)}, STREAM = {json.dumps(PATH)};\n"
     return facts + script(*SCRIPTS)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from labkit.disaggregated import DisaggregatedEngine
+from labkit.engine import Engine
 from labkit.page.knobs import SIZES
 
 
@@ -177,4 +179,29 @@ SCENARIOS = (
         {"speculative": "ngram", "scheduler": "continuous", "max_num_seqs": 1},
     ),
 )
-BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
+APART = Scenario(  # offered where another process computes prompts
+    "apart",
+    "Prefill apart from decode",
+    "Six answers are being written while two long prompts are computed by the prefill engine, on the left; "
+    "then their pages fly into the pool on the right, where the answers begin, and no step of this engine "
+    "computes more than the end of a prompt. Each card says where its request is.",
+    (
+        *(ScenarioRequest(question, 100) for question in _QUESTIONS[:6]),
+        ScenarioRequest(_LONG, 24, after=15),
+        ScenarioRequest("Say what is missing from this report. " + _LONG, 24, after=20),
+    ),
+    {"scheduler": "continuous", "enable_prefix_caching": True},
+)
+
+
+def offered(engine: Engine) -> dict[str, Scenario]:
+    """Return the scenarios for an engine, by name: one more where another process computes prompts."""
+    apart = isinstance(engine, DisaggregatedEngine)
+    return {scenario.name: scenario for scenario in (*SCENARIOS, *([APART] if apart else []))}
+
+
+def find(scenarios: Mapping[str, Scenario], name: object) -> Scenario:
+    """Return the scenario of a name, which may be anything. Raises ValueError if there is none."""
+    if not isinstance(name, str) or name not in scenarios:
+        raise ValueError(f"There is no preset {str(name)[:40]!r}: known are {', '.join(scenarios)}.")
+    return scenarios[name]

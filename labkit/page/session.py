@@ -26,7 +26,7 @@ from labkit.models.token_bytes import decode_inside
 from labkit.outputs import in_one_line
 from labkit.page.knobs import KNOBS, check_settings, settings_of
 from labkit.page.scenario_player import ScenarioPlayer
-from labkit.page.scenarios import BY_NAME
+from labkit.page.scenarios import find, offered
 from labkit.page.snapshot import Now
 from labkit.page.submissions import Submissions
 from labkit.page.visitors import GRACE, Visitors
@@ -132,6 +132,7 @@ class Lab:
         self.hosts: set[str] = set()
         self.visitors = Visitors(self._gone, grace=grace)
         self._make = make
+        self.scenarios = offered(live.engine)
         self._owns = False  # whether the present engine was built here
         self._wish = live.engine.config.num_blocks  # None: the pool was sized by the memory that was free
         self._lock = threading.RLock()  # held while the session is swapped
@@ -168,7 +169,7 @@ class Lab:
             "chosen": self._chosen,
             "played": self._played,
             "played_after": self._played_after,
-            "changes": {name: self._new(self._needed(name, {})) for name in BY_NAME},
+            "changes": {name: self._new(self._needed(name, {})) for name in self.scenarios},
             "problem": self._writers.problem if self._writers else "",
         }
 
@@ -367,9 +368,8 @@ class Lab:
         Returns what `change` returns, with a "note" if it lacks locked settings. Raises what that and
         `ScenarioPlayer.play` raise.
         """
-        scenario = BY_NAME.get(name) if isinstance(name, str) else None
-        if scenario is None:
-            raise ValueError(f"There is no preset {str(name)[:40]!r}: known are {', '.join(BY_NAME)}.")
+        scenario = find(self.scenarios, name)
+        self.limits.check_room(0, 0, len(scenario.requests))  # before anything ends for it
         check_settings(settings or {})
         locked = not self.open_to("knobs") and visitor not in self.hosts
         wanted = {} if locked else self._needed(name, settings or {}, anew)
@@ -391,7 +391,8 @@ class Lab:
             return self.change(wanted, running=running, then=begin, visitor=visitor)
 
     def _needed(self, name: str, asked: Mapping[str, Any], anew: bool = False) -> dict[str, Any]:
-        return dict(asked) if self._played == name and not anew else BY_NAME[name].needed(self.base, asked)
+        same = self._played == name and not anew
+        return dict(asked) if same else self.scenarios[name].needed(self.base, asked)
 
     def _new(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the wanted settings that the engine does not have."""

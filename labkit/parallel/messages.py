@@ -27,6 +27,7 @@ class Forward:
     cache: int  # its number; it is made when it is named first
     num_blocks: int
     block_size: int
+    int8_kv: bool  # whether it holds 8 bits
     edits: list[Edit]  # what was done to it since it was named last
     dropped: list[int]  # caches that are gone
     token_ids: list[int]

@@ -6,6 +6,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from labkit.core.kv_cache import KVShape, PagedKVCache
 from labkit.core.model import Transformer
 from labkit.core.model_runner import ModelRunner
 from labkit.core.plan import StepPlan, StepResult
+from labkit.kernels.int8_kv import Int8KVCache, Int8KVShape, in_int8
 from labkit.models.split import Part
 from labkit.parallel.group import Group
 from labkit.parallel.messages import Edit, Forward, Logits
@@ -72,16 +74,30 @@ class MirroredKVCache(PagedKVCache):
         self.edits.append(("clear_blocks", list(blocks)))
 
 
+class MirroredInt8KVCache(MirroredKVCache, Int8KVCache):
+    """The same in 8 bits."""
+
+
 @dataclass(frozen=True)
 class _PartShape(KVShape):
     """The shape of this process's part of a cache."""
 
     forget: Callable[[int], None]
+    mirrored: ClassVar[type[MirroredKVCache]] = MirroredKVCache
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
-        cache = MirroredKVCache(self, num_blocks, block_size)
+        cache = self.mirrored(self, num_blocks, block_size)
         weakref.finalize(cache, self.forget, cache.number)
         return cache
+
+
+class _Int8PartShape(_PartShape, Int8KVShape):
+    mirrored = MirroredInt8KVCache
+
+
+@in_int8.register
+def _part_in_int8(shape: _PartShape) -> _Int8PartShape:
+    return _Int8PartShape(**vars(shape))
 
 
 class ParallelTransformer(Transformer):
@@ -119,7 +135,7 @@ class ParallelTransformer(Transformer):
         with self.workers.together():
             edits, cache.edits = cache.edits, []
             rows = [(row.start, row.num_queries, list(row.table)) for row in metadata.rows]
-            where = cache.number, cache.num_blocks, cache.block_size
+            where = cache.number, cache.num_blocks, cache.block_size, isinstance(cache, Int8KVCache)
             self.workers.tell(
                 Forward(*where, edits, self.workers.drain(), token_ids.tolist(), positions.tolist(), rows)
             )

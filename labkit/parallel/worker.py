@@ -14,6 +14,7 @@ import torch
 from labkit.config import EngineConfig
 from labkit.core.attention import Span, build_metadata
 from labkit.core.kv_cache import PagedKVCache
+from labkit.kernels.int8_kv import kv_shape
 from labkit.kernels.warmup import backend_for
 from labkit.models.load import load_model
 from labkit.outputs import in_one_line
@@ -50,7 +51,8 @@ class Worker:
             self.caches.pop(number, None)
         cache = self.caches.get(message.cache)
         if cache is None:
-            cache = self.model.kv_shape.new_cache(message.num_blocks, message.block_size)
+            shape = kv_shape(self.model, "int8" if message.int8_kv else None)
+            cache = shape.new_cache(message.num_blocks, message.block_size)
             self.caches[message.cache] = cache
         for method, argument in message.edits:
             getattr(cache, method)(argument)

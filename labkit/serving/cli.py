@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import os
 import socket
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from labkit.config import EngineConfig
+from labkit.config import KV_CACHE_DTYPES, EngineConfig
 
 if TYPE_CHECKING:
+    from labkit.engine import Engine
     from labkit.models.load import LoadedModel
     from labkit.serving.async_engine import AsyncEngine
     from labkit.serving.limits import Limits
@@ -46,6 +48,17 @@ def seconds(text: str) -> float:
         value = -1.0
     if not 0 <= value <= 3600:
         raise argparse.ArgumentTypeError(f"must be a number of seconds between 0 and 3600, not {text!r}")
+    return value
+
+
+def gibibytes(text: str) -> float:
+    """An option's value as a number of GiB, more than 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 2**20:
+        raise argparse.ArgumentTypeError(f"must be a number of GiB, more than 0, not {text!r}")
     return value
 
 
@@ -108,7 +121,18 @@ def add_engine(parser: argparse.ArgumentParser, *, num_blocks: int | None) -> No
         default=num_blocks,
         help=f"blocks of the KV cache{few} (default: {usual})",
     )
+    add(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        help="the dtype of the KV cache (default: that of the model, as auto says too)",
+    )
     add("--block-size", type=positive, default=16, help="tokens in a block (default: %(default)s)")
+    add(
+        "--kv-offloading-size",
+        type=gibibytes,
+        help="GiB of host memory that keep evicted blocks for prompts with the same start (default: none)",
+    )
+    add("--kv-offloading-dir", help="a folder on whose disk they are kept instead (default: none)")
     add("--max-num-seqs", type=positive, default=32, help="requests that run at once (default: %(default)s)")
     add(
         "--max-num-batched-tokens",
@@ -222,6 +246,21 @@ def engine_config(options: argparse.Namespace, **own: Any) -> EngineConfig:
     return EngineConfig(**{name: value for name, value in vars(options).items() if name in names} | own)
 
 
+def maker(options: argparse.Namespace) -> Callable[[EngineConfig], Engine]:
+    """Return what makes an engine of the kind that the options ask for, from settings that may have changed.
+
+    A model that is loaded already is loaded again where another process needs it, too.
+    """
+    from labkit.disaggregated import DisaggregatedEngine
+    from labkit.engine import Engine
+
+    def apart(config: EngineConfig) -> Engine:
+        named = {name: getattr(options, name) for name in ("model", "device", "dtype", "quantization")}
+        return DisaggregatedEngine(replace(config, **named))
+
+    return apart if options.disaggregated else Engine
+
+
 def load(options: argparse.Namespace, *, trace_steps: int) -> AsyncEngine:
     """Load the model and start the engine.
 
@@ -232,15 +271,12 @@ def load(options: argparse.Namespace, *, trace_steps: int) -> AsyncEngine:
     Raises:
         StartError: if the engine cannot start.
     """
-    from labkit.disaggregated import DisaggregatedEngine
-    from labkit.engine import Engine
     from labkit.models.errors import is_out_of_memory
     from labkit.serving.async_engine import AsyncEngine
 
     def build() -> Engine:
         own = {"draft_model": _draft_model(options), "max_trace_steps": trace_steps}
-        config = engine_config(options, **own)
-        return DisaggregatedEngine(config) if options.disaggregated else Engine(config)
+        return maker(options)(engine_config(options, **own))
 
     try:
         return AsyncEngine.build(build)

@@ -10,6 +10,7 @@ is dropped in silence. The flags are those of `vllm serve` (vLLM 0.33) and of `s
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -158,6 +159,13 @@ def _vllm(config: EngineConfig, out: Command) -> None:
         out.same["num_blocks"] = "what memory holds (--gpu-memory-utilization)"
     else:
         out.flag("num_blocks", "blocks of the KV cache", "--num-gpu-blocks-override", config.num_blocks)
+    if config.kv_cache_dtype != "int8":
+        out.same["kv_cache_dtype"] = "that of the model"
+    elif config.device == "cpu":
+        out.without_twin["kv_cache_dtype"] = "'int8': its kernels for a CPU do not have it"
+    else:
+        why = "8 bits with a scale per token and head; in its Triton kernel, not on a CPU"
+        out.flag("kv_cache_dtype", why, "--kv-cache-dtype", "int8_per_token_head")
     if config.max_model_len is not None:
         out.flag("max_model_len", "longest prompt + answer", "--max-model-len", config.max_model_len)
     elif config.num_blocks is not None:
@@ -175,6 +183,11 @@ def _vllm(config: EngineConfig, out: Command) -> None:
         out.flag("enable_chunked_prefill", why, "--no-enable-chunked-prefill")
     cache = "--enable-prefix-caching" if config.enable_prefix_caching else "--no-enable-prefix-caching"
     out.flag("enable_prefix_caching", "whether blocks are kept for later prompts with the same start", cache)
+    if config.kv_offloading_size is not None:
+        why = "GiB of host memory for blocks, which it copies when they are full"
+        out.flag("kv_offloading_size", why, "--kv-offloading-size", config.kv_offloading_size)
+    if config.kv_offloading_dir is not None:
+        out.without_twin["kv_offloading_dir"] = "a disk is a secondary tier, in its --kv-transfer-config"
     why = "requests may bring a priority, lower first, as here"
     out.flag("", why, "--scheduling-policy", "priority")
     if config.attention_backend == "triton":
@@ -214,6 +227,10 @@ def _sglang(config: EngineConfig, out: Command) -> None:
     else:
         tokens = config.num_blocks * config.block_size
         out.flag("num_blocks", "tokens of the KV cache: blocks x block size", "--max-total-tokens", tokens)
+    if config.kv_cache_dtype == "int8":
+        out.without_twin["kv_cache_dtype"] = "'int8': its eight bits are fp8, without a scale for each token"
+    else:
+        out.same["kv_cache_dtype"] = "that of the model"
     if config.max_model_len is not None:
         out.flag("max_model_len", "longest prompt + answer", "--context-length", config.max_model_len)
     else:
@@ -235,6 +252,13 @@ def _sglang(config: EngineConfig, out: Command) -> None:
         out.same["enable_prefix_caching"] = "a radix tree, as here"
     else:
         out.flag("enable_prefix_caching", "no prefix cache", "--disable-radix-cache")
+    if config.kv_offloading_size is not None:
+        out.flag("kv_offloading_size", "evicted blocks are kept", "--enable-hierarchical-cache")
+        size = math.ceil(config.kv_offloading_size * 2**30 / 1e9)
+        out.flag("kv_offloading_size", "in whole GB of host memory", "--hicache-size", size)
+    if config.kv_offloading_dir is not None:
+        why = "--hicache-storage-backend file, with a folder that its environment names, is a tier beside it"
+        out.without_twin["kv_offloading_dir"] = why
     out.flag("", "requests may bring a priority, as here", "--enable-priority-scheduling")
     out.flag("", "lower first", "--schedule-low-priority-values-first")
     out.flag("", "and that of requests that bring none", "--default-priority-value", 0)
@@ -311,6 +335,10 @@ def _no_twin(config: EngineConfig, out: Command) -> None:
         without["num_threads"] = f"set OMP_NUM_THREADS={config.num_threads} for it"
     if config.adaptive_threads:
         without["adaptive_threads"] = "its threads keep their number, whatever else runs"
+    if config.jump_ahead:
+        without["jump_ahead"] = "what the form of an answer forces is computed token by token"
+    else:
+        same["jump_ahead"] = "what the form of an answer forces is computed token by token"
     if config.max_step_seconds is not None:
         without["max_step_seconds"] = "its token budget stays; choose one that keeps steps short enough"
     if config.as_t4:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-Where = Literal["completions", "chat", "stream_options", "message", "part"]
+Where = Literal["completions", "chat", "stream_options", "message", "part", "tool", "function", "call"]
 
 _HINT = object()  # any value: the field says something to a cache or to a log, and changes no answer
 
@@ -21,7 +21,6 @@ _BOTH: dict[str, tuple[Any, ...]] = {
     "prompt_cache_key": (_HINT,),
     "prompt_cache_retention": (_HINT,),
     "safety_identifier": (_HINT,),
-    "response_format": ({"type": "text"},),
     # vLLM, transformers, llama.cpp and others that speak the same protocol
     "allowed_token_ids": ([],),
     "bad_words": ([],),
@@ -51,14 +50,11 @@ NEUTRAL: dict[Where, dict[str, tuple[Any, ...]]] = {
         "add_special_tokens": (False,),
         "documents": ([],),
         "echo": (False,),
-        "function_call": ("none", "auto"),  # as with tools: with no function there, all of these are none
+        "function_call": ("none", "auto"),  # with no function there, both are none
         "functions": ([],),
         "mm_processor_kwargs": ({},),
         "modalities": (["text"],),
-        "parallel_tool_calls": (False, True),
         "reasoning_effort": ("none",),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "verbosity": ("medium",),
     },
     "stream_options": {"continuous_usage_stats": (False,), "include_obfuscation": (False,)},
@@ -66,15 +62,18 @@ NEUTRAL: dict[Where, dict[str, tuple[Any, ...]]] = {
         "annotations": ([],),
         "cache_control": (_HINT,),
         "images": ([],),
+        "parsed": (_HINT,),  # what a client makes of its content
         "prefix": (False,),
         "provider_specific_fields": ({},),
         "reasoning_content": ("",),
         "refusal": ("",),
         "thinking_blocks": ([],),
-        "tool_calls": ([],),
         "videos": ([],),
     },
     "part": {"annotations": ([],), "cache_control": (_HINT,), "citations": ([],)},
+    "tool": {"cache_control": (_HINT,)},
+    "function": {"cache_control": (_HINT,)},
+    "call": {"parsed_arguments": (_HINT,), "provider_specific_fields": ({},)},
 }
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from labkit.models.token_bytes import TokenBytes
 from labkit.outputs import FinishReason, RequestOutput, TokenLogprobs
 from labkit.serving.answer import Piece
+from labkit.serving.tool_calls import CallReader
 
 DONE = b"data: [DONE]\n\n"  # how a stream ends
 LEAST_LOGPROB = -9999.0  # OpenAI's number for what cannot be: JSON has no infinity
@@ -134,16 +135,20 @@ class Format:
         tokenizer: the model's tokenizer, for log-probabilities; None if none are asked for.
         promises_usage: whether each chunk of a stream says that the usage will follow.
         skip_special_tokens: whether special tokens are no text of the answers.
+        calls: whether answers call functions, as `Offer.how` says it.
 
     Attributes:
         streamed: how far a stream has come in the tokens of each choice, for log-probabilities.
+        readers: what finds the calls in each choice of a stream.
     """
 
     head: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase | None = None
     promises_usage: bool = False
     skip_special_tokens: bool = True
+    calls: str = "none"
     streamed: dict[int, AnswerTokens | None] = field(default_factory=dict)
+    readers: dict[int, CallReader] = field(default_factory=dict)
 
     prefix: ClassVar[str]  # of the id of an answer
     whole: ClassVar[str]  # the type of a whole answer
@@ -197,22 +202,41 @@ class ChatFormat(Format):
 
     def growth(self, index: int, echo: str, piece: Piece) -> list[dict[str, Any]]:
         choices, tokens = [], self.streamed.get(index)
-        if piece.text or piece.logprobs:
-            logprobs = chat_logprobs(piece.logprobs, tokens) if tokens else None
-            delta = {"content": piece.text}
+        reason: str | None = piece.finish_reason
+        deltas = [{"content": piece.text}] if piece.text or piece.logprobs else []
+        if self.calls != "none":
+            reader = self.readers.setdefault(index, CallReader())
+            deltas = reader.push(piece.text, final=bool(reason)) or [{}] * bool(piece.logprobs)
+            reason = self._reason(reason, reader)
+        logprobs = chat_logprobs(piece.logprobs, tokens) if tokens else None
+        for delta in deltas:
             choices.append({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None})
-        if reason := piece.finish_reason:
+            logprobs = None  # they are told once
+        if reason:
             choices.append({"index": index, "delta": {}, "logprobs": None, "finish_reason": reason})
         return choices
 
     def choice(self, index: int, echo: str, output: RequestOutput) -> dict[str, Any]:
-        tokens = self.tokens_of(output)
+        tokens, reason = self.tokens_of(output), output.finish_reason
+        message: dict[str, Any] = {"role": "assistant", "content": output.text, "refusal": None}
+        if self.calls != "none":
+            reader = CallReader()
+            deltas = reader.push(output.text, final=True)
+            message["content"] = "".join(delta.get("content", "") for delta in deltas)
+            if reader.calls:
+                message |= {"content": message["content"] or None, "tool_calls": reader.calls}
+            reason = self._reason(reason, reader)
         return {
             "index": index,
-            "message": {"role": "assistant", "content": output.text, "refusal": None},
+            "message": message,
             "logprobs": chat_logprobs(output.logprobs or (), tokens) if tokens else None,
-            "finish_reason": output.finish_reason,
+            "finish_reason": reason,
         }
+
+    def _reason(self, reason: str | None, reader: CallReader) -> str | None:
+        """Why an answer ended, as chat says it: for its caller to answer its calls, if it chose to call."""
+        called = reader.calls and not reader.is_inside and self.calls != "named"
+        return "tool_calls" if reason == "stop" and called else reason
 
 
 class CompletionFormat(Format):

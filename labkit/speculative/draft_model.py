@@ -74,7 +74,7 @@ class ModelDrafter:
             prompt = request.token_ids[: request.num_prompt_tokens]
             params = dataclasses.replace(request.params, logprobs=None)
             twin = self._twins[request.request_id] = Request(
-                request.request_id, prompt, params, seed=request.seed
+                request.request_id, prompt, params, seed=request.seed, form=request.form
             )
         agree = min(twin.num_computed_tokens, len(request.token_ids) - 1)  # one is left to sample from
         while twin.token_ids[:agree] != request.token_ids[:agree]:

@@ -92,7 +92,8 @@ class Speculator:
         """Count which drafts of a committed step were accepted."""
         for row, drafts in plan.drafts.items():
             request = plan.requests[row]
-            if request.status != "running":  # it has ended, maybe in the middle of accepted drafts
+            forced = request.form is not None and set(request.form.allowed[: len(drafts)]) == {1}
+            if request.status != "running" or forced:  # it has ended, or nobody has guessed
                 continue
             accepted = len(result.sampled[row]) - 1
             self._all.add(accepted, accepted < len(drafts))

@@ -14,11 +14,15 @@ from labkit.trace.foreign import HEAD, what_bytes_are, what_text_is
 from labkit.trace.pool_state import PoolState
 from labkit.trace.records import (
     KINDS,
+    PLACES,
     Admission,
     Arrival,
     Blocks,
     Copy,
     Finish,
+    Holding,
+    Moved,
+    OtherPool,
     Priority,
     StepRecord,
     TraceError,
@@ -36,6 +40,7 @@ _NESTED: dict[str, type] = {
     "copied": Copy,
     "finished": Finish,
     "returned": Blocks,
+    "moved": Moved,
 }
 _SECONDS_DIGITS = 6
 _MAX_INT = 2**53  # a browser cannot represent every whole number beyond it
@@ -187,11 +192,15 @@ def _convert(name: str, value: Any, kind: str) -> Any:
     """Turn JSON's lists into tuples and named tuples, and check the types on the way."""
     if name in _NESTED:
         return tuple(_entry(name, _NESTED[name], item) for item in _list(name, value))
-    if name in ("sampled", "drafted"):
+    if name in ("sampled", "drafted", "allowed"):
         return tuple(_ints(name, item) for item in _list(name, value))
     if name == "blocked":
         head, why = _list(name, value)
         return _typed(name, head, str), _typed(name, why, str)
+    if name == "other_pool":
+        num_blocks, tables = _list(name, value)
+        held = [_entry(name, Holding, item) for item in _list(name, tables)]
+        return OtherPool(_typed(name, num_blocks, int), tuple(held))
     if kind.startswith("tuple[str"):
         return tuple(_typed(name, item, str) for item in _list(name, value))
     if kind.startswith("tuple[int"):
@@ -245,13 +254,15 @@ def _check_record(record: StepRecord, meta: TraceMeta, last: int, number: int) -
     columns = (record.kinds, record.starts, record.num_tokens, record.sampled)
     if any(len(column) != len(record.requests) for column in columns):
         fail("the columns requests, kinds, starts, num_tokens and sampled differ in length")
-    for name in ("padding", "drafted"):
+    for name in ("padding", "drafted", "allowed"):
         if getattr(record, name) and len(getattr(record, name)) != len(record.requests):
             fail(f"{name} must have one entry per request")
     if set(record.kinds) - KINDS.keys():
         fail(f"kinds must be made of the letters {', '.join(KINDS)}, not {record.kinds!r}")
     if any(len(row.sampled) > len(row.drafted) + 1 for row in record.rows if record.drafted):
         fail("a row has sampled more than its drafts and a token")
+    if any(row.allowed and len(row.allowed) != len(row.sampled) for row in record.rows if record.allowed):
+        fail("allowed must have a count for each token that a row has sampled")
     moved = [*record.preempted, *record.taken, *record.returned]
     if any(len(entry.blocks) > meta.num_blocks for entry in moved):
         fail(f"more blocks than the pool has ({meta.num_blocks})")
@@ -259,17 +270,30 @@ def _check_record(record: StepRecord, meta: TraceMeta, last: int, number: int) -
     blocks += [block for finish in record.finished for block in finish.blocks]
     blocks += [block for copy in record.copied for block in copy[1:]]
     blocks += [block for admission in record.admitted for block in admission.shared]
-    for block in (*blocks, *record.published, *record.evicted):
+    for block in (*blocks, *record.published, *record.evicted, *record.restored):
         if not 0 <= block < meta.num_blocks:
             fail(f"block {block} is outside the pool of {meta.num_blocks}")
     if not 0 <= record.free_blocks <= meta.num_blocks:
         fail(f"free_blocks must be between 0 and {meta.num_blocks}, not {record.free_blocks}")
     counts = [*record.starts, *record.num_tokens, *record.padding, record.waiting, record.threads]
     counts += [record.sent_in_layers, record.sent_elsewhere]
+    counts += [count for row in record.allowed for count in row]
+    counts += [moved.amount for moved in record.moved]
     counts += [count for arrival in record.arrived for count in arrival[1:3]]
     counts += [count for _, cached, _, looked_up in record.admitted for count in (cached, looked_up)]
     if min(counts, default=0) < 0:
         fail("a count is negative")
+    for moved in record.moved:
+        if moved.place not in PLACES:
+            fail(f"a place must be one of {', '.join(PLACES)}, not {moved.place!r}")
+    if other := record.other_pool:
+        if not 1 <= other.num_blocks <= _MAX_SIZE:
+            fail(f"the other pool must have 1 to {_MAX_SIZE:,} blocks, not {other.num_blocks}")
+        for name, computed, held in other.tables:
+            if len(held) > other.num_blocks or not all(0 <= block < other.num_blocks for block in held):
+                fail(f"request {name!r} holds blocks outside the other pool of {other.num_blocks}")
+            if not 0 <= computed <= len(held) * meta.block_size:
+                fail(f"request {name!r} has more tokens in the other pool than its blocks hold")
 
 
 def _check_replay(state: PoolState, record: StepRecord, meta: TraceMeta, number: int) -> None:

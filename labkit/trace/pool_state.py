@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from labkit.trace.records import Admission, Arrival, StepRecord
+from labkit.trace.records import Admission, Arrival, Moved, OtherPool, StepRecord
 
 
 class PoolState:
@@ -15,6 +15,8 @@ class PoolState:
         arrivals: All requests that have not finished, in order of arrival.
         cached: The blocks that hold a prefix which later requests can find.
         held: A request that waits for the prompt of another, and is not in the queue yet, to that other.
+        elsewhere: The requests that have not arrived in this engine, and where each is.
+        other_pool: The pool of the engine that computes prompts; None if there is none.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -25,6 +27,8 @@ class PoolState:
         self.arrivals: dict[str, Arrival] = {}
         self.cached: set[int] = set()
         self.held: dict[str, str] = {}
+        self.elsewhere: dict[str, Moved] = {}
+        self.other_pool: OtherPool | None = None
 
     def copy(self) -> PoolState:
         """An independent copy."""
@@ -32,11 +36,15 @@ class PoolState:
         twin.tables = {name: list(table) for name, table in self.tables.items()}
         twin.computed, twin.waiting = dict(self.computed), dict(self.waiting)
         twin.arrivals, twin.cached, twin.held = dict(self.arrivals), set(self.cached), dict(self.held)
+        twin.elsewhere, twin.other_pool = dict(self.elsewhere), self.other_pool
         return twin
 
     def begin(self, record: StepRecord) -> None:
         """Apply what happens before the forward pass, and the pass itself."""
+        self.elsewhere.update((moved.request_id, moved) for moved in record.moved)
+        self.other_pool = record.other_pool or self.other_pool
         for arrival in record.arrived:
+            self.elsewhere.pop(arrival.request_id, None)
             self.arrivals[arrival.request_id] = self.waiting[arrival.request_id] = arrival
             if arrival.parent:
                 self.held[arrival.request_id] = arrival.parent
@@ -106,6 +114,8 @@ class PoolState:
             published=tuple(sorted(self.cached)),
             waiting=len(self.waiting),
             free_blocks=last.free_blocks,
+            moved=tuple(self.elsewhere.values()),
+            other_pool=self.other_pool,
             time=last.time,
         )
 

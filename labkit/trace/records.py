@@ -9,6 +9,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 KINDS = {"p": "prefill", "c": "chunk", "d": "decode", "i": "idle"}
+# Where a request is whose prompt another engine computes, until it arrives here.
+PLACES = {
+    "unsent": "waits here for a seat and for room for its pages, before its prompt is sent",
+    "there": "has its prompt computed by the prefill engine",
+    "arriving": "has its pages on the way here",
+}
 
 
 class TraceError(ValueError):
@@ -72,6 +78,35 @@ class Finish(NamedTuple):
     blocks: tuple[int, ...]
 
 
+class Moved(NamedTuple):
+    """A request is somewhere else from now on: `place` is one of `PLACES`, until it arrives in this engine.
+
+    `amount` counts the tokens of its prompt or, of one that is arriving, the bytes of its pages.
+    """
+
+    request_id: str
+    place: str
+    amount: int
+
+
+class Holding(NamedTuple):
+    """The blocks of a request in the prefill engine's pool, and how many of its tokens are computed."""
+
+    request_id: str
+    num_computed_tokens: int
+    blocks: tuple[int, ...]
+
+
+class OtherPool(NamedTuple):
+    """The pool of the engine that computes prompts: what each request held there last.
+
+    A request that has left since the record before is still in it.
+    """
+
+    num_blocks: int
+    tables: tuple[Holding, ...] = ()
+
+
 class Row(NamedTuple):
     """What one request did in one step. `kind` is prefill, chunk, decode or idle (a padded seat)."""
 
@@ -82,19 +117,25 @@ class Row(NamedTuple):
     sampled: tuple[int, ...]
     padding: int
     drafted: tuple[int, ...] = ()
+    allowed: tuple[int, ...] = ()
 
     @property
     def num_accepted(self) -> int:
         """How many of the drafted tokens were accepted, and so are part of the answer."""
         return max(0, len(self.sampled) - 1) if self.drafted else 0
 
+    @property
+    def num_forced(self) -> int:
+        """How many of the sampled tokens were the only ones that the form of the answer allowed."""
+        return self.allowed.count(1)
+
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
     """One step of the engine.
 
-    From `requests` to `drafted`, the columns have one entry per request that ran; `padding` and `drafted` are
-    empty where no request has any.
+    From `requests` to `allowed`, the columns have one entry per request that ran; `padding`, `drafted` and
+    `allowed` are empty where no request has any.
 
     - `kinds` has one letter per request: p, the whole prompt (or all that was missing of it); c, a chunk of
       the prompt; d, decode; i, an idle seat of a static batch.
@@ -103,12 +144,17 @@ class StepRecord:
     - `padding` counts slots that were computed for nothing, in a static batch.
     - `drafted` holds the tokens that were guessed and verified in this step; `held_back` says why there were
       not more.
+    - `allowed` says, for each sampled token of an answer that has a form, how many tokens the form allowed in
+      its place: 1 where it forced one. It is empty for a row without a form, and where no row has one.
     - `waiting` counts the queue after the step was planned; `blocked` names its head and why it waits.
     - `free_blocks` counts after the step, when the requests that finished in it have given theirs back.
-    - `published` blocks can be found by later requests from now on, `evicted` ones no longer can.
+    - `published` blocks can be found by later requests from now on, `evicted` ones no longer can. Of those
+      published, the contents of `restored` ones were not computed: they had been evicted, and came back.
     - `returned` blocks were taken for rejected drafts: they leave their block tables after the step.
     - `sent_in_layers` and `sent_elsewhere` count the bytes that each process of a parallel model sent to the
       others, and `sending` the seconds that this took the first of them, with waiting for the others.
+    - `moved` says which requests went where, before they arrive here, and `other_pool` what the engine that
+      computes their prompts holds (None: what it held before, if there is one).
     - `time` is when the step ended, in seconds since the trace began, and `seconds` how long it took.
       `threads` is the number of a CPU's threads from this step on, where it follows what other processes
       leave and has just changed; else 0. Only these three and `sending` differ from run to run, so they do
@@ -123,6 +169,7 @@ class StepRecord:
     sampled: tuple[tuple[int, ...], ...] = ()
     padding: tuple[int, ...] = ()
     drafted: tuple[tuple[int, ...], ...] = ()
+    allowed: tuple[tuple[int, ...], ...] = ()
     arrived: tuple[Arrival, ...] = ()
     reprioritised: tuple[Priority, ...] = ()
     admitted: tuple[Admission, ...] = ()
@@ -133,6 +180,7 @@ class StepRecord:
     returned: tuple[Blocks, ...] = ()
     published: tuple[int, ...] = ()
     evicted: tuple[int, ...] = ()
+    restored: tuple[int, ...] = ()
     waiting: int = 0
     blocked: tuple[str, str] | None = None
     held_back: str = ""
@@ -140,6 +188,8 @@ class StepRecord:
     sent_in_layers: int = 0
     sent_elsewhere: int = 0
     sending: float = field(default=0.0, compare=False)
+    moved: tuple[Moved, ...] = ()
+    other_pool: OtherPool | None = None
     time: float = field(default=0.0, compare=False)
     seconds: float = field(default=0.0, compare=False)
     threads: int = field(default=0, compare=False)
@@ -149,8 +199,10 @@ class StepRecord:
         """One `Row` per request that ran, in batch order."""
         padding = self.padding or (0,) * len(self.requests)
         drafted = self.drafted or ((),) * len(self.requests)
-        columns = (self.requests, self.kinds, self.starts, self.num_tokens, self.sampled, padding, drafted)
-        return [Row(r, KINDS[k], *rest) for r, k, *rest in zip(*columns, strict=True)]
+        allowed = self.allowed or ((),) * len(self.requests)
+        columns = (self.requests, self.kinds, self.starts, self.num_tokens, self.sampled)
+        rows = zip(*columns, padding, drafted, allowed, strict=True)
+        return [Row(r, KINDS[k], *rest) for r, k, *rest in rows]
 
     @property
     def total_tokens(self) -> int:
@@ -166,6 +218,11 @@ class StepRecord:
     def total_drafted(self) -> int:
         """How many tokens were guessed, accepted or not."""
         return sum(map(len, self.drafted))
+
+    @property
+    def total_sent(self) -> int:
+        """How many bytes each process of a parallel model sent to the others."""
+        return self.sent_in_layers + self.sent_elsewhere
 
     @property
     def total_accepted(self) -> int:

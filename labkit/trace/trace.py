@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from labkit.trace import jsonl
 from labkit.trace.lookups import Lookups
 from labkit.trace.pool_state import PoolState
-from labkit.trace.records import StepRecord, TraceMeta, printable
+from labkit.trace.records import PLACES, StepRecord, TraceMeta, printable
 
 _KEYFRAME_EVERY = 256
 
@@ -129,6 +129,8 @@ class Trace:
         who = f"request {printable(request_id)}"
         if request_id in state.tables:
             return f"{who} is running"
+        if request_id in state.elsewhere:
+            return f"{who} {PLACES[state.elsewhere[request_id].place]}"
         if request_id not in state.waiting:
             return f"{who} is not in the engine"
         if request_id in state.held:

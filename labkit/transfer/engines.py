@@ -12,13 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from labkit.core.attention import Span, build_metadata
 from labkit.engine import Engine
+from labkit.kernels.int8_kv import SCALE_BYTES, dequantize, kv_shape
 from labkit.models.cache_dir import written_whole
 from labkit.parallel.model import ParallelTransformer
 from labkit.transfer.pages import KVPages, TransferError
 
+_SIZES = ("layers", "kv_heads", "block_size", "head_dim")
 _EXACT, _ROUNDED = 1e-3, 0.03  # how far keys and values may differ in fp32, and in fewer bits
 
 
@@ -62,16 +65,13 @@ def import_kv(engine: Engine, pages: KVPages, *, compare: bool = True) -> int:
     """
     _check(engine)
     cache, pool = engine.runner.cache, engine.pool
-    layers, _, *own = cache.blocks.shape
-    found_layers, _, *found = pages.blocks.shape
-    names = ("layers", "2", "kv_heads", "block_size", "head_dim")
-    for name, ours, theirs in zip(names, (layers, *own), (found_layers, *found), strict=True):
-        if ours != theirs:
-            raise TransferError(f"{name} must be {ours}, as in this engine, not {theirs}")
-    if pages.blocks.dtype != cache.blocks.dtype:
-        raise TransferError(
-            f"dtype must be {cache.blocks.dtype}, as in this engine, not {pages.blocks.dtype}"
-        )
+    ours, theirs = cache.blocks.dtype, pages.blocks.dtype
+    if ours != theirs:
+        name = "kv_cache_dtype" if torch.int8 in (ours, theirs) else "dtype"
+        raise TransferError(f"{name} must be {ours}, as in this engine, not {theirs}")
+    for name, own, found in zip(_SIZES, _sizes(cache.blocks), _sizes(pages.blocks), strict=True):
+        if own != found:
+            raise TransferError(f"{name} must be {own}, as in this engine, not {found}")
     vocab_size = engine.model.module.vocab_size
     if not all(0 <= token < vocab_size for token in pages.token_ids):
         raise TransferError(f"token_ids must be below {vocab_size}, the size of this model's vocabulary")
@@ -107,14 +107,25 @@ def load_session(engine: Engine, path: str | os.PathLike[str]) -> list[int]:
     return pages.token_ids[: import_kv(engine, pages)]
 
 
+def _sizes(blocks: Tensor) -> tuple[int, ...]:
+    layers, _, _, kv_heads, size, width = blocks.shape
+    return layers, kv_heads, size, width - SCALE_BYTES if blocks.dtype == torch.int8 else width
+
+
+def _values(blocks: Tensor) -> Tensor:
+    """Return keys and values in fp32, on the CPU."""
+    return (dequantize(blocks, torch.float32) if blocks.dtype == torch.int8 else blocks.float()).cpu()
+
+
 def _check_values(engine: Engine, pages: KVPages) -> None:
     """Compute the first page here, and compare: weights tell themselves apart, whatever they are called."""
     module, size = engine.model.module, engine.pool.block_size
-    cache, device = module.kv_shape.new_cache(1, size), engine.runner.cache.device
+    cache = kv_shape(module, engine.config.kv_cache_dtype).new_cache(1, size)
+    device = cache.device
     metadata = build_metadata([Span(0, size, [0])], cache, engine.runner.backend, windows=module.windows)
     tokens = torch.tensor(pages.token_ids[:size], device=device)
     module(tokens, torch.arange(size, device=device), cache, metadata)
-    ours, theirs = cache.blocks[:, 0].float().cpu(), pages.blocks[:, 0].float()
+    ours, theirs = _values(cache.blocks[:, 0]), _values(pages.blocks[:, 0])
     limit = _EXACT if pages.blocks.dtype == torch.float32 else _ROUNDED
     if not (ours - theirs).norm() < limit * ours.norm():  # NaN neither
         raise TransferError(f"model: these pages are of {pages.model}, and not of this {engine.model.name}")

@@ -22,11 +22,13 @@ def events_of(record: StepRecord, held_back: str = "") -> Iterator[Event]:
     back), "evict" (cached blocks forgotten), "admit" (blocks held now), "hit" (tokens found, tokens looked
     up), "hold" (the word says why no more is drafted), "return" (blocks given back because drafts were
     wrong), "threads" (the number of threads from now on), "finish" (blocks given back; the word is the
-    reason).
+    reason); "unsent" and "there" (prompt tokens) and "arriving" (bytes), as in `Moved`.
     """
     step = record.step
     if record.threads:
         yield Event(step, "threads", "", record.threads)
+    for request_id, place, amount in record.moved:
+        yield Event(step, place, request_id, amount)
     for arrival in record.arrived:
         yield Event(step, "arrive", arrival.request_id, arrival.num_prompt_tokens)
     for request_id, reason, blocks in record.finished:

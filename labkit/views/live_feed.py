@@ -25,8 +25,10 @@ from labkit.views.facts.joins import Joins
 from labkit.views.live_numbers import Numbers
 from labkit.views.wire import (
     Blocked,
+    Elsewhere,
     Ended,
     Event,
+    FarPool,
     Held,
     Joined,
     Lane,
@@ -91,6 +93,8 @@ class Frame:
     events: tuple[Event, ...]
     queue: tuple[str, ...]  # in the order in which they will be admitted
     held: tuple[Held, ...]
+    elsewhere: tuple[Elsewhere, ...]
+    far: FarPool | None  # None: no other engine computes prompts
     joins: tuple[Joined, ...]
     joins_changed: int  # the step in which they did
     numbers: dict[str, Any]
@@ -123,7 +127,7 @@ class Feed:
         self._numbers = Numbers()
         self._held_back = ""  # the reason that was given last for drafting no more
         self._step = -1
-        self._frame = Frame(-1, 0, 0.0, (), "", (), (), (), (), (), (), -1, self._numbers.pack())
+        self._frame = Frame(-1, 0, 0.0, (), "", (), (), (), (), (), (), None, (), -1, self._numbers.pack())
 
     # -- steps in ---------------------------------------------------------------------------------
 
@@ -198,6 +202,9 @@ class Feed:
             wasted=wasted_slots(self._state),
             drafted=record.total_drafted if record.drafted else 0,
             accepted=record.total_accepted if record.drafted else 0,
+            sent_in_layers=record.sent_in_layers,
+            sent_elsewhere=record.sent_elsewhere,
+            sending=round(record.sending, 6),
         )
 
     # -- pictures out -----------------------------------------------------------------------------
@@ -222,6 +229,14 @@ class Feed:
                 steps=tuple(self._steps),
                 events=tuple(self._events),
                 held=tuple(Held(*pair) for pair in state.held.items()),
+                elsewhere=tuple(
+                    Elsewhere(name, *looks(name), moved.place, moved.amount)
+                    for name, moved in state.elsewhere.items()
+                ),
+                far=state.other_pool
+                and FarPool(
+                    state.other_pool.num_blocks, tuple(Table(*held) for held in state.other_pool.tables)
+                ),
                 queue=tuple(state.queue),
                 joins=self._joins.rows(),
                 joins_changed=self._joins.changed,
@@ -255,6 +270,8 @@ class Feed:
                 "held": frame.held,
                 "numbers": frame.numbers,
             }
+            if frame.far:
+                answer |= {"elsewhere": frame.elsewhere, "far": frame.far}
         if full or frame.joins_changed > after:
             answer["joins"] = frame.joins
         return answer

@@ -41,6 +41,8 @@ def events(trace: Trace) -> Iterator[Event]:
     clock = _Clock(trace, timed=rates.per == "second")
     yield from _steps(trace, clock)
     yield from _counters(rates, clock)
+    if rates.sent:
+        yield from _communication(trace, rates, clock)
     for number, lane in enumerate(timeline.lanes, 1):
         track = _ENGINE + number
         who = f"request {style.label(lane.request_id, _MAX_NAME)}"
@@ -113,7 +115,9 @@ def _steps(trace: Trace, clock: _Clock) -> Iterator[Event]:
         }
         if record.drafted:
             facts |= {"tokens drafted": record.total_drafted, "drafts right": record.total_accepted}
-        if record.sent_in_layers or record.sent_elsewhere:
+        if record.restored:
+            facts["evicted pages brought back"] = len(record.restored)
+        if record.total_sent:
             facts |= {
                 "bytes sent in layers": record.sent_in_layers,
                 "other bytes sent": record.sent_elsewhere,
@@ -138,6 +142,18 @@ def _counters(rates: Rates, clock: _Clock) -> Iterator[Event]:
         yield _counter("requests", begin, {"running": rates.running[i], "waiting": rates.waiting[i]})
         yield _counter("KV usage", end, {"%": round(100 * rates.kv_usage[i], 3)})
     yield _counter("tokens", clock.end(rates.steps[-1]), {per: 0})
+
+
+def _communication(trace: Trace, rates: Rates, clock: _Clock) -> Iterator[Event]:
+    """Yield "communication % of a step" and "sent bytes in layers": what processes of one model exchanged."""
+    for record, share in zip(trace.records, rates.sending, strict=True):
+        begin = clock.begin(record.step)
+        sent = {"bytes in layers": record.sent_in_layers, "bytes elsewhere": record.sent_elsewhere}
+        yield _counter("communication", begin, {"% of a step": round(100 * share, 3)})
+        yield _counter("sent", begin, sent)
+    end = clock.end(rates.steps[-1])
+    yield _counter("communication", end, {"% of a step": 0})
+    yield _counter("sent", end, {"bytes in layers": 0, "bytes elsewhere": 0})
 
 
 def _lane(lane: Lane, track: int, clock: _Clock) -> Iterator[Event]:

@@ -42,7 +42,8 @@ def pack(trace: Trace) -> ReplayData:
 
     `steps` holds columns with an entry per step. `begin` and `end` are in seconds since the first step
     began, or None if the trace has no clock. `owned` counts blocks during the step, and `filled` their slots
-    that hold a token. If there are drafts, steps also have `drafted` and `accepted` tokens. `lanes` has one
+    that hold a token. If there are drafts, steps also have `drafted` and `accepted` tokens; if processes sent
+    to each other, `sent_in_layers` and `sent_elsewhere` (bytes) and `sending` (seconds). `lanes` has one
     entry per request.
     """
     timeline, rates = timeline_of(trace), rates_of(trace)
@@ -62,6 +63,10 @@ def pack(trace: Trace) -> ReplayData:
     if timeline and timeline.drafting:
         columns["drafted"] = [record.total_drafted for record in records]
         columns["accepted"] = [record.total_accepted for record in records]
+    if rates and rates.sent:
+        columns["sent_in_layers"] = [record.sent_in_layers for record in records]
+        columns["sent_elsewhere"] = [record.sent_elsewhere for record in records]
+        columns["sending"] = [round(record.sending, 6) for record in records]
     if rates and rates.per == "second":
         zero, last = records[0].time - records[0].seconds, 0.0
         begins, ends = [], []
@@ -164,6 +169,7 @@ def _why(state: PoolState, record: StepRecord, request_id: str) -> str:
 
 def _events(record: StepRecord) -> list[tuple[str, str]]:
     """List who came and went in a step, and why."""
+    moved = [(m.request_id, style.moved_words(m)) for m in record.moved]
     arrived = [(a.request_id, f"arrives with {a.num_prompt_tokens} prompt tokens") for a in record.arrived]
     admitted = []
     for admission in record.admitted:
@@ -178,9 +184,11 @@ def _events(record: StepRecord) -> list[tuple[str, str]]:
         (name, f"gives {style.plural(len(blocks), 'page')} back, because its drafts were wrong")
         for name, blocks in record.returned
     ]
-    found = [*arrived, *preempted, *admitted, *returned, *finished][:MAX_LISTED]
+    found = [*moved, *arrived, *preempted, *admitted, *returned, *finished][:MAX_LISTED]
     if record.evicted:
         found.append(("", f"{style.plural(len(record.evicted), 'cached page')} evicted"))
+    if record.restored:
+        found.append(("", f"{style.plural(len(record.restored), 'evicted page')} brought back, not computed"))
     if record.threads:
         words = f"{style.plural(record.threads, 'thread')} from now on: as many cores as other programs leave"
         found.append(("", words))

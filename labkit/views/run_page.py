@@ -22,7 +22,7 @@ from labkit.views import replay_data
 from labkit.views.assets import asset, script
 from labkit.views.wire import ReplayFrame
 
-SCRIPTS = ("live_feed.js", "regions.js", "meters.js", "replay_data.js", "replay.js")
+SCRIPTS = ("live_feed.js", "regions.js", "communication.js", "meters.js", "replay_data.js", "replay.js")
 TITLE = "A run of labkit"
 MAX_BYTES = 100_000_000  # of all steps before they are compressed: seconds to write, and a few megabytes then
 _HOW_TO = "Each step of a real engine, as it recorded it. Keys: left and right, Home and End, space to play."

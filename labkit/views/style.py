@@ -12,7 +12,7 @@ import unicodedata
 import zlib
 from typing import Any
 
-from labkit.trace.records import printable
+from labkit.trace.records import Moved, printable
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7B6FD0", "#8F7A00")
 FREE = "#E7E9EE"
@@ -127,6 +127,24 @@ def escape(text: str) -> str:
 def plural(count: float, noun: str) -> str:
     """Return a count and its noun, in the plural where it is due."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes in words: 1,234 is 1.23 kB."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while count >= 999.5 and len(units) > 1:
+        count /= 1000
+        units.pop(0)
+    return f"{count:.3g} {units[0]}" if count < 999.5 else f"{count:,.0f} {units[0]}"
+
+
+def moved_words(moved: Moved) -> str:
+    """Say in words where a request goes whose prompt another engine computes."""
+    if moved.place == "unsent":
+        return f"waits to be sent to the prefill engine: {plural(moved.amount, 'prompt token')}"
+    if moved.place == "there":
+        return f"is sent to the prefill engine: {plural(moved.amount, 'prompt token')}"
+    return f"its pages leave the prefill engine: {size(moved.amount)}"
 
 
 def drafts(drafted: int, accepted: int) -> str:

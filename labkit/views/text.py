@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from labkit.trace.pool_state import PoolState
 from labkit.trace.trace import Trace
 from labkit.views import style
 from labkit.views.facts.batch_timeline import Lane, Span, timeline_of
@@ -36,7 +37,27 @@ def block_heatmap(trace: Trace, step: int | None = None) -> str:
         return style.NO_STEPS
     pool = blocks_of(trace, trace[-1].step if step is None else step)
     letters = dict(zip(pool.requests, _LETTERS, strict=False))
-    return "\n".join([*_headline(pool.headline), "", *_grid(pool, letters), "", *_owners(pool, letters)])
+    lines = [*_headline(pool.headline), "", *_grid(pool, letters), "", *_owners(pool, letters)]
+    return "\n".join([*lines, *_elsewhere(trace.state(pool.step))])
+
+
+def _elsewhere(state: PoolState) -> list[str]:
+    """Write where the requests are that have not arrived, and what the prefill engine holds."""
+    lines = []
+    if other := state.other_pool:
+        owned = len({block for held in other.tables for block in held.blocks})
+        lines.append(f"the prefill engine: {owned} of {plural(other.num_blocks, 'block')} owned")
+        for name, computed, blocks in other.tables:
+            known = f"{plural(computed, 'token')} in {plural(len(blocks), 'block')}"
+            lines[-1] += f"; {style.label(name)} has {known}"
+        lines = _wrapped(lines[0].split("; "))
+    places: dict[str, list[str]] = {}
+    for name, moved in state.elsewhere.items():
+        places.setdefault(moved.place, []).append(style.label(name))
+    named = [f"{place}: {', '.join(names[:8])}{', …' * (len(names) > 8)}" for place, names in places.items()]
+    if in_flight := sum(m.amount for m in state.elsewhere.values() if m.place == "arriving"):
+        named.append(f"in flight: {style.size(in_flight)}")
+    return [*lines, *_wrapped(named)]
 
 
 def _grid(pool: PoolBlocks, letters: dict[str, str]) -> list[str]:
@@ -212,6 +233,8 @@ def throughput(trace: Trace, *, window: float | None = None) -> str:
         ("running", rates.running, "d"),
         ("waiting", rates.waiting, "d"),
     ]
+    if rates.sent:
+        rows.append(("communication", rates.sending, ".0%"))
     per_column = -(-len(rates.steps) // 64)
     width = -(-len(rates.steps) // per_column)
     lines = [*_headline(rates.headline), "", f"{'':20}{'steps':<{width}}  at most"]

@@ -71,6 +71,9 @@ class Step(NamedTuple):
     wasted: int
     drafted: int = 0
     accepted: int = 0
+    sent_in_layers: int = 0  # bytes, as in `StepRecord`
+    sent_elsewhere: int = 0
+    sending: float = 0.0  # seconds
 
 
 class Event(NamedTuple):
@@ -96,6 +99,23 @@ class Joined(NamedTuple):
     color: int = 0
     verdict: str = ""
     story: str = ""
+
+
+class Elsewhere(NamedTuple):
+    """A request that has not arrived in this engine; place and amount are those of `Moved`."""
+
+    request: str
+    label: str
+    color: int
+    place: str
+    amount: int
+
+
+class FarPool(NamedTuple):
+    """The pool of the engine that computes prompts."""
+
+    num_blocks: int
+    tables: Sequence[Table]
 
 
 class Held(NamedTuple):
@@ -237,6 +257,8 @@ class Pictures(TypedDict, total=False):
     events: Sequence[Event]
     queue: Sequence[str]
     held: Sequence[Held]
+    elsewhere: Sequence[Elsewhere]
+    far: FarPool
     joins: Sequence[Joined]
     numbers: dict[str, Any]
 

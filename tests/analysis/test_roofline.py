@@ -8,19 +8,25 @@ import re
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from labkit.analysis.capacity import (
     GPUS,
+    LINKS,
     MODELS,
     Gpu,
+    Link,
     ModelSize,
     Roofline,
     StepWork,
+    Traffic,
 )
 from labkit.analysis.device_probe import measure_ceiling
 from labkit.analysis.devices import Ceiling
 from labkit.analysis.roofline import Shape, Work, keys_read, pairs_seen
+from labkit.kernels.int8_kv import kv_shape
 from labkit.trace.records import StepRecord
 from tests.conftest import loaded
 
@@ -83,6 +89,15 @@ def test_a_step_of_int8_reads_a_byte_for_a_weight_and_a_scale_for_a_channel() ->
     per_layer = 480 + 4 * (16 + 8 + 24 + 8) + 4 * 2 * 8
     assert shape.work(STEP).bytes == 2 * (per_layer + 32 * 13) + 5 * (8 + 4) + 8 * 4 + (80 + 40)
     assert shape.work(STEP).operations == 10656
+
+
+def test_keys_and_values_in_8_bits_are_a_byte_each_and_a_scale_for_a_head() -> None:
+    model, plain = loaded("llama"), Shape.of(loaded("llama"))
+    less = plain.work(STEP).bytes - Shape.of(model, "int8").work(STEP).bytes
+    moved = StepWork.of(STEP).keys + sum(STEP.num_tokens)  # read and written
+    exact, small = (kv_shape(model.module, dtype).bytes_per_token for dtype in (None, "int8"))
+    assert less == moved * (exact - small)
+    assert Shape.of(model, "auto") == plain
 
 
 def test_padding_is_computed_and_an_idle_seat_goes_through_the_output_layer() -> None:
@@ -185,6 +200,81 @@ def test_a_gpu_is_what_the_data_sheet_that_it_names_says() -> None:
         assert gpu.bandwidth == pytest.approx(float(speed.replace(",", "")) * {"GB": 1e9, "TB": 1e12}[unit])
 
 
+# -- several GPUs ---------------------------------------------------------------------------------
+
+
+def test_two_gpus_by_hand() -> None:
+    gpu, link = Gpu("mine", flops=1000, bandwidth=100, memory=1000), Link("wire", bandwidth=10)
+    model = ModelSize(50, layers=2, heads=4, kv_heads=1, head_dim=3, hidden=12, vocab=7)
+    two = Roofline(gpu, model, 0.25, tensor_parallel_size=2, link=link, latency=0.5)
+    step = StepWork(rows=1, tokens=3, sampled=1, keys=10, pairs=10)
+    # 3 states of 24 bytes, of which a ring of two sends all: twice in each layer, and once for embeddings.
+    # Then a state goes to the other one, which sends 4 of the 7 (and a zero) logits.
+    sent = model.traffic(step, 2)
+    assert sent == Traffic(in_layers=4 * 72, elsewhere=72 + 24 + 8, exchanges=7)
+    assert two.sending(step) == pytest.approx((4 * 72 + 104) / 10 + 7 * 0.5)
+    # Half of 100 bytes of weights; the only KV head is in both.
+    assert two(step) == pytest.approx((50 + 24 * 13) / 100 + two.sending(step) + 0.25)
+    assert two.bound(step) == "communication"
+    assert two.num_blocks(8, share=1) == (1000 - 50) // (8 * 24)
+    assert model.traffic(step, 1) == model.traffic(StepWork(0, 0, 0, 0, 0), 2) == Traffic()
+
+
+def test_when_two_t4s_over_pcie_lose_to_one() -> None:
+    """A small model loses in a prompt by its bytes alone, and at one seat by what an exchange takes."""
+    prompt, seat = StepWork(1, 2000, 1, 2000, 2_001_000), StepWork(1, 1, 1, 500, 500)
+
+    def pair(name: str, link: str = "PCIe 3.0 x16", latency: float = 0.0) -> Roofline:
+        return Roofline(GPUS["T4"], MODELS[name], tensor_parallel_size=2, link=LINKS[link], latency=latency)
+
+    small, large = pair("smollm2-135m"), pair("llama-3.1-8b")
+    assert small.speedup(prompt) < 1 and small.break_even_latency(prompt) < 0
+    assert small.speedup(seat) > 1 and 5e-6 < small.break_even_latency(seat) < 10e-6
+    assert large.speedup(prompt) > 1.5 and large.speedup(seat) > 1.9
+    assert large.break_even_latency(seat) > 300e-6
+    assert pair("llama-3.1-8b", "10 GbE").speedup(prompt) < 1 < pair("llama-3.1-8b", "10 GbE").speedup(seat)
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(sorted(LINKS)),
+    st.sampled_from(sorted(MODELS)),
+    st.integers(1, 4000),
+    st.integers(1, 64),
+    st.sampled_from([2, 3, 4]),
+)
+def test_at_the_latency_of_break_even_it_takes_as_long_as_one(
+    link: str, model: str, tokens: int, sampled: int, size: int
+) -> None:
+    step = StepWork(sampled, tokens + sampled, sampled, 100 * sampled + tokens, 5000)
+    many = Roofline(GPUS["L4"], MODELS[model], 0.001, size, LINKS[link])
+    latency = many.break_even_latency(step)
+    assert (latency > 0) == (many.speedup(step) > 1)
+    if latency > 0:
+        assert dataclasses.replace(many, latency=latency).speedup(step) == pytest.approx(1)
+
+
+def test_two_t4s_have_room_for_what_one_has_not() -> None:
+    llama = MODELS["llama-3.1-8b"]
+    two = Roofline(GPUS["T4"], llama, tensor_parallel_size=2, link=LINKS["PCIe 3.0 x16"])
+    assert two.num_blocks() == int((2 * 14.4e9 - 2 * 8_030_261_248) // (16 * 131_072))
+    large = dataclasses.replace(llama, parameters=20_000_000_000)
+    with pytest.raises(ValueError, match=r"the weights take 40\.0 GB, and 90% of 2 T4s is 28\.8 GB"):
+        dataclasses.replace(two, model=large).num_blocks()
+
+
+def test_a_link_is_what_its_source_says() -> None:
+    for link in LINKS.values():
+        if found := re.search(r"data sheet.*: (\d+) GB/s, both directions$", link.source):
+            assert link.bandwidth == float(found[1]) * 1e9 / 2
+        elif found := re.search(r": (\d+) Gb/s, each direction$", link.source):
+            assert link.bandwidth == float(found[1]) * 1e9 / 8
+        else:
+            rate = re.search(r": (\d+) GT/s a lane, 128b/130b$", link.source)
+            assert link.bandwidth == pytest.approx(16 * float(rate[1]) * 1e9 / 8 * 128 / 130)
+    assert LINKS["PCIe 3.0 x16"].bandwidth == pytest.approx(15.75e9, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("make", "complaint"),
     [
@@ -193,6 +283,22 @@ def test_a_gpu_is_what_the_data_sheet_that_it_names_says() -> None:
         (lambda: ModelSize(1, 1, 1, 1, 1, weight_bytes=0), "weight_bytes must be between"),
         (lambda: Roofline(GPUS["T4"], MODELS["smollm2-135m"], overhead=-1), "overhead must be at least 0"),
         (lambda: Roofline(GPUS["T4"], MODELS["smollm2-135m"]).num_blocks(share=2), "share must be between"),
+        (lambda: Link("x", 0), "bandwidth must be at least 1"),
+        (lambda: Roofline(GPUS["T4"], MODELS["smollm2-135m"], tensor_parallel_size=2), "link must say"),
+        (
+            lambda: Roofline(
+                GPUS["T4"], ModelSize(1, 1, 2, 1, 1), tensor_parallel_size=2, link=LINKS["10 GbE"]
+            ),
+            "model must have its hidden and vocab",
+        ),
+        (
+            lambda: Roofline(GPUS["T4"], MODELS["smollm2-135m"], tensor_parallel_size=10),
+            "tensor_parallel_size must be between 1 and 9",
+        ),
+        (
+            lambda: Roofline(GPUS["T4"], MODELS["smollm2-135m"]).break_even_latency(StepWork(1, 1, 1, 1, 1)),
+            "tensor_parallel_size must be at least 2",
+        ),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(make: collections.abc.Callable[[], object], complaint: str) -> None:

@@ -150,7 +150,7 @@ def test_pieces_cover_the_text_and_predict_something() -> None:
 def test_perplexity_is_that_of_the_logits_and_int8_stays_near(tiny: LoadedModel) -> None:
     text = make_workload(tiny.tokenizer, 1, prompt_tokens=(90, 90))[0].prompt
     int8 = load_model("tiny-random", device="cpu", quantization="int8", say=None)
-    same, other = perplexity.compare_text(tiny, [("int8", int8)], text, size=40)
+    same, cache, other = perplexity.compare_text(tiny, [("int8", int8)], text, size=40, int8_kv=True)
     nats = []
     for first in (0, 40, 80):
         piece = text[first : first + 40]
@@ -159,11 +159,12 @@ def test_perplexity_is_that_of_the_logits_and_int8_stays_near(tiny: LoadedModel)
     assert same.positions == len(nats) == 87
     assert same.perplexity == pytest.approx(torch.tensor(nats).mean().exp().item(), rel=1e-3)
     assert (same.ratio, same.top1_agreement) == (1, 1)
-    assert other.precision == "int8"
+    assert (cache.precision, other.precision, cache.target) == ("int8 KV", "int8", 0.003)
+    assert cache.top1_agreement > 0.8 and 0.95 < cache.ratio < 1.05
     assert 0.8 < other.top1_agreement <= 1
     assert 0.9 < other.ratio < 1.1
-    table = perplexity.table([same, other])
-    assert "int8" in table and "2%" in table
+    table = perplexity.table([same, cache, other])
+    assert "int8 KV" in table and "2%" in table and "0.3%" in table
     outside = perplexity.Perplexity("bad", 87, 9.0, 1.03, 0.5)
     assert "OUTSIDE" in perplexity.table([same, outside])
 

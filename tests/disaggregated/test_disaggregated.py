@@ -8,10 +8,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from labkit import EngineConfig, SamplingParams
+from labkit import Engine, EngineConfig, SamplingParams
 from labkit.disaggregated import DisaggregatedEngine
 from labkit.disaggregated.engine import _THERE
 from labkit.serving.async_engine import AsyncEngine
+from labkit.trace.trace import Trace
 from tests.conftest import generate, loaded, reference
 from tests.engines import drain, random_prompt
 from tests.in_threads import in_threads  # noqa: F401
@@ -50,6 +51,58 @@ def test_answers_are_those_of_one_engine(family: str, num_blocks: int, tmp_path:
             assert output.metrics.num_cached_tokens >= (len(prompt) - 1) // 4 * 4
     if num_blocks == 400:
         assert max(record.total_tokens for record in engine.trace) <= 6 * 5  # no step computed a long prompt
+
+
+@pytest.mark.usefixtures("in_threads")
+def test_pages_in_8_bits_arrive_as_well() -> None:
+    prompt = random_prompt(random.Random(4), 30)
+    one, two = (
+        Engine(EngineConfig("tiny-random", kv_cache_dtype="int8"), say=None),
+        engine_of(kv_cache_dtype="int8"),
+    )
+    for engine in (one, two):
+        engine.add_request(prompt, params(9), request_id="a")
+        drain(engine)
+    assert two.outputs["a"].token_ids == one.outputs["a"].token_ids
+    assert two.outputs["a"].metrics.num_cached_tokens == 28
+
+
+@pytest.mark.usefixtures("in_threads")
+def test_one_trace_says_who_is_where_and_what_both_pools_hold() -> None:
+    engine = engine_of(num_blocks=30, max_num_seqs=3, max_num_batched_tokens=16)
+    ids = [engine.add_request(random_prompt(random.Random(n), 40), params(20)) for n in range(5)]
+    finish(engine)
+    places: dict[str, list[str]] = {name: [] for name in ids}
+    for record in engine.trace:
+        for name, place, amount in record.moved:
+            places[name].append(place)
+            assert (
+                amount == 40 if place != "arriving" else amount > 2 * 2 * 2 * 40 * 16 * 4
+            )  # keys and values
+        for arrival in record.arrived:
+            places[arrival.request_id].append("here")
+    assert all(found == ["unsent", "there", "arriving", "here"] for found in places.values())
+    tables = [r.other_pool.tables for r in engine.trace if r.other_pool]
+    assert {pool.num_blocks for r in engine.trace if (pool := r.other_pool)} == {30}
+    for name in ids:  # in chunks of 16 tokens at most, and then it leaves
+        grown = [held for table in tables for held in table if held.request_id == name]
+        assert grown[-1].num_computed_tokens == 40 and len(grown[-1].blocks) == 10
+        assert sorted(held.num_computed_tokens for held in grown) == [
+            held.num_computed_tokens for held in grown
+        ]
+    assert tables[-1] == ()
+    last = engine.trace.state(engine.trace[-1].step)
+    assert last.elsewhere == {} and last.other_pool.num_blocks == 30
+    assert Trace.from_lines(engine.trace.lines()) == engine.trace
+
+
+@pytest.mark.usefixtures("in_threads")
+def test_the_trace_says_why_a_request_does_not_run() -> None:
+    engine = engine_of(max_num_seqs=1)
+    first, second = (engine.add_request(random_prompt(random.Random(n), 40), params(30)) for n in range(2))
+    step = engine.step().step
+    assert engine.trace.why(first, step).endswith("computed by the prefill engine")
+    assert "before its prompt is sent" in engine.trace.why(second, step)
 
 
 @pytest.mark.usefixtures("in_threads")

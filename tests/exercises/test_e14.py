@@ -13,8 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labkit.analysis.devices import GPUS
-from labkit.analysis.roofline import MODELS, StepWork
 from labkit.config import EngineConfig
 from labkit.engine import Engine
 from labkit.exercises import e14, e14_place, judge
@@ -265,11 +263,3 @@ def test_a_forgotten_sum_changes_tokens_and_is_there_again_afterwards() -> None:
     assert [one.token_ids for one in before] == [one.token_ids for one in after]
     common = [e14.agree(one, other) for one, other in zip(before, lost, strict=True)]
     assert min(common) < 12 and [e14.agree(one, one) for one in before] == [12] * 3
-
-
-def test_two_on_paper_take_half_of_one_and_what_they_send() -> None:
-    pair = e14.Pair(GPUS["T4"], MODELS["smollm2-135m"], link=1e9, start=1e-5)
-    step = StepWork.of_rows((0,), (100,), 1)
-    sent = 2 * 30 * 100 * 576 * 2  # bytes: two sums in each of 30 layers
-    assert pair.sending(step) == pytest.approx(sent / 1e9 + 60 * 1e-5)
-    assert pair.together(step) == pytest.approx(pair.alone(step) / 2 + pair.sending(step))

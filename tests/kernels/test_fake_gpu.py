@@ -79,6 +79,21 @@ def test_a_t4_can_do_all_that_eight_bits_ask(cuda_graphs: bool) -> None:
     assert counts.kernels["_int_mm"] and not counts.kernels["_weight_int8pack_mm"]
 
 
+@pytest.mark.parametrize("attention_backend", ["sdpa", "triton"])
+@pytest.mark.parametrize(("gpu", "dtype"), [("T4", "float32"), ("H100", "bfloat16")])
+def test_a_gpu_can_do_all_that_a_kv_cache_in_eight_bits_asks(
+    gpu: str, dtype: str, attention_backend: Any
+) -> None:
+    config = reference("mistral").config
+    with FakeGpu(GPUS[gpu]) as fake:
+        model = fake_model(config, dtype=dtype)
+        engine = engine_of(model, attention_backend=attention_backend, kv_cache_dtype="int8")
+        assert engine.runner.backend.name == attention_backend
+        with fake.counting() as counts:
+            run(engine)
+    assert counts.replays
+
+
 @pytest.mark.parametrize("as_t4", [False, True])
 @pytest.mark.parametrize("attention_backend", ["sdpa", "triton"])
 def test_a_newer_gpu_can_do_all_that_is_asked_in_half_precision(attention_backend: Any, as_t4: bool) -> None:

@@ -123,8 +123,10 @@ pointers = dict(
 )
 numbers = dict(q_row="i32", q_head="i32", width="i32", scale="fp32", window="i32", splits="i32")
 sizes = dict(BLOCK=6144, VALUES=3072, HEAD=1024, SLOT=64)
-sizes |= dict(SIZE=16, KV_HEADS=3, GROUP=3, DIM=64, TILE=8, GROUP_2=4, DIM_2=64)
+sizes |= dict(SIZE=16, KV_HEADS=3, GROUP=3, DIM=64, TILE=8, GROUP_2=4, DIM_2=64, IN_INT8=False)
 build(flash_decoding._split_kernel, pointers | numbers, sizes)
+sizes |= dict(BLOCK=6528, VALUES=3264, HEAD=1088, SLOT=64, IN_INT8=True)
+build(flash_decoding._split_kernel, pointers | dict(blocks="*i8") | numbers, sizes)
 pointers = dict(parts="*fp32", logs="*fp32", out="*fp16")
 build(flash_decoding._unite_kernel, pointers | dict(splits="i32"), dict(MOST=64, DIM=64, DIM_2=64))
 """

@@ -88,7 +88,7 @@ def test_where_a_kernel_of_triton_fails_pytorchs_own_take_over(gpu: pytest.Monke
     assert "as on a T4" in choose_backend(CUDA, torch.float16, 64, as_t4=True).reason
     with pytest.raises(ValueError, match="must be auto or sdpa here, not 'triton': Triton's kernel does not"):
         choose_backend(CUDA, torch.float16, 64, wanted="triton")
-    assert tried == [(CUDA, torch.float16, 64)] * 3
+    assert tried == [(CUDA, torch.float16, 64, False)] * 3
     assert choose_backend(CUDA, torch.float16, 64, wanted="sdpa").name == "sdpa"
     assert len(tried) == 3, "who wants PyTorch's own waits for no compiler"
 

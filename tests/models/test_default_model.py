@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from labkit import LLM, Engine, EngineConfig, SamplingParams
-from labkit.analysis.workload import make_workload
+from labkit.analysis.workload import make_workload, prose
+from labkit.benchmark.engine import perplexity
 from labkit.models import gguf_convert, gguf_fetch
 from labkit.models.hub import find
 from labkit.models.load import LoadedModel, load_model
@@ -96,6 +97,18 @@ def test_it_answers_in_words(model: LoadedModel) -> None:
 
 
 # -- the copy in the cache
+
+
+def test_a_kv_cache_in_8_bits_costs_next_to_nothing_on_a_real_text(model: LoadedModel) -> None:
+    text = model.tokenizer.encode(prose(), add_special_tokens=False)[:384]
+    _, near = perplexity.compare_text(model, [], text, size=128, int8_kv=True)
+    assert abs(near.ratio - 1) < 0.01  # loosely: on all of the text it is within 0.003
+    assert near.top1_agreement > 0.95
+    tokens = [
+        LLM(model, kv_cache_dtype=dtype, num_blocks=40).chat("What is the capital of France?", progress=False)
+        for dtype in (None, "int8")
+    ]
+    assert [out[0].text for out in tokens] == ["The capital of France is Paris."] * 2
 
 
 @pytest.fixture(scope="session")

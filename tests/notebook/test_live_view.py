@@ -92,10 +92,11 @@ def test_on_colab_the_widget_shows_itself(
 
 def test_the_page_and_the_notebook_draw_with_the_same_files(kernel: None, engine: Engine) -> None:
     script, styles = labkit.lab(engine).widget._esm, labkit.lab(engine).widget._css
-    for name in ("live_feed.js", "regions.js", "meters.js", "words.js", "side.js", "panel.js", "cards.js"):
+    names = ("live_feed.js", "regions.js", "communication.js", "meters.js", "words.js", "side.js")
+    for name in (*names, "panel.js", "cards.js"):
         assert asset(name) in script
     assert json.dumps(asset("live_feed.html")) in script and asset("live_feed.css") in styles
-    assert len(script) + len(styles) < 125_000
+    assert len(script) + len(styles) < 134_000
 
 
 def test_without_anywidget_it_says_what_is_missing(

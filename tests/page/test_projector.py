@@ -123,6 +123,7 @@ def dark(address: str) -> set[tuple[int, int]]:
 OUTSIDE = """\
 [...document.querySelectorAll("#lk-live :is(figure, canvas[role], .lk-pause), .lk-join, .lk-join svg")]
   .filter((e) => {
+    if (e.matches(".lk-far")) return false; // there is no other pool
     const { width, left, top, right, bottom } = e.getBoundingClientRect();
     return width < 40 || left < 0 || top < 0 || right > innerWidth || bottom > innerHeight;
   }).map((e) => e.outerHTML.slice(0, 80))"""

@@ -13,12 +13,14 @@ from labkit.page.replay_tab import build_replay_tab
 from labkit.trace.trace import Trace
 from labkit.views import run_page
 from tests.tabs import HOSTILE, Looker, Person, browser, served  # noqa: F401
-from tests.views.stories import busy, draft_story, run, story
+from tests.views.stories import busy, draft_story, run, sent, story
 
 TRACES = {
     "busy": busy(),
     "story": story(),
     "drafts": draft_story(),
+    "sent": sent(busy()),
+    "sent, no clock": sent(story()),
     "hostile": run([(0, HOSTILE, 5, 3), (0, "</script><!--\u2028b", 6, 9)]),
     "long": run([(0, str(i), 9, 70 + i) for i in range(3)], num_blocks=99),  # more steps than travel at once
     "no clock, many pages": run([(0, str(i), 3 + 5 * i, 9) for i in range(6)], num_blocks=6000),
@@ -110,6 +112,25 @@ def test_it_says_at_every_step_what_the_replay_says(
 
 def lanes(trace: Trace) -> int:
     return len({arrival.request_id for record in trace for arrival in record.arrived})
+
+
+def test_what_processes_send_has_a_strip_and_words(read: Callable[..., Reader]) -> None:
+    height = "document.querySelector('[data-picture=meters]').clientHeight"
+    label = "document.querySelector('[data-picture=meters]').ariaLabel"
+    me, other, timeless = read("sent"), read("busy"), read("sent, no clock")
+    record, first = TRACES["sent"][0], TRACES["sent, no clock"][0]
+    per_layer, elsewhere = record.sent_in_layers, record.sent_elsewhere
+    words = f"each process sent {per_layer} bytes in layers, {elsewhere} bytes elsewhere"
+    words += ", 2.50 ms (25% of the step)."
+    assert per_layer == 800 and me.page.inner_text(".lkr-now").endswith(words)
+    assert me.page.evaluate(label).endswith("; communication: 25%")
+    assert timeless.page.inner_text(".lkr-now").endswith(
+        f"{first.sent_in_layers} bytes in layers, {first.sent_elsewhere} bytes elsewhere."
+    )
+    assert timeless.page.evaluate(label).endswith("; communication: 0%")
+    assert "sent" not in other.page.inner_text(".lkr-now")
+    assert "communication" not in other.page.evaluate(label)
+    assert (me.page.evaluate(height), other.page.evaluate(height)) == (184, 138)
 
 
 def test_it_jumps_to_any_step(read: Callable[..., Reader]) -> None:

@@ -116,7 +116,8 @@ def test_scenarios_are_bounded_like_everything_else(model: LoadedModel) -> None:
     with AsyncEngine(Engine(EngineConfig(model=model, num_blocks=128))) as live:
         own = Lab(live, limits=Limits(requests=8, queue=20))
         with pytest.raises(ValueError, match="needs 32 requests, and the lab takes 20 of all"):
-            own.play("me", "burst")
+            own.play("me", "burst", {"max_num_seqs": 5})
+        assert own.session.live is live  # nothing ended for it
         for name in ("no such preset", None, 7):
             with pytest.raises(ValueError, match="There is no preset"):
                 own.play("me", name)  # type: ignore[arg-type]

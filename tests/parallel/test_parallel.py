@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from labkit import Engine, EngineConfig, SamplingParams
+from labkit.analysis.roofline import ModelSize, StepWork
 from labkit.models.errors import ModelError
 from labkit.models.load import LoadedModel
 from labkit.parallel import load_parallel
@@ -99,6 +100,29 @@ def test_answers_that_share_blocks_are_copied_in_all_processes(saved: dict[str, 
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
+def test_each_process_keeps_its_heads_in_8_bits(saved: dict[str, Path]) -> None:
+    """A scale belongs to a head, so nothing is rounded otherwise than in one process."""
+    prompt = random_prompt(random.Random(1), 10)
+    model = parallel(saved["llama"], 2)
+    for params in (
+        SamplingParams(ignore_eos=True, max_tokens=20),
+        SamplingParams(ignore_eos=True, max_tokens=10, n=3, temperature=1, seed=4),
+    ):
+        found, taken = [], []
+        for one in (str(saved["llama"]), model):
+            engine = engine_of(one, kv_cache_dtype="int8", num_blocks=24)
+            engine.add_request(prompt, params)
+            drain(engine)
+            found.append([output.token_ids for output in engine.outputs.values()])
+            taken.append(engine.runner.cache.blocks.nbytes)
+        assert found[0] == found[1]
+        assert engine.runner.cache.blocks.dtype == torch.int8 and taken[0] == 2 * taken[1]
+    exact = engine_of(model)  # beside it, with the same processes
+    name = exact.add_request(prompt, SamplingParams(ignore_eos=True, max_tokens=9))
+    drain(exact)
+    assert exact.outputs[name].token_ids == generate(reference("llama"), prompt, 9)
+
+
 def test_whole_numbers_are_cut_before_they_are_rounded(saved: dict[str, Path]) -> None:
     """Each process rounds its own part: close to what one computes, and no more than that."""
     prompt, hidden = random_prompt(random.Random(2), 30), []
@@ -116,17 +140,22 @@ def test_whole_numbers_are_cut_before_they_are_rounded(saved: dict[str, Path]) -
 
 def test_bytes_are_what_the_formula_says(saved: dict[str, Path]) -> None:
     for world_size in (2, 4):
-        engine = engine_of(parallel(saved["many heads"], world_size))
-        for length in (9, 30, 2):
+        engine = engine_of(parallel(saved["many heads"], world_size), max_num_batched_tokens=16)
+        for length in (90, 9, 2):
             engine.add_request(
                 random_prompt(random.Random(length), length), SamplingParams(ignore_eos=True, max_tokens=5)
             )
         drain(engine)
         layers, hidden, itemsize = 2, 48, 4
         share = 2 * (world_size - 1) / world_size
+        size = ModelSize(  # what the capacity model expects, of which parameters and heads do not matter here
+            1, layers, 12, 4, 4, hidden=hidden, vocab=MANY_HEADS["vocab_size"], activation_bytes=itemsize
+        )
+        assert any(not work.sampled for work in map(StepWork.of, engine.trace))  # chunks of a prompt
         for record in engine.trace:
+            expected = size.traffic(StepWork.of(record), world_size)
+            assert (record.sent_in_layers, record.sent_elsewhere) == (expected.in_layers, expected.elsewhere)
             assert record.sent_in_layers == 2 * layers * record.total_tokens * hidden * itemsize * share
-            assert record.sent_elsewhere > 0
             assert 0 < record.sending < record.seconds
     assert not any(record.sent_in_layers for record in engine_of("tiny-random").trace)
 

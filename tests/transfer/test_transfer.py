@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from labkit import LLM, Engine, SamplingParams
 from labkit.models.load import load_model
-from labkit.transfer import KVPages, TransferError, export_kv, import_kv
+from labkit.transfer import KVPages, TransferError, export_kv, import_kv, load_session, save_session
 from tests.conftest import greedy
 from tests.engines import drain, engine_of, random_prompt
 
@@ -116,6 +116,40 @@ def test_another_dtype_is_refused() -> None:
     strange = KVPages([999] * len(pages.token_ids), pages.blocks, pages.model)
     with pytest.raises(TransferError, match="token_ids must be below 211"):
         import_kv(engine_of(), strange)
+
+
+def test_pages_in_8_bits_take_their_scales_along(family: str, tmp_path: Path) -> None:
+    prompt = random_prompt(random.Random(1), 21)
+    first, second, third = (engine_of(family, kv_cache_dtype="int8") for _ in range(3))
+    output = answer(first, prompt)
+    known = prompt + output.token_ids
+    save_session(first, known, tmp_path / "talk.kv")
+    assert load_session(second, tmp_path / "talk.kv") == known[:28]
+    turn = known + random_prompt(random.Random(3), 5)
+    later = answer(second, turn)
+    assert later.metrics.num_cached_tokens == 28
+    assert later.token_ids == answer(third, turn).token_ids
+    other = "llama" if family == "qwen2" else "qwen2"
+    with pytest.raises(TransferError, match=f"model: these pages are of {family}, and not of this {other}"):
+        load_session(engine_of(other, kv_cache_dtype="int8"), tmp_path / "talk.kv")
+    with pytest.raises(TransferError, match="kv_heads must be 2, as in this engine, not 1"):
+        narrow = KVPages(known[:28], export_kv(first, known).blocks[:, :, :, :1], family)
+        import_kv(second, narrow)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(None, "int8"), ("int8", None), ("int8", "auto")])
+def test_a_session_with_another_kv_cache_dtype_is_refused_by_name(
+    ours: str | None, theirs: str | None, tmp_path: Path
+) -> None:
+    prompt, other = random_prompt(random.Random(7), 20), engine_of(kv_cache_dtype=theirs)
+    answer(other, prompt)
+    save_session(other, prompt, tmp_path / "talk.kv")
+    engine = engine_of(kv_cache_dtype=ours)
+    has, is_of = ("int8" if dtype == "int8" else "float32" for dtype in (ours, theirs))
+    why = f"kv_cache_dtype must be torch.{has}, as in this engine, not torch.{is_of}"
+    with pytest.raises(TransferError, match=why):
+        load_session(engine, tmp_path / "talk.kv")
+    assert engine.pool.num_free == engine.pool.num_blocks
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -126,6 +126,17 @@ def busy() -> Trace:
     return timed(run(jobs, num_blocks=10, budget=8, aborts=[(9, "4")]))
 
 
+def sent(trace: Trace) -> Trace:
+    """Let the processes of a model send 100 bytes for each token in layers, and 7 elsewhere."""
+    records = [
+        dataclasses.replace(
+            r, sent_in_layers=100 * r.total_tokens, sent_elsewhere=7 * r.total_tokens, sending=r.seconds / 4
+        )
+        for r in trace
+    ]
+    return Trace(trace.meta, records)
+
+
 def with_times(trace: Trace, times: Sequence[tuple[float, float]]) -> Trace:
     """Give each step the time at which it ends and the seconds that it takes."""
     records = [dataclasses.replace(r, time=t, seconds=s) for r, (t, s) in zip(trace, times, strict=True)]

@@ -59,7 +59,18 @@ def test_what_is_sent_comes_back_by_name() -> None:
     assert [step["blocked"] for step in found["steps"]] == [{"request": "b", "reason": "no seat"}, None]
 
 
-SCRIPTS = ("cards", "live_feed", "meters", "panel", "replay", "replay_data", "side", "words")
+SCRIPTS = (
+    "cards",
+    "communication",
+    "live_feed",
+    "meters",
+    "panel",
+    "replay",
+    "replay_data",
+    "side",
+    "two_pools",
+    "words",
+)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

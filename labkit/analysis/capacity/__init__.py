@@ -7,11 +7,12 @@ scheduler and the block pool, and says what its users would have seen. No torch.
 from labkit.analysis.capacity.clock import TERMS, Clock, FittedClock, Roofline, fit
 from labkit.analysis.capacity.replay import ROUTERS, Demand, Replay, Router, draw_demands, replay
 from labkit.analysis.capacity.replica import Replica, Settings
-from labkit.analysis.devices import GPUS, Gpu
-from labkit.analysis.roofline import MODELS, ModelSize, StepWork, Work
+from labkit.analysis.devices import GPUS, LINKS, Gpu, Link
+from labkit.analysis.roofline import MODELS, ModelSize, StepWork, Traffic, Work
 
 __all__ = [
     "GPUS",
+    "LINKS",
     "MODELS",
     "ROUTERS",
     "TERMS",
@@ -19,6 +20,7 @@ __all__ = [
     "Demand",
     "FittedClock",
     "Gpu",
+    "Link",
     "ModelSize",
     "Replay",
     "Replica",
@@ -26,6 +28,7 @@ __all__ = [
     "Router",
     "Settings",
     "StepWork",
+    "Traffic",
     "Work",
     "draw_demands",
     "fit",

@@ -10,11 +10,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from labkit.analysis.devices import Gpu
+from labkit.analysis.devices import Gpu, Link
 from labkit.analysis.roofline import ModelSize, StepWork
 from labkit.sampling_params import check_number
 from labkit.trace.records import StepRecord
@@ -146,7 +146,7 @@ def _non_negative(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Roofline:
-    """A clock for a model on a GPU that one does not have: the least time of a step, plus an overhead.
+    """A clock for a model on GPUs that one does not have: the least time of a step, plus an overhead.
 
     No kernel reaches both peaks of a data sheet, so real steps take longer, and real capacity is lower.
 
@@ -154,21 +154,64 @@ class Roofline:
         gpu: The data sheet.
         model: The sizes of the model.
         overhead: The seconds that every step takes besides: launches, scheduling, sampling.
+        tensor_parallel_size: The number of such GPUs that share the model, each with a part of every layer.
+        link: What connects them.
+        latency: The seconds that each exchange between them takes besides its bytes. No data sheet has it:
+            measure it, for instance as the time of the smallest all-reduce.
     """
 
     gpu: Gpu
     model: ModelSize
     overhead: float = 0.0
+    tensor_parallel_size: int = 1
+    link: Link | None = None
+    latency: float = 0.0
 
     def __post_init__(self) -> None:
         check_number("overhead", self.overhead, 0, math.inf)
+        check_number("tensor_parallel_size", self.tensor_parallel_size, 1, self.model.heads, whole=True)
+        check_number("latency", self.latency, 0, math.inf)
+        if self.tensor_parallel_size > 1 and self.link is None:
+            raise ValueError(f"link must say what connects {self.tensor_parallel_size} GPUs, as LINKS do")
+        if self.tensor_parallel_size > 1 and not (self.model.hidden and self.model.vocab):
+            raise ValueError("model must have its hidden and vocab, which decide what is sent")
 
     def __call__(self, step: StepWork) -> float:
-        return self.model.work(step).seconds(self.gpu.bandwidth, self.gpu.flops) + self.overhead
+        return self._working(step) + self.sending(step) + self.overhead
+
+    def _working(self, step: StepWork) -> float:
+        work = self.model.work(step, self.tensor_parallel_size)
+        return work.seconds(self.gpu.bandwidth, self.gpu.flops)
+
+    def sending(self, step: StepWork) -> float:
+        """The seconds of such a step in which the GPUs exchange results; they do not compute meanwhile."""
+        if self.link is None:
+            return 0.0
+        traffic = self.model.traffic(step, self.tensor_parallel_size)
+        return traffic.seconds(self.link.bandwidth, self.latency)
 
     def bound(self, step: StepWork) -> str:
-        """What such a step waits for: "bandwidth" or "compute"."""
-        return self.model.work(step).bound(self.gpu.bandwidth, self.gpu.flops)
+        """What such a step waits for most: "bandwidth" (of the memory), "compute" or "communication"."""
+        if self.sending(step) > self._working(step):
+            return "communication"
+        work = self.model.work(step, self.tensor_parallel_size)
+        return work.bound(self.gpu.bandwidth, self.gpu.flops)
+
+    def speedup(self, step: StepWork) -> float:
+        """How many times as fast as on one GPU such a step is. Below 1, more GPUs lose to one."""
+        return replace(self, tensor_parallel_size=1)(step) / self(step)
+
+    def break_even_latency(self, step: StepWork) -> float:
+        """The latency from which on more GPUs lose to one; below 0, they lose by their bytes alone.
+
+        Raises:
+            ValueError: If there is only one GPU.
+        """
+        if self.tensor_parallel_size == 1:
+            raise ValueError("tensor_parallel_size must be at least 2, to lose to one")
+        alone, instant = replace(self, tensor_parallel_size=1), replace(self, latency=0.0)
+        exchanges = self.model.traffic(step, self.tensor_parallel_size).exchanges
+        return (alone(step) - instant(step)) / exchanges
 
     def num_blocks(self, block_size: int = 16, share: float = 0.9) -> int:
         """How many blocks of the KV cache fit beside the weights into this share of the memory.
@@ -178,11 +221,14 @@ class Roofline:
         """
         check_number("block_size", block_size, 1, math.inf, whole=True)
         check_number("share", share, 0, 1)
-        left = share * self.gpu.memory - self.model.bytes
-        blocks = int(left // (block_size * self.model.kv_bytes_per_token))
+        size = self.tensor_parallel_size
+        most = -(-self.model.kv_heads // size) / self.model.kv_heads  # of the KV heads, in one GPU
+        left = share * self.gpu.memory - self.model.bytes / size
+        blocks = int(left // (block_size * self.model.kv_bytes_per_token * most))
         if blocks < 1:
+            which = f"a {self.gpu.name}" if size == 1 else f"{size} {self.gpu.name}s"
             raise ValueError(
-                f"the weights take {self.model.bytes / 1e9:.1f} GB, and {share:.0%} of a {self.gpu.name} is "
-                f"{share * self.gpu.memory / 1e9:.1f} GB: no block of the KV cache fits"
+                f"the weights take {self.model.bytes / 1e9:.1f} GB, and {share:.0%} of {which} is "
+                f"{size * share * self.gpu.memory / 1e9:.1f} GB: no block of the KV cache fits"
             )
         return blocks

@@ -126,7 +126,7 @@ def report(model: str, device: str, jobs_of: Any, *, text: str | None = None) ->
             yield "int8", load_model(model, device=device, quantization="int8")
 
     token_ids = full.tokenizer.encode(prose() if text is None else text, add_special_tokens=False)
-    rows = perplexity.compare_text(full, others(), token_ids)
+    rows = perplexity.compare_text(full, others(), token_ids, int8_kv=isinstance(full.module, Transformer))
     return Precisions(closeness, rows)
 
 

@@ -1,4 +1,4 @@
-"""Compile `ops.cpp` once for this machine, and load it as `torch.ops.labkit_cpu`.
+"""Compile `ops.cpp` and its header once for this machine, and load it as `torch.ops.labkit_cpu`.
 
 The compiler is called directly, and not through `torch.utils.cpp_extension`: that needs ninja and Python's
 headers, which many machines with a compiler lack, and a build that was killed there leaves a lock for which
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-_SOURCE = Path(__file__).with_name("ops.cpp")
+_SOURCE, _HEADER = (Path(__file__).with_name(name) for name in ("ops.cpp", "vectors.h"))
 _COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 300  # that a compiler may take
 # What ATen's own kernels are compiled with, for what it finds on this CPU.
@@ -64,7 +64,7 @@ def _load(folder: Path, say: Callable[[str], None] | None) -> str | None:
 
 def library_path(folder: Path) -> Path:
     """Return where the compiled operations are; the name changes with all that they depend on."""
-    facts = (_SOURCE.read_bytes(), torch.__version__, platform.machine(), *_flags())
+    facts = (_SOURCE.read_bytes(), _HEADER.read_bytes(), torch.__version__, platform.machine(), *_flags())
     return folder / f"labkit_cpu_{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
 
 

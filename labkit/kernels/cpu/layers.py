@@ -16,8 +16,10 @@ from labkit.core.kv_cache import PagedKVCache
 from labkit.core.model import DecoderLayer, Transformer
 from labkit.kernels.cpu.build import why_not
 from labkit.kernels.int8 import Int8Linear
+from labkit.kernels.int8_kv import Int8KVCache
 
 DTYPES = (torch.float32, torch.bfloat16)
+_KNOWN_WRITES = (PagedKVCache.write, Int8KVCache.write)  # what `rotate_and_write` does, too
 
 
 class FusedLayer(nn.Module):
@@ -33,7 +35,7 @@ class FusedLayer(nn.Module):
         self, x: Tensor, rope: tuple[Tensor, Tensor], cache: PagedKVCache, metadata: AttentionMetadata
     ) -> Tensor:
         """Return the residual stream (T, hidden_size) after this layer, and write to the cache."""
-        if type(cache).write is not PagedKVCache.write:  # a cache of your own decides where it writes
+        if type(cache).write not in _KNOWN_WRITES:  # a cache of your own decides where it writes
             return self._plain[0](x, rope, cache, metadata)
         ops, own, mlp = torch.ops.labkit_cpu, self.self_attn, self.mlp
         before, between = self.input_layernorm, self.post_attention_layernorm

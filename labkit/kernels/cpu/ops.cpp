@@ -4,19 +4,15 @@
 // one loop does the whole step while the numbers are still in registers. Attention reads blocks where they
 // lie; nothing is gathered. All is written with ATen's vectors, so the same source serves AVX2, AVX512 and
 // NEON, and all arithmetic is in fp32. Where the model is in bf16, results are rounded where PyTorch would
-// round them.
+// round them. A cache may also be in 8 bits: `labkit/kernels/int8_kv.py` says how its blocks lie then.
 //
 // The arguments are checked in `labkit/kernels/cpu/ops.py`.
 
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
@@ -24,61 +20,14 @@
 #include <tuple>
 #include <vector>
 
+#include "vectors.h"
+
 namespace {
 
 using at::Tensor;
 using at::vec::fmadd;
-using Half = c10::BFloat16;
-using Vec = at::vec::Vectorized<float>;
-constexpr int64_t kLanes = Vec::size();
 constexpr int64_t kGrain = 8192;  // numbers that are worth a thread
 constexpr int kShare = 8;         // queries that share one reading of a key
-
-// -- numbers in and out, `count` at a time, at most kLanes ---------------------------------------
-
-inline Vec load(const float* from, int64_t count) {
-  return count >= kLanes ? Vec::loadu(from) : Vec::loadu(from, count);
-}
-
-inline Vec load(const Half* from, int64_t count) {
-  Vec out;
-  if (count >= kLanes) {
-    at::vec::load_fp32_from_bf16(from, out);
-    return out;
-  }
-  Half padded[kLanes] = {};
-  std::copy_n(from, count, padded);
-  at::vec::load_fp32_from_bf16(padded, out);
-  return out;
-}
-
-inline void store(float* to, const Vec& value, int64_t count) {
-  value.store(to, std::min(count, kLanes));
-}
-
-inline void store(Half* to, const Vec& value, int64_t count) {
-  at::vec::convert_float_bfloat16(value, value).store(to, std::min(count, kLanes));
-}
-
-// What is left of a value once it has been stored as T.
-template <typename T>
-inline Vec rounded(const Vec& value) {
-  if constexpr (std::is_same_v<T, float>) {
-    return value;
-  } else {
-    Half kept[2 * kLanes];
-    store(kept, value, kLanes);
-    return load(kept, kLanes);
-  }
-}
-
-inline float sum(const Vec& value) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, value);
-}
-
-inline float largest(const Vec& value) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, value);
-}
 
 // Call work(row) for each row of `width` numbers, on as many threads as they are worth.
 template <typename Work>
@@ -208,11 +157,33 @@ void rotate(const T* x, const T* cos, const T* sin, T* to, int64_t dim) {
   }
 }
 
+// The scales of a piece (block_size, head_dim) of a cache in 8 bits, which lie behind its numbers.
+template <typename C>
+auto* scales_of(C* piece, int64_t size, int64_t dim) {
+  return reinterpret_cast<std::conditional_t<std::is_const_v<C>, const float, float>*>(piece + size * dim);
+}
+
+// Write a vector in 8 bits, bit for bit as `quantize` in labkit/kernels/int8_kv.py rounds it.
+template <typename T>
+void write_int8(const T* x, int8_t* blocks, int64_t slot, int64_t size, int64_t dim) {
+  Vec found(0.f);
+  for (int64_t d = 0; d < dim; d += kLanes) found = at::vec::maximum(found, load(x + d, dim - d).abs());
+  const float scale = std::max(largest(found) / 127.f, std::numeric_limits<float>::min());
+  int8_t* piece = blocks + slot / size * size * (dim + 4);
+  scales_of(piece, size, dim)[slot % size] = scale;
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    float numbers[kLanes] = {};
+    if (std::isfinite(scale)) (load(x + d, dim - d) / Vec(scale)).round().store(numbers);
+    std::copy_n(numbers, std::min(kLanes, dim - d), piece + slot % size * dim + d);
+  }
+}
+
 // Returns the rotated queries, and writes the rotated keys and the values to their slots in a layer's blocks.
 Tensor rotate_and_write(
     const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& blocks, const Tensor& slots,
     int64_t heads, const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm, double eps) {
-  const int64_t rows = qkv.size(0), dim = blocks.size(4), kv_heads = blocks.size(2);
+  const int64_t rows = qkv.size(0), dim = cos.size(-1), kv_heads = blocks.size(2), size = blocks.size(3);
+  int8_t* bytes = blocks.scalar_type() == at::kChar ? blocks.mutable_data_ptr<int8_t>() : nullptr;
   const int64_t width = (heads + 2 * kv_heads) * dim;
   Tensor out = at::empty({rows, heads, dim}, qkv.options());
   const int64_t* places = slots.const_data_ptr<int64_t>();  // (2, rows * kv_heads)
@@ -224,7 +195,7 @@ Tensor rotate_and_write(
     T *to = out.mutable_data_ptr<T>(), *vectors = static_cast<T*>(blocks.data_ptr());
     for_rows(rows, width, [&](int64_t row) {
       const T *row_cos = c + row * dim, *row_sin = s + row * dim;
-      std::vector<T> normed(q_norm ? dim : 0);
+      std::vector<T> normed(q_norm ? dim : 0), turned(bytes ? dim : 0);
       for (int64_t head = 0; head < heads + kv_heads; ++head) {
         const T* x = from + row * width + head * dim;
         const bool is_query = head < heads;
@@ -232,13 +203,19 @@ Tensor rotate_and_write(
           normalise(x, is_query ? q_weight : k_weight, normed.data(), dim, static_cast<float>(eps));
           x = normed.data();
         }
-        T* target = is_query ? to + (row * heads + head) * dim
-                             : vectors + places[row * kv_heads + head - heads] * dim;
+        const int64_t slot = is_query ? 0 : places[row * kv_heads + head - heads];
+        T* target = is_query ? to + (row * heads + head) * dim : bytes ? turned.data() : vectors + slot * dim;
         rotate(x, row_cos, row_sin, target, dim);
+        if (bytes && !is_query) write_int8(target, bytes, slot, size, dim);
       }
       for (int64_t head = 0; head < kv_heads; ++head) {
         const T* x = from + row * width + (heads + kv_heads + head) * dim;
-        std::copy_n(x, dim, vectors + places[(rows + row) * kv_heads + head] * dim);
+        const int64_t slot = places[(rows + row) * kv_heads + head];
+        if (bytes) {
+          write_int8(x, bytes, slot, size, dim);
+        } else {
+          std::copy_n(x, dim, vectors + slot * dim);
+        }
       }
     });
   });
@@ -248,8 +225,8 @@ Tensor rotate_and_write(
 // -- attention ------------------------------------------------------------------------------------
 
 // The scores of `count` queries (count, dim) against keys (tokens, dim): scores[n * stride + t].
-template <int count, typename T>
-void score(const T* keys, const float* queries, float* scores, int64_t tokens, int64_t dim, int64_t stride) {
+template <int count, typename C>
+void score(const C* keys, const float* queries, float* scores, int64_t tokens, int64_t dim, int64_t stride) {
   for (int64_t t = 0; t < tokens; ++t) {
     Vec products[count];
     for (int n = 0; n < count; ++n) products[n] = Vec(0.f);
@@ -264,8 +241,8 @@ void score(const T* keys, const float* queries, float* scores, int64_t tokens, i
 }
 
 // Add values (tokens, dim), each times its weight, to the results (count, dim).
-template <int count, typename T>
-void gather(const T* values, const float* weights, float* results, int64_t tokens, int64_t dim, int64_t stride) {
+template <int count, typename C>
+void gather(const C* values, const float* weights, float* results, int64_t tokens, int64_t dim, int64_t stride) {
   for (int64_t d = 0; d < dim; d += kLanes) {
     Vec totals[count];
     for (int n = 0; n < count; ++n) totals[n] = load(results + n * dim + d, dim - d);
@@ -274,6 +251,17 @@ void gather(const T* values, const float* weights, float* results, int64_t token
       for (int n = 0; n < count; ++n) totals[n] = fmadd(Vec(weights[n * stride + t]), value, totals[n]);
     }
     for (int n = 0; n < count; ++n) store(results + n * dim + d, totals[n], dim - d);
+  }
+}
+
+// Multiply numbers (count, tokens) by the scale of each token.
+template <int count>
+void multiply(float* numbers, const float* scales, int64_t tokens, int64_t stride) {
+  for (int n = 0; n < count; ++n) {
+    for (int64_t t = 0; t < tokens; t += kLanes) {
+      float* at = numbers + n * stride + t;
+      store(at, load(at, tokens - t) * load(scales + t, tokens - t), tokens - t);
+    }
   }
 }
 
@@ -304,9 +292,9 @@ struct Task {
   int64_t row, kv_head, first, count;
 };
 
-template <int count, typename T>
+template <int count, typename T, typename C>
 void attend(
-    const Task& task, const T* q, T* out, const T* blocks, at::IntArrayRef strides, const int64_t* table,
+    const Task& task, const T* q, T* out, const C* blocks, at::IntArrayRef strides, const int64_t* table,
     const int64_t* lengths, int64_t size, int64_t group, int64_t heads, int64_t dim, float scale,
     int64_t window, std::vector<float>& room) {
   int64_t places[count], ends[count], begin = std::numeric_limits<int64_t>::max(), end = 0;
@@ -324,22 +312,26 @@ void attend(
     for (int64_t d = 0; d < dim; ++d) queries[n * dim + d] = static_cast<float>(q[places[n] + d]) * scale;
   }
   std::fill_n(results, count * dim, 0.f);
-  const T* keys = blocks + task.kv_head * strides[2];
+  constexpr bool in_int8 = std::is_same_v<C, int8_t>;
+  const C* keys = blocks + task.kv_head * strides[2];
   const auto each_block = [&](int64_t part, const auto& work) {
     for (int64_t t = begin; t < end;) {
       const int64_t next = std::min(end, (t / size + 1) * size);
       if (next < end) {
         const auto* ahead = reinterpret_cast<const char*>(keys + table[next / size] * strides[0] + part);
-        for (int64_t byte = 0; byte < size * dim * static_cast<int64_t>(sizeof(T)); byte += 64) {
+        for (int64_t byte = 0; byte < strides[2] * static_cast<int64_t>(sizeof(C)); byte += 64) {
           __builtin_prefetch(ahead + byte);
         }
       }
-      work(keys + table[t / size] * strides[0] + t % size * dim, t - begin, next - t);
+      const C* piece = keys + table[t / size] * strides[0] + part;
+      const float* scales = in_int8 ? scales_of(piece, size, dim) + t % size : nullptr;
+      work(piece + t % size * dim, scales, t - begin, next - t);
       t = next;
     }
   };
-  each_block(0, [&](const T* block, int64_t at, int64_t some) {
-    score<count>(block, queries, scores + at, some, dim, tokens);
+  each_block(0, [&](const C* some_keys, const float* scales, int64_t at, int64_t some) {
+    score<count>(some_keys, queries, scores + at, some, dim, tokens);
+    if (in_int8) multiply<count>(scores + at, scales, some, tokens);
   });
   float totals[count];
   for (int n = 0; n < count; ++n) {
@@ -349,8 +341,9 @@ void attend(
     std::fill(own + last, own + tokens, 0.f);
     totals[n] = exponentiate(own + first, last - first);
   }
-  each_block(strides[1], [&](const T* block, int64_t at, int64_t some) {
-    gather<count>(block + strides[1], scores + at, results, some, dim, tokens);
+  each_block(strides[1], [&](const C* values, const float* scales, int64_t at, int64_t some) {
+    if (in_int8) multiply<count>(scores + at, scales, some, tokens);
+    gather<count>(values, scores + at, results, some, dim, tokens);
   });
   for (int n = 0; n < count; ++n) {
     for (int64_t d = 0; d < dim; d += kLanes) {
@@ -376,8 +369,10 @@ Tensor paged_attention(
   const int64_t *table = tables.const_data_ptr<int64_t>(), *length = lengths.const_data_ptr<int64_t>();
   by_type(q, [&](auto type) {
     using T = decltype(type);
-    const T *from = q.const_data_ptr<T>(), *cache = blocks.const_data_ptr<T>();
+    const T* from = q.const_data_ptr<T>();
     T* to = out.mutable_data_ptr<T>();
+    const int8_t* bytes = blocks.scalar_type() == at::kChar ? blocks.const_data_ptr<int8_t>() : nullptr;
+    const T* cache = bytes ? nullptr : blocks.const_data_ptr<T>();
     // Rows differ in length, so a thread that is done takes the next task: none has a fixed share.
     std::atomic<size_t> next{0};
     const int64_t threads = std::min<int64_t>(tasks.size(), at::get_num_threads());
@@ -387,10 +382,13 @@ Tensor paged_attention(
         const Task& task = tasks[i];
         const auto run = [&](auto count) {
           const int64_t at = task.row * queries;
-          attend<decltype(count)::value>(
-              task, from + at * heads * dim, to + at * heads * dim, cache, blocks.strides(),
-              table + task.row * tables.size(1), length + at, size, group, heads, dim,
-              static_cast<float>(scale), window, room);
+          const auto over = [&](const auto* numbers) {
+            attend<decltype(count)::value>(
+                task, from + at * heads * dim, to + at * heads * dim, numbers, blocks.strides(),
+                table + task.row * tables.size(1), length + at, size, group, heads, dim,
+                static_cast<float>(scale), window, room);
+          };
+          bytes ? over(bytes) : over(cache);
         };
         switch (task.count) {
           case 1: run(std::integral_constant<int, 1>{}); break;

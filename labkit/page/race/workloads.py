@@ -89,8 +89,8 @@ COURSES: Mapping[str, Course] = MappingProxyType(
             ("naive", "static", "continuous"),
         ),
         "trickle": Course(
-            "One after the other",
-            "A new request every third step: look for the dotted lines. Static batching makes those "
+            "A request every third step",
+            "They come one by one: look for the dotted lines. Static batching makes those "
             "that come too late wait for the whole batch; continuous batching lets them in at the next step.",
             tuple((3 * i, 16, n) for i, n in enumerate((20, 8, 14, 6, 24, 8, 12, 6, 16, 10))),
             ("naive", "static", "continuous"),
@@ -107,7 +107,7 @@ COURSES: Mapping[str, Course] = MappingProxyType(
         "long": Course(
             "A long prompt joins",
             "Four answers run when a prompt of 400 tokens arrives. Computed whole, it stops them for a long "
-            "step (see the longest ITL); in chunks, everybody gets a token in every step meanwhile.",
+            "step (see the longest gap); in chunks, everybody gets a token in every step meanwhile.",
             (*((0, 12, 30) for _ in range(4)), (6, 400, 6)),
             (WHOLE, CHUNKED),
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
@@ -80,6 +81,7 @@ class Timeline:
     """A timeline shows steps `first` to `last` of a trace, with one lane per request in order of arrival.
 
     `blocked` holds why the head of the queue waited, and for how many steps, the most frequent reason first.
+    `allowed` says for each token of an answer that has a form how many tokens the form allowed in its place.
     """
 
     first: int
@@ -87,6 +89,7 @@ class Timeline:
     num_steps: int
     lanes: list[Lane]
     blocked: list[tuple[str, int]]
+    allowed: list[int] = field(default_factory=list)
 
     @property
     def drafting(self) -> bool:
@@ -106,6 +109,7 @@ class Timeline:
         if self.drafting:
             drafted = sum(lane.num_drafted for lane in self.lanes)
             second += f"; {drafts(drafted, sum(lane.num_accepted for lane in self.lanes))}"
+        second += f"; {_form(self.allowed)}" if self.allowed else ""
         second += f"; {plural(padding, 'padded slot')} wasted" if padding else ""
         second += f"; {plural(preempted, 'preemption')}" if preempted else ""
         return first, second
@@ -188,7 +192,15 @@ class _Builder:
         for request_id in list(self.since):
             self._stop_waiting(request_id, last)
         blocked = Counter(record.blocked[1] for record in self.records if record.blocked).most_common()
-        return Timeline(first, last, len(self.records), list(self.lanes.values()), blocked)
+        allowed = [count for record in self.records for row in record.rows for count in row.allowed]
+        return Timeline(first, last, len(self.records), list(self.lanes.values()), blocked, allowed)
+
+
+def _form(allowed: Sequence[int]) -> str:
+    """Say in words what forms left to the model."""
+    open_ = sorted(count for count in allowed if count > 1)
+    words = f"a form forced {len(allowed) - len(open_)} of {plural(len(allowed), 'token')}"
+    return words + (f", and left {open_[len(open_) // 2]:,} to choose from (median)" if open_ else "")
 
 
 def ended_early(request_id: str, record: StepRecord) -> bool:

@@ -169,6 +169,8 @@ def words_of(event: _Event) -> tuple[str, str]:
         if after > max(high, before * ALIKE):
             paid += f", and {after / before:.1f} times as long since"
             back = f", and is {_time(after)} since"
+        elif after * ALIKE < _range(event.before)[0]:  # what made it slow before ended meanwhile
+            back = f", then came down to {_time(after)}"
         else:
             paid += ", then as long as before"
             back = f", then went back to {_time(after)}"

@@ -9,7 +9,7 @@ from itertools import accumulate
 from labkit.trace.memory_use import kv_usage
 from labkit.trace.trace import Trace
 from labkit.views.facts.batch_timeline import ended_early
-from labkit.views.style import plural
+from labkit.views.style import plural, size
 
 _REST = 0.5  # seconds between two steps that count as a pause
 
@@ -32,10 +32,13 @@ class Rates:
     running: list[int]
     waiting: list[int]
     preempted: list[int]
+    sending: list[float]  # the share of a step's seconds in which processes sent to each other
+    sent: int  # bytes that each of them sent
     idle_before: list[bool]  # whether the engine rested for a while before the step
     num_computed: int
     num_generated: int
     spent: float  # seconds of work, or steps
+    spent_sending: float  # seconds
 
     @property
     def headline(self) -> tuple[str, str]:
@@ -47,6 +50,9 @@ class Rates:
         second = f"{plural(len(self.steps), 'step')}{took}: {plural(self.num_computed, 'token')} computed, "
         second += f"{self.num_generated} generated; KV usage at most {max(self.kv_usage):.0%}"
         second += f"; {plural(sum(self.preempted), 'preemption')}" if any(self.preempted) else ""
+        if self.sent:
+            took = f", {self.spent_sending / amount:.0%} of the time" if self.per == "second" else ""
+            second += f"; each process sent {size(self.sent)} to the others{took}"
         window = f"{self.window:.2g} s of work" if self.per == "second" else plural(self.window, "step")
         return first, f"{second}; curves are means over {window}"
 
@@ -96,10 +102,13 @@ def rates_of(trace: Trace, window: float | None = None) -> Rates | None:
         running=running,
         waiting=[record.waiting for record in records],
         preempted=[len(record.preempted) for record in records],
+        sending=[min(1.0, r.sending / r.seconds) if r.seconds and r.total_sent else 0.0 for r in records],
+        sent=sum(record.total_sent for record in records),
         idle_before=[clock and rest > _REST for rest in rests],
         num_computed=sum(computed),
         num_generated=sum(generated),
         spent=sum(spent),
+        spent_sending=sum(record.sending for record in records),
     )
 
 

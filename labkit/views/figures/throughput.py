@@ -21,7 +21,10 @@ def throughput(trace: Trace, *, window: float | None = None) -> go.Figure:
     rates = rates_of(trace, window)
     if rates is None:
         return no_steps()
-    figure = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.05, row_heights=[3, 2, 2])
+    heights = [3, 2, 2, 2] if rates.sent else [3, 2, 2]
+    figure = make_subplots(
+        rows=len(heights), cols=1, shared_xaxes=True, vertical_spacing=0.05, row_heights=heights
+    )
     lines: list[tuple[int, str, Sequence[float | None], dict[str, Any]]] = [
         (1, "computed", rates.computed, {"color": style.PALETTE[1], "dash": "dot", "width": 2}),
         (1, "generated", rates.generated, {"color": style.PALETTE[0], "width": 2.5}),
@@ -29,12 +32,14 @@ def throughput(trace: Trace, *, window: float | None = None) -> go.Figure:
         (3, "running", rates.running, {"color": style.PALETTE[7], "shape": "hv"}),
         (3, "waiting", rates.waiting, {"color": style.FAINT_INK, "shape": "hv", "dash": "dot"}),
     ]
+    if rates.sent:
+        lines.append((4, "communication", rates.sending, {"color": style.PALETTE[5], "shape": "hv"}))
     for row, name, values, line in lines:
         figure.add_trace(_line(rates, name, values, line), row=row, col=1)
     places = [i for i, count in enumerate(rates.preempted) if count]
     if places:
         figure.add_trace(_preemptions(rates, places), row=2, col=1)
-    lay_out(figure, rates.headline, 400, entry_width=112)
+    lay_out(figure, rates.headline, 480 if rates.sent else 400, entry_width=112)
     unit = "s" if rates.per == "second" else "step"
     figure.update_yaxes(
         showgrid=True, gridcolor=style.FREE, rangemode="tozero", zeroline=True, zerolinecolor=style.CACHED
@@ -42,7 +47,9 @@ def throughput(trace: Trace, *, window: float | None = None) -> go.Figure:
     figure.update_yaxes(title={"text": f"tokens / {unit}"}, row=1)
     figure.update_yaxes(title={"text": "KV usage"}, tickformat=".0%", range=[0, 1.05], row=2)
     figure.update_yaxes(title={"text": "requests"}, tickformat="d", row=3)
-    figure.update_xaxes(title={"text": "seconds" if unit == "s" else "step", "standoff": 4}, row=3)
+    if rates.sent:
+        figure.update_yaxes(title={"text": "sending"}, tickformat=".0%", range=[0, 1.05], row=4)
+    figure.update_xaxes(title={"text": "seconds" if unit == "s" else "step", "standoff": 4}, row=len(heights))
     return figure
 
 
@@ -54,7 +61,7 @@ def _line(rates: Rates, name: str, values: Sequence[float | None], line: dict[st
         if any(rates.idle_before[i - every + 1 : i + 1] if i else ()):
             points.append((None, None, None))
         points.append((rates.x[i], values[i], rates.steps[i]))
-    value = "%{y:.1%}" if name == "KV usage" else "%{y:,.4~g}"
+    value = "%{y:.1%}" if name in ("KV usage", "communication") else "%{y:,.4~g}"
     return go.Scatter(
         mode="lines",
         x=[x for x, _, _ in points],

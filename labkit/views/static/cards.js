@@ -162,7 +162,8 @@ Object.assign(labkit, (() => {
     function explain(card, state, id) {
       const seated = state.tables.some(({ request }) => request === id);
       const lost = !seated && state.lanes.get(id)?.spans.some((span) => span.kind === "x");
-      const status = seated ? "running" : lost ? "preempted" : "waiting";
+      const place = state.elsewhere?.get(id)?.place;
+      const status = seated ? "running" : lost ? "preempted" : { there: "prefilling", arriving: "arriving" }[place] ?? "waiting";
       if (card.element.dataset.status !== status) card.status.textContent = card.element.dataset.status = status;
       const why = labkit.whyWords(state, id) || (status === "waiting" ? "Waits for its turn." : "");
       if (card.why.textContent !== why) card.why.textContent = why;

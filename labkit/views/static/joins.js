@@ -8,7 +8,12 @@ Object.assign(labkit, (() => {
   // Draws into `root`, a box that is hidden while there is nothing to say. Call what it returns after each change.
   function joins(root, state, hooks) {
     const list = root.querySelector("ul"), note = root.querySelector(".lk-joins-note");
-    let shown = "", feed = "", before = []; // `before`: what was said of an engine that was restarted since
+    let shown = "", closed = "", feed = "", before = []; // `before`: what was said of an engine that was restarted since
+
+    root.querySelector(".lk-joins-close").addEventListener("click", () => {
+      closed = shown;
+      root.hidden = true;
+    });
 
     const isOwn = ({ requests }) => requests.some((request) => state.presets.has(request));
 
@@ -33,11 +38,10 @@ Object.assign(labkit, (() => {
         before = list.rows ?? [];
         feed = state.feed;
       }
-      if (state.joins.length || asked) before = [];
+      if (state.joins.length || (state.played && state.playedFeed === state.feed)) before = [];
       const waits = asked && !state.joins.some((row) => row.verdict && isOwn(row) && !isOld(row)) && (state.busy || !state.steps.length);
       note.textContent = waits ? RUNS : before.length ? "Before the engine was restarted:" : "";
       note.hidden = !note.textContent;
-      root.hidden = !(state.joins.length || before.length || waits);
       const rows = before.length ? before : state.joins;
       const key = JSON.stringify([rows, before.length, state.playedAfter, rows.map(isOwn)]);
       if (key !== shown) {
@@ -45,6 +49,7 @@ Object.assign(labkit, (() => {
         list.rows = rows.filter(({ verdict }) => verdict);
         list.replaceChildren(...rows.map((row) => line(row, before.length > 0 || isOld(row))).reverse());
       }
+      root.hidden = !(rows.length || waits) || (shown === closed && !waits); // closed until there is more to say
       const { request } = state.selected;
       for (const made of list.children) made.classList.toggle("lk-hot", request !== undefined && made.dataset.request === request);
     };

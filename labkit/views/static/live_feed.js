@@ -446,5 +446,5 @@ const labkit = (() => {
 
   return { GUTTER, RIGHT, read, createState, apply, lookBack, lookAhead, themeOf, context, blocksHeight, drawBlocks, drawBlock, blockGrid, laneRows,
            drawTimeline, drawSpan, drawEnd, promise, clock, crosshair, box, text, hatch, blockAt, stepAt, laneAt, blockKind, isCached, ownersAt,
-           focusOf, colorOf, latest, shareOf, draftWords, shown, outline };
+           focusOf, colorOf, latest, shareOf, draftWords, shown, outline, ownersOf };
 })();

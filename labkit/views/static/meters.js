@@ -26,13 +26,14 @@ Object.assign(labkit, (() => {
       { name: "running, waiting", hint: "requests that have a seat, and requests in the queue", color: theme.ink,
         values: steps.map((s) => s.running), over: steps.map((s) => s.waiting), most: crowd, scale: crowd,
         words: (i) => `${steps[i].running}, ${steps[i].waiting}` },
+      ...labkit.communicationStrips(steps, theme),
     ];
   }
 
   function drawMeters(ctx, state, theme, width, height) {
     const time = labkit.clock(state, width), { steps } = state, last = steps.length - 1, { running, waiting } = labkit.people(state);
     const strips = stripsOf(steps, state.meta, theme), now = strips.map(({ words }) => (last < 0 ? "0%" : words(last)));
-    if (!running && !waiting) now[0] = "idle";
+    if (!running && !waiting) [now[0], now[3]] = ["idle", "–"];
     else if (last < 0) now[0] = "–";
     now[2] = `${running}, ${waiting}`; // without those who have just ended
     ctx.font = theme.font;

@@ -5,7 +5,7 @@ Object.assign(labkit, (() => {
 
   function pictures(root, state, hooks, within) {
     const canvases = {};
-    for (const name of ["pages", "timeline", "meters"]) {
+    for (const name of ["pages", "timeline", "meters", "far"]) {
       canvases[name] = root.querySelector(`canvas[data-picture="${name}"]`);
     }
     const tip = root.querySelector(".lk-tip");
@@ -16,9 +16,15 @@ Object.assign(labkit, (() => {
       due = false;
       if (!state.meta || !canvases.pages.clientWidth) return; // another tab is in front, or the page is gone
       theme ??= labkit.themeOf(root, state);
+      root.classList.toggle("lk-apart", Boolean(state.far));
       const most = Math.max(120, Math.min(280, window.innerHeight * 0.22));
       canvases.pages.style.height = `${labkit.blocksHeight(state, canvases.pages.clientWidth, most)}px`;
-      paint("pages", labkit.drawBlocks);
+      root.classList.toggle("lk-sending", labkit.sends(state.steps));
+      if (state.far) {
+        canvases.far.style.height = `${labkit.blocksHeight(labkit.farState(state), canvases.far.clientWidth, most)}px`;
+        paint("far", labkit.drawFar);
+      }
+      paint("pages", (...all) => { labkit.drawBlocks(...all); labkit.drawCarried(...all); });
       paint("timeline", labkit.drawTimeline);
       paint("meters", labkit.drawMeters);
       state.drawn = state.step;
@@ -71,6 +77,11 @@ Object.assign(labkit, (() => {
         const inside = lane && step !== undefined && step >= lane.arrived && (lane.ended < 0 || step <= lane.ended);
         if (inside) return [{ request: lane.request, step }, labkit.laneWords(state, lane, step)];
         return [{ request: lane?.request, step }, lane ? [`Request ${lane.request}`] : []];
+      },
+      far: (width, height, x, y) => {
+        const there = labkit.farState(state), block = labkit.blockAt(there, width, height, x, y);
+        if (block === undefined) return [{}, []];
+        return [{ request: labkit.ownersAt(there, block)[0]?.request }, ["In the prefill engine", ...labkit.blockWords(there, block)]];
       },
       meters: (width, height, x) => {
         const step = labkit.stepAt(state, width, x);
@@ -274,6 +285,7 @@ Object.assign(labkit, (() => {
       const { feed, tables, pending } = state, { pictures, plan } = update, before = state.plan?.key ?? 0;
       const fresh = labkit.apply(state, pictures);
       if (fresh) labkit.land(state, pictures.full ? [] : tables);
+      const come = labkit.takeFar(state, pictures);
       clock.show(update.live);
       if (plan.key !== before && (plan.plan || !plan.key)) labkit.lookAhead(state, plan.key, plan.plan);
       const planned = (state.plan?.key ?? 0) !== before;
@@ -302,6 +314,7 @@ Object.assign(labkit, (() => {
         said = Date.now();
       }
       if (fresh && !pictures.full) fly(state, state.palette);
+      labkit.carry(show.canvases, state, come);
     }
 
     // One question at a time. The longer an answer takes, the longer the pause: a busy lab is asked less.

@@ -12,7 +12,7 @@ Object.assign(labkit, (() => {
       .map((canvas) => [canvas.dataset.picture, canvas]));
     const scrub = find(".lkr-scrub"), source = find(".lkr-source");
     const state = labkit.createState(), frames = new Map(), uploads = [];
-    let opened = "", data = null, at = 0, playing = null, wanted = null, drawn = -1, focus, theme = null, strips = [], opening = 0;
+    let opened = "", data = null, at = 0, playing = null, wanted = null, drawn = -1, focus, theme = null, steps = [], strips = [], opening = 0;
 
     // -- which trace ------------------------------------------------------------------------------
 
@@ -51,6 +51,8 @@ Object.assign(labkit, (() => {
       drawn = -1;
       root.classList.toggle("lkr-nothing", !data.count);
       root.classList.toggle("lkr-drafting", data.drafting);
+      steps = labkit.meterSteps(data);
+      root.classList.toggle("lk-sending", labkit.sends(steps));
       requestAnimationFrame(again); // the legend, too
       go(step === undefined ? 0 : (data.place.get(step) ?? data.count - 1));
     }
@@ -170,7 +172,7 @@ Object.assign(labkit, (() => {
         labkit.text(ctx, lane.label, area.left - 8, area.top + (row + 0.5) * area.pitch, theme.muted, "right");
       });
       labkit.box(ctx, x, area.height, Math.max(2, pitch), 3, theme.ink);
-      if (hidden) labkit.text(ctx, `and ${hidden} more`, width - 6, area.height - 8, theme.muted, "right");
+      if (hidden) labkit.text(ctx, `${hidden} more`, area.left - 8, height - 8, theme.muted, "right"); // below their names
     }
 
     // Below the batch, and in the same columns.
@@ -209,7 +211,8 @@ Object.assign(labkit, (() => {
       find(".lkr-now").textContent = `Step ${frame.step}: ${running[at]} running, ${waiting[at]} waiting; `
         + `${owned[at]} of ${count(blocks, "page")} owned, ${empty}% of their slots empty; `
         + `${count(computed[at], "token")} computed, ${sampled[at]} generated`
-        + `${drafted?.[at] ? `: ${labkit.draftWords(drafted[at], accepted[at])}` : ""}.`;
+        + `${drafted?.[at] ? `: ${labkit.draftWords(drafted[at], accepted[at])}` : ""}`
+        + `${["", labkit.sentWords(steps[at])].filter((part, i) => !i || part).join("; ")}.`;
       canvases.meters.setAttribute("aria-label", strips.map(({ name, words }) => `${name}: ${words(at)}`).join("; "));
       const doing = new Map(frame.batch.map((row) => [row.lane, row]));
       const told = frame.events.map(({ lane, words }) => line(lane, words));
@@ -302,7 +305,7 @@ Object.assign(labkit, (() => {
     }
     function dress() {
       theme = labkit.themeOf(root, state);
-      strips = labkit.stripsOf(labkit.meterSteps(data), data.meta, theme);
+      strips = labkit.stripsOf(steps, data.meta, theme);
       if (!data.timed) strips[0].name = "tokens a step";
     }
     const again = () => { if (data) { dress(); drawn = -1; swatches(); paint(); } };

@@ -31,10 +31,12 @@ Object.assign(labkit, (() => {
 
   // The steps as the meters take them, by their places. Where the trace has no clock, each counts as a second.
   function meterSteps(data) {
-    const { step, sampled, owned, filled, running, waiting, begin, end } = data.steps, size = data.meta.block_size;
+    const { step, sampled, owned, filled, running, waiting, begin, end, sent_in_layers, sent_elsewhere, sending } = data.steps;
+    const size = data.meta.block_size;
     return step.map((_, i) => ({
       step: i, seconds: data.timed ? end[i] - begin[i] : 1, sampled: sampled[i], used: owned[i],
       wasted: owned[i] * size - filled[i], running: running[i], waiting: waiting[i],
+      sent_in_layers: sent_in_layers?.[i], sent_elsewhere: sent_elsewhere?.[i], sending: data.timed ? sending?.[i] : 0,
     }));
   }
 

@@ -73,6 +73,8 @@ Object.assign(labkit, (() => {
       lead.textContent = `Computed ${total(facts.rows)} for ${labkit.count(facts.rows.length, "request")} ` +
         `in ${labkit.seconds(facts.ms / 1000)}; ${labkit.count(facts.free, "page")} free after it.`;
       const items = facts.preempted.map(preempted("gave")), { step, blocked, queue } = facts;
+      const sent = labkit.sentWords(state.steps.find((row) => row.step === step) ?? {});
+      if (sent) lead.textContent += ` ${sent[0].toUpperCase()}${sent.slice(1)}.`;
       for (const row of facts.rows) {
         const { request, text, drafts } = row, end = facts.ended.find((one) => one.request === request);
         const blocks = facts.tables.find((table) => table.request === request)?.blocks;

@@ -68,5 +68,5 @@ Object.assign(labkit, (() => {
     dot.animate([at(begin), at(end)], { duration: 420, easing: "ease-in" }).finished.finally(() => dot.remove());
   }
 
-  return { pendingLanes, land, drawLanded, flights };
+  return { pendingLanes, land, drawLanded, flights, fly, corner };
 })());

@@ -14,12 +14,12 @@ Object.assign(labkit, (() => {
     [".lk figure:last-of-type", "Prefill", "A row is a request, a column is a step of the engine. The high box at the beginning of "
       + "your row is prefill: all tokens of the question were read in one step. The bar after it is decode: one token a step.", {}],
     [".lk figure:first-of-type", "A page fills", "The squares in your request's colour are its pages of the KV cache, 16 tokens each unless "
-      + "somebody changed that. Each step puts one more token into the last one. When it is full, the request takes a free page. Point at one to read it.", {}],
+      + "somebody changed that. Each step puts one more token into the last one. When it is full, the request takes a free page. Once the answer is over they turn grey and hatched: nobody's, but kept for a prompt that begins alike. Point at one to read it.", {}],
     ["#lk-inject", "A second joins", "Press Inject: your question is asked once more, and while its answer is written the tour sends a second one. "
       + "That gets a row of its own in the next step, and nobody stops: this is continuous batching.",
       { before: ({ panel }) => write(FIRST, longEnough(panel.state)), done: joins }],
     [".lk-pause", "Pause and predict", "Press Pause. Before it runs, the list under Step says what the next step will do: who computes how "
-      + "many tokens, who takes which page, and who waits, and why. Guess first, then press Step and see.", { done: ({ panel }) => panel.live.paused, last: true }],
+      + "many tokens, who takes which page, and who waits, and why. Guess first, then press Step and see.", { before: keepBusy, done: ({ panel }) => panel.live.paused, last: true }],
   ];
 
   const SECONDS = 10; // for which the first answer runs, at least, so that the second comes while it does
@@ -43,6 +43,13 @@ Object.assign(labkit, (() => {
   }
 
   const INPUTS = ["#lk-prompt textarea", "#lk-max-tokens input"];
+
+  // There must be a next step: ask once more if nothing runs.
+  function keepBusy({ panel }) {
+    if (panel.state.busy) return;
+    write(FIRST, longEnough(panel.state));
+    document.querySelector("#lk-inject").click();
+  }
 
   // Type into a form that gradio draws.
   function write(prompt, tokens) {

@@ -56,7 +56,7 @@ Object.assign(labkit, (() => {
     const who = past ? `Step ${past.step}, looked back at: ${past.tables.length} ran, ${row?.waiting ?? "some"} waited`
       : `Now, after step ${now.step}: ${running} running, ${waiting} waiting`;
     const why = row?.blocked ? ` Request ${row.blocked.request} ${past ? "waited" : "waits"}: ${row.blocked.reason}.` : "";
-    return `${who}, ${parts.join(", ")}.${why}`;
+    return `${who}, ${parts.join(", ")}.${why}${past ? "" : labkit.farWords(state)}`;
   }
 
   function blockWords(state, block, { tokens = null, begins = "" } = {}) {
@@ -114,13 +114,15 @@ Object.assign(labkit, (() => {
       `${labkit.short(rate)} tokens/s over the last 8 steps`,
       `${row.used} of ${count(state.meta.num_blocks, "page")} in use (${used})`,
       `${row.running} running, ${row.waiting} waiting`,
-    ];
+      labkit.sentWords(row),
+    ].filter(Boolean);
   }
 
   // Why a request does not run, in a sentence; "" if it runs or is over. While the engine is paused, the plan for
   // the next step knows better than the latest record.
   function whyWords(state, id) {
-    const { plan } = state;
+    const { plan } = state, place = labkit.placeWords(state, id);
+    if (place) return place;
     if (plan) {
       const row = plan.rows.find(({ request }) => request === id);
       const queue = plan.queue.map(({ request }) => request);
@@ -161,6 +163,9 @@ Object.assign(labkit, (() => {
     if (kind === "preempt") return `is preempted: gives ${count(first, "page")} back`;
     if (kind === "evict") return `${count(first, "cached page")} forgotten to make room`;
     if (kind === "hold") return word;
+    if (kind === "unsent") return `waits to be sent to the prefill engine: ${count(first, "prompt token")}`;
+    if (kind === "there") return `is sent to the prefill engine: ${count(first, "prompt token")}`;
+    if (kind === "arriving") return `its pages leave the prefill engine: ${labkit.size(first)}`;
     if (kind === "threads") return `${count(first, "thread")} from now on: as many cores as other programs leave`;
     if (kind === "return") return `gives ${count(first, "page")} back, because its drafts were wrong`;
     if (kind === "abort") return first ? `is cancelled, and gives ${count(first, "page")} back` : "is cancelled";

@@ -120,4 +120,16 @@ def test_chunks_and_drafts(model: LoadedModel) -> None:
 
 
 def test_pairs_that_nobody_asks_about_have_no_verdict(model: LoadedModel) -> None:
-    assert verdict(race(model, "uneven", ("naive", "continuous")).results) == []
+    assert verdict(race(model, "long", ("continuous", WHOLE)).results) == []
+
+
+def test_one_at_a_time_is_compared_with_what_there_is(model: LoadedModel) -> None:
+    ran = race(model, "uneven", ("naive", "continuous"))
+    ((seen, why),) = verdict(ran.results)
+    naive, continuous = ran.results
+    assert numbers(seen)[-2:] == [naive.steps, continuous.steps] and f"{continuous.batch:.1f} requests" in why
+    both = verdict(race(model, "uneven", ("naive", "static", "continuous")).results)
+    assert [seen.partition(" took")[0] for seen, _ in both] == [
+        "Static batching",
+        "One request at a time (naive)",
+    ]

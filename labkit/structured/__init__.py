@@ -1,0 +1,1 @@
+"""Structured output: an answer that has a form, by a mask over the vocabulary at each of its places."""
