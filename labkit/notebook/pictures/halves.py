@@ -48,7 +48,7 @@ def column_then_row() -> Drawing:
     for process in range(2):
         y = 110.0 + 130 * process
         sheet.arrow((x + 6, y), (x + 32, y), (x + 32, 175 + (-14 if process == 0 else 14)))
-    sheet.box(x + 16, 162, 32, 26, "+", color="paper", size=16, bold=True)
+    sheet.box(x + 16, 162, 32, 26, "sum", color="paper", size=12, bold=True)
     sheet.arrow((x + 48, 175), (x + 68, 175))
     _matrix(sheet, x + 74, 175 - _CELL / 2, [whole], 2)
     lines = (
