@@ -89,6 +89,9 @@ class EngineConfig(ModelConfig):
         kv_policy: "paged" takes blocks as tokens come, "reserved" takes all that a request may need up front.
         enable_prefix_caching: whether blocks whose tokens are known are kept, so that later requests with
             the same start can share them (a static batch does without).
+        kv_offloading_size: how many GiB of evicted blocks are kept in host memory, for prompts with the same
+            start; the least recently used make room. None keeps none.
+        kv_offloading_dir: a folder in which they lie on disk instead, in a file that goes with the engine.
         enable_chunked_prefill: whether a step mixes prompts, cut to the token budget, with decode; without
             it, a step computes either whole prompts or one token of each answer.
         speculative: None, or the drafter whose tokens a step then checks: "ngram" (what followed the last few
@@ -133,6 +136,8 @@ class EngineConfig(ModelConfig):
     scheduler: Literal["continuous", "static", "naive", "uncached"] = "continuous"
     kv_policy: Literal["paged", "reserved"] = "paged"
     enable_prefix_caching: bool = True
+    kv_offloading_size: float | None = None
+    kv_offloading_dir: str | os.PathLike[str] | None = None
     enable_chunked_prefill: bool = True
     speculative: Literal["ngram", "draft"] | None = None
     draft_model: str | os.PathLike[str] | Loaded | None = None
@@ -182,7 +187,22 @@ class EngineConfig(ModelConfig):
             raise ValueError(f"as_t4 computes in float16: dtype must be auto or float16, not {self.dtype!r}")
         if self.tensor_parallel_size > 1 and (self.attention_backend != "auto" or self.as_t4):
             raise ValueError("tensor_parallel_size needs attention_backend 'auto' and no as_t4")
+        self._check_offloading()
         check_seats(self.max_num_seqs, self.max_num_batched_tokens)
+
+    def _check_offloading(self) -> None:
+        if self.kv_offloading_size is None:
+            if self.kv_offloading_dir is not None:
+                raise ValueError("kv_offloading_dir needs kv_offloading_size: how much the folder may hold")
+            return
+        check_number("kv_offloading_size", self.kv_offloading_size, 0, 2**20)
+        if not self.enable_prefix_caching or self.scheduler not in ("continuous", "naive"):
+            raise ValueError(
+                "kv_offloading_size needs enable_prefix_caching and scheduler continuous or naive, "
+                f"not {self.scheduler!r}"
+            )
+        if self.tensor_parallel_size > 1:
+            raise ValueError("kv_offloading_size needs tensor_parallel_size 1: pages must lie in one process")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:

@@ -39,6 +39,7 @@ from labkit.models.load import LoadedModel
 from labkit.models.no_tokenizer import NoTokenizer
 from labkit.models.progress import Say
 from labkit.models.prompts import Prompt, check_tokens, read_prompt
+from labkit.offload import close_pool, make_pool, plain_parts
 from labkit.outputs import RequestMetrics, RequestOutput
 from labkit.parallel.group import ParallelError
 from labkit.parallel.load import model_of
@@ -55,7 +56,6 @@ from labkit.trace.trace import Trace
 _CPU_POOL_BYTES = 384 * 2**20  # the most that the default pool takes on a CPU
 _GPU_POOL_SHARE = 0.8  # of the memory that weights and a step leave free; graphs use the rest
 _MAX_ID = 128  # characters
-_FLAT = ("ref_counts", "free", "cached", "forked", "block_of", "key_of", "node_of")  # of a pool: plain values
 
 
 class Engine(EngineCore):
@@ -132,7 +132,7 @@ class Engine(EngineCore):
         backend, reserve = tried_backend(module, config, say)
         num_blocks = config.num_blocks or self._fitting_blocks(reserve, draft)
         cache, graphs = warm_up(module, backend, config, num_blocks, reserve=reserve, say=say)
-        blocks = (pool or BlockPool)(cache.num_blocks, config.block_size)  # fewer, if memory did not suffice
+        blocks = make_pool(pool, config, cache, say)  # fewer than asked for, if memory did not suffice
         blocks.enable_prefix_caching = config.enable_prefix_caching
         make = scheduler_class(
             scheduler or config.scheduler, enable_chunked_prefill=config.enable_chunked_prefill
@@ -179,8 +179,7 @@ class Engine(EngineCore):
         else:
             budget = min(_CPU_POOL_BYTES, psutil.virtual_memory().available / 2)
         longest = min(config.max_model_len or module.max_model_len, module.max_model_len)
-        wanted = config.max_num_seqs * -(-longest // size)
-        blocks = min(wanted, int(budget // block))
+        blocks = min(config.max_num_seqs * -(-longest // size), int(budget // block))
         if blocks < 1:
             raise ValueError(f"too little memory: one page of the KV cache takes {block / 2**20:.1f} MiB")
         return blocks
@@ -400,6 +399,7 @@ class Engine(EngineCore):
     def release(self) -> None:
         """Give back the memory of the KV cache and the graphs. The engine can only be read from now on."""
         self.__dict__.pop("runner", None)  # it may be gone already
+        close_pool(self.pool)
         self.speculator = None  # a model that drafts has a cache of its own
 
     # -- a look ahead -----------------------------------------------------------------------------
@@ -415,7 +415,7 @@ class Engine(EngineCore):
         shared = {id(part): part for part in kept}
         # A large pool holds a hundred thousand numbers. They are copied at once where they are known to be
         # numbers, so not in a pool of your own.
-        for flat in (getattr(self.pool, name) for name in _FLAT if type(self.pool) is BlockPool):
+        for flat in plain_parts(self.pool):
             shared[id(flat)] = copy.copy(flat)
         scheduler = copy.deepcopy(self.scheduler, shared)  # and the pool, which it holds
         plan = scheduler.schedule()

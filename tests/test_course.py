@@ -41,6 +41,14 @@ def broken_anchors(path: Path) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.name)
+def test_the_progress_that_a_notebook_keeps_is_that_of_the_whole_course(path: Path) -> None:
+    told = nbformat.read(path, as_version=4).cells[-1].outputs[0].data["text/plain"]
+    exercises = [name for chapter in COURSE for name in chapter.exercises]
+    assert told.startswith(f"Solved: 0 of {len(exercises)}.\n")
+    assert re.findall(r"○ (\d\d\.\d)", told) == exercises
+
+
 @pytest.mark.parametrize("path", [*BOOKS, *PAGES, ROOT / "README.md"], ids=lambda path: path.name)
 def test_links_lead_to_headings_that_are_there(path: Path) -> None:
     assert broken_anchors(path) == []

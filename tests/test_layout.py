@@ -32,6 +32,7 @@ RANKS = {
     "speculative": 6,
     "structured": 6,
     "parallel": 6,
+    "offload": 6,
     "analysis": 6,
     "engine": 7,
     "transfer": 8,

@@ -195,11 +195,13 @@ class BlockPool:
     def _evict(self, block: int) -> None:
         del self.block_of[self.key_of.pop(block)]
         del self.node_of[block]
+        if block in self._published:  # since the last record, in which it can no longer be found
+            self._published.remove(block)
         self._evicted.append(block)
 
-    def drain_changes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the blocks (published, evicted) since the last call; the trace records them."""
-        changes = tuple(self._published), tuple(self._evicted)
+    def drain_changes(self) -> dict[str, tuple[int, ...]]:
+        """Return the blocks published and evicted since the last call, as fields of `StepRecord`."""
+        changes = {"published": tuple(self._published), "evicted": tuple(self._evicted)}
         self._published, self._evicted = [], []
         return changes
 

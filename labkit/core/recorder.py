@@ -12,7 +12,6 @@ def record_step(
 ) -> StepRecord:
     """Return the record of a committed step, and clear the scheduler's list of changes."""
     pool, changes, scheduler.changes = scheduler.pool, scheduler.changes, Changes()
-    published, evicted = pool.drain_changes()  # blocks of the prefix cache
     head, blocked = scheduler.waiting.peek(), plan.blocked
     if head and (blocked is None or blocked[0] != head.request_id):
         # The other answers to a request that has just failed come to the queue after planning.
@@ -38,8 +37,7 @@ def record_step(
         copied=tuple(plan.copied),
         finished=tuple(changes.finished),
         returned=tuple(changes.returned),
-        published=published,
-        evicted=evicted,
+        **pool.drain_changes(),  # of the prefix cache
         waiting=scheduler.num_waiting,
         blocked=blocked,
         held_back=plan.held_back,

@@ -22,9 +22,19 @@ To call one, write its name and its arguments like this:
 
 
 def knows_calls(tokenizer: Any) -> bool:
-    """Return whether the model's chat template tells of functions, and writes calls as we read them."""
-    template = tokenizer.get_chat_template() if getattr(tokenizer, "chat_template", None) else ""
-    return "tools" in template and CALL in template
+    """Return whether the model's chat template tells of functions, and writes calls as we read them.
+
+    Templates do not say how they write a call, so it is tried.
+    """
+    if not getattr(tokenizer, "chat_template", None) or "tools" not in tokenizer.get_chat_template():
+        return False
+    function = {"name": "probe", "arguments": {"a": 1}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    try:
+        written = tokenizer.apply_chat_template([{"role": "user", "content": "a"}, call], tokenize=False)
+    except Exception:  # of any kind: templates raise what they like
+        return False
+    return written_call("probe", '{"a": 1}') in written
 
 
 def written_call(name: str, arguments: str) -> str:
@@ -46,9 +56,16 @@ def for_template(
     Returns:
         The messages, and variables for the template.
     """
+    if not tools and not any(m["role"] == "tool" or m.get("tool_calls") for m in messages):
+        return [dict(message) for message in messages], {}
     if knows_calls(tokenizer):
         return [_parsed(message) for message in messages], {"tools": list(tools)} if tools else {}
-    plain = [_as_text(message) for message in messages]
+    plain: list[dict[str, Any]] = []
+    for before, message in zip([None, *messages], messages, strict=False):
+        if before and before["role"] == message["role"] == "tool":  # many templates take turns
+            plain[-1]["content"] += "\n" + _as_text(message)["content"]
+        else:
+            plain.append(_as_text(message))
     if tools:
         functions = "\n".join(json.dumps(tool["function"]) for tool in tools)
         told = _TOLD.format(functions=functions, form=written_call("NAME", "{}"))

@@ -51,6 +51,17 @@ def seconds(text: str) -> float:
     return value
 
 
+def gibibytes(text: str) -> float:
+    """An option's value as a number of GiB, more than 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 2**20:
+        raise argparse.ArgumentTypeError(f"must be a number of GiB, more than 0, not {text!r}")
+    return value
+
+
 def port(text: str) -> int:
     """An option's value as a TCP port."""
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
@@ -116,6 +127,12 @@ def add_engine(parser: argparse.ArgumentParser, *, num_blocks: int | None) -> No
         help="the dtype of the KV cache (default: that of the model, as auto says too)",
     )
     add("--block-size", type=positive, default=16, help="tokens in a block (default: %(default)s)")
+    add(
+        "--kv-offloading-size",
+        type=gibibytes,
+        help="GiB of host memory that keep evicted blocks for prompts with the same start (default: none)",
+    )
+    add("--kv-offloading-dir", help="a folder on whose disk they are kept instead (default: none)")
     add("--max-num-seqs", type=positive, default=32, help="requests that run at once (default: %(default)s)")
     add(
         "--max-num-batched-tokens",

@@ -10,6 +10,7 @@ is dropped in silence. The flags are those of `vllm serve` (vLLM 0.33) and of `s
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -182,6 +183,11 @@ def _vllm(config: EngineConfig, out: Command) -> None:
         out.flag("enable_chunked_prefill", why, "--no-enable-chunked-prefill")
     cache = "--enable-prefix-caching" if config.enable_prefix_caching else "--no-enable-prefix-caching"
     out.flag("enable_prefix_caching", "whether blocks are kept for later prompts with the same start", cache)
+    if config.kv_offloading_size is not None:
+        why = "GiB of host memory for blocks, which it copies when they are full"
+        out.flag("kv_offloading_size", why, "--kv-offloading-size", config.kv_offloading_size)
+    if config.kv_offloading_dir is not None:
+        out.without_twin["kv_offloading_dir"] = "a disk is a secondary tier, in its --kv-transfer-config"
     why = "requests may bring a priority, lower first, as here"
     out.flag("", why, "--scheduling-policy", "priority")
     if config.attention_backend == "triton":
@@ -246,6 +252,13 @@ def _sglang(config: EngineConfig, out: Command) -> None:
         out.same["enable_prefix_caching"] = "a radix tree, as here"
     else:
         out.flag("enable_prefix_caching", "no prefix cache", "--disable-radix-cache")
+    if config.kv_offloading_size is not None:
+        out.flag("kv_offloading_size", "evicted blocks are kept", "--enable-hierarchical-cache")
+        size = math.ceil(config.kv_offloading_size * 2**30 / 1e9)
+        out.flag("kv_offloading_size", "in whole GB of host memory", "--hicache-size", size)
+    if config.kv_offloading_dir is not None:
+        why = "--hicache-storage-backend file, with a folder that its environment names, is a tier beside it"
+        out.without_twin["kv_offloading_dir"] = why
     out.flag("", "requests may bring a priority, as here", "--enable-priority-scheduling")
     out.flag("", "lower first", "--schedule-low-priority-values-first")
     out.flag("", "and that of requests that bring none", "--default-priority-value", 0)

@@ -27,7 +27,7 @@ from labkit.serving.async_engine import AsyncEngine, EngineStoppedError
 from labkit.serving.errors import RequestError, error_object, too_long
 from labkit.serving.limits import Limits
 from labkit.serving.metrics import Metrics
-from labkit.serving.schema import Body, CompletionBody, field_of
+from labkit.serving.schema import Body, CompletionBody, field_of, refusal
 from labkit.serving.stream import DONE, KEEP_ALIVE, Format, event, usage
 
 logger = logging.getLogger("labkit.server")
@@ -157,7 +157,7 @@ class Handler:
         head = {"id": answer_id, "created": int(time.time()), "model": body.model}
         tokenizer = None if params.logprobs is None else live.engine.model.tokenizer
         promises_usage = bool(body.stream_options and body.stream_options.include_usage)
-        written = write(head, tokenizer, promises_usage, params.skip_special_tokens, body.may_call)
+        written = write(head, tokenizer, promises_usage, params.skip_special_tokens, body.offer.how)
         call = Call(live, body, client, prompts, params, len(prompts) * params.n, written, began)
         self._under_way += Counter({client: call.num_answers})  # the engine learns of them when tokenised
         try:
@@ -168,7 +168,7 @@ class Handler:
                 longest = min(live.engine.max_model_len, self.options.limits.prompt_tokens or sys.maxsize)
                 raise too_long(longest, str(error), field_of(body, "prompt", "prompt")) from None
             if isinstance(error, ValueError):
-                raise RequestError(400, str(error), param=field_of(body, str(error), "prompt")) from None
+                raise refusal(body, error, "prompt") from None
             if isinstance(error, EngineStoppedError):
                 raise RequestError(503, str(error), code="engine_stopped") from None
             raise
@@ -199,7 +199,7 @@ class Handler:
             if limits.answer_tokens is not None:
                 limits.check_tokens(0, params.max_tokens)
         except ValueError as error:
-            raise RequestError(400, str(error), param=field_of(body, str(error), "max_tokens")) from None
+            raise refusal(body, error, "max_tokens") from None
 
         more, own = len(prompts) * params.n, self._under_way[client]
         everybody = max(live.num_unfinished, self._under_way.total())  # the engine lags behind: see `start`
@@ -292,7 +292,7 @@ class Handler:
                 async for index, piece in pieces:
                     if piece.finish_reason in ("error", "abort"):
                         yield index, piece._replace(finish_reason=None)  # what a slow reader has not seen yet
-                        error = _failed(piece)
+                        error = _failed(piece, call.body)
                         call.status = error.status
                         raise error
                     yield index, piece
@@ -338,7 +338,10 @@ def _at_once(answer: Piece | RequestOutput) -> FinishReason | None:
     return answer.finish_reason and "length"
 
 
-def _failed(piece: Piece) -> RequestError:
+def _failed(piece: Piece, body: Body) -> RequestError:
     if piece.finish_reason == "error":
-        return RequestError(500, piece.error or "the request failed", code="engine_error")
+        error = piece.error or "the request failed"
+        if (message := error.removeprefix("ValueError: ")).startswith("structured"):  # too large on the way
+            return refusal(body, ValueError(message), "prompt")
+        return RequestError(500, error, code="engine_error")
     return RequestError(503, "the request was ended before its answer was complete", code="aborted")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-Where = Literal["completions", "chat", "stream_options", "message", "part"]
+Where = Literal["completions", "chat", "stream_options", "message", "part", "tool", "function", "call"]
 
 _HINT = object()  # any value: the field says something to a cache or to a log, and changes no answer
 
@@ -62,6 +62,7 @@ NEUTRAL: dict[Where, dict[str, tuple[Any, ...]]] = {
         "annotations": ([],),
         "cache_control": (_HINT,),
         "images": ([],),
+        "parsed": (_HINT,),  # what a client makes of its content
         "prefix": (False,),
         "provider_specific_fields": ({},),
         "reasoning_content": ("",),
@@ -70,6 +71,9 @@ NEUTRAL: dict[Where, dict[str, tuple[Any, ...]]] = {
         "videos": ([],),
     },
     "part": {"annotations": ([],), "cache_control": (_HINT,), "citations": ([],)},
+    "tool": {"cache_control": (_HINT,)},
+    "function": {"cache_control": (_HINT,)},
+    "call": {"parsed_arguments": (_HINT,), "provider_specific_fields": ({},)},
 }
 
 

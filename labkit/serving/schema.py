@@ -7,6 +7,7 @@ refused by its name, unless its value asks for nothing (`labkit.serving.neutral`
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
@@ -18,9 +19,9 @@ from labkit.models.chat import as_chat, check_variables, text_of
 from labkit.models.tools import for_template
 from labkit.sampling_params import MAX_LOGPROBS, SamplingParams, Structured
 from labkit.serving.errors import RequestError
-from labkit.serving.forms import of_response_format, of_structured_outputs
+from labkit.serving.forms import newer_name, of_response_format, of_structured_outputs
 from labkit.serving.neutral import Where, first_that_asks
-from labkit.serving.tool_calls import call_grammar, checked_tools, offered
+from labkit.serving.tool_calls import MOST_TOOLS, Offer, Tool
 
 Number = StrictInt | StrictFloat
 Token = Annotated[StrictInt, Field(ge=0)]
@@ -76,18 +77,23 @@ class Body(BaseModel):
     structured_outputs: dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None  # OpenAI's, for chat
 
-    may_call: ClassVar[bool] = False  # whether an answer may call functions
+    offer: ClassVar[Offer] = Offer()  # what an answer may call
+
+    @property
+    def text_field(self) -> str:
+        """The field that says which form an answer must have that calls nothing."""
+        return "structured_outputs" if self.structured_outputs else "response_format"
 
     @property
     def form_field(self) -> str:
         """The field that says which form an answer must have."""
-        return "structured_outputs" if self.structured_outputs else "response_format"
+        return self.text_field
 
     def form(self) -> Structured | None:
         """The form that an answer must have. Raises `RequestError` (400) or `ValueError`."""
         asked = [
-            of_response_format(self.response_format) if self.response_format else None,
-            of_structured_outputs(self.structured_outputs) if self.structured_outputs else None,
+            None if self.response_format is None else of_response_format(self.response_format),
+            None if self.structured_outputs is None else of_structured_outputs(self.structured_outputs),
         ]
         found = [form for form in asked if form]
         if len(found) > 1:
@@ -101,7 +107,8 @@ class Body(BaseModel):
         if (best_of := extra.get("best_of")) == (self.n or 1) and not isinstance(best_of, bool):
             extra["best_of"] = None  # as many as are returned
         if (name := first_that_asks(self.where, extra)) is not None:
-            raise RequestError(400, f"{name} is not supported here", param=name, code="unsupported")
+            words = f"{name} is not supported here{newer_name(name)}"
+            raise RequestError(400, words, param=name, code="unsupported")
         if options := self.stream_options:
             if (name := first_that_asks("stream_options", options.model_extra)) is not None:
                 message = f"stream_options: {name} is not supported here"
@@ -224,7 +231,7 @@ class Part(BaseModel):
 
 
 class CalledFunction(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="allow")
 
     name: StrictStr
     arguments: StrictStr
@@ -233,7 +240,7 @@ class CalledFunction(BaseModel):
 class ToolCall(BaseModel):
     """A call that an earlier answer made. Streams number them, and some clients send that back."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="allow")
 
     id: StrictStr | None = None
     type: Literal["function"] = "function"
@@ -242,14 +249,20 @@ class ToolCall(BaseModel):
 
     def plain(self) -> dict[str, Any]:
         """The call as it was written. Raises `RequestError` (400) for arguments that are no JSON object."""
+        for where, extra in (("call", self.model_extra), ("call", self.function.model_extra)):
+            if (name := first_that_asks(where, extra)) is not None:
+                words = f"messages: {name} in tool_calls is not supported here"
+                raise RequestError(400, words, param="messages")
+        written = self.function.arguments.strip() or "{}"  # of a function without any, some clients say so
         try:
-            arguments = json.loads(self.function.arguments)
-        except ValueError:
+            arguments = json.loads(written)
+        except (ValueError, RecursionError):
             arguments = None
         if not isinstance(arguments, dict):
             words = "messages: tool_calls: arguments must be the JSON of an object"
             raise RequestError(400, words, param="messages")
-        return {"id": self.id, "type": self.type, "function": self.function.model_dump()}
+        function = {"name": self.function.name, "arguments": written}
+        return {"id": self.id, "type": self.type, "function": function}
 
 
 class Message(BaseModel):
@@ -275,12 +288,16 @@ class Message(BaseModel):
         message = {"role": "system" if self.role == "developer" else self.role, "content": content}
         if self.name is not None:
             message["name"] = self.name
-        if self.tool_calls and self.role == "assistant":
+        for field, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if getattr(self, field) and self.role != role:
+                words = f"messages: {field} must be in a message of role {role}, not {self.role}"
+                raise RequestError(400, words, param="messages")
+        if self.tool_calls:
             message["tool_calls"] = [call.plain() for call in self.tool_calls]
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
         try:
-            (text_of(message) + (self.name or "")).encode()
+            _words_of(message).encode()
         except UnicodeEncodeError:
             words = "messages: content is not text: it holds half a surrogate pair"
             raise RequestError(400, words, param="messages") from None
@@ -300,34 +317,29 @@ class ChatBody(Body):
     add_generation_prompt: StrictBool | None = None
     continue_final_message: StrictBool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[Any] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
     tool_choice: StrictStr | dict[str, Any] | None = None
     parallel_tool_calls: StrictBool | None = None
 
     @cached_property
-    def offer(self) -> tuple[list[dict[str, Any]], str]:
-        """The functions that the answer may call, and how. Raises as `offered` does."""
-        return offered(checked_tools(self.tools or []), self.tool_choice)
-
-    @property
-    def may_call(self) -> bool:  # type: ignore[override]
-        return self.offer[1] != "none"
+    def offer(self) -> Offer:  # type: ignore[override]
+        """What the answer may call. Raises as `Offer.of` does."""
+        return Offer.of(self.tools or [], self.tool_choice, several=self.parallel_tool_calls is not False)
 
     @property
     def form_field(self) -> str:
         """See `Body`."""
-        return "tools" if self.may_call else super().form_field
+        return self.text_field if self.offer.how == "none" else "tools"
 
     def form(self) -> Structured | None:
-        """See `Body`. What an answer may call is a form, too."""
-        form, (tools, how) = super().form(), self.offer
-        if how == "none":
+        """See `Body`. Calls have a form, too; any other is that of an answer without calls."""
+        form = super().form()
+        if self.offer.how == "none":
             return form
-        if form:
-            words = f"{super().form_field} and tools both name a form: give one of them"
-            raise RequestError(400, words, param=super().form_field)
-        several = self.parallel_tool_calls is not False
-        return Structured.of({"grammar": call_grammar(tools, how, several=several)})
+        if form and form.kind != "json":
+            words = f"structured_outputs: {form.kind} cannot stand beside tools: only json can"
+            raise RequestError(400, words, param="structured_outputs")
+        return self.offer.form(form)
 
     def prompts(self) -> list[Conversation]:
         """One conversation."""
@@ -339,15 +351,16 @@ class ChatBody(Body):
         return [[message.plain() for message in self.messages]]
 
     def length(self, prompt: Conversation) -> int:
-        """The characters of all messages and names, and those that the template adds to each."""
-        return sum(len(text_of(message)) + len(message.get("name", "")) + _MARKS for message in prompt)
+        """The characters of all messages and tools, and those that the template adds to each message."""
+        tools = sum(len(json.dumps(tool)) for tool in self.offer.tools)
+        return tools + sum(len(_words_of(message)) + _MARKS for message in prompt)
 
     def encode(self, prompt: Conversation, tokenizer: PreTrainedTokenizerBase) -> str | list[int]:
         """A conversation in the model's own chat format."""
         variables = self.chat_template_kwargs or {}
         check_variables(tokenizer, variables)
         try:
-            messages, more = for_template(tokenizer, prompt, self.offer[0])
+            messages, more = for_template(tokenizer, prompt, self.offer.tools)
             return as_chat(
                 tokenizer,
                 messages,
@@ -376,6 +389,20 @@ class ChatBody(Body):
         return self._params(defaults, max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
 
 
+def refusal(body: Body, error: ValueError, otherwise: str) -> RequestError:
+    """The answer (400) to a call that the engine refuses, in the words of the call."""
+    message = str(error)
+    name = field_of(body, message, otherwise)
+    if name == "tools":  # what they are to the engine, a client has not seen
+        said = re.sub("^structured: (grammar:? )?", "", message)
+        if said.startswith("line 1: "):  # there stands the form of an answer without calls
+            name, said = body.text_field, said.removeprefix("line 1: ")
+        message = f"{name}: {body.offer.in_its_words(said)}"
+    elif message.startswith("structured"):
+        message = name + message.removeprefix("structured")
+    return RequestError(400, message, param=name)
+
+
 def field_of(body: Body, message: str, otherwise: str) -> str:
     """The field that an error of the engine is about: its message begins with the engine's name for it."""
     name = message.split(maxsplit=1)[0].rstrip(":").partition("[")[0] if message.strip() else ""
@@ -394,3 +421,9 @@ def _token(name: str, key: str) -> int:
         return int(key)
     except ValueError:
         raise ValueError(f"{name} maps token ids to numbers, and {key!r} is no token id") from None
+
+
+def _words_of(message: Mapping[str, Any]) -> str:
+    """All that a message says: its text, its name, and its calls."""
+    calls = [part for call in message.get("tool_calls", ()) for part in call["function"].values()]
+    return "".join([text_of(message), message.get("name", ""), *calls])

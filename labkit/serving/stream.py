@@ -135,7 +135,7 @@ class Format:
         tokenizer: the model's tokenizer, for log-probabilities; None if none are asked for.
         promises_usage: whether each chunk of a stream says that the usage will follow.
         skip_special_tokens: whether special tokens are no text of the answers.
-        may_call: whether answers may call functions.
+        calls: whether answers call functions, as `Offer.how` says it.
 
     Attributes:
         streamed: how far a stream has come in the tokens of each choice, for log-probabilities.
@@ -146,7 +146,7 @@ class Format:
     tokenizer: PreTrainedTokenizerBase | None = None
     promises_usage: bool = False
     skip_special_tokens: bool = True
-    may_call: bool = False
+    calls: str = "none"
     streamed: dict[int, AnswerTokens | None] = field(default_factory=dict)
     readers: dict[int, CallReader] = field(default_factory=dict)
 
@@ -204,10 +204,10 @@ class ChatFormat(Format):
         choices, tokens = [], self.streamed.get(index)
         reason: str | None = piece.finish_reason
         deltas = [{"content": piece.text}] if piece.text or piece.logprobs else []
-        if self.may_call:
+        if self.calls != "none":
             reader = self.readers.setdefault(index, CallReader())
             deltas = reader.push(piece.text, final=bool(reason)) or [{}] * bool(piece.logprobs)
-            reason = _reason(reason, reader)
+            reason = self._reason(reason, reader)
         logprobs = chat_logprobs(piece.logprobs, tokens) if tokens else None
         for delta in deltas:
             choices.append({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None})
@@ -219,13 +219,13 @@ class ChatFormat(Format):
     def choice(self, index: int, echo: str, output: RequestOutput) -> dict[str, Any]:
         tokens, reason = self.tokens_of(output), output.finish_reason
         message: dict[str, Any] = {"role": "assistant", "content": output.text, "refusal": None}
-        if self.may_call:
+        if self.calls != "none":
             reader = CallReader()
             deltas = reader.push(output.text, final=True)
             message["content"] = "".join(delta.get("content", "") for delta in deltas)
             if reader.calls:
                 message |= {"content": message["content"] or None, "tool_calls": reader.calls}
-            reason = _reason(reason, reader)
+            reason = self._reason(reason, reader)
         return {
             "index": index,
             "message": message,
@@ -233,10 +233,10 @@ class ChatFormat(Format):
             "finish_reason": reason,
         }
 
-
-def _reason(reason: str | None, reader: CallReader) -> str | None:
-    """Why an answer ended, as chat says it: for its caller to answer its calls, if it has any."""
-    return "tool_calls" if reason == "stop" and reader.calls else reason
+    def _reason(self, reason: str | None, reader: CallReader) -> str | None:
+        """Why an answer ended, as chat says it: for its caller to answer its calls, if it chose to call."""
+        called = reader.calls and not reader.is_inside and self.calls != "named"
+        return "tool_calls" if reason == "stop" and called else reason
 
 
 class CompletionFormat(Format):

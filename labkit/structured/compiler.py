@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from labkit.models.load import LoadedModel
 from labkit.models.no_tokenizer import NoTokenizer
@@ -28,7 +28,7 @@ class FormCompiler:
 
     def __init__(self, model: LoadedModel) -> None:
         self._model, self._lock = model, threading.RLock()
-        self._compiled = lru_cache(_MOST_FORMS)(self._compile)
+        self._forms: dict[Structured, CompiledForm] = {}  # the latest last
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
@@ -44,7 +44,11 @@ class FormCompiler:
     def compile(self, asked: Structured) -> CompiledForm:
         """Return a form for the model's vocabulary. Raises as `start` does."""
         with self._lock:
-            return self._compiled(asked)
+            form = self._forms.pop(asked, None) or self._compile(asked)
+            self._forms[asked] = form
+            if len(self._forms) > _MOST_FORMS:
+                del self._forms[next(iter(self._forms))]
+            return form
 
     def start(self, asked: Structured, stop_ids: frozenset[int], max_tokens: int) -> AnswerForm:
         """Return the form of a new answer.
@@ -74,7 +78,12 @@ class FormCompiler:
     def _compile(self, asked: Structured) -> CompiledForm:
         form = self._backend(asked)
         first = form.start()
-        if first.may_end and not first.mask().any():
+        try:
+            something = first.mask().any()
+        except ValueError as error:  # nothing can begin it, or it is too large
+            why = str(error).removeprefix("structured: ")
+            raise ValueError(f"structured: {asked.kind}: no answer can begin: {why}") from None
+        if first.may_end and not something:
             raise ValueError(f"structured: {asked.kind}: only the empty answer has this form")
         return form
 

@@ -21,6 +21,7 @@ from labkit.structured.vocabulary import Vocabulary
 
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _HEAD = '%llguidance {"no_forcing": true}\n'  # masks show all that is allowed, and not only what it prefers
+_PLACE = re.compile(r"(?:at )?(\d+)\(\d+\): (?:failed to compile JSON schema: )?")
 
 
 def library() -> ModuleType:
@@ -73,7 +74,7 @@ class Guidance:
         grammar = f"start: {json_grammar(text)}" if kind == "json" else text
         matcher = library().LLMatcher(self.tokenizer, _HEAD + grammar, log_level=0)
         if matcher.is_error():
-            raise ValueError(f"structured: {kind}: {_reason(matcher.get_error())}")
+            raise ValueError(f"structured: {kind}: {_reason(matcher.get_error(), kind)}")
         least = fewest_bytes(json.loads(text)) if kind == "json" else 0
         if least == math.inf:
             raise ValueError(f"structured: {kind}: no answer of this schema ends: it requires itself")
@@ -141,9 +142,12 @@ class GuidedMatcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():  # it stays in its errors, and raises none
-            raise ValueError(_reason(self._matcher.get_error()))
+            raise ValueError(f"structured: {_reason(self._matcher.get_error())}")
 
 
-def _reason(message: str) -> str:
-    """Return the part of the library's message that says what is wrong."""
-    return re.sub(r"^at .*?: failed to compile JSON schema: ", "", message).partition("\n")[0]
+def _reason(message: str, kind: str = "json") -> str:
+    """Return the part of the library's message that says what is wrong, and in which line of a grammar."""
+    first, *more = message.splitlines() or [message]
+    place = _PLACE.match(first)
+    said = " ".join([_PLACE.sub("", first), *(line for line in more if line.startswith("error: "))])
+    return f"line {int(place[1]) - 1}: {said}" if place and kind == "grammar" else said  # _HEAD has a line

@@ -270,7 +270,7 @@ def _check_record(record: StepRecord, meta: TraceMeta, last: int, number: int) -
     blocks += [block for finish in record.finished for block in finish.blocks]
     blocks += [block for copy in record.copied for block in copy[1:]]
     blocks += [block for admission in record.admitted for block in admission.shared]
-    for block in (*blocks, *record.published, *record.evicted):
+    for block in (*blocks, *record.published, *record.evicted, *record.restored):
         if not 0 <= block < meta.num_blocks:
             fail(f"block {block} is outside the pool of {meta.num_blocks}")
     if not 0 <= record.free_blocks <= meta.num_blocks:

@@ -148,7 +148,8 @@ class StepRecord:
       its place: 1 where it forced one. It is empty for a row without a form, and where no row has one.
     - `waiting` counts the queue after the step was planned; `blocked` names its head and why it waits.
     - `free_blocks` counts after the step, when the requests that finished in it have given theirs back.
-    - `published` blocks can be found by later requests from now on, `evicted` ones no longer can.
+    - `published` blocks can be found by later requests from now on, `evicted` ones no longer can. Of those
+      published, the contents of `restored` ones were not computed: they had been evicted, and came back.
     - `returned` blocks were taken for rejected drafts: they leave their block tables after the step.
     - `sent_in_layers` and `sent_elsewhere` count the bytes that each process of a parallel model sent to the
       others, and `sending` the seconds that this took the first of them, with waiting for the others.
@@ -179,6 +180,7 @@ class StepRecord:
     returned: tuple[Blocks, ...] = ()
     published: tuple[int, ...] = ()
     evicted: tuple[int, ...] = ()
+    restored: tuple[int, ...] = ()
     waiting: int = 0
     blocked: tuple[str, str] | None = None
     held_back: str = ""

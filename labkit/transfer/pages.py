@@ -62,12 +62,16 @@ class KVPages:
         try:
             tensors = load(data)
             same = facts.pop("sha256") == _checksum(tensors, facts)
-            blocks, token_ids = tensors["blocks"], tensors["token_ids"].tolist()
+            blocks, token_ids, model = tensors["blocks"], tensors["token_ids"], facts["model"]
         except (SafetensorError, KeyError) as error:
             raise TransferError(f"these pages are damaged: {error}") from None
-        if not same or blocks.ndim != 6 or len(token_ids) != blocks.shape[1] * blocks.shape[4]:
+        if not same:
             raise TransferError("these pages are damaged: their checksum is another")
-        return cls(token_ids, blocks, facts["model"])
+        if blocks.ndim != 6 or not blocks.numel() or token_ids.dtype != torch.int64:
+            raise TransferError("these pages are damaged: they hold no blocks, or no tokens")
+        if token_ids.shape != (blocks.shape[1] * blocks.shape[4],):
+            raise TransferError("these pages are damaged: token_ids are not as many as the blocks hold")
+        return cls(token_ids.tolist(), blocks, model)
 
 
 def _facts(data: bytes) -> dict[str, Any]:

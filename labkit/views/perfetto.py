@@ -115,6 +115,8 @@ def _steps(trace: Trace, clock: _Clock) -> Iterator[Event]:
         }
         if record.drafted:
             facts |= {"tokens drafted": record.total_drafted, "drafts right": record.total_accepted}
+        if record.restored:
+            facts["evicted pages brought back"] = len(record.restored)
         if record.total_sent:
             facts |= {
                 "bytes sent in layers": record.sent_in_layers,

@@ -187,6 +187,8 @@ def _events(record: StepRecord) -> list[tuple[str, str]]:
     found = [*moved, *arrived, *preempted, *admitted, *returned, *finished][:MAX_LISTED]
     if record.evicted:
         found.append(("", f"{style.plural(len(record.evicted), 'cached page')} evicted"))
+    if record.restored:
+        found.append(("", f"{style.plural(len(record.restored), 'evicted page')} brought back, not computed"))
     if record.threads:
         words = f"{style.plural(record.threads, 'thread')} from now on: as many cores as other programs leave"
         found.append(("", words))

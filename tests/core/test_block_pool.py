@@ -139,7 +139,9 @@ def test_blocks_are_handed_out_in_order_and_free_ones_before_cached_ones() -> No
     assert pool.match([5, 6, 7, 8, 9]) == [0, 1]
     assert pool.allocate("c", 1) == [1]  # the tail goes first
     assert pool.match([5, 6, 7, 8, 9]) == [0]
-    assert pool.drain_changes() == ((0, 1), (1,))
+    assert pool.drain_changes() == {"published": (0,), "evicted": (1,)}  # 1 came and went
+    assert pool.allocate("d", 1) == [0]
+    assert pool.drain_changes() == {"published": (), "evicted": (0,)}
 
 
 def test_least_recently_used_prefix_is_evicted_first() -> None:

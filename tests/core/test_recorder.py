@@ -38,7 +38,7 @@ def test_every_field_of_a_step() -> None:
     )
     assert (record.time, record.seconds) == (1.5, 0.5)
     assert bench.scheduler.changes == Changes(), "each change is recorded once"
-    assert bench.pool.drain_changes() == ((), ())
+    assert bench.pool.drain_changes() == {"published": (), "evicted": ()}
     plan = bench.scheduler.schedule()
     result = StepResult([(8,), (9,)])
     bench.scheduler.commit(plan, result)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,15 @@ import pytest
 from labkit.exercises import e00
 from labkit.exercises.common import arrivals
 from labkit.exercises.e00 import Facts, Running, Waiting, facts_of, next_step, plan_of
-from tests.exercising import assert_accepted, assert_open, assert_refused, function_from, solution
+from tests.exercising import (
+    assert_accepted,
+    assert_open,
+    assert_refused,
+    boxes,
+    function_from,
+    notebook,
+    solution,
+)
 
 Plan = dict[str, int]
 
@@ -164,6 +174,38 @@ def test_a_wrong_prediction_shows_the_facts_and_both_plans() -> None:
     text = assert_refused("00.1", lambda facts: {}, "running").text
     for line in ("running  A: knows 6, computed 5, holds 2 pages", "yours:  nobody", "engine: A 1"):
         assert line in text
+
+
+def right_so_far(text: str) -> list[tuple[str, str]]:
+    return re.findall(r"right so far: (\d+) of (\d+) states", text)
+
+
+@pytest.mark.parametrize("number", range(len(e00._CASES) + 1))
+def test_a_refusal_counts_the_states_that_were_right_before_it(number: int) -> None:
+    """Before the first state there is no count, and behind the last one there is no list to count in."""
+    cases, asked = [*e00._CASES, e00._WHOLE_RUN], itertools.count()
+
+    def until(facts: Facts) -> Plan:
+        return next_step(facts) if next(asked) < number else {"nobody": 1}
+
+    text = assert_refused("00.1", until, cases[number].rule).text
+    counted = 0 < number < len(e00._CASES)
+    assert right_so_far(text) == ([(str(number), str(len(e00._CASES)))] if counted else [])
+
+
+def test_the_count_grows_with_the_rules_that_a_learner_adds() -> None:
+    texts = [
+        assert_refused("00.1", bent(**missing), "right so far").text
+        for missing in ({"waiting": False}, {"seats": 99}, {"ignores_pages": True}, {"overtakes": True})
+    ]
+    ((first, _), *others) = counts = [found for text in texts for found in right_so_far(text)]
+    assert first == "3"  # what the text of the exercise proposes to begin with
+    assert len(others) == 3 and counts == sorted(set(counts), key=lambda count: int(count[0]))
+
+
+def test_the_text_of_the_exercise_tells_the_number_of_its_states() -> None:
+    (box,) = boxes(notebook("00").cells).values()
+    assert f"in {len(e00._CASES)} such states" in box
 
 
 def test_no_state_of_the_exercise_is_short_of_pages() -> None:

@@ -38,7 +38,10 @@ def test_every_option_reaches_the_settings() -> None:
     assert {name: getattr(config, name) for name in given} == given
     known = {entry.name for entry in fields(EngineConfig)}
     untold = vars(options()).keys() & known - given.keys()
-    assert untold == {"scheduler", "draft_model"}  # which go with other settings
+    others = {"scheduler", "draft_model", "kv_offloading_size", "kv_offloading_dir"}
+    assert untold == others  # which go with other settings
+    kept = cli.engine_config(options("--kv-offloading-size", "1.5", "--kv-offloading-dir", "folder"))
+    assert (kept.kv_offloading_size, kept.kv_offloading_dir) == (1.5, "folder")
     assert cli.engine_config(options("--scheduler", "naive")).scheduler == "naive"
     assert cli.engine_config(options(), draft_model="small", speculative="draft").draft_model == "small"
 
@@ -48,6 +51,13 @@ def test_a_started_engine_has_the_settings_of_its_options() -> None:
     with cli.load(asked, trace_steps=7) as live:
         config = live.engine.config
         assert (config.max_step_seconds, config.num_blocks, config.max_trace_steps) == (0.5, 20, 7)
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf", "2 GB", ""])
+def test_a_size_that_is_none_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options("--kv-offloading-size", size)
+    assert "--kv-offloading-size: must be a number of GiB, more than 0, not" in capsys.readouterr().err
 
 
 def test_settings_that_cannot_work_together_are_refused() -> None:

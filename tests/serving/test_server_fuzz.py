@@ -102,7 +102,8 @@ def judge(answer: httpx.Response) -> str | None:
         finished = [choice["index"] for choice in choices if choice["finish_reason"]]
         assert sorted(finished) == sorted({choice["index"] for choice in choices})
     else:
-        assert all(choice["finish_reason"] in ("stop", "length") for choice in strict(answer.text)["choices"])
+        reasons = {choice["finish_reason"] for choice in strict(answer.text)["choices"]}
+        assert reasons <= {"stop", "length", "tool_calls"}
     return None
 
 
@@ -152,7 +153,8 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "ignore_eos": st.booleans(),
     "priority": st.integers(-(2**32), 2**32),
     "best_of": st.integers(0, 2),
-    "response_format": st.just({"type": "text"}),
+    "response_format": st.sampled_from([{"type": "text"}, {"type": "json_object"}]),
+    "structured_outputs": st.sampled_from([{"choice": ["a", "b"]}, {"regex": "a+"}, {"json": {}}]),
     "metadata": st.just({}),
 }
 OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
@@ -167,7 +169,9 @@ OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "logprobs": st.booleans(),
         "top_logprobs": st.integers(-1, 21),
         "max_completion_tokens": st.integers(0, 9),
-        "tools": st.just([]),
+        "tools": st.sampled_from([[], [{"type": "function", "function": {"name": "a"}}]]),
+        "tool_choice": st.sampled_from(["none", "auto", "required"]),
+        "parallel_tool_calls": st.booleans(),
     },
 }
 

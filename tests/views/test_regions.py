@@ -60,7 +60,9 @@ def look(browser: Any) -> Iterator[Callable[..., Any]]:
     page = browser.new_page(viewport={"width": 960, "height": 400})
     styles = f"<style>{asset('live_feed.css')} canvas {{ width: 900px; display: block; }}</style>"
     page.set_content(f"{styles}<div class='lk'><canvas></canvas></div>")
-    page.add_script_tag(content=script("live_feed.js", "regions.js", "words.js") + "window.labkit = labkit;")
+    page.add_script_tag(
+        content=script("live_feed.js", "regions.js", "two_pools.js", "words.js") + "window.labkit = labkit;"
+    )
     yield lambda code, argument: page.evaluate(code, json.loads(json.dumps(argument)))
     page.close()
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import dataclasses
 import gzip
+import html
 import json
 import random
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from labkit.trace.records import Copy
 from labkit.trace.trace import Trace
 from labkit.views import replay_data, run_page
 from labkit.views.assets import asset, script
+from labkit.views.facts.batch_timeline import Timeline
 from tests.views.stories import busy, draft_run, run, story, timed, trace_of, traces
 
 NASTY = [
@@ -124,6 +127,27 @@ def test_nothing_in_a_run_becomes_markup_or_script(
     assert found.data[1] == expected.data[1] and len(found.data) == 2
     assert not set("<\u2028\u2029\r") & set(found.data[0])
     assert kept(page)[2] == sent(trace)
+
+
+@settings(max_examples=80, deadline=None)
+@given(nasty, nasty, nasty, st.sampled_from(["&", "<", "&amp;<b>", ">"]))
+def test_the_words_for_a_reader_without_scripts_are_never_markup(
+    name: str, model: str, reason: str, end: str
+) -> None:
+    """The headline holds numbers alone today: here it says all that a user could have written."""
+    trace = run([(0, f"a{name}", 5, 3)])
+    records = [dataclasses.replace(record, blocked=(f"a{name}", reason)) for record in trace]
+    trace = Trace(dataclasses.replace(trace.meta, model=model), records)
+    said = f"{name} asked {model}", f"{reason}{end}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Timeline, "headline", property(lambda _: said))
+        page = run_page.page(trace)
+    (inside,) = re.findall(
+        r"<noscript><p>(.*?)\. The pictures need JavaScript\.</p></noscript>", page, re.DOTALL
+    )
+    assert not set(inside) & set("<>\"'")
+    assert not re.search(r"&(?!amp;|lt;|gt;|quot;|#x27;)", inside)
+    assert html.unescape(inside) == ". ".join(said)
 
 
 def test_the_scripts_and_styles_can_stand_in_a_page() -> None:
