@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from labkit import notebook
-from labkit.analysis.roofline import StepWork
 from labkit.engine import Engine
 from labkit.exercises import Exercise, Run, Wrong, expect
 from labkit.exercises.common import Job, answers, exactly, few, prompt_of, tiny_engine, whole
@@ -165,13 +164,11 @@ class Fleet:
     Attributes:
         ticks: The number of rounds, in each of which every engine can make a step.
         again: The number of prompt tokens that were computed again, because their pages were evicted.
-        keys: For each step in which an answer grew, how many keys it read.
         answers: The tokens of each answer.
     """
 
     ticks: int = 0
     again: int = 0
-    keys: list[int] = field(default_factory=list)
     answers: dict[str, list[int]] = field(default_factory=dict)
 
 
@@ -223,7 +220,6 @@ def serve_apart(choose: Place, travel: int = 3) -> Fleet:
         for engine in engines:
             if engine.has_unfinished:
                 record = engine.step()
-                fleet.keys.append(StepWork.of(record).keys)
                 fleet.again += sum(max(0, row.num_tokens - PAGE) for row in record.rows)
         done = sum(output.finished for engine in engines for output in engine.outputs.values())
         if done == len(jobs):
