@@ -50,8 +50,9 @@ def _naive(naive: Result, batched: Result, trust: float) -> tuple[str, str]:
 def _memory(reserved: Result, paged: Result, trust: float) -> tuple[str, str]:
     lost = _times(paged.preemptions)
     price = f" The price: {lost} a request gave its pages back and began again." if paged.preemptions else ""
+    seen = _steps("Reserved memory", reserved, f"paged memory ({paged.setting.name})", paged)
     return (
-        f"{_steps('Reserved memory', reserved, f'paged memory ({paged.setting.name})', paged)} Of the memory that requests held, "
+        f"{seen} Of the memory that requests held, "
         f"{reserved.waste:.0%} was empty where it was reserved, {paged.waste:.0%} where it was paged.",
         "Reserved memory takes pages for the whole answer before it begins (hatched, below each picture), "
         "paged memory takes a page when tokens come. So the same memory served "
