@@ -83,9 +83,7 @@ def _examine(function: Callable[..., Any]) -> None:
         expect(follows == after, _FOLLOWS, told)
 
 
-def _why(
-    text: bytes, right: bytes, accepting: np.ndarray, table: np.ndarray, start: int, state: int
-) -> str:
+def _why(text: bytes, right: bytes, accepting: np.ndarray, table: np.ndarray, start: int, state: int) -> str:
     """The rule that these bytes break."""
     if start != state and text == forced(table, accepting, start)[0]:
         return _BEGIN

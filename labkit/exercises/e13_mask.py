@@ -151,7 +151,9 @@ def _examine(function: Callable[..., Any]) -> None:
         before, table = _told(root), dfa.table.copy()
         right = set(allowed(tree(tokens), dfa.table, state))
         returned = function(root, table, state)
-        names = "  ".join(f"{number} {token!r}"[0:40].replace(" b'", " '") for number, token in enumerate(tokens))
+        names = "  ".join(
+            f"{number} {token!r}"[0:40].replace(" b'", " '") for number, token in enumerate(tokens)
+        )
         told = f"tokens: {names}\nform: {form!r}, written so far: {written.decode()!r}\n"
         got = read_ids(returned, told)
         told += f"yours: {sorted(got)}\nright: {sorted(right)}"

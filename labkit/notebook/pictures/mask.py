@@ -7,16 +7,18 @@ from labkit.structured.regex_dfa import regex_dfa
 from labkit.structured.trie import Trie
 
 _FORM = "yes|yet|no"
-_TOKENS = ("y", "ye", "yes", "yeah", "es", "s", "t", "n", "no", "not")
-_SCORES = (1, 0, 4, 6, 2, 3, 1, 2, 5, 7)
+_TOKENS = ("y", "ye", "yes", "yeah", "es", "s", "t", "n", "o", "no", "not")
+_SCORES = (1, 0, 4, 6, 2, 3, 1, 2, 1, 5, 7)
 _STATES = ("", "y", "ye", "n", "no")
 _HERE = "ye"
-_LEFT, _WIDE, _TALL = 150, 54, 24
+_LEFT, _WIDE, _TALL = 144, 50, 24
 
 
 def mask_over_tokens() -> Drawing:
     """Draw an automaton over characters, what each of its states allows, and one of these rows as a mask."""
-    sheet = Sheet(f"The form {_FORM}: its states, and what each allows of a vocabulary of {len(_TOKENS)}", 470)
+    sheet = Sheet(
+        f"The form {_FORM}: its states, and what each allows of a vocabulary of {len(_TOKENS)}", 470
+    )
     _automaton(sheet)
     dfa = regex_dfa(_FORM, frozenset(range(256)))
     trie = Trie([token.encode() for token in _TOKENS])
@@ -34,7 +36,7 @@ def mask_over_tokens() -> Drawing:
         sheet.text(MARGIN, y + 17, _name(text), bold=text == _HERE)
         for i, fits in enumerate(rows[text]):
             color = (0 if text == _HERE else 1) if fits else "empty"
-            sheet.box(_LEFT + _WIDE * i + 2, y, _WIDE - 4, _TALL, "yes" if fits else "", color=color, size=11)
+            sheet.box(_LEFT + _WIDE * i + 2, y, _WIDE - 4, _TALL, "✓" if fits else "", color=color, size=11)
         some = [token for token, fits in zip(_TOKENS, rows[text], strict=True) if fits]
         twin.append(f"allowed after {_name(text):<8} {', '.join(some) or 'nothing: the answer ends'}")
     y = 198 + (_TALL + 4) * len(_STATES) + 18
@@ -44,7 +46,13 @@ def mask_over_tokens() -> Drawing:
         for i, number in enumerate(numbers):
             faint = number == "-inf"
             sheet.box(
-                _LEFT + _WIDE * i + 2, y, _WIDE - 4, _TALL, number, color="paper" if faint else "empty", size=12
+                _LEFT + _WIDE * i + 2,
+                y,
+                _WIDE - 4,
+                _TALL,
+                number,
+                color="paper" if faint else "empty",
+                size=12,
             )
         y += _TALL + 4
     lines = (
@@ -52,7 +60,10 @@ def mask_over_tokens() -> Drawing:
         "A token is allowed if the way of all of its characters is there: it may end in the middle of a word.",
     )
     twin += ["", f"logits        {'  '.join(f'{t} {n}' for t, n in zip(_TOKENS, _SCORES, strict=True))}"]
-    twin += [f"after {_name(_HERE):<7} {'  '.join(f'{t} {n}' for t, n in zip(_TOKENS, masked, strict=True))}", ""]
+    twin += [
+        f"after {_name(_HERE):<7} {'  '.join(f'{t} {n}' for t, n in zip(_TOKENS, masked, strict=True))}",
+        "",
+    ]
     for number, line in enumerate(lines):
         sheet.text(MARGIN, y + 22 + 20 * number, line)
     return sheet.drawing(*twin, *lines)
