@@ -146,7 +146,7 @@ def _run(function: Callable[..., Any]) -> Run:
     only = sum(row.num_forced for record in jumps.trace for row in record.rows)
     sentence = (
         f"In the engine, {len(PROMPTS)} forms of {tokens} tokens in {len(jumps.trace)} steps with your "
-        f"function, {len(reference.trace)} with the reference, {len(steps.trace)} if each token takes a step. "
+        f"function, {len(reference.trace)} with the reference, {len(steps.trace)} with one for each token. "
         f"{only} tokens were the only ones allowed. The tokens are the same in all three."
     )
     pictures = timelines({"With your function:": jumps.trace, "A step for each token:": steps.trace})

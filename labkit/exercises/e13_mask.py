@@ -1,4 +1,4 @@
-"""Exercise 13.1: the tokens that a state of an automaton allows, by a walk over the tree of the vocabulary."""
+"""Exercise 13.1: the tokens that a state of an automaton allows, by a walk over a vocabulary's tree."""
 
 from __future__ import annotations
 
@@ -151,9 +151,7 @@ def _examine(function: Callable[..., Any]) -> None:
         before, table = _told(root), dfa.table.copy()
         right = set(allowed(tree(tokens), dfa.table, state))
         returned = function(root, table, state)
-        names = "  ".join(
-            f"{number} {token!r}"[0:40].replace(" b'", " '") for number, token in enumerate(tokens)
-        )
+        names = "  ".join(f"{number} {str(token)[1:]}" for number, token in enumerate(tokens))
         told = f"tokens: {names}\nform: {form!r}, written so far: {written.decode()!r}\n"
         got = read_ids(returned, told)
         told += f"yours: {sorted(got)}\nright: {sorted(right)}"
@@ -261,8 +259,8 @@ def _run(function: Callable[..., Any]) -> Run:
     )
     cut = sum(output.finish_reason == "length" for output in yours.outputs.values())
     sentence = (
-        f"Your masks stood in the sampler for {len(counts)} tokens of {len(FORMS)} answers at temperature 1.5: "
-        f"the engine's own answers, {whole_ones} of them in their form, {cut} cut off. The widest mask let "
+        f"Your masks chose among tokens {len(counts)} times, in {len(FORMS)} answers at temperature 1.5: the "
+        f"engine's own answers, {whole_ones} of them in their form, {cut} cut off. The widest mask let "
         f"{max(counts):,} of {yours.model.module.vocab_size:,} tokens pass, the narrowest {min(counts)}."
     )
     last = [row.allowed for record in yours.trace for row in record.rows if row.request_id == "2"]

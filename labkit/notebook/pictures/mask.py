@@ -1,4 +1,4 @@
-"""Notebook 13: a form as an automaton, each of its states as a row over the vocabulary, and one of them as a mask."""
+"""Notebook 13: a form as an automaton, its states as rows over a vocabulary, one of them as a mask."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ _LEFT, _WIDE, _TALL = 144, 50, 24
 
 def mask_over_tokens() -> Drawing:
     """Draw an automaton over characters, what each of its states allows, and one of these rows as a mask."""
-    sheet = Sheet(
-        f"The form {_FORM}: its states, and what each allows of a vocabulary of {len(_TOKENS)}", 470
-    )
+    sheet = Sheet(f"The form {_FORM}: its states, and what each allows of {len(_TOKENS)} tokens", 460)
     _automaton(sheet)
     dfa = regex_dfa(_FORM, frozenset(range(256)))
     trie = Trie([token.encode() for token in _TOKENS])
@@ -44,29 +42,20 @@ def mask_over_tokens() -> Drawing:
     for words, numbers in (("logits", list(map(str, _SCORES))), (f'masked, after "{_HERE}"', masked)):
         sheet.text(MARGIN, y + 17, words, size=12)
         for i, number in enumerate(numbers):
-            faint = number == "-inf"
-            sheet.box(
-                _LEFT + _WIDE * i + 2,
-                y,
-                _WIDE - 4,
-                _TALL,
-                number,
-                color="paper" if faint else "empty",
-                size=12,
-            )
+            color = "paper" if number == "-inf" else "empty"
+            sheet.box(_LEFT + _WIDE * i + 2, y, _WIDE - 4, _TALL, number, color=color, size=12)
         y += _TALL + 4
     lines = (
-        'The model would go on with "not" (7), or "yeah". Its mask leaves "s" (3) and "t" (1): the answer is "yes".',
-        "A token is allowed if the way of all of its characters is there: it may end in the middle of a word.",
+        'The model would go on with "not" (7). The mask leaves "s" (3) and "t" (1): the answer is "yes".',
+        "A token is allowed if all of its characters lead on: it may end in the middle of a word.",
     )
-    twin += ["", f"logits        {'  '.join(f'{t} {n}' for t, n in zip(_TOKENS, _SCORES, strict=True))}"]
-    twin += [
-        f"after {_name(_HERE):<7} {'  '.join(f'{t} {n}' for t, n in zip(_TOKENS, masked, strict=True))}",
-        "",
-    ]
+    twin.append("")
+    for words, scores in (("logits", _SCORES), (f"after {_name(_HERE)}", masked)):
+        pairs = (f"{token} {score}" for token, score in zip(_TOKENS, scores, strict=True))
+        twin.append(f"{words:<13} {'  '.join(pairs)}")
     for number, line in enumerate(lines):
         sheet.text(MARGIN, y + 22 + 20 * number, line)
-    return sheet.drawing(*twin, *lines)
+    return sheet.drawing(*twin, "", *lines)
 
 
 def _name(text: str) -> str:
