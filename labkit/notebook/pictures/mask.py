@@ -39,14 +39,14 @@ def mask_over_tokens() -> Drawing:
         twin.append(f"allowed after {_name(text):<8} {', '.join(some) or 'nothing: the answer ends'}")
     y = 198 + (_TALL + 4) * len(_STATES) + 18
     masked = [str(score) if fits else "-inf" for score, fits in zip(_SCORES, rows[_HERE], strict=True)]
-    for words, numbers in (("logits", list(map(str, _SCORES))), (f'masked, after "{_HERE}"', masked)):
+    for words, numbers in (("logits", list(map(str, _SCORES))), (f'after "{_HERE}"', masked)):
         sheet.text(MARGIN, y + 17, words, size=12)
         for i, number in enumerate(numbers):
             color = "paper" if number == "-inf" else "empty"
             sheet.box(_LEFT + _WIDE * i + 2, y, _WIDE - 4, _TALL, number, color=color, size=12)
         y += _TALL + 4
     lines = (
-        'The model would go on with "not" (7). The mask leaves "s" (3) and "t" (1): the answer is "yes".',
+        'The model prefers "not" (7). The mask leaves "s" (3) and "t" (1): it will be "yes".',
         "A token is allowed if all of its characters lead on: it may end in the middle of a word.",
     )
     twin.append("")
