@@ -75,6 +75,11 @@ COURSE = (
     Chapter("11_serving", "Serving", {"11.1": "refuse who would wait too long"}),
     Chapter("12_capacity", "Capacity", {"12.1": "send a request where its prompt is known"}),
     Chapter(
+        "13_structured_output",
+        "Structured output",
+        {"13.1": "the tokens that a state allows", "13.2": "what a form forces"},
+    ),
+    Chapter(
         "14_two_of_them",
         "Two of them",
         {

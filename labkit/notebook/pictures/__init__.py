@@ -7,6 +7,7 @@ from labkit.notebook.pictures.drafts import draft_and_verify, noise
 from labkit.notebook.pictures.grid import int8_grid
 from labkit.notebook.pictures.halves import column_then_row
 from labkit.notebook.pictures.loops import open_and_closed
+from labkit.notebook.pictures.mask import mask_over_tokens
 from labkit.notebook.pictures.moves import what_moves
 from labkit.notebook.pictures.prefix import prefix_tree
 from labkit.notebook.pictures.roof import Point, roofline, roofline_of_a_t4
@@ -23,6 +24,7 @@ __all__ = [
     "column_then_row",
     "draft_and_verify",
     "int8_grid",
+    "mask_over_tokens",
     "noise",
     "one_turn",
     "open_and_closed",
