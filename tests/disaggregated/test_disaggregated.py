@@ -99,8 +99,11 @@ def test_one_trace_says_who_is_where_and_what_both_pools_hold() -> None:
 @pytest.mark.usefixtures("in_threads")
 def test_the_trace_says_why_a_request_does_not_run() -> None:
     engine = engine_of(max_num_seqs=1)
+    other = psutil.Process(engine._other.pid)
+    other.suspend()  # so that it has not computed them yet
     first, second = (engine.add_request(random_prompt(random.Random(n), 40), params(30)) for n in range(2))
     step = engine.step().step
+    other.resume()
     assert engine.trace.why(first, step).endswith("computed by the prefill engine")
     assert "before its prompt is sent" in engine.trace.why(second, step)
 
