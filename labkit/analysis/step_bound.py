@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 
-from labkit.analysis.capacity.clock import TERMS, FittedClock, fit
+from labkit.analysis.capacity.clock import FittedClock, fit
 from labkit.analysis.roofline import StepWork
 from labkit.core.scheduler import Scheduler
 from labkit.trace.records import StepRecord
@@ -54,11 +54,11 @@ class StepBound:
             self._recent.append(record.seconds / max(self._clock(work), 1e-9))
         self._seen.setdefault(work.tokens.bit_length(), deque(maxlen=_KEPT)).append(record)
         self._until_fit -= 1
-        if self._until_fit <= 0:
+        # Steps of one size do not tell what a step costs and what its tokens do.
+        if self._until_fit <= 0 and len(self._seen) > 1:
             samples = [each for some in self._seen.values() for each in some]
             if len(samples) > 5:
-                # Steps of one size do not tell what a step costs and what a token does: then tokens cost all.
-                self._clock = fit(samples, TERMS[:3] if len(self._seen) > 1 else ("tokens", "keys"))
+                self._clock = fit(samples)
                 self._recent.clear()
                 self._until_fit = min(_EVERY, len(samples) // 2)
         left = self.seconds * _MARGIN

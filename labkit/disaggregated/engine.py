@@ -97,7 +97,7 @@ class DisaggregatedEngine(Engine):
             config = replace(config, num_threads=max(1, torch.get_num_threads() // 2))
         tell(say, "Starting a second process, which computes prompts.")
         self._other = processes.start("labkit.disaggregated.worker")
-        weakref.finalize(self, processes.end, self._other)
+        self._end_other = weakref.finalize(self, processes.end, self._other)
         self._news = _News()
         self.make_runner = functools.partial(_TellingRunner, self._news)
         super().__init__(config, say=say)
@@ -111,6 +111,10 @@ class DisaggregatedEngine(Engine):
         self._tell(Load(values | {"speculative": None, "draft_model": None}))
         threading.Thread(target=_receive, args=(ends(self._other.stdout), self._arrived), daemon=True).start()
         self._take(self._arrived.get())  # that it is ready
+
+    def close(self) -> None:
+        """End the other process, which otherwise ends with this engine. It can be called again."""
+        self._end_other()
 
     # -- requests ---------------------------------------------------------------------------------
 

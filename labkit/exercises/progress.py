@@ -79,6 +79,15 @@ COURSE = (
         "Structured output",
         {"13.1": "the tokens that a state allows", "13.2": "what a form forces"},
     ),
+    Chapter(
+        "14_two_of_them",
+        "Two of them",
+        {
+            "14.1": "split a layer's weights",
+            "14.2": "choose where an answer grows",
+            "14.3": "a sum in a ring (bonus)",
+        },
+    ),
 )
 """The notebooks in their order. A title is that of the `Exercise`, known here without importing it."""
 

@@ -11,6 +11,7 @@ from typing import Any
 from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
 from labkit.core.kv_cache import PagedKVCache
+from labkit.kernels.int8_kv import Int8KVCache
 from labkit.models.progress import Say
 from labkit.offload.stores import FileStore, HostStore, Store
 
@@ -126,7 +127,7 @@ def make_pool(
     """
     if config.kv_offloading_size is None:
         return (own or BlockPool)(cache.num_blocks, config.block_size)
-    if own or type(cache) is not PagedKVCache:
+    if own or type(cache) not in (PagedKVCache, Int8KVCache):
         raise ValueError("kv_offloading_size needs labkit's own pool, and pages that lie in this process")
     block_bytes = cache.blocks[:, 0].nbytes
     capacity = int(config.kv_offloading_size * 2**30 // block_bytes)

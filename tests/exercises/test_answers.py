@@ -83,4 +83,4 @@ def test_every_exercise_has_enough_answers_of_both_kinds() -> None:
     for exercise in {exercise for exercise, _ in found}:
         assert find(exercise)
         assert found.count((exercise, "wrong")) >= 12 and found.count((exercise, "right")) >= 4, exercise
-    assert len({exercise for exercise, _ in found}) == 24
+    assert len({exercise for exercise, _ in found}) == 27

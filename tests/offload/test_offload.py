@@ -201,6 +201,15 @@ def test_a_released_engine_keeps_no_memory(place: dict) -> None:
     assert store.cache is None
 
 
+def test_pages_in_8_bits_come_back_with_their_scales(family: str, place: dict) -> None:
+    prompts = [random_prompt(random.Random(n), 40) for n in range(4)]
+    plain = engine_of(family, kv_cache_dtype="int8", enable_prefix_caching=False)
+    engine = offloading(model=loaded(family), kv_cache_dtype="int8", **place)
+    for prompt in prompts * 2:
+        assert answer(engine, prompt).token_ids == answer(plain, prompt).token_ids
+    assert restored(engine) > 0
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_fewer_bits_go_and_come_as_they_are(dtype: str, tmp_path: Path) -> None:
     cache = load_model("tiny-random", dtype=dtype, say=None).module.kv_shape.new_cache(4, 4)

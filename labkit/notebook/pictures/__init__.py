@@ -5,6 +5,7 @@ from labkit.notebook.pictures.budget import step_budget
 from labkit.notebook.pictures.capacity import three_walls
 from labkit.notebook.pictures.drafts import draft_and_verify, noise
 from labkit.notebook.pictures.grid import int8_grid
+from labkit.notebook.pictures.halves import column_then_row
 from labkit.notebook.pictures.loops import open_and_closed
 from labkit.notebook.pictures.mask import mask_over_tokens
 from labkit.notebook.pictures.moves import what_moves
@@ -20,6 +21,7 @@ __all__ = [
     "Point",
     "attention_tiles",
     "block_table",
+    "column_then_row",
     "draft_and_verify",
     "int8_grid",
     "mask_over_tokens",

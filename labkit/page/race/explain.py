@@ -37,20 +37,22 @@ def _static(static: Result, continuous: Result, trust: float) -> tuple[str, str]
 
 
 def _naive(naive: Result, batched: Result, trust: float) -> tuple[str, str]:
+    longer = _per_step(batched) / _per_step(naive)
+    saved = "because all the weights are read once for a step, however many requests share it"
+    but = f", and not {batched.batch:.1f} times, {saved}" if longer < batched.batch else ""
     return (
         _steps("One request at a time (naive)", naive, f"{batched.setting.name} batching", batched),
         f"A step for one request makes one token; a step for a batch worked for {batched.batch:.1f} requests "
-        f"on average, and took {_per_step(batched) / _per_step(naive):.1f} times as long: "
-        "all the weights are read once for a step, however many requests share it. "
-        f"{_clock(naive, batched, trust)}",
+        f"on average, and took {longer:.1f} times as long{but}. {_clock(naive, batched, trust)}",
     )
 
 
 def _memory(reserved: Result, paged: Result, trust: float) -> tuple[str, str]:
     lost = _times(paged.preemptions)
     price = f" The price: {lost} a request gave its pages back and began again." if paged.preemptions else ""
+    seen = _steps("Reserved memory", reserved, f"paged memory ({paged.setting.name})", paged)
     return (
-        f"{_steps('Reserved memory', reserved, 'paged memory', paged)} Of the memory that requests held, "
+        f"{seen} Of the memory that requests held, "
         f"{reserved.waste:.0%} was empty where it was reserved, {paged.waste:.0%} where it was paged.",
         "Reserved memory takes pages for the whole answer before it begins (hatched, below each picture), "
         "paged memory takes a page when tokens come. So the same memory served "

@@ -173,6 +173,8 @@ Object.assign(labkit, (() => {
       card.why.textContent = "";
       card.reason = card.element.dataset.status = reason;
       card.status.textContent = ENDINGS[reason];
+      if (card.element.contains(document.activeElement) || card.body.matches(":hover")) return;
+      card.body.scrollTop = 0; // now it can be read from its beginning
       if (card.cancel) card.cancel.remove();
       if (card.text && !card.copy) card.head.append(card.copy = labkit.copyButton("Copy", () => card.text));
     }

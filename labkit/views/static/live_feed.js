@@ -369,7 +369,7 @@ const labkit = (() => {
     });
     ctx.globalAlpha = 1;
     ctx.font = theme.font;
-    if (rows.hidden) text(ctx, `and ${rows.hidden} more`, width - RIGHT, floor - 8, theme.muted, "right");
+    if (rows.hidden) { ctx.clearRect(0, floor - 15, time.left - 2, 15); text(ctx, `+${rows.hidden}`, time.left - 8, floor - 8, theme.muted, "right"); }
   }
 
   function drawLane(ctx, theme, lane, time, y, height) {
