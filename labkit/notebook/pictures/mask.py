@@ -34,7 +34,7 @@ def mask_over_tokens() -> Drawing:
         sheet.text(MARGIN, y + 17, _name(text), bold=text == _HERE)
         for i, fits in enumerate(rows[text]):
             color = (0 if text == _HERE else 1) if fits else "empty"
-            sheet.box(_LEFT + _WIDE * i + 2, y, _WIDE - 4, _TALL, "✓" if fits else "", color=color, size=11)
+            sheet.box(_LEFT + _WIDE * i + 2, y, _WIDE - 4, _TALL, int(fits), color=color, size=11)
         some = [token for token, fits in zip(_TOKENS, rows[text], strict=True) if fits]
         twin.append(f"allowed after {_name(text):<8} {', '.join(some) or 'nothing: the answer ends'}")
     y = 198 + (_TALL + 4) * len(_STATES) + 18
