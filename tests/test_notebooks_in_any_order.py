@@ -5,6 +5,7 @@ The tiny model stands in for the real one, which takes seconds. What the cells s
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,8 @@ class Reader:
 
     def __init__(self, number: str) -> None:
         self.number = number
-        self.cells = [cell for cell in notebook(number).cells if cell.cell_type == "code"]
+        read = copy.deepcopy(notebook(number))  # others look at the outputs that are kept
+        self.cells = [cell for cell in read.cells if cell.cell_type == "code"]
         self.cells[0] = new_code_cell(WITH_THE_TINY_MODEL)
         self.book = new_notebook(cells=self.cells)
         place = {"metadata": {"path": make.HERE}}

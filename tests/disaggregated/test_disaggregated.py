@@ -96,7 +96,6 @@ def test_one_trace_says_who_is_where_and_what_both_pools_hold() -> None:
     assert Trace.from_lines(engine.trace.lines()) == engine.trace
 
 
-@pytest.mark.usefixtures("in_threads")
 def test_the_trace_says_why_a_request_does_not_run() -> None:
     engine = engine_of(max_num_seqs=1)
     other = psutil.Process(engine._other.pid)

@@ -9,8 +9,9 @@ import pytest
 
 from labkit.config import EngineConfig
 from labkit.core.block_pool import BlockPool
-from labkit.engine import _FLAT, Engine
+from labkit.engine import Engine
 from labkit.models.load import LoadedModel
+from labkit.offload.pool import _PLAIN
 from labkit.sampling_params import SamplingParams
 
 PLANNED = ("step", "requests", "kinds", "starts", "num_tokens", "padding", "arrived", "admitted", "preempted")
@@ -56,7 +57,7 @@ def test_a_preview_of_a_large_pool_copies_no_number_by_itself(model: LoadedModel
         engine.step()
     assert len(engine.pool.cached) > 5000 and engine.has_unfinished
     before, pool = state_of(engine), engine.pool
-    kinds = {name: type(getattr(pool, name)) for name in _FLAT}
+    kinds = {name: type(getattr(pool, name)) for name in _PLAIN}
     for name, kind in kinds.items():
         setattr(pool, name, flat(kind)(getattr(pool, name)))
     plan = engine.preview()

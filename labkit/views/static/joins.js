@@ -38,7 +38,7 @@ Object.assign(labkit, (() => {
         before = list.rows ?? [];
         feed = state.feed;
       }
-      if (state.joins.length || (state.played && state.playedFeed === state.feed)) before = [];
+      if (state.joins.length || asked || (state.played && state.played !== ASKED)) before = [];
       const waits = asked && !state.joins.some((row) => row.verdict && isOwn(row) && !isOld(row)) && (state.busy || !state.steps.length);
       note.textContent = waits ? RUNS : before.length ? "Before the engine was restarted:" : "";
       note.hidden = !note.textContent;
