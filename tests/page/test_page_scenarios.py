@@ -133,7 +133,7 @@ def test_two_questions_start_a_race_each(come: Callable[..., Visitor]) -> None:
     me.until(seen, "Static batching took 1.5 times as many steps as continuous batching: 62 rather than 42")
     me.until(f"{chosen} === it", "Uneven lengths,static,continuous")
     me.page.click("[data-course=pool]")
-    me.until(seen, "Reserved memory took 1.4 times as many steps as paged memory: ")
+    me.until(seen, "Reserved memory took 1.4 times as many steps as paged memory (continuous): ")
     me.until(f"{chosen} === it", "A pool too small,continuous,reserved memory")
     box = me.page.locator(".lkr-verdict").bounding_box()
     last = me.page.locator(".lkr-track").last.bounding_box()
