@@ -169,8 +169,7 @@ class EngineConfig(ModelConfig):
             if self.scheduler != "continuous" or not self.enable_chunked_prefill:
                 raise ValueError("max_step_seconds needs scheduler 'continuous' and enable_chunked_prefill")
         flags = ("enable_prefix_caching", "enable_chunked_prefill", "speculative_gate", "adaptive_threads")
-        flags += ("jump_ahead",)
-        for name in (*flags, "cuda_graphs", "as_t4", "audit"):
+        for name in (*flags, "jump_ahead", "cuda_graphs", "as_t4", "audit"):
             check_flag(name, getattr(self, name))
         check_number("seed", self.seed, -(2**63), 2**63 - 1, whole=True)
         _check_choice("scheduler", self.scheduler, SCHEDULERS)

@@ -335,10 +335,8 @@ def _no_twin(config: EngineConfig, out: Command) -> None:
         without["num_threads"] = f"set OMP_NUM_THREADS={config.num_threads} for it"
     if config.adaptive_threads:
         without["adaptive_threads"] = "its threads keep their number, whatever else runs"
-    if config.jump_ahead:
-        without["jump_ahead"] = "what the form of an answer forces is computed token by token"
-    else:
-        same["jump_ahead"] = "what the form of an answer forces is computed token by token"
+    where = without if config.jump_ahead else same
+    where["jump_ahead"] = "what the form of an answer forces is computed token by token"
     if config.max_step_seconds is not None:
         without["max_step_seconds"] = "its token budget stays; choose one that keeps steps short enough"
     if config.as_t4:
